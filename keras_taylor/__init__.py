@@ -1,0 +1,9 @@
+"""Really smaller Keras 3 models: Taylor pruning of whole channels."""
+
+from keras_taylor.graph import UnsupportedModelError
+from keras_taylor.plan import Plan, make_plan
+from keras_taylor.scoring import score
+from keras_taylor.surgery import prune
+
+__all__ = ["Plan", "UnsupportedModelError", "make_plan", "prune", "score"]
+__version__ = "0.1.0"

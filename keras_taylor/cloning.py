@@ -1,0 +1,99 @@
+"""Copies of single operations, of their weights, and of compile settings."""
+
+import copy
+
+import keras
+import numpy as np
+
+from keras_taylor.graph import UnsupportedModelError
+
+
+def clone_operation(operation, name, changes=None):
+    """A new operation of the same class and configuration.
+
+    Args:
+        operation: A layer or a `keras.ops` operation.
+        name: Path of the operation, for messages.
+        changes: Configuration values that differ, by key.
+
+    Returns:
+        The copy, not built.
+
+    Raises:
+        UnsupportedModelError: if it cannot be made from its configuration.
+    """
+    try:
+        config = operation.get_config()
+        return type(operation).from_config({**config, **(changes or {})})
+    except Exception as error:
+        if not changes and not isinstance(operation, keras.Layer):
+            return _bare_copy(operation)
+        raise UnsupportedModelError(
+            f"Layer '{name}' cannot be made again from its configuration "
+            f"({type(error).__name__}: {error}). Give its class a `get_config` that returns all "
+            f"arguments of `__init__`. Received: {name}={operation!r}"
+        ) from error
+
+
+def build_like(clone, layer, name):
+    """Builds a cloned layer with the shapes that `layer` was built with."""
+    if not clone.built and layer.built:
+        config = layer.get_build_config()
+        if config is not None:
+            clone.build_from_config(config)
+    if len(clone.weights) != len(layer.weights):
+        raise UnsupportedModelError(
+            f"Layer '{name}' has {len(layer.weights)} weights, its copy has {len(clone.weights)}. "
+            "Create all weights in `build`. "
+            f"Received: {name}={layer!r}"
+        )
+
+
+def copy_weights(source, target, masks=None):
+    """Copies weights, cut along the axes that have a mask.
+
+    Args:
+        source, target: Layers of the same class.
+        masks: For each weight of `source` (by `id`) a tuple with a bool array, or
+            `None`, for each axis.
+    """
+    for old, new in zip(source.weights, target.weights, strict=True):
+        value = old.value
+        for axis, mask in enumerate((masks or {}).get(id(old), ())):
+            if mask is not None and not mask.all():
+                value = np.compress(mask, keras.ops.convert_to_numpy(value), axis)
+        # a copy: JAX donates buffers, and a shared one would be lost to the source
+        new.assign(keras.ops.copy(value))
+
+
+def compile_settings(model):
+    """The arguments of the `compile` call, with metrics and optimizer made anew.
+
+    `get_compile_config()`, the public way, serialises them, which functions and
+    lambdas do not survive; so the record behind it is read here, and only here.
+
+    Returns:
+        A dict for `compile`; `None` for a model that was not compiled.
+    """
+    if not getattr(model, "compiled", False):
+        return None
+    settings = dict(model._compile_config.config)
+    if model.optimizer is not None:
+        optimizer = settings["optimizer"]
+        settings["optimizer"] = type(optimizer).from_config(optimizer.get_config())
+    for key in ("metrics", "weighted_metrics"):
+        settings[key] = keras.tree.map_structure(_fresh_metric, settings[key])
+    return settings
+
+
+def _fresh_metric(metric):
+    if not isinstance(metric, keras.Metric):
+        return metric
+    return type(metric).from_config(metric.get_config())
+
+
+def _bare_copy(operation):
+    """A copy without the record of calls, for an operation whose arguments have no config."""
+    clone = copy.copy(operation)
+    clone._inbound_nodes, clone._outbound_nodes = [], []
+    return clone

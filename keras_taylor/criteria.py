@@ -1,0 +1,110 @@
+"""What makes a channel unit important: formulas over gate statistics and weights.
+
+With g the derivative of one example's loss with respect to a unit's gate, and
+means over examples:
+
+| name | formula | source |
+|---|---|---|
+| `taylor` | mean(g^2) | Molchanov et al. 2019 (arXiv 1906.10771), eq. 8, gate, per example |
+| `taylor_batch` | mean over mini-batches of (mean g)^2 | the same paper's published procedure |
+| `taylor_abs` | mean(abs(g)) | Molchanov et al. 2016 (arXiv 1611.06440), eq. 7 |
+| `taylor2` | -mean(g) + mean(g^2) / 2 | 2019 paper, second order, Gauss-Newton diagonal |
+| `magnitude` | norm of the filters, relative to their group's mean | label-free baseline |
+| `batchnorm` | mean(abs(gamma)) | Liu et al. 2017 (arXiv 1708.06519) |
+| `random` | uniform | baseline |
+| `oracle` | true change of the mean loss without the unit | the judge of all others |
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupStatistics:
+    """What a criterion may look at, for the units of one group.
+
+    Arrays have shape `(num_units,)` and dtype float64. Those over gate derivatives
+    are `None` where no data was used; `loss_changes` is there for `oracle` only.
+
+    Attributes:
+        name: The group's name.
+        num_units: Number of units.
+        num_examples, num_batches: What the means are over.
+        mean, mean_absolute, mean_square: Means over examples of g, abs(g), g^2.
+        mean_batch_square: Mean over batches of (mean g)^2.
+        filter_norms: Mean L2 norm of each unit's filters over the layers that make it.
+        gammas: Mean absolute BatchNormalization scale, `None` without such a layer.
+        loss_changes: Mean loss without the unit minus mean loss with it.
+    """
+
+    name: str
+    num_units: int
+    num_examples: int
+    num_batches: int
+    mean: np.ndarray | None
+    mean_absolute: np.ndarray | None
+    mean_square: np.ndarray | None
+    mean_batch_square: np.ndarray | None
+    filter_norms: np.ndarray
+    gammas: np.ndarray | None
+    loss_changes: np.ndarray | None = None
+
+
+def taylor(statistics):
+    return statistics.mean_square
+
+
+def taylor_batch(statistics):
+    return statistics.mean_batch_square
+
+
+def taylor_abs(statistics):
+    return statistics.mean_absolute
+
+
+def taylor_abs_normalized(statistics):
+    """`taylor_abs` with the 2016 paper's L2 normalisation of each layer (a callable criterion)."""
+    return statistics.mean_absolute / max(np.linalg.norm(statistics.mean_absolute), 1e-30)
+
+
+def taylor2(statistics):
+    return -statistics.mean + statistics.mean_square / 2
+
+
+def magnitude(statistics):
+    return statistics.filter_norms / max(statistics.filter_norms.mean(), 1e-30)
+
+
+def batchnorm(statistics):
+    return statistics.gammas
+
+
+def random(statistics):
+    return np.random.random_sample(statistics.num_units)
+
+
+def oracle(statistics):
+    return statistics.loss_changes
+
+
+WITH_DATA = {f.__name__: f for f in (taylor, taylor_batch, taylor_abs, taylor2, oracle)}
+LABEL_FREE = {f.__name__: f for f in (magnitude, batchnorm, random)}
+
+
+def get(criterion):
+    """The function behind a criterion's name; a callable is returned as it is.
+
+    Raises:
+        ValueError: for a name that is not in the table.
+    """
+    named = {**WITH_DATA, **LABEL_FREE}
+    if callable(criterion):
+        return criterion
+    if criterion not in named:
+        raise ValueError(
+            f"Unknown criterion. Expected one of {', '.join(sorted(named))}, or a callable that "
+            "takes a `GroupStatistics` and returns an array `(num_units,)`. "
+            f"Received: criterion={criterion!r}"
+        )
+    return named[criterion]

@@ -1,0 +1,266 @@
+"""The gate layer, and the wrapper model that carries gates."""
+
+import inspect
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_taylor.cloning import build_like, clone_operation, copy_weights
+from keras_taylor.graph import Ref
+
+# Rows of the statistics: sums over examples, or over batches, of functions of the
+# gate derivative g of each example.
+ROWS = ("sum", "absolute", "square", "batch_square", "examples", "batches")
+
+
+class Gates(keras.layers.Layer):
+    """One gate for each channel unit, and the statistics of its derivatives.
+
+    Called on a tensor whose first axis is the batch, it returns the carrier: the
+    mask, one row an example, shape `(batch, num_units + 1)`, float32; the last
+    column is 1, for channels without a gate. In the backward pass the carrier
+    receives dLoss/dgate of each example; the gradient of `statistics` is its old
+    value plus this batch's, which a Keras optimizer assigns to it.
+
+    Args:
+        num_units: Number of gates.
+    """
+
+    def __init__(self, num_units, **kwargs):
+        super().__init__(dtype="float32", **kwargs)
+        self.num_units = num_units
+        self.mask = self.add_weight(
+            shape=(num_units,), initializer="ones", trainable=False, autocast=False, name="mask"
+        )
+        self.statistics = self.add_weight(
+            shape=(len(ROWS), num_units),
+            initializer="zeros",
+            autocast=False,
+            overwrite_with_gradient=True,
+            name="statistics",
+        )
+        self.built = True
+
+    def call(self, like):
+        batch = ops.shape(like)[0]
+        mask = ops.convert_to_tensor(self.mask)
+        statistics = ops.convert_to_tensor(self.statistics)
+        carrier = _carrier(batch, self.num_units)(mask, statistics)
+        return ops.concatenate([carrier, ops.ones((batch, 1), carrier.dtype)], axis=1)
+
+
+def _carrier(batch, num_units):
+    @ops.custom_gradient
+    def carry(mask, statistics):
+        def backward(*arguments, upstream=None):
+            derivative = arguments[0] if upstream is None else upstream
+            update = _batch_statistics(derivative, batch, num_units)
+            return ops.zeros_like(mask), statistics + update
+
+        return ops.broadcast_to(mask, (batch, num_units)), backward
+
+    return carry
+
+
+def _batch_statistics(derivative, batch, num_units):
+    """The rows of `ROWS` for one batch of gate derivatives `(batch, num_units)`."""
+    examples = ops.cast(batch, derivative.dtype)
+    total = ops.sum(derivative, 0)
+    return ops.stack(
+        [
+            total,
+            ops.sum(ops.abs(derivative), 0),
+            ops.sum(ops.square(derivative), 0),
+            ops.square(total / examples),
+            ops.ones((num_units,), derivative.dtype) * examples,
+            ops.ones((num_units,), derivative.dtype),
+        ]
+    )
+
+
+class GatedNetwork(keras.layers.Layer):
+    """A clone of a model, run call by call, with a gate on every edge into a mixing layer.
+
+    The clone has weights of its own, none of them trainable: running, fitting and
+    masking it leaves the model that it was made from as it is.
+
+    Args:
+        channels: `groups.Channels` of the model.
+    """
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(**kwargs)
+        self.gates = Gates(channels.num_units, name="gates")
+        self._clones = _clone_operations(channels.graph)
+        self.network_layers = [c for c in self._clones.values() if isinstance(c, keras.Layer)]
+        self._takes_training = {
+            key for key, c in self._clones.items() if "training" in inspect.signature(c.call).parameters
+        }
+        self._channels = channels
+        self._edges = _edges(channels)
+        self._outputs_struct = channels.graph.structures[id(channels.graph.model)].outputs
+        self.built = True
+
+    def call(self, inputs, training=None):
+        graph = self._channels.graph
+        tensors = dict(zip(graph.inputs, _flat_inputs(inputs, graph), strict=True))
+        for _ in self._run(tensors):
+            pass
+        flat = [tensors[index] for index in graph.outputs]
+        return keras.tree.pack_sequence_as(self._outputs_struct, flat)
+
+    def first_not_finite(self, inputs):
+        """Name of the first operation whose output holds NaN or infinity, `None` if all is well."""
+        graph = self._channels.graph
+        tensors = dict(zip(graph.inputs, _flat_inputs(inputs, graph), strict=True))
+        for call in self._run(tensors):
+            if not all(_is_finite(tensors[index]) for index in call.outputs):
+                return call.name
+        return None
+
+    def _run(self, tensors):
+        """Runs call by call, filling `tensors`; yields each call that is done."""
+        carrier = self.gates(next(iter(tensors.values())))
+        gated = {}
+        for call in self._channels.graph.calls:
+            operation = self._clones[id(call.operation)]
+            args, kwargs = self._arguments(call, tensors, gated, carrier)
+            if id(call.operation) in self._takes_training:
+                kwargs["training"] = False
+            outputs = keras.tree.flatten(operation(*args, **kwargs))
+            tensors.update(zip(call.outputs, outputs, strict=True))
+            yield call
+
+    def _arguments(self, call, tensors, gated, carrier):
+        def value(argument):
+            if not isinstance(argument, Ref):
+                return argument
+            edge = self._edges.get((id(call), argument.index))
+            if edge is None:
+                return tensors[argument.index]
+            key = (argument.index, id(edge))
+            if key not in gated:
+                gated[key] = edge.apply(tensors[argument.index], carrier)
+            return gated[key]
+
+        return keras.tree.map_structure(value, (call.args, dict(call.kwargs)))
+
+
+class GatedModel(keras.Model):
+    """A model with gates, frozen for scoring: dropout off, BatchNorm on moving statistics.
+
+    Args:
+        channels: `groups.Channels` of the model to score.
+    """
+
+    def __init__(self, channels, **kwargs):
+        super().__init__(**kwargs)
+        self.network = GatedNetwork(channels, name="network", dtype=channels.graph.model.dtype_policy)
+        self.output_names = list(getattr(channels.graph.model, "output_names", None) or [])
+        if not self.output_names:
+            del self.output_names
+
+    def call(self, inputs, training=None):
+        return self.network(inputs, training=False)
+
+    @property
+    def mask(self):
+        """1 for units that stay, 0 for those taken out: a float32 array `(num_units,)`."""
+        return ops.convert_to_numpy(self.network.gates.mask)
+
+    @mask.setter
+    def mask(self, value):
+        self.network.gates.mask.assign(np.asarray(value, np.float32))
+
+    def take_statistics(self):
+        """Returns the rows of `ROWS`, float64 `(len(ROWS), num_units)`, and sets them to 0."""
+        variable = self.network.gates.statistics
+        values = ops.convert_to_numpy(variable).astype(np.float64)
+        variable.assign(np.zeros(values.shape, np.float32))
+        return values
+
+
+class _Edge:
+    """How one edge takes its gates out of the carrier."""
+
+    def __init__(self, units, axis, rank):
+        self.shape = [1] * rank
+        self.shape[axis] = units.size
+        self.repeats = 1
+        self.start = None
+        period = _period(units)
+        if period < units.size:
+            self.repeats, units = units.size // period, units[:period]
+        self.units = units.astype("int32")
+        if units[0] >= 0 and (np.diff(units) == 1).all():
+            self.start = int(units[0])
+
+    def apply(self, x, carrier):
+        """`x` times the gate of each of its channels."""
+        if self.start is None:
+            gate = ops.take(carrier, np.where(self.units < 0, carrier.shape[1] - 1, self.units), axis=1)
+        else:
+            gate = carrier[:, self.start : self.start + len(self.units)]
+        if self.repeats > 1:
+            gate = ops.tile(gate, (1, self.repeats))
+        gated = x * ops.reshape(ops.cast(gate, x.dtype), (-1, *self.shape[1:]))
+        mask = getattr(x, "_keras_mask", None)
+        if mask is not None:
+            gated._keras_mask = mask
+        return gated
+
+
+def _period(units):
+    """Length of the shortest prefix that, repeated, gives the whole (a flattened map)."""
+    again = np.flatnonzero(units[1:] == units[0]) + 1
+    for period in again[:1].tolist():
+        if units.size % period == 0 and (units.reshape(-1, period) == units[:period]).all():
+            return period
+    return units.size
+
+
+def _edges(channels):
+    """Gated edges by call and tensor; equal ones of a tensor are one object."""
+    edges, shared = {}, {}
+    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+        for number, axis in effect.reads.items():
+            index = call.inputs[number]
+            units = channels.units(channels.labels[index])
+            if (units >= 0).any():
+                key = (index, axis)
+                if key not in shared:
+                    shared[key] = _Edge(units.reshape(-1), axis, units.ndim)
+                edges[id(call), index] = shared[key]
+    return edges
+
+
+def _clone_operations(graph):
+    clones = {}
+    for call in graph.calls:
+        if id(call.operation) not in clones:
+            clone = clone_operation(call.operation, call.name)
+            if isinstance(clone, keras.Layer):
+                build_like(clone, call.operation, call.name)
+                copy_weights(call.operation, clone)
+                clone.trainable = False
+                clone.activity_regularizer = None
+            clones[id(call.operation)] = clone
+    return clones
+
+
+def _flat_inputs(inputs, graph):
+    """Inputs in the model's order, whether given as a tensor, a list or a dict by name."""
+    structure = graph.structures[id(graph.model)].inputs
+    flat = keras.tree.flatten(structure)
+    if isinstance(inputs, dict) and not isinstance(structure, dict):
+        values = [inputs[t.name] for t in flat]
+    else:
+        values = keras.tree.flatten(inputs)
+    return [ops.cast(ops.convert_to_tensor(x), t.dtype) for x, t in zip(values, flat, strict=True)]
+
+
+def _is_finite(tensor):
+    if "float" not in keras.backend.standardize_dtype(tensor.dtype):
+        return True
+    return bool(ops.convert_to_numpy(ops.all(ops.isfinite(ops.cast(tensor, "float32")))))

@@ -1,0 +1,87 @@
+"""Losses whose gradient is each example's own derivative."""
+
+import keras
+from keras import ops
+
+_BY_SHAPE = ("crossentropy", "ce")
+
+
+class ExampleLoss(keras.losses.Loss):
+    """Any Keras loss, summed over examples (or averaged), whatever its reduction.
+
+    Each example's loss is the mean of its values (over time steps or pixels),
+    weighted by its sample weights. With the sum, the gradient that arrives at an
+    example's activations is that example's own, at every batch size.
+
+    Args:
+        loss: What `compile` takes for one output: a name, a function or a `Loss`.
+        mean: Average over the examples of a batch instead of adding them up.
+    """
+
+    def __init__(self, loss, mean=False):
+        super().__init__(name="example_loss", reduction="sum")
+        self.loss = loss
+        self.mean = mean
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        mask = getattr(y_pred, "_keras_mask", None)
+        y_pred = ops.convert_to_tensor(y_pred, dtype="float32")
+        values = self._values(ops.convert_to_tensor(y_true), y_pred)
+        for weight in (mask, sample_weight):
+            if weight is not None:
+                values = _weighted(values, ops.cast(ops.convert_to_tensor(weight), values.dtype))
+        total = ops.sum(ops.mean(values, tuple(range(1, len(values.shape)))))
+        return total / ops.cast(ops.shape(values)[0], total.dtype) if self.mean else total
+
+    def _values(self, y_true, y_pred):
+        """Values of shape `(batch, ...)`."""
+        function = self._function(y_true, y_pred)
+        values = ops.convert_to_tensor(function(y_true, y_pred))
+        if len(values.shape):
+            return values
+        return _spread(function, values, y_true, y_pred)
+
+    def _function(self, y_true, y_pred):
+        if isinstance(self.loss, str) and self.loss.lower() in _BY_SHAPE:
+            return keras.losses.get(_crossentropy_for(y_true, y_pred))
+        loss = keras.losses.get(self.loss)
+        if not isinstance(loss, keras.losses.Loss):
+            return loss
+        return loss.call
+
+
+def _spread(function, value, y_true, y_pred):
+    """A loss that reduces its batch itself, as one equal share for each example.
+
+    Doubling the batch tells a mean (the same value) from a sum (twice as much).
+    """
+    doubled = function(ops.concatenate([y_true, y_true]), ops.concatenate([y_pred, y_pred]))
+    ratio = ops.stop_gradient(ops.convert_to_tensor(doubled) / (value + keras.config.epsilon() ** 3))
+    batch = ops.shape(y_pred)[0]
+    share = ops.where(ratio > 1.5, 1.0 / ops.cast(batch, value.dtype), ops.ones_like(value))
+    return ops.broadcast_to(value * share, (batch,))
+
+
+def _weighted(values, weight):
+    if len(weight.shape) == len(values.shape) + 1 and weight.shape[-1] == 1:
+        weight = ops.squeeze(weight, -1)
+    while len(weight.shape) < len(values.shape):
+        weight = ops.expand_dims(weight, -1)
+    return values * weight
+
+
+def _crossentropy_for(y_true, y_pred):
+    """Which cross-entropy "crossentropy" means, by the shapes, as `compile` decides."""
+    if y_pred.shape[-1] == 1:
+        return "binary_crossentropy"
+    same_rank = len(y_true.shape) == len(y_pred.shape)
+    if len(y_true.shape) < len(y_pred.shape) or (same_rank and y_true.shape[-1] == 1):
+        return "sparse_categorical_crossentropy"
+    return "categorical_crossentropy"
+
+
+def example_losses(loss, mean=False):
+    """The same structure of losses as given to `compile`, each an `ExampleLoss`."""
+    return keras.tree.map_structure(
+        lambda one: None if one is None else ExampleLoss(one, mean), loss
+    )

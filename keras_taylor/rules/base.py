@@ -1,0 +1,191 @@
+"""What a rule is: the effect of one operation on labels, and how it shrinks."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_taylor.labels import FIXED
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensor:
+    """Labels of a tensor: an int array of its rank, size 1 along every axis (the
+    batch's among them) on which they do not vary. At most one axis varies."""
+
+    labels: np.ndarray
+    shape: tuple
+
+    @property
+    def rank(self):
+        return len(self.shape)
+
+    @property
+    def channel_axis(self):
+        """The axis along which labels vary, `None` where nothing here is a channel."""
+        return next((k for k, size in enumerate(self.labels.shape) if size > 1), None)
+
+    def along(self, axis):
+        """Labels of the positions along `axis`, an int64 array `(shape[axis],)`."""
+        axis %= self.rank
+        if self.channel_axis == axis:
+            return self.labels.reshape(-1)
+        return np.full(self.shape[axis] or 0, FIXED)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edit:
+    """How a configuration value or an argument follows from what is kept.
+
+    `value(*masks)` gets, for each label array, a bool array: kept or not.
+    """
+
+    labels: tuple
+    value: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """Floating point operations: `factor` times the widths of these axes."""
+
+    factor: float
+    axes: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Effect:
+    """What an operation does to labels, and everything that shrinking it needs.
+
+    Attributes:
+        outputs: Label array of each output tensor.
+        weights: For each weight (attribute name), the labels along each of its
+            axes, `None` for an axis that stays whole.
+        config: Edits of configuration values, by key.
+        arguments: Edits of call arguments, by position in the flattened call.
+        reads: For each input (by number) that is contracted: the axis. A gate
+            belongs on this edge.
+        work: Floating point operations of one example.
+        known: False where no rule knows the operation.
+    """
+
+    outputs: list
+    weights: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Edit] = dataclasses.field(default_factory=dict)
+    arguments: Mapping[int, Edit] = dataclasses.field(default_factory=dict)
+    reads: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    work: tuple = ()
+    known: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+    """What a rule gets to see of a call."""
+
+    space: Any  # LabelSpace
+    name: str
+    operation: Any
+    inputs: list  # of Tensor
+    positions: list  # of each input among the flattened arguments
+    arguments: list  # the flattened arguments, `None` in the place of each tensor
+    args: tuple
+    kwargs: dict
+    output_shapes: list
+
+    def fresh(self, num):
+        return self.space.fresh(num, self.name)
+
+    def lock(self, labels, why):
+        self.space.lock(labels, f"{why} ('{self.name}')")
+
+    def union(self, first, second):
+        self.space.union(first, second, f"meets values that are no channels in '{self.name}'")
+
+    def fixed(self, output=0):
+        """Labels of an output that has no channels."""
+        return np.full((1,) * len(self.output_shapes[output]), FIXED)
+
+    def placed(self, vector, axis, output=0):
+        """Labels of an output that vary along one axis as `vector` does."""
+        rank = len(self.output_shapes[output])
+        shape = [1] * rank
+        shape[axis % rank] = -1
+        vector = np.asarray(vector)
+        return vector.reshape(shape) if vector.size > 1 and vector.any() else self.fixed(output)
+
+    def contracted(self, index, axis):
+        """Labels along the axis that an operation sums over; others of the tensor are locked."""
+        tensor = self.inputs[index]
+        axis %= tensor.rank
+        if tensor.channel_axis not in (None, axis):
+            self.lock(tensor.labels, "summed together over an axis that is not the channels'")
+        return tensor.along(axis)
+
+    def argument(self, position, name, default=None):
+        """A call argument that is no tensor."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    def regular(self, labels):
+        """Labels on one axis at most: where two vary, those of one slice become one unit."""
+        varying = [k for k, size in enumerate(labels.shape) if size > 1]
+        for axis in list(varying):
+            first = np.take(labels, [0], axis)
+            if (labels == first).all():
+                labels = first
+                varying.remove(axis)
+        if not varying:
+            self.lock(labels, "stands alone on its axis")
+            return np.zeros_like(labels)
+        axis = max(varying, key=lambda k: (labels.shape[k], k))
+        for other in varying:
+            if other != axis:
+                first = np.take(labels, [0], other)
+                self.union(labels, np.broadcast_to(first, labels.shape))
+                labels = np.maximum(first, labels.max(other, keepdims=True))
+        return labels
+
+
+def count(labels):
+    """An edit: as many as are kept of these labels."""
+    return Edit((labels,), lambda kept: int(kept.sum()))
+
+
+def channel_axis(layer, tensor):
+    """The channel axis of a layer with a `data_format`."""
+    first = getattr(layer, "data_format", None) == "channels_first"
+    return 1 if first else tensor.rank - 1
+
+
+def size(shape, skip=()):
+    """Number of elements of one example, axes in `skip` left out; unknown counts as NaN."""
+    dims = [d for k, d in enumerate(shape) if k and k not in skip]
+    return math.nan if None in dims else math.prod(dims)
+
+
+def elements(tensor_labels, shape, factor=1.0):
+    """Work of `factor` operations for every element of a tensor."""
+    tensor = Tensor(tensor_labels, shape)
+    axis = tensor.channel_axis
+    if axis is None:
+        return (Work(factor * size(shape)),)
+    return (Work(factor * size(shape, (axis,)), (tensor.along(axis),)),)
+
+
+_ELEMENTWISE = (
+    "linear relu relu6 elu selu celu gelu silu swish mish sigmoid hard_sigmoid tanh hard_tanh "
+    "softplus softsign exponential leaky_relu hard_silu hard_swish log_sigmoid soft_shrink "
+    "hard_shrink tanh_shrink squareplus sparse_plus sparse_sigmoid threshold"
+).split()
+
+
+def is_elementwise(activation):
+    """Whether this is one of Keras' activations that look at one value at a time."""
+    if isinstance(activation, keras.Layer):
+        return type(activation).__name__ in ("ReLU", "LeakyReLU", "ELU", "Activation") and (
+            is_elementwise(getattr(activation, "activation", None) or keras.activations.relu)
+        )
+    return any(
+        activation is getattr(keras.activations, name, None) for name in [*_ELEMENTWISE]
+    )

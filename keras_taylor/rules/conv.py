@@ -1,0 +1,106 @@
+"""Convolutions: plain, grouped, depthwise, separable, transposed."""
+
+import numpy as np
+
+from keras_taylor.rules.base import Effect, Work, channel_axis, count, is_elementwise, size
+
+
+def conv(ctx):
+    """Conv1D, Conv2D, Conv3D of any stride and dilation, grouped ones too."""
+    layer, tensor = ctx.operation, ctx.inputs[0]
+    axis = channel_axis(layer, tensor)
+    read = ctx.contracted(0, axis)
+    if layer.groups == read.size > 1 and layer.filters % read.size == 0:
+        return _one_group_a_channel(ctx, read, axis)
+    blocks = read.reshape(layer.groups, -1)
+    ctx.union(blocks, blocks[:1])
+    block = blocks.max(0)
+    made = np.tile(_made(ctx, layer.filters // layer.groups), layer.groups)
+    kernel = (None,) * (tensor.rank - 2) + (block, made)
+    return Effect(
+        outputs=[ctx.placed(made, axis)],
+        weights={"kernel": kernel, "bias": (made,)},
+        config={"filters": count(made)},
+        reads={0: axis},
+        work=_work(ctx, axis, layer.kernel_size, block, made),
+    )
+
+
+def conv_transpose(ctx):
+    """Conv1DTranspose, Conv2DTranspose, Conv3DTranspose."""
+    layer, tensor = ctx.operation, ctx.inputs[0]
+    axis = channel_axis(layer, tensor)
+    read = ctx.contracted(0, axis)
+    made = _made(ctx, layer.filters)
+    positions = size(tensor.shape, (axis,))
+    return Effect(
+        outputs=[ctx.placed(made, axis)],
+        weights={"kernel": (None,) * (tensor.rank - 2) + (made, read), "bias": (made,)},
+        config={"filters": count(made)},
+        reads={0: axis},
+        work=(Work(2 * positions * np.prod(layer.kernel_size), (read, made)),),
+    )
+
+
+def depthwise(ctx):
+    """DepthwiseConv1D, DepthwiseConv2D: every channel by itself, `depth_multiplier` times."""
+    layer, tensor = ctx.operation, ctx.inputs[0]
+    axis = channel_axis(layer, tensor)
+    read = ctx.contracted(0, axis)
+    made = np.repeat(read, layer.depth_multiplier)
+    _lock_unless_elementwise(ctx, made)
+    return Effect(
+        outputs=[ctx.placed(made, axis)],
+        weights={"kernel": (None,) * (tensor.rank - 2) + (read, None), "bias": (made,)},
+        work=_work(ctx, axis, layer.kernel_size, made),
+    )
+
+
+def separable(ctx):
+    """SeparableConv1D, SeparableConv2D: a depthwise, then a pointwise convolution."""
+    layer, tensor = ctx.operation, ctx.inputs[0]
+    axis = channel_axis(layer, tensor)
+    read = ctx.contracted(0, axis)
+    middle = np.repeat(read, layer.depth_multiplier)
+    made = _made(ctx, layer.filters)
+    spatial = (None,) * (tensor.rank - 2)
+    return Effect(
+        outputs=[ctx.placed(made, axis)],
+        weights={
+            "depthwise_kernel": (*spatial, read, None),
+            "pointwise_kernel": (*spatial, middle, made),
+            "bias": (made,),
+        },
+        config={"filters": count(made)},
+        reads={0: axis},
+        work=_work(ctx, axis, layer.kernel_size, middle) + _work(ctx, axis, (1,), middle, made),
+    )
+
+
+def _one_group_a_channel(ctx, read, axis):
+    """A grouped convolution with as many groups as channels is a depthwise one."""
+    layer = ctx.operation
+    made = np.repeat(read, layer.filters // read.size)
+    _lock_unless_elementwise(ctx, made)
+    return Effect(
+        outputs=[ctx.placed(made, axis)],
+        weights={"kernel": (None,) * (ctx.inputs[0].rank - 1) + (made,), "bias": (made,)},
+        config={"filters": count(made), "groups": count(read)},
+        work=_work(ctx, axis, layer.kernel_size, made),
+    )
+
+
+def _made(ctx, num):
+    made = ctx.fresh(num)
+    _lock_unless_elementwise(ctx, made)
+    return made
+
+
+def _lock_unless_elementwise(ctx, labels):
+    if not is_elementwise(ctx.operation.activation):
+        ctx.lock(labels, "goes through an activation that may mix channels")
+
+
+def _work(ctx, axis, kernel_size, *axes):
+    positions = size(ctx.output_shapes[0], (axis,))
+    return (Work(2.0 * positions * float(np.prod(kernel_size)), axes),)

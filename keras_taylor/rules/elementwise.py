@@ -1,0 +1,103 @@
+"""Operations that look at one position at a time: activations, sums, products."""
+
+import numpy as np
+
+from keras_taylor.labels import FIXED
+from keras_taylor.rules.base import Edit, Effect, Tensor, elements, is_elementwise
+
+
+def unary(ctx):
+    """One value in, one value out."""
+    labels = ctx.inputs[0].labels
+    return Effect(outputs=[labels], work=elements(labels, ctx.output_shapes[0]))
+
+
+def identity(ctx):
+    """Layers that change nothing at inference (dropout, noise, casts)."""
+    return Effect(outputs=[ctx.inputs[0].labels])
+
+
+def activation(ctx):
+    """Activation: free where the function is known to be elementwise."""
+    return unary(ctx) if is_elementwise(ctx.operation.activation) else locked(ctx)
+
+
+def softmax(ctx):
+    """Softmax and its kin: what is normalised together stays together."""
+    tensor, axis = ctx.inputs[0], getattr(ctx.operation, "axis", -1)
+    axes = range(tensor.rank) if axis is None else [k % tensor.rank for k in np.atleast_1d(axis)]
+    if tensor.channel_axis in axes:
+        ctx.lock(tensor.labels, "normalised together")
+        return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), tensor.shape, 3.0))
+    return Effect(outputs=[tensor.labels], work=elements(tensor.labels, tensor.shape, 3.0))
+
+
+def locked(ctx):
+    """Mixes channels in a way that no channel may leave."""
+    for tensor in ctx.inputs:
+        ctx.lock(tensor.labels, "read by an operation that mixes channels")
+    outputs = [ctx.fixed(k) for k in range(len(ctx.output_shapes))]
+    return Effect(outputs=outputs)
+
+
+def unknown(ctx):
+    """No rule knows the operation: it stays as it is, and the report names it."""
+    for tensor in ctx.inputs:
+        ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, which has no rule")
+    outputs = [ctx.fixed(k) for k in range(len(ctx.output_shapes))]
+    return Effect(outputs=outputs, known=False)
+
+
+def merge(ctx):
+    """Elementwise with broadcasting: channels that meet become one."""
+    labels = merged(ctx, ctx.inputs, len(ctx.output_shapes[0]))
+    factor = float(max(1, len(ctx.inputs) - 1))
+    return Effect(
+        outputs=[labels],
+        arguments=_constants(ctx, labels),
+        work=elements(labels, ctx.output_shapes[0], factor),
+    )
+
+
+def merged(ctx, tensors, rank):
+    """Labels of tensors that broadcast against each other, an array of `rank` axes."""
+    tensors = [_raised(t, rank) for t in tensors]
+    axes = {t.channel_axis for t in tensors} - {None}
+    if len(axes) != 1:
+        for tensor in tensors:
+            ctx.lock(tensor.labels, "combined with channels on another axis")
+        return np.full((1,) * rank, FIXED)
+    (axis,) = axes
+    result = None
+    for tensor in tensors:
+        if tensor.channel_axis is None and tensor.shape[axis] == 1:
+            continue  # broadcast: it meets every channel and belongs to none
+        labels = tensor.along(axis)
+        if result is not None:
+            ctx.union(result, labels)
+        result = labels if result is None else np.maximum(result, labels)
+    shape = [1] * rank
+    shape[axis] = -1
+    return result.reshape(shape)
+
+
+def _raised(tensor, rank):
+    missing = (1,) * (rank - tensor.rank)
+    return Tensor(tensor.labels.reshape(missing + tensor.labels.shape), missing + tensor.shape)
+
+
+def _constants(ctx, labels):
+    """Edits of numeric constants that have a channel axis, as in `x * np.array(...)`."""
+    axis = Tensor(labels, ctx.output_shapes[0]).channel_axis
+    edits = {}
+    for position, value in enumerate(ctx.arguments):
+        if axis is None or not hasattr(value, "shape"):
+            continue
+        from_end = labels.ndim - axis
+        if len(value.shape) >= from_end and value.shape[-from_end] > 1:
+            edits[position] = _cut_constant(value, len(value.shape) - from_end, labels.reshape(-1))
+    return edits
+
+
+def _cut_constant(value, axis, vector):
+    return Edit((vector,), lambda kept: np.compress(kept, np.asarray(value), axis))

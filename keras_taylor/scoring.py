@@ -1,0 +1,284 @@
+"""Taylor importance of every channel."""
+
+import keras
+import numpy as np
+
+from keras_taylor import criteria
+from keras_taylor.datasets import Feed
+from keras_taylor.gates import ROWS, GatedModel
+from keras_taylor.groups import read_channels
+from keras_taylor.losses import example_losses
+
+# Steps between two transfers of the float32 statistics to float64 on the host.
+_FOLD_EVERY = 256
+
+
+def score(
+    model,
+    ds=None,
+    *,
+    criterion="taylor",
+    num_examples=None,
+    include=None,
+    exclude=(),
+    batch_size=None,
+    steps_per_epoch=None,
+    class_weight=None,
+):
+    """Scores every channel unit that can be pruned.
+
+    Args:
+        model: A built Keras model; compiled, for criteria that need the loss. It is
+            not changed.
+        ds: Data as for `model.fit`; `None` for the label-free criteria.
+        criterion: A name of the table in `keras_taylor.criteria`, or a callable that
+            takes a `GroupStatistics` and returns an array `(num_units,)`.
+        num_examples: Use the first so many examples; `None`: all.
+        include, exclude: Layer names, regular expressions that match whole names, or
+            layers: score only the channels that these make / none of them.
+        batch_size: Examples a batch, for arrays. All criteria but `taylor_batch` are
+            the same at every batch size.
+        steps_per_epoch: Batches in a pass over an endless data set.
+        class_weight: As in `model.fit`.
+
+    Returns:
+        A dict: group name (that of the first layer making its channels) -> float32
+        array `(num_units,)`; the higher, the more important. Groups that a criterion
+        cannot judge (`batchnorm` without BatchNormalization) are left out.
+
+    Raises:
+        ValueError: for a model that is not compiled where the loss is needed, an
+            unknown criterion, or data that is empty, has no targets, does not fit or
+            leads to NaN; the message names the layer or the batch.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), num_examples=2048)
+    >>> scores["conv1"].shape
+    (32,)
+    """
+    channels = read_channels(model, include, exclude)
+    criteria.get(criterion)
+    feed = None
+    if needs_data(criterion, ds):
+        check_compiled(model, f"criterion={criterion!r}")
+        feed = Feed(ds, model, batch_size, steps_per_epoch)
+    return score_channels(channels, feed, criterion, num_examples, class_weight)
+
+
+def needs_data(criterion, ds):
+    """Whether a criterion needs the loss on data.
+
+    Raises:
+        ValueError: where it does, and there is none.
+    """
+    if callable(criterion):
+        return ds is not None
+    if criterion in criteria.LABEL_FREE:
+        return False
+    if ds is None:
+        raise ValueError(
+            f"The criterion '{criterion}' needs data. Pass `ds`, or one of the label-free criteria "
+            f"{', '.join(criteria.LABEL_FREE)}. Received: ds=None"
+        )
+    return True
+
+
+def check_compiled(model, wanted_by):
+    if not getattr(model, "compiled", False) or model.optimizer is None or model.loss is None:
+        raise ValueError(
+            f"The model is not compiled with a loss, and {wanted_by} needs its loss. Call "
+            f"`model.compile(optimizer, loss)` first. Received: model={model.name!r}, not compiled"
+        )
+
+
+def score_channels(channels, feed, criterion, num_examples=None, class_weight=None):
+    """`score` for a model that was read and data that was checked.
+
+    Args:
+        channels: `groups.Channels`.
+        feed: `datasets.Feed`, or `None` for criteria that need no data.
+        criterion, num_examples, class_weight: As in `score`.
+    """
+    function = criteria.get(criterion)
+    totals = changes = None
+    if feed is not None:
+        gated = GatedModel(channels)
+        if criterion == "oracle":
+            changes = _loss_changes(gated, channels, feed, num_examples)
+        else:
+            totals = gate_statistics(gated, channels, feed, num_examples, class_weight)
+    norms, gammas = _filter_norms(channels), _gammas(channels)
+    scores = {}
+    for group in channels.groups:
+        part = slice(group.start, group.start + group.num_units)
+        values = function(_statistics_of(group, part, totals, changes, norms, gammas))
+        if values is not None:
+            scores[group.name] = _checked(values, group, criterion)
+    return scores
+
+
+def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None):
+    """Sums over one pass of the data, under plain `fit`.
+
+    Returns:
+        A float64 array `(len(gates.ROWS), num_units)`.
+    """
+    model = channels.graph.model
+    gated.compile(
+        keras.optimizers.SGD(0.0),
+        loss=example_losses(model.loss),
+        loss_weights=compiled_loss_weights(model),
+        jit_compile=model.jit_compile,
+        run_eagerly=model.run_eagerly,
+        auto_scale_loss=False,
+    )
+    fold = _Fold(gated)
+    arguments = feed.fit_arguments(num_examples)
+    gated.fit(**arguments, class_weight=class_weight, epochs=1, verbose=0, shuffle=False, callbacks=[fold])
+    if not np.isfinite(fold.totals).all():
+        raise ValueError(_where_not_finite(gated, feed))
+    return fold.totals
+
+
+def compiled_loss_weights(model):
+    return model._compile_config.config.get("loss_weights")
+
+
+class _Fold(keras.callbacks.Callback):
+    """Moves the float32 statistics into float64 every so many steps."""
+
+    def __init__(self, gated):
+        super().__init__()
+        self.totals = np.zeros((len(ROWS), gated.network.gates.num_units))
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch % _FOLD_EVERY == _FOLD_EVERY - 1:
+            self.totals += self.model.take_statistics()
+
+    def on_train_end(self, logs=None):
+        self.totals += self.model.take_statistics()
+
+
+def _loss_changes(gated, channels, feed, num_examples):
+    """True change of the mean loss when one unit's gate is closed, unit by unit."""
+    model = channels.graph.model
+    gated.compile(
+        loss=example_losses(model.loss, mean=True),
+        loss_weights=compiled_loss_weights(model),
+        jit_compile=model.jit_compile,
+        run_eagerly=model.run_eagerly,
+    )
+
+    def loss_with(mask):
+        gated.mask = mask
+        arguments = feed.fit_arguments(num_examples)
+        if "steps_per_epoch" in arguments:
+            arguments["steps"] = arguments.pop("steps_per_epoch")
+        return gated.evaluate(**arguments, verbose=0, return_dict=True)["loss"]
+
+    everything = np.ones(channels.num_units)
+    base = loss_with(everything)
+    if not np.isfinite(base):
+        raise ValueError(_where_not_finite(gated, feed))
+    changes = np.zeros(channels.num_units)
+    for unit in range(channels.num_units):
+        mask = everything.copy()
+        mask[unit] = 0
+        changes[unit] = loss_with(mask) - base
+    return changes
+
+
+def _where_not_finite(gated, feed):
+    for number, (x, _, _) in enumerate(feed.batches()):
+        for part in keras.tree.flatten(x):
+            if not np.isfinite(keras.ops.convert_to_numpy(part)).all():
+                return f"The data holds NaN or infinity. Received: ds with the first in batch {number}"
+        layer = gated.network.first_not_finite(x)
+        if layer is not None:
+            return (
+                f"The output of layer '{layer}' is NaN or infinite: its weights are, or its values "
+                "overflow. The model was not changed. "
+                f"Received: ds, whose batch {number} shows it first"
+            )
+    return (
+        "The loss or its gradient is NaN or infinite although every layer's output is finite: the "
+        "targets do not suit the loss. The model was not changed. Received: ds"
+    )
+
+
+def _statistics_of(group, part, totals, changes, norms, gammas):
+    rows = dict.fromkeys(ROWS) if totals is None else dict(zip(ROWS, totals[:, part], strict=True))
+    examples = 0 if totals is None else int(rows["examples"][0])
+    batches = 0 if totals is None else int(rows["batches"][0])
+
+    def mean(row, num):
+        return None if rows[row] is None else rows[row] / num
+
+    scales = gammas[part]
+    return criteria.GroupStatistics(
+        name=group.name,
+        num_units=group.num_units,
+        num_examples=examples,
+        num_batches=batches,
+        mean=mean("sum", examples),
+        mean_absolute=mean("absolute", examples),
+        mean_square=mean("square", examples),
+        mean_batch_square=mean("batch_square", batches),
+        filter_norms=norms[part],
+        gammas=None if np.isnan(scales).any() else scales,
+        loss_changes=None if changes is None else changes[part],
+    )
+
+
+def _checked(values, group, criterion):
+    values = np.asarray(values, np.float32)
+    if values.shape != (group.num_units,) or not np.isfinite(values).all():
+        raise ValueError(
+            f"The criterion gave no finite score for each unit of group '{group.name}'. Expected a "
+            f"finite array of shape ({group.num_units},). Received: criterion={criterion!r}, which "
+            f"returned {values!r}"
+        )
+    return values
+
+
+def _filter_norms(channels):
+    """Mean over the layers that make a unit of the L2 norm of its filters, `(num_units,)`."""
+    return _per_unit(channels, _made_by_kernels, lambda rows: np.sqrt(np.square(rows).sum(1)))
+
+
+def _gammas(channels):
+    """Mean absolute BatchNormalization scale of each unit, NaN where it has none."""
+    return _per_unit(channels, _scaled_by_gammas, lambda rows: np.abs(rows).mean(1))
+
+
+def _per_unit(channels, select, reduce):
+    total, number = np.zeros(channels.num_units), np.zeros(channels.num_units)
+    seen = set()
+    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+        if id(call.operation) in seen:
+            continue
+        seen.add(id(call.operation))
+        for name, axis, labels in select(call, effect):
+            weight = keras.ops.convert_to_numpy(getattr(call.operation, name)).astype(np.float64)
+            values = reduce(np.moveaxis(weight, axis, 0).reshape(labels.size, -1))
+            units = channels.units(labels)
+            np.add.at(total, units[units >= 0], values[units >= 0])
+            np.add.at(number, units[units >= 0], 1)
+    with np.errstate(invalid="ignore"):
+        return total / number
+
+
+def _made_by_kernels(call, effect):
+    """Kernels with their output axis: name, axis, labels."""
+    made = [edit.labels[0] for key, edit in effect.config.items() if key in ("filters", "units")]
+    for name, axes in effect.weights.items():
+        for axis, labels in enumerate(axes):
+            if len(axes) > 1 and any(labels is m for m in made):
+                yield name, axis, labels
+
+
+def _scaled_by_gammas(call, effect):
+    is_batch_norm = isinstance(call.operation, keras.layers.BatchNormalization)
+    if is_batch_norm and call.operation.scale and "gamma" in effect.weights:
+        yield "gamma", 0, effect.weights["gamma"][0]
