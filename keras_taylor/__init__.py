@@ -4,6 +4,7 @@ from keras_taylor.graph import UnsupportedModelError
 from keras_taylor.plan import Plan, make_plan
 from keras_taylor.scoring import score
 from keras_taylor.surgery import prune
+from keras_taylor.version import VERSION
 
 __all__ = ["Plan", "UnsupportedModelError", "make_plan", "prune", "score"]
-__version__ = "0.1.0"
+__version__ = VERSION

@@ -1,5 +1,6 @@
 """Copies of single operations, of their weights, and of compile settings."""
 
+import contextlib
 import copy
 
 import keras
@@ -35,12 +36,35 @@ def clone_operation(operation, name, changes=None):
         ) from error
 
 
+@contextlib.contextmanager
+def uninitialized(layer):
+    """Within it, the layer's new weights are zeros: they get their values by copying.
+
+    Random initializers would be wasted, and JAX compiles one for every shape.
+    """
+    add_weight = layer.add_weight
+
+    def add_zeros(shape=None, initializer=None, **arguments):
+        return add_weight(shape, initializer=_zeros, **arguments)
+
+    vars(layer)["add_weight"] = add_zeros
+    try:
+        yield
+    finally:
+        vars(layer).pop("add_weight")
+
+
+def _zeros(shape, dtype=None):
+    return keras.ops.convert_to_tensor(np.zeros(shape, np.float32), dtype)
+
+
 def build_like(clone, layer, name):
     """Builds a cloned layer with the shapes that `layer` was built with."""
     if not clone.built and layer.built:
         config = layer.get_build_config()
         if config is not None:
-            clone.build_from_config(config)
+            with uninitialized(clone):
+                clone.build_from_config(config)
     if len(clone.weights) != len(layer.weights):
         raise UnsupportedModelError(
             f"Layer '{name}' has {len(layer.weights)} weights, its copy has {len(clone.weights)}. "
@@ -58,12 +82,12 @@ def copy_weights(source, target, masks=None):
             `None`, for each axis.
     """
     for old, new in zip(source.weights, target.weights, strict=True):
-        value = old.value
+        value = keras.ops.convert_to_numpy(old.value)
         for axis, mask in enumerate((masks or {}).get(id(old), ())):
             if mask is not None and not mask.all():
-                value = np.compress(mask, keras.ops.convert_to_numpy(value), axis)
+                value = np.compress(mask, value, axis)
         # a copy: JAX donates buffers, and a shared one would be lost to the source
-        new.assign(keras.ops.copy(value))
+        new.assign(np.array(value))
 
 
 def compile_settings(model):

@@ -20,9 +20,7 @@ class Feed:
         targets: Whether targets are needed.
     """
 
-    def __init__(
-        self, ds, model, batch_size=None, steps_per_epoch=None, sample_weight=None, targets=True
-    ):
+    def __init__(self, ds, model, batch_size=None, steps_per_epoch=None, sample_weight=None, targets=True):
         self.steps_per_epoch = steps_per_epoch
         self.batch_size = batch_size
         self._arrays = _as_arrays(ds)
@@ -59,7 +57,9 @@ class Feed:
     def _check(self, model, targets):
         if self._arrays is not None:
             if not self.num_examples:
-                raise ValueError("The data set is empty. Expected at least one example. Received: ds with 0 examples")
+                raise ValueError(
+                    "The data set is empty. Expected at least one example. Received: ds with 0 examples"
+                )
             first = tuple(_slice(part, 0, 2) for part in self._arrays)
             for what, part in zip(("x", "y"), self._arrays[:2], strict=True):
                 _check_finite(what, part)

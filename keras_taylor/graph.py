@@ -190,9 +190,7 @@ class _Reader:
             return [tuple(t.shape) for t in site.outputs]
         args, kwargs = keras.tree.map_structure(
             lambda new, old: (
-                keras.KerasTensor(self.shapes[new.index], dtype=old.dtype)
-                if isinstance(new, Ref)
-                else new
+                keras.KerasTensor(self.shapes[new.index], dtype=old.dtype) if isinstance(new, Ref) else new
             ),
             (args, kwargs),
             (site.args, site.kwargs),

@@ -3,9 +3,9 @@
 import dataclasses
 import re
 
+import keras
 import numpy as np
 
-import keras
 from keras_taylor import graph as graphs
 from keras_taylor import rules
 from keras_taylor.labels import FIXED, LabelSpace
@@ -67,9 +67,7 @@ class Channels:
         self.effects = []
         self._first = {}  # first effect of each operation, and of each site
         for call in graph.calls:
-            effect = rules.apply(
-                self.space, call, self.labels, graph.shapes, graphs.tensor_positions(call)
-            )
+            effect = rules.apply(self.space, call, self.labels, graph.shapes, graphs.tensor_positions(call))
             for index, labels in zip(call.outputs, effect.outputs, strict=True):
                 self.labels[index] = labels
             self.effects.append(effect)
@@ -77,9 +75,7 @@ class Channels:
         self._join_bindings(graph)
         for index in graph.outputs:
             self.space.lock(self.labels[index], "model output")
-        self.unknown = sorted(
-            {c.name for c, e in zip(graph.calls, self.effects, strict=True) if not e.known}
-        )
+        self.unknown = sorted({c.name for c, e in zip(graph.calls, self.effects, strict=True) if not e.known})
 
     def _join(self, call, effect):
         """An operation that was seen before has one set of weights and one configuration."""
@@ -224,5 +220,3 @@ def read_channels(model, include=None, exclude=()):
         `Channels`.
     """
     return Channels(graphs.read(model), include, exclude)
-
-

@@ -82,6 +82,4 @@ def _crossentropy_for(y_true, y_pred):
 
 def example_losses(loss, mean=False):
     """The same structure of losses as given to `compile`, each an `ExampleLoss`."""
-    return keras.tree.map_structure(
-        lambda one: None if one is None else ExampleLoss(one, mean), loss
-    )
+    return keras.tree.map_structure(lambda one: None if one is None else ExampleLoss(one, mean), loss)

@@ -118,9 +118,7 @@ def render(table, width=100):
     return console.file.getvalue().rstrip()
 
 
-def make_plan(
-    model, scores, goal=0.3, *, round_to=1, min_channels=1, include=None, exclude=()
-):
+def make_plan(model, scores, goal=0.3, *, round_to=1, min_channels=1, include=None, exclude=()):
     """Chooses the least important units of the whole network until the goal is met.
 
     Args:
@@ -190,7 +188,9 @@ def flat_scores(channels, scores):
         values = np.asarray(values, np.float64)
         group = names.get(name)
         if group is None or values.shape != (group.num_units,) or np.isnan(values).any():
-            expected = "one of its prunable groups" if group is None else f"shape ({group.num_units},), no NaN"
+            expected = (
+                "one of its prunable groups" if group is None else f"shape ({group.num_units},), no NaN"
+            )
             raise ValueError(
                 f"The scores do not fit the model at '{name}'. Expected {expected}. "
                 f"Received: scores[{name!r}] of shape {values.shape}"
@@ -213,9 +213,7 @@ class Removable:
         _check_whole("round_to", round_to)
         _check_whole("min_channels", min_channels)
         self._channels, self._costs, self._round_to = channels, costs, round_to
-        self._group_of = np.repeat(
-            np.arange(len(channels.groups)), [g.num_units for g in channels.groups]
-        )
+        self._group_of = np.repeat(np.arange(len(channels.groups)), [g.num_units for g in channels.groups])
         self._starts = np.array([g.start for g in channels.groups], np.int64)
         self._sizes = np.array([g.num_units for g in channels.groups], np.int64)
         self._ranked = np.lexsort((flat, self._group_of))  # within each group, worst first
@@ -336,6 +334,6 @@ def _check_agreement(channels, plan, producers, kept):
 
 def _check_whole(name, value):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"`{name}` is a number of channels. Expected a whole number from 1 on. Received: {name}={value!r}")
-
-
+        raise ValueError(
+            f"`{name}` is a number of channels. Expected a whole number from 1 on. Received: {name}={value!r}"
+        )

@@ -1,9 +1,11 @@
 """The smaller model that a plan describes, weights copied (`prune`)."""
 
+import contextlib
+
 import keras
 
 from keras_taylor import graph as graphs
-from keras_taylor.cloning import clone_operation, compile_settings, copy_weights
+from keras_taylor.cloning import clone_operation, compile_settings, copy_weights, uninitialized
 from keras_taylor.groups import read_channels
 from keras_taylor.plan import kept_units, mask_of
 
@@ -71,7 +73,9 @@ class _Surgeon:
         tensors = {id(t): self._input(structure, k).output for k, t in enumerate(placeholders)}
         for site in structure.sites:
             args, kwargs = self._arguments(site, tensors)
-            outputs = self._operation(site.operation)(*args, **kwargs)
+            operation = self._operation(site.operation)
+            with uninitialized(operation) if _will_be_built(operation) else contextlib.nullcontext():
+                outputs = operation(*args, **kwargs)
             tensors.update(zip(map(id, site.outputs), keras.tree.flatten(outputs), strict=True))
         inputs, outputs = keras.tree.map_structure(
             lambda t: tensors[id(t)], (structure.inputs, structure.outputs)
@@ -137,3 +141,7 @@ class _Surgeon:
         for old, new in containers[::-1] + [p for p in pairs if p not in containers]:
             if new.trainable != old.trainable:
                 new.trainable = old.trainable
+
+
+def _will_be_built(operation):
+    return isinstance(operation, keras.Layer) and not operation.built

@@ -13,7 +13,7 @@ def batch_normalization(ctx):
     """BatchNormalization: at inference a scale and a shift of each channel."""
     vector = ctx.inputs[0].along(ctx.operation.axis)
     names = ("gamma", "beta", "moving_mean", "moving_variance")
-    return _per_channel(ctx, {name: (vector,) for name in names}, work=_SCALE_AND_SHIFT)
+    return _per_channel(ctx, dict.fromkeys(names, (vector,)), work=_SCALE_AND_SHIFT)
 
 
 def layer_normalization(ctx):
