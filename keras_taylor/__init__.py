@@ -1,10 +1,24 @@
 """Really smaller Keras 3 models: Taylor pruning of whole channels."""
 
+from keras_taylor.analysis import Analysis, analyze
+from keras_taylor.compression import CompressionInterrupted, compress
 from keras_taylor.graph import UnsupportedModelError
 from keras_taylor.plan import Plan, make_plan
+from keras_taylor.report import Info
 from keras_taylor.scoring import score
 from keras_taylor.surgery import prune
 from keras_taylor.version import VERSION
 
-__all__ = ["Plan", "UnsupportedModelError", "make_plan", "prune", "score"]
+__all__ = [
+    "Analysis",
+    "CompressionInterrupted",
+    "Info",
+    "Plan",
+    "UnsupportedModelError",
+    "analyze",
+    "compress",
+    "make_plan",
+    "prune",
+    "score",
+]
 __version__ = VERSION

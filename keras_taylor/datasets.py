@@ -34,15 +34,23 @@ class Feed:
         self._check(model, targets)
 
     def fit_arguments(self, num_examples=None):
-        """Arguments of `fit` (or `evaluate`) for the first `num_examples` examples, or for all."""
+        """Arguments of `fit` for all examples, or for `num_examples`: the first ones of an
+        iterable, evenly spread over arrays."""
         if self._arrays is not None:
-            x, y, weight = (_first(part, num_examples) for part in self._arrays)
+            x, y, weight = (self._spread(part, num_examples) for part in self._arrays)
             return {"x": x, "y": y, "sample_weight": weight, "batch_size": self.batch_size}
         if num_examples is None and self.steps_per_epoch is None:
             return {"x": self._batches}
         if num_examples is None:
             return {"x": self._batches, "steps_per_epoch": self.steps_per_epoch}
         return {"x": _limited(self.batches(), num_examples)}
+
+    def _spread(self, part, num):
+        """So many examples, evenly over the array: data is often sorted by class."""
+        if num is None or num >= self.num_examples:
+            return part
+        rows = np.linspace(0, self.num_examples - 1, num).round().astype(int)
+        return keras.tree.map_structure(lambda a: None if a is None else a[rows], part)
 
     def batches(self):
         """Iterates over one epoch of `(x, y, sample_weight)` batches."""

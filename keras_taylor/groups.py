@@ -206,6 +206,15 @@ def _matching(patterns, graph, names, argument):
     return found
 
 
+def layer_names(model, patterns):
+    """Patterns with layers of the model replaced by their names, which pruned models have too."""
+    if patterns is None:
+        return None
+    names = {id(layer): name for name, layer in graphs.read(model).layers()}
+    patterns = [patterns] if isinstance(patterns, (str, keras.Layer)) else patterns
+    return [re.escape(names[id(p)]) if id(p) in names else p for p in patterns]
+
+
 def read_channels(model, include=None, exclude=()):
     """Reads a model and finds its groups.
 

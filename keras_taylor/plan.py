@@ -1,16 +1,15 @@
 """Which channels to keep for a goal: a value to print, edit, save, replay."""
 
 import dataclasses
-import io
 import json
 from collections.abc import Mapping
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from keras_taylor.costs import CostModel
 from keras_taylor.groups import read_channels
+from keras_taylor.tables import render
 
 _FORMAT = 1
 COSTS = ("params", "flops")
@@ -109,13 +108,6 @@ class Plan:
             if self.before.get(what) and self.after.get(what) is not None
         ]
         return "plan: " + (", ".join(parts) or f"{len(self.layers)} layers lose channels")
-
-
-def render(table, width=100):
-    """A rich table as plain text."""
-    console = Console(file=io.StringIO(), width=width)
-    console.print(table)
-    return console.file.getvalue().rstrip()
 
 
 def make_plan(model, scores, goal=0.3, *, round_to=1, min_channels=1, include=None, exclude=()):

@@ -31,14 +31,20 @@ def prune(model, plan):
     return cut(channels, kept_units(channels, plan))
 
 
-def cut(channels, kept):
-    """The model without the units that are not kept, a bool array `(num_units,)`."""
+def cut(channels, kept, compiled_as=None):
+    """The model without the units that are not kept.
+
+    Args:
+        channels: `groups.Channels` of the model.
+        kept: Bool array `(num_units,)`.
+        compiled_as: The model whose compile settings it gets; `None`: the one that is cut.
+    """
     model = channels.graph.model
     surgeon = _Surgeon(channels, kept)
     small = surgeon.model(model)
     surgeon.copy_all_weights()
     surgeon.set_trainable_flags()
-    settings = compile_settings(model)
+    settings = compile_settings(compiled_as or model)
     if settings is not None:
         small.compile(**settings)
     return small

@@ -1,0 +1,89 @@
+"""Train a small network on real handwritten digits, make it 30 % smaller, compare.
+
+Run with `python examples/quickstart.py`; it needs scikit-learn for the digits. The
+backend is the one that KERAS_BACKEND names, TensorFlow by default.
+"""
+
+import os
+import tempfile
+import time
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import keras_taylor
+
+
+def digits():
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).reshape(-1, 8, 8, 1).astype("float32")
+    return train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
+
+
+def small_cnn():
+    layers = [keras.Input((8, 8, 1))]
+    for filters in (32, 64, 64):
+        layers += [
+            keras.layers.Conv2D(filters, 3, padding="same", use_bias=False),
+            keras.layers.BatchNormalization(momentum=0.9),
+            keras.layers.ReLU(),
+        ]
+        if filters == 32:
+            layers.append(keras.layers.MaxPooling2D())
+    layers += [keras.layers.Flatten(), keras.layers.Dropout(0.3), keras.layers.Dense(10)]
+    return keras.Sequential(layers, name="digits_cnn")
+
+
+def measure(model, x, y):
+    """Accuracy, parameters, FLOPs, size of the file, and time of one batch of 64."""
+    accuracy = model.evaluate(x, y, verbose=0, return_dict=True)["accuracy"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.keras")
+        keras.Model(model.inputs, model.outputs).save(path)  # without the optimizer's state
+        size = os.path.getsize(path)
+    costs = keras_taylor.analyze(model).costs
+    return [f"{accuracy:.2%}", f"{costs['params']:,}", f"{costs['flops']:,}", f"{size / 1024:.0f} KiB"]
+
+
+def milliseconds(models, x, repetitions=30):
+    """Median time of `predict_on_batch`, the models in turn."""
+    times = np.zeros((len(models), repetitions))
+    for repetition in range(-3, repetitions):
+        for number, model in enumerate(models):
+            start = time.perf_counter()
+            model.predict_on_batch(x)
+            times[number, repetition] = time.perf_counter() - start
+    return [f"{1000 * t:.2f} ms" for t in np.median(times, axis=1)]
+
+
+def main():
+    keras.utils.set_random_seed(0)
+    x_train, x_test, y_train, y_test = digits()
+    model = small_cnn()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(2e-3), loss, metrics=["accuracy"])
+    model.fit(x_train, y_train, epochs=15, batch_size=64, verbose=0)
+
+    small, info = keras_taylor.compress(
+        model, (x_train, y_train), goal=0.3, epochs=2, batch_size=64, return_info=True
+    )
+    print(info)
+
+    rows = [measure(m, x_test, y_test) for m in (model, small)]
+    for row, latency in zip(rows, milliseconds((model, small), x_test[:64]), strict=True):
+        row.append(latency)
+    table = Table(title="digits, 450 test images")
+    names = ("", "accuracy", "parameters", "FLOPs", "file", "64 images")
+    for column in names:
+        table.add_column(column, justify="right")
+    for name, row in zip(("before", "after"), rows, strict=True):
+        table.add_row(name, *row)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

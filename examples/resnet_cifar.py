@@ -1,0 +1,105 @@
+"""Make a trained CIFAR-10 ResNet smaller, and see what accuracy is left.
+
+    python examples/resnet_cifar.py --model resnet20_cifar10.keras --data cifar10_4k1k.npz
+
+The data file holds uint8 images and labels: x_train, y_train, x_test, y_test. The
+backend is the one that KERAS_BACKEND names.
+"""
+
+import argparse
+import json
+import time
+
+import keras
+import numpy as np
+
+import keras_taylor
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+
+
+class Augmented(keras.utils.PyDataset):
+    """Batches of images, mirrored at random and shifted by up to four pixels."""
+
+    def __init__(self, x, y, batch_size, seed=0):
+        super().__init__()
+        self.x = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))
+        self.y, self.batch_size = y, batch_size
+        self.random = np.random.default_rng(seed)
+        self.on_epoch_end()
+
+    def __len__(self):
+        return -(-len(self.y) // self.batch_size)
+
+    def on_epoch_end(self):
+        self.order = self.random.permutation(len(self.y))
+
+    def __getitem__(self, index):
+        rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        top, left = self.random.integers(0, 9, (2, len(rows)))
+        images = np.stack(
+            [self.x[r, t : t + 32, c : c + 32] for r, t, c in zip(rows, top, left, strict=True)]
+        )
+        mirrored = self.random.random(len(rows)) < 0.5
+        images[mirrored] = images[mirrored, :, ::-1]
+        return images, self.y[rows]
+
+
+def images_and_labels(path):
+    with np.load(path) as data:
+        arrays = [data[name] for name in ("x_train", "y_train", "x_test", "y_test")]
+    x_train, y_train, x_test, y_test = arrays
+    x_train, x_test = (((x / 255 - MEAN) / STD).astype("float32") for x in (x_train, x_test))
+    return x_train, y_train.reshape(-1), x_test, y_test.reshape(-1)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="a .keras file, logits out")
+    parser.add_argument("--data", required=True, help="an .npz file")
+    parser.add_argument("--goal", type=float, default=0.3)
+    parser.add_argument("--increment", type=float, default=0.1)
+    parser.add_argument("--criterion", default="taylor")
+    parser.add_argument("--epochs", type=int, default=2, help="of fine-tuning, a round")
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--save", help="where to write the smaller model")
+    return parser.parse_args()
+
+
+def main():
+    options = arguments()
+    keras.utils.set_random_seed(0)
+    x_train, y_train, x_test, y_test = images_and_labels(options.data)
+    model = keras.models.load_model(options.model, compile=False)
+    optimizer = keras.optimizers.SGD(options.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+    before = model.evaluate(x_test, y_test, batch_size=250, verbose=0, return_dict=True)["accuracy"]
+
+    start = time.perf_counter()
+    small, info = keras_taylor.compress(
+        model,
+        Augmented(x_train, y_train, batch_size=128),
+        goal=options.goal,
+        increment=options.increment,
+        criterion=options.criterion,
+        epochs=options.epochs,
+        return_info=True,
+    )
+    seconds = time.perf_counter() - start
+    print(info)
+    after = small.evaluate(x_test, y_test, batch_size=250, verbose=0, return_dict=True)["accuracy"]
+    result = {
+        "backend": keras.backend.backend(),
+        "criterion": options.criterion,
+        "accuracy": [round(before, 4), round(after, 4)],
+        "reduction": {what: round(share, 4) for what, share in info.reduction.items()},
+        "seconds": round(seconds),
+    }
+    print(json.dumps(result))
+    if options.save:
+        small.save(options.save)
+
+
+if __name__ == "__main__":
+    main()

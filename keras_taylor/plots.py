@@ -1,0 +1,40 @@
+"""Pictures of a report."""
+
+import importlib
+
+
+def plot_rounds(info, path):
+    """Parameters and metrics against rounds, in a picture file.
+
+    Args:
+        info: An `Info`.
+        path: File name; its ending tells the format.
+    """
+    figure_class = _matplotlib("matplotlib.figure").Figure
+    metrics = [n for n in dict.fromkeys(n for r in info.rounds for n in r.history) if n != "learning_rate"]
+    losses = [name for name in metrics if name.endswith("loss")]
+    others = [name for name in metrics if not name.endswith("loss")]
+    panels = [names for names in (others, losses) if names]
+    figure = figure_class(figsize=(7, 2.6 * (1 + len(panels))), layout="constrained")
+    axes = figure.subplots(1 + len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    numbers = [0] + [one.number for one in info.rounds]
+    axes[0].step(numbers, [info.before["params"]] + [r.params for r in info.rounds], where="post", marker="o")
+    axes[0].set(ylabel="parameters", ylim=(0, None))
+    for panel, names in zip(axes[1:], panels, strict=True):
+        for name in names:
+            rounds = [one for one in info.rounds if one.history.get(name)]
+            panel.plot(
+                [r.number for r in rounds], [r.history[name][-1] for r in rounds], marker="o", label=name
+            )
+        panel.legend()
+    axes[-1].set(xlabel="round", xticks=numbers)
+    figure.savefig(path, dpi=150)
+
+
+def _matplotlib(module):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            'Pictures need matplotlib. Install the extra: pip install "keras-taylor[plots]"'
+        ) from error

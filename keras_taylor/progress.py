@@ -1,0 +1,66 @@
+"""Tells the user what goes on while it goes on."""
+
+import keras
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Reporter:
+    """Prints lines, and a live bar where there is a terminal or a notebook to show it.
+
+    Args:
+        verbose: 0 is silent, 1 shows lines and a live bar, 2 lines only; "auto" is 1
+            in a terminal or notebook and 2 elsewhere (a pipe, a log file).
+        console: A rich `Console`, standard output by default.
+    """
+
+    def __init__(self, verbose="auto", console=None):
+        if verbose not in ("auto", 0, 1, 2):
+            raise ValueError(f'`verbose` is 0, 1, 2 or "auto". Received: verbose={verbose!r}')
+        self._console = console or Console(soft_wrap=True)
+        interactive = self._console.is_terminal or self._console.is_jupyter
+        self._silent = verbose == 0
+        self._live = verbose in ("auto", 1) and interactive
+        self._bar = None
+
+    def say(self, text):
+        """Prints one line."""
+        if not self._silent:
+            self._console.print(text, highlight=False, markup=False)
+
+    def __enter__(self):
+        if self._live:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def callback(self, phase):
+        """A Keras callback that moves the bar, batch by batch, under this name; or none."""
+        return [] if self._bar is None else [_BatchProgress(self._bar, phase)]
+
+
+class _BatchProgress(keras.callbacks.Callback):
+    def __init__(self, bar, phase):
+        super().__init__()
+        self._bar, self._phase = bar, phase
+
+    def on_train_begin(self, logs=None):
+        steps, epochs = self.params.get("steps"), self.params.get("epochs") or 1
+        self._task = self._bar.add_task(self._phase, total=steps * epochs if steps else None)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._bar.advance(self._task)
+
+    def on_train_end(self, logs=None):
+        self._bar.remove_task(self._task)

@@ -1,0 +1,111 @@
+"""What was removed, what was left and why, what it cost."""
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.table import Table
+
+from keras_taylor.tables import render
+
+
+@dataclasses.dataclass
+class Round:
+    """One round: score, prune, fine-tune.
+
+    Attributes:
+        number: From 1 on.
+        params, flops: What is left after it (`flops` is `None` with an input of unknown size).
+        layers: For each layer that lost channels in this round: channels before and after.
+        history: Loss and metrics of each epoch, as `History.history` of Keras.
+        step_losses: Training loss of every fine-tuning step.
+        seconds: Time of the phases "score", "prune" and "fit".
+    """
+
+    number: int
+    params: int
+    flops: int | None
+    layers: dict
+    history: dict
+    step_losses: list
+    seconds: dict
+
+
+@dataclasses.dataclass
+class Info:
+    """What a run of `compress` did; `print(info)` is a table.
+
+    Attributes:
+        goal: What was asked, `{"params": 0.3}`.
+        criterion: Name of the criterion.
+        before, after: "params" and "flops" of the original and of the result.
+        rounds: A `Round` for each completed round.
+        locked: For each layer with channels that cannot leave: how many, and why.
+        unknown: Operations without a rule, whose input channels stay.
+        plan: The `Plan` from the original model to the result.
+        stop_reason: Why the run ended.
+    """
+
+    goal: dict
+    criterion: str
+    before: dict
+    after: dict
+    plan: Any
+    rounds: list = dataclasses.field(default_factory=list)
+    locked: dict = dataclasses.field(default_factory=dict)
+    unknown: tuple = ()
+    stop_reason: str = ""
+
+    @property
+    def reduction(self):
+        """Fraction of "params" and "flops" that is gone."""
+        return {
+            what: 1 - self.after[what] / before for what, before in self.before.items() if before is not None
+        }
+
+    @property
+    def pruned_layers(self):
+        """Names of the layers that lost channels."""
+        return list(self.plan.layers)
+
+    def to_json(self):
+        """Everything as a JSON string."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "plan"}
+        content["rounds"] = [dataclasses.asdict(one) for one in self.rounds]
+        content.update(
+            reduction=self.reduction, pruned_layers=self.pruned_layers, plan=json.loads(self.plan.to_json())
+        )
+        return json.dumps(content)
+
+    def plot(self, path):
+        """Draws parameters and the metrics against rounds into a picture file.
+
+        Args:
+            path: File name; its ending tells the format (`.png`, `.svg`, `.pdf`).
+
+        Raises:
+            ImportError: without matplotlib (`pip install "keras-taylor[plots]"`).
+        """
+        from keras_taylor import plots
+
+        plots.plot_rounds(self, path)
+
+    def __str__(self):
+        metrics = list(dict.fromkeys(name for one in self.rounds for name in one.history))
+        table = Table(title=self._headline(), caption=f"stopped: {self.stop_reason}")
+        for column in ("round", "parameters", "FLOPs", *metrics, "seconds"):
+            table.add_column(column, justify="right")
+        table.add_row("0", _number(self.before["params"]), _number(self.before["flops"]))
+        for one in self.rounds:
+            values = [f"{one.history[m][-1]:.4g}" if one.history.get(m) else "" for m in metrics]
+            seconds = f"{sum(one.seconds.values()):.1f}"
+            table.add_row(str(one.number), _number(one.params), _number(one.flops), *values, seconds)
+        return render(table, width=max(100, 16 * (4 + len(metrics))))
+
+    def _headline(self):
+        gone = ", ".join(f"{share:.1%} of {what}" for what, share in self.reduction.items())
+        return f"{gone} removed from {len(self.pruned_layers)} layers by '{self.criterion}'"
+
+
+def _number(value):
+    return "unknown" if value is None else f"{value:,}"

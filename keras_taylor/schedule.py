@@ -1,0 +1,49 @@
+"""How much must be gone after each round."""
+
+import math
+
+
+def fractions(goal, increment):
+    """Fractions of the original to be gone after each round, the last one the goal.
+
+    Args:
+        goal: Fraction to remove in the end, above 0 and below 1.
+        increment: Fraction of the original removed a round; or a schedule, a function
+            from the round's number (from 1 on) to the fraction gone after it, which
+            ends the run when it reaches the goal.
+
+    Returns:
+        A list of floats, rising to `goal`.
+
+    Raises:
+        ValueError: for an increment that is no such number, a schedule that does not rise.
+
+    Example:
+
+    >>> fractions(0.3, 0.125)
+    [0.125, 0.25, 0.3]
+    """
+    if callable(increment):
+        return _from_schedule(goal, increment)
+    number = isinstance(increment, (int, float)) and not isinstance(increment, bool)
+    if not number or not 0 < increment <= 1:
+        raise ValueError(
+            "`increment` is the fraction of the original removed a round. Expected a number above 0 "
+            f"and at most 1, or a function of the round's number. Received: increment={increment!r}"
+        )
+    num_rounds = math.ceil(goal / increment - 1e-9)
+    return [increment * number for number in range(1, num_rounds)] + [goal]
+
+
+def _from_schedule(goal, schedule):
+    steps = [0.0]
+    while steps[-1] < goal:
+        step = float(schedule(len(steps)))
+        if not step > steps[-1]:
+            raise ValueError(
+                f"The schedule does not rise at round {len(steps)}: {steps[-1]} is followed by {step}. "
+                "Expected a function from the round's number to the fraction gone after it. "
+                f"Received: increment={schedule!r}"
+            )
+        steps.append(min(step, goal))
+    return steps[1:]
