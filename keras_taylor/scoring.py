@@ -33,7 +33,8 @@ def score(
         ds: Data as for `model.fit`; `None` for the label-free criteria.
         criterion: A name of the table in `keras_taylor.criteria`, or a callable that
             takes a `GroupStatistics` and returns an array `(num_units,)`.
-        num_examples: Use the first so many examples; `None`: all.
+        num_examples: Use so many examples, evenly spread over arrays, the first of an
+            iterable; `None`: all.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: score only the channels that these make / none of them.
         batch_size: Examples a batch, for arrays. All criteria but `taylor_batch` are
@@ -92,13 +93,14 @@ def check_compiled(model, wanted_by):
         )
 
 
-def score_channels(channels, feed, criterion, num_examples=None, class_weight=None):
+def score_channels(channels, feed, criterion, num_examples=None, class_weight=None, callbacks=()):
     """`score` for a model that was read and data that was checked.
 
     Args:
         channels: `groups.Channels`.
         feed: `datasets.Feed`, or `None` for criteria that need no data.
         criterion, num_examples, class_weight: As in `score`.
+        callbacks: Keras callbacks of the scoring pass.
     """
     function = criteria.get(criterion)
     totals = changes = None
@@ -107,7 +109,7 @@ def score_channels(channels, feed, criterion, num_examples=None, class_weight=No
         if criterion == "oracle":
             changes = _loss_changes(gated, channels, feed, num_examples)
         else:
-            totals = gate_statistics(gated, channels, feed, num_examples, class_weight)
+            totals = gate_statistics(gated, channels, feed, num_examples, class_weight, callbacks)
     norms, gammas = _filter_norms(channels), _gammas(channels)
     scores = {}
     for group in channels.groups:
@@ -118,13 +120,23 @@ def score_channels(channels, feed, criterion, num_examples=None, class_weight=No
     return scores
 
 
-def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None):
+def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None, callbacks=()):
     """Sums over one pass of the data, under plain `fit`.
 
     Returns:
         A float64 array `(len(gates.ROWS), num_units)`.
     """
-    model = channels.graph.model
+    compile_for_scoring(gated, channels.graph.model)
+    fold = _Fold(gated)
+    arguments = feed.fit_arguments(num_examples)
+    gated.fit(**arguments, class_weight=class_weight, epochs=1, verbose=0, shuffle=False, callbacks=[fold, *callbacks])
+    if not np.isfinite(fold.totals).all():
+        raise ValueError(_where_not_finite(gated, feed))
+    return fold.totals
+
+
+def compile_for_scoring(gated, model):
+    """Compiles so that `fit` collects statistics: each example's own loss, a step that moves nothing."""
     gated.compile(
         keras.optimizers.SGD(0.0),
         loss=example_losses(model.loss),
@@ -133,12 +145,6 @@ def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None)
         run_eagerly=model.run_eagerly,
         auto_scale_loss=False,
     )
-    fold = _Fold(gated)
-    arguments = feed.fit_arguments(num_examples)
-    gated.fit(**arguments, class_weight=class_weight, epochs=1, verbose=0, shuffle=False, callbacks=[fold])
-    if not np.isfinite(fold.totals).all():
-        raise ValueError(_where_not_finite(gated, feed))
-    return fold.totals
 
 
 def compiled_loss_weights(model):
