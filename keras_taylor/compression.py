@@ -220,27 +220,25 @@ class _Run:
             raise ValueError(
                 f"The loss became NaN or infinite in round {number}, at fine-tuning step {step}. Lower "
                 "the learning rate with which the model is compiled, or look for NaN in the data. The "
-                f"model that was given is untouched. Received: losses {losses.values[max(0, step - 2) : step + 1]}"
+                f"model that was given is untouched. Received: losses={losses.values[: step + 1][-3:]}"
             )
         return {key: [float(v) for v in values] for key, values in history.items()}, losses.values
 
     def _num_scored(self, score_examples):
-        available = self._feed.num_examples
-        if available is not None:
-            available = int(available * (1 - (self._fit_kwargs.get("validation_split") or 0)))
-        wanted = score_examples or _SCORE_EXAMPLES
-        return wanted if available is None else min(wanted, available)
+        if score_examples is not None:
+            return score_examples
+        available = self._feed.num_examples or _SCORE_EXAMPLES
+        return min(_SCORE_EXAMPLES, int(available * (1 - (self._fit_kwargs.get("validation_split") or 0))))
 
     def _announce(self, reporter):
         before, what = self._before, self._what
         goal, unit = self.info.goal[what], {"params": "parameters", "flops": "FLOPs"}[what]
         trainable = sum(int(np.prod(w.shape)) for w in self._original.trainable_weights)
         detail = f" ({trainable:,} trainable)" if what == "params" else ""
-        rounds = len(self._ceilings)
         reporter.say(
-            f"remove {goal:.4g} of {before[what]:,} {unit}{detail}, in {rounds} round{'s' * (rounds > 1)}: "
-            f"'{self.info.criterion}' scores from {self._score_examples:,} examples, then fine-tuning "
-            f"for {self._fit_kwargs.get('epochs', 1)} epoch(s) with a new optimizer"
+            f"remove {100 * goal:.4g} % of {before[what]:,} {unit}{detail}; rounds: {len(self._ceilings)}; "
+            f"in each: '{self.info.criterion}' scores from at most {self._score_examples:,} examples, then "
+            f"fine-tuning with a new optimizer, epochs: {self._fit_kwargs.get('epochs', 1)}"
         )
         frozen = [layer.name for layer in self._original.layers if layer.weights and not layer.trainable]
         if frozen:
@@ -293,5 +291,6 @@ def _check_fit_arguments(fit_kwargs):
     if unknown:
         raise TypeError(
             f"`compress` has no argument {unknown[0]!r}, nor has `model.fit`. Expected arguments of "
-            f"`compress`, or of `fit`: {', '.join(sorted(known))}. Received: {unknown[0]}={fit_kwargs[unknown[0]]!r}"
+            f"`compress`, or of `fit`: {', '.join(sorted(known))}. "
+            f"Received: {unknown[0]}={fit_kwargs[unknown[0]]!r}"
         )

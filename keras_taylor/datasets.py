@@ -18,6 +18,10 @@ class Feed:
         steps_per_epoch: Batches an epoch, for endless iterables.
         sample_weight: Weights of the examples, for arrays.
         targets: Whether targets are needed.
+
+    Attributes:
+        num_examples: How many there are; for an iterable the number of batches times
+            the size of the first one, `None` where it does not tell.
     """
 
     def __init__(self, ds, model, batch_size=None, steps_per_epoch=None, sample_weight=None, targets=True):
@@ -31,7 +35,9 @@ class Feed:
         else:
             self._batches = _iterable(ds, steps_per_epoch)
             self.num_examples = None
-        self._check(model, targets)
+        first = self._check(model, targets)
+        if self.num_examples is None and steps_per_epoch is None:
+            self.num_examples = _at_most(self._batches, first)
 
     def fit_arguments(self, num_examples=None):
         """Arguments of `fit` for all examples, or for `num_examples`: the first ones of an
@@ -39,6 +45,8 @@ class Feed:
         if self._arrays is not None:
             x, y, weight = (self._spread(part, num_examples) for part in self._arrays)
             return {"x": x, "y": y, "sample_weight": weight, "batch_size": self.batch_size}
+        if self.num_examples is not None and (num_examples or 0) >= self.num_examples:
+            num_examples = None
         if num_examples is None and self.steps_per_epoch is None:
             return {"x": self._batches}
         if num_examples is None:
@@ -81,6 +89,7 @@ class Feed:
                 "`(x, y)` pairs; `criterion='magnitude'` needs no data. "
                 f"Received: ds with elements x={_shapes(x)}, y=None"
             )
+        return x
 
 
 def _as_arrays(ds):
@@ -137,6 +146,13 @@ def _peek(batches):
     if isinstance(batches, types.GeneratorType):
         batches = _chained(first, iterator)
     return keras.utils.unpack_x_y_sample_weight(first), batches
+
+
+def _at_most(batches, first):
+    try:
+        return len(batches) * len(keras.tree.flatten(first)[0])
+    except TypeError:  # an iterable that does not know its length
+        return None
 
 
 def _chained(first, rest):

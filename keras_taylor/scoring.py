@@ -1,5 +1,7 @@
 """Taylor importance of every channel."""
 
+import warnings
+
 import keras
 import numpy as np
 
@@ -129,7 +131,17 @@ def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None,
     compile_for_scoring(gated, channels.graph.model)
     fold = _Fold(gated)
     arguments = feed.fit_arguments(num_examples)
-    gated.fit(**arguments, class_weight=class_weight, epochs=1, verbose=0, shuffle=False, callbacks=[fold, *callbacks])
+    with warnings.catch_warnings():
+        # Keras warns of every iterable that ends before it says how long it is
+        warnings.filterwarnings("ignore", message="Your input ran out of data")
+        gated.fit(
+            **arguments,
+            class_weight=class_weight,
+            epochs=1,
+            verbose=0,
+            shuffle=False,
+            callbacks=[fold, *callbacks],
+        )
     if not np.isfinite(fold.totals).all():
         raise ValueError(_where_not_finite(gated, feed))
     return fold.totals

@@ -173,13 +173,18 @@ def elements(tensor_labels, shape, factor=1.0):
     return (Work(factor * size(shape, (axis,)), (tensor.along(axis),)),)
 
 
-_ELEMENTWISE = ["linear", "relu", "relu6", "elu", "selu", "celu", "gelu", "silu", "swish", "mish", "sigmoid", "hard_sigmoid", "tanh", "hard_tanh", "softplus", "softsign", "exponential", "leaky_relu", "hard_silu", "hard_swish", "log_sigmoid", "soft_shrink", "hard_shrink", "tanh_shrink", "squareplus", "sparse_plus", "sparse_sigmoid", "threshold"]
+_ELEMENTWISE = {
+    *("linear", "relu", "relu6", "elu", "selu", "celu", "gelu", "silu", "swish", "mish", "sigmoid"),
+    *("hard_sigmoid", "tanh", "hard_tanh", "softplus", "softsign", "exponential", "leaky_relu"),
+    *("hard_silu", "hard_swish", "log_sigmoid", "soft_shrink", "hard_shrink", "tanh_shrink"),
+    *("squareplus", "sparse_plus", "sparse_sigmoid", "threshold"),
+}
 
 
 def is_elementwise(activation):
     """Whether this is one of Keras' activations that look at one value at a time."""
+    if isinstance(activation, keras.layers.Activation):
+        return is_elementwise(activation.activation)
     if isinstance(activation, keras.Layer):
-        return type(activation).__name__ in ("ReLU", "LeakyReLU", "ELU", "Activation") and (
-            is_elementwise(getattr(activation, "activation", None) or keras.activations.relu)
-        )
-    return any(activation is getattr(keras.activations, name, None) for name in [*_ELEMENTWISE])
+        return type(activation) in (keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.ELU)
+    return any(activation is getattr(keras.activations, name, None) for name in _ELEMENTWISE)
