@@ -99,7 +99,6 @@ class GatedNetwork(keras.layers.Layer):
         }
         self._channels = channels
         self._edges = _edges(channels)
-        self._outputs_struct = channels.graph.structures[id(channels.graph.model)].outputs
         self.built = True
 
     def call(self, inputs, training=None):
@@ -108,7 +107,8 @@ class GatedNetwork(keras.layers.Layer):
         for _ in self._run(tensors):
             pass
         flat = [tensors[index] for index in graph.outputs]
-        return keras.tree.pack_sequence_as(self._outputs_struct, flat)
+        # not kept as an attribute: Keras would turn its dicts and lists into others
+        return keras.tree.pack_sequence_as(graph.structures[id(graph.model)].outputs, flat)
 
     def first_not_finite(self, inputs):
         """Name of the first operation whose output holds NaN or infinity, `None` if all is well."""

@@ -26,7 +26,7 @@ class ExampleLoss(keras.losses.Loss):
     def __call__(self, y_true, y_pred, sample_weight=None):
         mask = getattr(y_pred, "_keras_mask", None)
         y_pred = ops.convert_to_tensor(y_pred, dtype="float32")
-        values = self._values(ops.convert_to_tensor(y_true), y_pred)
+        values = self._values(ops.convert_to_tensor(y_true, dtype="float32"), y_pred)
         for weight in (mask, sample_weight):
             if weight is not None:
                 values = _weighted(values, ops.cast(ops.convert_to_tensor(weight), values.dtype))
@@ -36,6 +36,8 @@ class ExampleLoss(keras.losses.Loss):
     def _values(self, y_true, y_pred):
         """Values of shape `(batch, ...)`."""
         function = self._function(y_true, y_pred)
+        if not isinstance(self.loss, keras.losses.Loss):
+            y_true, y_pred = _same_rank(y_true, y_pred)
         values = ops.convert_to_tensor(function(y_true, y_pred))
         if len(values.shape):
             return values
@@ -48,6 +50,17 @@ class ExampleLoss(keras.losses.Loss):
         if not isinstance(loss, keras.losses.Loss):
             return loss
         return loss.call
+
+
+def _same_rank(first, second):
+    """As `compile` does for functions: a last axis of size 1 may be missing in one of them."""
+    if len(first.shape) < len(second.shape):
+        return _same_rank(second, first)[::-1]
+    if len(first.shape) == len(second.shape) + 1 and first.shape[-1] == 1:
+        if len(second.shape) == 1:
+            return first, ops.expand_dims(second, -1)
+        return ops.squeeze(first, -1), second
+    return first, second
 
 
 def _spread(function, value, y_true, y_pred):

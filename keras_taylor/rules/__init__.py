@@ -41,7 +41,8 @@ LAYERS = _table(
             elementwise.merge,
         ),
         ("Concatenate", shape.concatenate),
-        ("Reshape Flatten", shape.reshape),
+        ("Reshape", shape.reshape),
+        ("Flatten", shape.flatten),
         ("Permute", shape.permute),
         ("RepeatVector", shape.repeat_vector),
         (

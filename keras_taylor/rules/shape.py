@@ -24,8 +24,17 @@ def concatenate(ctx):
     return Effect(outputs=[ctx.placed(vector, axis)])
 
 
+def flatten(ctx):
+    """Flatten; with channels first it moves them to the end before."""
+    tensor = ctx.inputs[0]
+    if ctx.operation.data_format == "channels_first" and tensor.rank > 1:
+        axes = (0, *range(2, tensor.rank), 1)
+        tensor = Tensor(np.transpose(tensor.labels, axes), tuple(tensor.shape[k] for k in axes))
+    return Effect(outputs=[_reshaped(ctx, tensor, ctx.output_shapes[0])])
+
+
 def reshape(ctx):
-    """Reshape, Flatten, Ravel and the like: the elements keep their order."""
+    """Reshape, Ravel and the like: the elements keep their order."""
     tensor, shape = ctx.inputs[0], ctx.output_shapes[0]
     labels = _reshaped(ctx, tensor, shape)
     out = Tensor(labels, shape)

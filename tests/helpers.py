@@ -1,0 +1,122 @@
+"""What several test files need: random plans, predictions, fingerprints of models."""
+
+import dataclasses
+import functools
+import hashlib
+
+import keras
+import numpy as np
+import pytest
+import zoo
+
+import keras_taylor
+from keras_taylor.costs import CostModel
+from keras_taylor.graph import num_inbound_nodes
+from keras_taylor.groups import read_channels
+from keras_taylor.plan import Removable
+
+BACKEND = keras.backend.backend()
+NAMES = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            name == "channels_first" and BACKEND == "tensorflow",
+            reason="TensorFlow runs channels_first convolutions on GPUs only",
+        ),
+    )
+    for name in zoo.BUILDERS
+]
+
+
+def random_scores(model, seed=0):
+    random = np.random.default_rng(seed)
+    return {g.name: random.random(g.num_units) for g in read_channels(model).groups}
+
+
+def reachable(model):
+    """The largest fraction of the parameters that can be removed."""
+    channels = read_channels(model)
+    costs = CostModel(channels)
+    removable = Removable(channels, costs, np.zeros(channels.num_units))
+    return 1 - costs(removable.least())["params"] / costs()["params"]
+
+
+def random_plan(model, seed=0, goal=0.3):
+    """A plan that removes 30 % of the parameters, or what can be reached, by random scores."""
+    goal = min(goal, 0.7 * reachable(model))
+    return keras_taylor.make_plan(model, random_scores(model, seed), goal)
+
+
+def predict(model, x):
+    """Outputs as a flat list of arrays."""
+    outputs = model(x, training=False)
+    outputs = keras.tree.flatten(outputs)
+    return [keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")) for y in outputs]
+
+
+def targets_of(model, x, seed=2):
+    """Random targets in the structure of the model's outputs."""
+    random = np.random.default_rng(seed)
+    return keras.tree.map_structure(
+        lambda y: random.random(y.shape).astype("float32"), model(x, training=False)
+    )
+
+
+def relative_difference(first, second):
+    """Largest difference of two lists of arrays, relative to the second's largest value."""
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(first, second, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A model of the zoo with a plan and what it leads to."""
+
+    name: str
+    model: keras.Model
+    x: object
+    plan: keras_taylor.Plan
+    small: keras.Model
+
+
+@functools.cache
+def case(name):
+    """Built once a run: no test may change it."""
+    model = zoo.build(name)
+    model.compile(keras.optimizers.Adam(1e-3), loss="mse", run_eagerly=True)
+    plan = random_plan(model)
+    return Case(name, model, zoo.inputs_of(model), plan, keras_taylor.prune(model, plan))
+
+
+def all_layers(model):
+    """Layers of a model and of its sub-models, by path, the model itself first."""
+    found = {model.name: model}
+    for layer in model.layers:
+        inner = all_layers(layer) if isinstance(layer, keras.Model) else {layer.name: layer}
+        found.update({f"{model.name}/{path}": value for path, value in inner.items()})
+    return found
+
+
+def fingerprint(model):
+    """Everything about a model that no public verb may change."""
+    layers = all_layers(model)
+    optimizer = model.optimizer
+    return {
+        "weights": _hash(model.weights),
+        "seeds": _hash(v for v in model.variables if "seed" in v.path),
+        "config": model.to_json(),
+        "trainable": {path: layer.trainable for path, layer in layers.items()},
+        "trainable variables": [v.trainable for v in model.variables],
+        "nodes": {path: num_inbound_nodes(layer) for path, layer in layers.items()},
+        "outbound": {path: len(layer._outbound_nodes) for path, layer in layers.items()},
+        "attributes": {path: sorted(vars(layer)) for path, layer in layers.items()},
+        "optimizer": optimizer and _hash(optimizer.variables),
+        "optimizer config": optimizer and str(optimizer.get_config()),
+        "gradients": [getattr(v.value, "grad", None) is None for v in model.variables],
+    }
+
+
+def _hash(variables):
+    digest = hashlib.sha256()
+    for variable in variables:
+        digest.update(keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32")).tobytes())
+    return digest.hexdigest()

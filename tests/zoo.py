@@ -1,0 +1,488 @@
+"""Small models, each a trap by name; every law is tested on all of them.
+
+The file imports Keras only, so that a fresh process can load the custom layer
+of a saved model without the package under test.
+"""
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+BUILDERS = {}
+SIZE = (8, 8, 3)
+
+
+def model(builder):
+    BUILDERS[builder.__name__] = builder
+    return builder
+
+
+def build(name, seed=0):
+    """A model of the zoo with random weights and BatchNormalization statistics."""
+    return randomized(BUILDERS[name](), seed)
+
+
+def randomized(network, seed=0):
+    """Gives every weight a random value, so that nothing is trivially equal."""
+    random = np.random.default_rng(seed)
+    for weight in network.weights:
+        if "int" in weight.dtype:
+            continue
+        if weight.name in ("gamma", "moving_variance", "variance"):
+            value = random.uniform(0.5, 1.5, weight.shape)
+        else:
+            fan_in = max(1, int(np.prod(weight.shape[:-1])))
+            value = random.normal(0, 1, weight.shape) * (0.5 if fan_in == 1 else fan_in**-0.5)
+        weight.assign(value.astype("float32"))
+    return network
+
+
+def inputs_of(network, num=4, seed=1):
+    """Random inputs in the model's own structure."""
+    random = np.random.default_rng(seed)
+
+    def array(tensor):
+        return random.normal(size=(num, *tensor.shape[1:])).astype("float32")
+
+    return keras.tree.map_structure(array, getattr(network, "_inputs_struct", network.inputs[0]))
+
+
+def conv(x, filters, name, kernel=3, activation="relu", **arguments):
+    """Convolution, BatchNormalization, activation."""
+    x = layers.Conv2D(filters, kernel, padding="same", use_bias=False, name=name, **arguments)(x)
+    x = layers.BatchNormalization(name=name + "_bn")(x)
+    return layers.Activation(activation, name=name + "_act")(x) if activation else x
+
+
+def classified(inputs, x):
+    """The model with a pooled and dense head."""
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+@model
+def chain():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1")
+    x = layers.MaxPooling2D(name="down")(x)
+    x = layers.Conv2D(8, 3, activation="sigmoid", name="conv2", kernel_regularizer="l2")(x)
+    return classified(inputs, layers.Dropout(0.3, name="drop")(x))
+
+
+@model
+def residual():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "stem")
+    for k in range(2):
+        y = conv(x, 5, f"block{k}_a")
+        y = conv(y, 6, f"block{k}_b", activation=None)
+        x = layers.ReLU(name=f"block{k}_out")(layers.Add(name=f"block{k}_add")([x, y]))
+    return classified(inputs, x)
+
+
+@model
+def bottleneck():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 8, "stem")
+    y = conv(x, 4, "reduce", kernel=1)
+    y = conv(y, 4, "middle", strides=2)
+    y = conv(y, 12, "expand", kernel=1, activation=None)
+    shortcut = conv(x, 12, "shortcut", kernel=1, strides=2, activation=None)
+    return classified(inputs, ops.relu(y + shortcut))
+
+
+@model
+def zero_pad_shortcut():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 4, "stem")
+    for k, width in enumerate((8, 12)):
+        y = conv(x, width, f"block{k}_a", strides=2)
+        y = conv(y, width, f"block{k}_b", activation=None)
+        x = ops.pad(x[:, ::2, ::2], [(0, 0), (0, 0), (0, 0), (2, 2)])
+        x = layers.ReLU(name=f"block{k}_out")(layers.Add(name=f"block{k}_add")([x, y]))
+    return classified(inputs, x)
+
+
+@model
+def concat():
+    x = inputs = keras.Input(SIZE)
+    a, b = conv(x, 4, "left"), conv(x, 5, "right", kernel=1)
+    x = layers.Concatenate(name="join")([a, b, x])
+    return classified(inputs, conv(x, 6, "after"))
+
+
+@model
+def dense_block():
+    x = inputs = keras.Input(SIZE)
+    x = layers.Conv2D(4, 3, padding="same", name="stem")(x)
+    for k in range(3):
+        y = layers.ReLU()(layers.BatchNormalization(name=f"norm{k}")(x))
+        y = layers.Conv2D(3, 3, padding="same", name=f"grow{k}")(y)
+        x = layers.Concatenate(name=f"concat{k}")([x, y])
+    return classified(inputs, conv(x, 6, "transition", kernel=1))
+
+
+@model
+def squeeze_excite():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1")
+    s = layers.GlobalAveragePooling2D()(x)
+    s = layers.Reshape((1, 1, 6), name="reshape")(s)
+    s = layers.Conv2D(3, 1, activation="relu", name="squeeze")(s)
+    s = layers.Conv2D(6, 1, activation="sigmoid", name="excite")(s)
+    x = layers.Multiply(name="scale")([x, s])
+    return classified(inputs, conv(x, 5, "conv2"))
+
+
+@model
+def inverted_residual():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 4, "stem")
+    y = conv(x, 8, "expand", kernel=1, activation="relu6")
+    y = layers.ZeroPadding2D(1, name="border")(y)
+    y = layers.DepthwiseConv2D(3, use_bias=False, name="depthwise")(y)
+    y = layers.Activation("silu")(layers.BatchNormalization(name="depthwise_bn")(y))
+    y = conv(y, 4, "project", kernel=1, activation=None)
+    return classified(inputs, layers.Add()([x, y]))
+
+
+@model
+def depthwise():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1", activation="sigmoid")
+    x = layers.DepthwiseConv2D(3, activation="relu", name="depthwise")(x)
+    return classified(inputs, conv(x, 5, "conv2", kernel=1))
+
+
+@model
+def depth_multiplier():
+    x = inputs = keras.Input(SIZE)
+    x = layers.DepthwiseConv2D(3, depth_multiplier=2, name="of_inputs")(x)
+    x = conv(x, 4, "conv1")
+    x = layers.DepthwiseConv2D(3, depth_multiplier=3, name="depthwise")(x)
+    return classified(inputs, conv(x, 5, "conv2", kernel=1))
+
+
+@model
+def separable():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1")
+    x = layers.SeparableConv2D(8, 3, depth_multiplier=2, name="separable1")(x)
+    x = layers.SeparableConv2D(5, 3, activation="relu", use_bias=False, name="separable2")(x)
+    return classified(inputs, x)
+
+
+@model
+def grouped():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 8, "conv1")
+    x = conv(x, 12, "grouped", groups=4)
+    x = layers.Conv2D(24, 3, groups=12, activation="relu", name="one_channel_groups")(x)
+    return classified(inputs, conv(x, 6, "conv2", kernel=1))
+
+
+@model
+def dilated():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1", dilation_rate=2)
+    x = layers.Conv2D(5, 3, dilation_rate=2, name="conv2", activation="tanh")(x)
+    return classified(inputs, layers.AveragePooling2D(2)(x))
+
+
+@model
+def channel_shuffle():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 8, "conv1")
+    x = conv(x, 8, "grouped1", kernel=1, groups=2)
+    x = layers.Reshape((8, 8, 2, 4))(x)
+    x = layers.Permute((1, 2, 4, 3))(x)
+    x = layers.Reshape((8, 8, 8))(x)
+    x = conv(x, 8, "grouped2", groups=2)
+    return classified(inputs, conv(x, 6, "conv2"))
+
+
+@model
+def shared_layer():
+    x = inputs = keras.Input(SIZE)
+    shared = layers.Conv2D(6, 3, padding="same", activation="relu", name="shared")
+    norm = layers.BatchNormalization(name="shared_bn")
+    x = conv(x, 6, "conv1")
+    for _ in range(3):
+        x = norm(shared(x))
+    return classified(inputs, x)
+
+
+@model
+def siamese():
+    left, right = keras.Input(SIZE, name="left"), keras.Input(SIZE, name="right")
+    x = inner = keras.Input(SIZE)
+    x = conv(x, 6, "conv1")
+    x = layers.Dense(5, name="embed")(layers.GlobalMaxPooling2D()(x))
+    encoder = keras.Model(inner, x, name="encoder")
+    x = layers.Subtract(name="difference")([encoder(left), encoder(right)])
+    return keras.Model([left, right], layers.Dense(2, name="head")(ops.absolute(x)))
+
+
+@model
+def two_inputs():
+    image, numbers = keras.Input(SIZE, name="image"), keras.Input((5,), name="numbers")
+    x = conv(image, 6, "conv1")
+    y = layers.Dense(6, activation="relu", name="dense1")(numbers)
+    x = layers.Multiply()([x, layers.Reshape((1, 1, 6))(y)])
+    x = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), y])
+    return keras.Model([image, numbers], layers.Dense(2, name="head")(x))
+
+
+@model
+def two_outputs():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1")
+    mask = layers.Conv2D(2, 1, name="mask")(conv(x, 4, "conv2"))
+    label = layers.Dense(3, name="label")(layers.GlobalAveragePooling2D()(x))
+    return keras.Model(inputs, [mask, label])
+
+
+@model
+def output_in_the_middle():
+    x = inputs = keras.Input(SIZE)
+    features = conv(x, 5, "features")
+    x = conv(conv(features, 6, "conv1"), 5, "conv2")
+    pooled = layers.GlobalAveragePooling2D()(layers.Add()([x, features]))
+    return keras.Model(inputs, [features, layers.Dense(3, name="head")(pooled)])
+
+
+@model
+def nested_backbone():
+    x = inner = keras.Input(SIZE)
+    x = conv(x, 6, "conv1")
+    backbone = keras.Model(inner, conv(x, 8, "conv2", strides=2), name="backbone")
+    inputs = keras.Input(SIZE)
+    x = backbone(inputs, training=False)
+    return classified(inputs, conv(x, 5, "neck"))
+
+
+@model
+def nested_three_deep():
+    block = keras.Sequential([keras.Input((8, 8, 6)), layers.Conv2D(6, 3, padding="same", name="conv")])
+    block.name = "block"
+    x = inner = keras.Input((8, 8, 6))
+    x = layers.Add()([block(x), x])
+    stage = keras.Model(inner, conv(block(x), 6, "after"), name="stage")
+    x = inner = keras.Input(SIZE)
+    backbone = keras.Model(inner, stage(stage(conv(x, 6, "stem"))), name="backbone")
+    inputs = keras.Input(SIZE)
+    return classified(inputs, backbone(inputs))
+
+
+@model
+def sequential():
+    return keras.Sequential(
+        [
+            keras.Input(SIZE),
+            layers.Rescaling(0.5, name="rescale"),
+            layers.Conv2D(6, 3, activation="relu", name="conv1"),
+            layers.BatchNormalization(name="norm"),
+            layers.Flatten(name="flatten"),
+            layers.Dense(7, activation="relu", name="dense"),
+            layers.Dense(3, activation="softmax", name="head"),
+        ],
+        name="digits",
+    )
+
+
+@model
+def nested_sequential():
+    stem = keras.Sequential([layers.Conv2D(6, 3, name="conv1"), layers.ReLU()], name="stem")
+    x = inner = keras.Input((6, 6, 6))
+    block = keras.Model(inner, layers.Add()([x, conv(x, 6, "conv2")]), name="block")
+    head = [layers.GlobalAveragePooling2D(), layers.Dense(3, name="head")]
+    return keras.Sequential([keras.Input(SIZE), stem, block, *head])
+
+
+@model
+def flatten_dense():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 4, "conv1", strides=2)
+    x = layers.Flatten(name="flatten")(x)
+    x = layers.BatchNormalization(name="flat_bn")(x)
+    x = layers.Dense(10, activation="gelu", name="dense1")(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+@model
+def conv1d():
+    x = inputs = keras.Input((12, 3))
+    x = layers.Conv1D(6, 3, padding="causal", activation="relu", name="conv1")(x)
+    x = layers.ZeroPadding1D(1)(x)
+    x = layers.DepthwiseConv1D(3, name="depthwise")(x)
+    x = layers.SeparableConv1D(5, 3, activation="relu", name="separable")(x)
+    x = layers.Conv1DTranspose(4, 3, strides=2, name="up")(layers.AveragePooling1D(2)(x))
+    return keras.Model(inputs, layers.Dense(2, name="head")(layers.GlobalMaxPooling1D()(x)))
+
+
+@model
+def conv3d():
+    x = inputs = keras.Input((4, 4, 4, 2))
+    x = layers.Conv3D(4, 3, padding="same", activation="relu", name="conv1")(x)
+    x = layers.BatchNormalization(name="norm")(layers.MaxPooling3D(2)(x))
+    x = layers.Conv3D(5, 2, activation="relu", name="conv2")(layers.UpSampling3D(2)(x))
+    return keras.Model(inputs, layers.Dense(2, name="head")(layers.GlobalAveragePooling3D()(x)))
+
+
+@model
+def transposed_unet():
+    x = inputs = keras.Input(SIZE)
+    skip = conv(x, 5, "down")
+    x = conv(skip, 6, "bottom", strides=2)
+    x = layers.Conv2DTranspose(4, 2, strides=2, activation="relu", name="up")(x)
+    x = layers.Concatenate()([layers.Cropping2D(1)(skip), layers.Cropping2D(1)(x)])
+    return keras.Model(inputs, layers.Conv2D(2, 1, activation="softmax", name="mask")(conv(x, 5, "fuse")))
+
+
+@model
+def channels_first():
+    first = {"data_format": "channels_first"}
+    x = inputs = keras.Input((3, 8, 8))
+    x = layers.Conv2D(6, 3, name="conv1", **first)(x)
+    x = layers.ReLU()(layers.BatchNormalization(axis=1, name="norm")(x))
+    x = layers.Conv2D(5, 2, activation="relu", name="conv2", **first)(layers.MaxPooling2D(**first)(x))
+    x = layers.Dense(4, activation="relu", name="dense1")(layers.Flatten(**first)(x))
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+@model
+def permute():
+    x = inputs = keras.Input((3, 8, 8))
+    x = conv(layers.Permute((2, 3, 1))(x), 6, "conv1")
+    x = layers.Permute((3, 1, 2))(x)
+    x = ops.transpose(ops.relu(x), (0, 2, 3, 1))
+    x = layers.Permute((3, 1, 2))(conv(x, 5, "conv2"))
+    return keras.Model(inputs, layers.Dense(3, name="head")(ops.mean(x, axis=(2, 3))))
+
+
+@model
+def dense_beside_channels():
+    x = inputs = keras.Input((3, 8, 8))
+    x = conv(layers.Permute((2, 3, 1))(x), 6, "conv1")
+    x = layers.Dense(4, activation="relu", name="over_space")(layers.Permute((3, 1, 2))(x))
+    x = layers.Permute((2, 3, 1))(x)
+    return classified(inputs, conv(x, 5, "conv2"))
+
+
+@model
+def layernorm():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1")
+    x = layers.LayerNormalization(name="norm")(x)
+    y = layers.Dense(9, activation="gelu", name="expand")(x)
+    y = layers.Dense(6, name="project")(y)
+    return classified(inputs, layers.Add()([x, y]))
+
+
+@model
+def groupnorm():
+    x = inputs = keras.Input(SIZE)
+    x = layers.Conv2D(6, 3, name="conv1")(x)
+    x = layers.ReLU()(layers.GroupNormalization(-1, name="instance_norm")(x))
+    x = layers.Conv2D(8, 3, name="conv2")(x)
+    x = layers.ReLU()(layers.GroupNormalization(2, name="group_norm")(x))
+    return classified(inputs, conv(x, 5, "conv3", kernel=1))
+
+
+@model
+def prelu():
+    x = inputs = keras.Input(SIZE)
+    x = layers.PReLU(name="every_position")(layers.Conv2D(6, 3, name="conv1")(x))
+    x = layers.PReLU(shared_axes=[1, 2], name="shared")(layers.Conv2D(5, 3, name="conv2")(x))
+    return classified(inputs, layers.LeakyReLU()(layers.Conv2D(4, 3, name="conv3")(x)))
+
+
+@model
+def ops_arithmetic():
+    random = np.random.default_rng(5)
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1") * random.uniform(0.5, 1.5, 6).astype("float32")
+    x = ops.maximum(x - random.normal(size=(8, 1, 6)).astype("float32"), 0.1 * x) / 2
+    y = 1 - ops.sigmoid(layers.Conv2D(6, 1, name="conv2")(x))
+    x = ops.clip(x * y + random.normal(size=(1, 1, 1, 6)).astype("float32"), -3, 3)
+    return classified(inputs, conv(x**2, 5, "conv3"))
+
+
+@model
+def split_and_slice():
+    x = inputs = keras.Input(SIZE)
+    a, b, c = ops.split(conv(x, 9, "conv1"), 3, axis=-1)
+    x = layers.Concatenate()([a * ops.sigmoid(b), c[..., :2], a])
+    x = conv(x, 7, "conv2")
+    x = ops.concatenate([x[:, 1:, :, 2:], x[:, :-1, :, :3]], axis=-1)
+    return classified(inputs, conv(x, 5, "conv3"))
+
+
+@model
+def repeat_vector():
+    x = inputs = keras.Input((5,))
+    x = layers.Dense(6, activation="relu", name="dense1")(x)
+    x = layers.RepeatVector(4)(x)
+    x = layers.Conv1D(5, 2, activation="relu", name="conv1")(x)
+    return keras.Model(inputs, layers.Dense(2, name="head")(ops.max(x, axis=1)))
+
+
+@model
+def upsampling():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1", strides=2)
+    x = layers.UpSampling2D(2, interpolation="bilinear")(x)
+    x = conv(x, 5, "conv2", strides=2)
+    return classified(inputs, layers.UpSampling2D(2)(x))
+
+
+@model
+def multiply_gate():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1")
+    heat = layers.Conv2D(1, 1, activation="sigmoid", name="heat")(x)
+    x = layers.Multiply()([x, heat]) + layers.Conv2D(6, 1, name="other")(x)
+    return classified(inputs, layers.Activation("sigmoid")(x))
+
+
+@model
+def frozen():
+    built = nested_backbone()
+    built.get_layer("backbone").get_layer("conv1").trainable = False
+    built.get_layer("neck_bn").trainable = False
+    return built
+
+
+@model
+def mixed_dtype():
+    x = inputs = keras.Input(SIZE)
+    x = layers.Conv2D(6, 3, activation="relu", name="conv1")(x)
+    x = layers.Conv2D(5, 3, activation="relu", name="conv2", dtype="mixed_bfloat16")(x)
+    x = layers.GlobalAveragePooling2D(dtype="mixed_bfloat16")(x)
+    return keras.Model(inputs, layers.Dense(3, name="head", dtype="float32")(x))
+
+
+@model
+def dictionaries():
+    inputs = {"image": keras.Input(SIZE, name="image"), "numbers": keras.Input((4,), name="numbers")}
+    x = layers.GlobalAveragePooling2D()(conv(inputs["image"], 6, "conv1"))
+    y = layers.Dense(5, activation="relu", name="dense1")(inputs["numbers"])
+    x = layers.Concatenate()([y, x])
+    outputs = {"label": layers.Dense(3, name="label")(x), "age": layers.Dense(1, name="age")(x)}
+    return keras.Model(inputs, outputs)
+
+
+@keras.saving.register_keras_serializable("zoo")
+class Reversed(layers.Layer):
+    """Something that no rule knows: channels in reverse order."""
+
+    def call(self, x):
+        return ops.flip(x, axis=-1)
+
+
+@model
+def unknown_layer():
+    x = inputs = keras.Input(SIZE)
+    x = conv(conv(x, 6, "conv1"), 5, "conv2")
+    x = Reversed(name="reversed")(x)
+    return classified(inputs, conv(x, 6, "conv3"))
