@@ -130,7 +130,8 @@ class Channels:
         members = _members(roots, producer_of)
         self.groups, names = [], {}
         bounds = np.flatnonzero(np.diff(first[family][order], prepend=-1))
-        for start, stop in zip(bounds, [*bounds[1:], free.size], strict=True):
+        stops = np.append(bounds[1:], free.size)[: bounds.size]
+        for start, stop in zip(bounds, stops, strict=True):
             root = free[order[start]]
             producers = tuple(dict.fromkeys(self.space.producers[p][2] for p in members(root)))
             names[producers[0]] = names.get(producers[0], 0) + 1

@@ -1,0 +1,464 @@
+"""`compress`: the loop, its report, its progress, and its refusals."""
+
+import io
+import json
+import re
+import signal
+
+import keras
+import numpy as np
+import pytest
+from rich.console import Console
+
+import keras_taylor
+from keras_taylor.progress import Reporter
+
+
+def small_model(frozen=False, **compile_arguments):
+    layers = [
+        keras.Input((8, 8, 1)),
+        keras.layers.Conv2D(8, 3, padding="same", use_bias=False, name="first"),
+        keras.layers.BatchNormalization(momentum=0.8, name="norm"),
+        keras.layers.ReLU(),
+        keras.layers.Conv2D(12, 3, strides=2, activation="relu", name="second"),
+        keras.layers.Flatten(),
+        keras.layers.Dense(3, name="head"),
+    ]
+    model = keras.Sequential(layers, name="small")
+    model.trainable = not frozen
+    arguments = {
+        "optimizer": keras.optimizers.SGD(0.05, momentum=0.9),
+        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        "metrics": ["accuracy"],
+    }
+    model.compile(**{**arguments, **compile_arguments})
+    return model
+
+
+def stripes(num=48):
+    """Images of three classes that differ in where a bright row lies."""
+    random = np.random.default_rng(0)
+    y = np.arange(num) % 3
+    x = random.normal(0, 0.3, (num, 8, 8, 1)).astype("float32")
+    for image, label in zip(x, y, strict=True):
+        image[2 * label + 1] += 1
+    return x, y
+
+
+def state(model):
+    return [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables]
+
+
+def same(first, second):
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """One run, looked at by several tests."""
+    keras.utils.set_random_seed(0)
+    model, (x, y) = small_model(), stripes()
+    seen = []
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs))
+    small, info = keras_taylor.compress(
+        model,
+        (x, y),
+        goal=0.3,
+        increment=0.15,
+        epochs=2,
+        batch_size=20,
+        validation_data=(x[:9], y[:9]),
+        callbacks=[callback],
+        return_info=True,
+        verbose=0,
+    )
+    return model, small, info, seen
+
+
+def test_reaches_the_goal_with_a_plain_compiled_model(finished):
+    model, small, info, _ = finished
+    assert type(small) is keras.Sequential
+    assert small.compiled and small.count_params() <= 0.7 * model.count_params()
+    largest_unit = 1 + 4 + 9 * 12, 9 * 8 + 1 + 9 * 3
+    assert small.count_params() > 0.7 * model.count_params() - max(largest_unit)
+    assert info.after["params"] == small.count_params()
+    assert small.output_shape == model.output_shape
+    assert [layer.name for layer in small.layers] == [layer.name for layer in model.layers]
+
+
+def test_info_tells_every_round(finished):
+    model, small, info, _ = finished
+    assert [r.number for r in info.rounds] == [1, 2]
+    assert info.rounds[0].params > info.rounds[1].params == small.count_params()
+    for one in info.rounds:
+        assert set(one.history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+        assert all(len(values) == 2 for values in one.history.values())
+        assert len(one.step_losses) == 2 * 3  # two epochs of 20 + 20 + 8 examples
+        assert set(one.seconds) == {"score", "prune", "fit"}
+        for epoch in (0, 1):
+            steps = np.array(one.step_losses[3 * epoch : 3 * epoch + 3])
+            mean = np.average(steps, weights=[20, 20, 8])
+            assert mean == pytest.approx(one.history["loss"][epoch], rel=1e-4)
+    widths = {"first": 8, "second": 12}
+    for one in info.rounds:
+        for name, (before, after) in one.layers.items():
+            assert widths[name] == before > after
+            widths[name] = after
+    assert widths == {n: small.get_layer(n).filters for n in widths}
+    assert info.reduction["params"] == pytest.approx(1 - small.count_params() / model.count_params())
+    assert set(info.pruned_layers) == set(info.plan.layers) <= {"first", "second"}
+    assert info.stop_reason == "goal reached"
+    assert "softmax" not in str(info.locked) and info.locked["head"]["reason"] == "model output"
+
+
+def test_info_plan_leads_from_the_original_to_the_result_in_one_cut(finished):
+    model, small, info, _ = finished
+    again = keras_taylor.prune(model, info.plan)
+    assert [w.shape for w in again.weights] == [w.shape for w in small.weights]
+
+
+def test_info_prints_and_goes_to_json(finished):
+    _, _, info, _ = finished
+    text = str(info)
+    assert "30." in text and f"{info.after['params']:,}" in text and "val_accuracy" in text
+    content = json.loads(info.to_json())
+    assert content["rounds"][1]["params"] == info.after["params"]
+    assert content["plan"] == json.loads(info.plan.to_json())
+    assert content["reduction"]["params"] == info.reduction["params"]
+
+
+def test_info_draws_a_picture(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    finished[2].plot(tmp_path / "rounds.png")
+    assert (tmp_path / "rounds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_names_the_extra(finished, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"Install the extra: pip install \"keras-taylor\[plots\]\"$"):
+        finished[2].plot(tmp_path / "rounds.png")
+
+
+def test_the_users_callbacks_reach_fit(finished):
+    _, _, info, seen = finished
+    assert len(seen) == 4 and all("val_loss" in logs for logs in seen)
+    assert seen[-1]["loss"] == pytest.approx(info.rounds[-1].history["loss"][-1])
+
+
+def test_the_given_model_is_untouched():
+    model, data = small_model(), stripes()
+    model.fit(*data, epochs=1, verbose=0)
+    before, config = state(model), json.dumps(model.get_config(), default=str)
+    keras_taylor.compress(model, data, goal=0.2, increment=0.2, verbose=0)
+    assert same(state(model), before)
+    assert json.dumps(model.get_config(), default=str) == config
+
+
+def test_no_epochs_means_no_fine_tuning():
+    model, data = small_model(), stripes()
+    small, info = keras_taylor.compress(
+        model, data, goal=0.2, increment=0.2, epochs=0, return_info=True, verbose=0
+    )
+    assert same(state(small)[:1], state(keras_taylor.prune(model, info.plan))[:1])
+    assert info.rounds[0].history == {} and info.rounds[0].step_losses == []
+
+
+def test_flops_goal():
+    model, data = small_model(), stripes()
+    small, info = keras_taylor.compress(
+        model, data, goal={"flops": 0.4}, increment=0.4, return_info=True, verbose=0
+    )
+    assert keras_taylor.analyze(small).costs["flops"] == info.after["flops"] <= 0.6 * info.before["flops"]
+
+
+def test_excluded_layers_keep_their_channels_in_every_round():
+    model, data = small_model(), stripes()
+    small = keras_taylor.compress(
+        model, data, goal=0.3, increment=0.1, exclude=[model.get_layer("first")], verbose=0
+    )
+    assert small.get_layer("first").filters == 8 and small.get_layer("second").filters < 12
+
+
+def test_round_to_holds_in_every_round():
+    model, data = small_model(), stripes()
+    small = keras_taylor.compress(model, data, goal=0.3, increment=0.1, round_to=4, verbose=0)
+    assert small.get_layer("first").filters % 4 == small.get_layer("second").filters % 4 == 0
+
+
+def test_schedule_as_a_function():
+    _, info = keras_taylor.compress(
+        small_model(),
+        stripes(),
+        goal=0.3,
+        increment=lambda number: 0.2 if number == 1 else 0.3,
+        return_info=True,
+        verbose=0,
+    )
+    assert len(info.rounds) == 2 and info.rounds[0].params <= 0.8 * info.before["params"]
+
+
+def test_criterion_as_a_function_and_its_name():
+    def smallest_first(statistics):
+        return np.arange(statistics.num_units)
+
+    _, info = keras_taylor.compress(
+        small_model(), stripes(), criterion=smallest_first, increment=0.3, return_info=True, verbose=0
+    )
+    assert info.criterion == "smallest_first"
+    for layer in info.plan.layers.values():
+        assert layer.kept == tuple(range(layer.width - len(layer.kept), layer.width))
+
+
+def test_class_and_sample_weights_reach_scores_and_fit():
+    model, (x, y) = small_model(), stripes()
+    silent = np.zeros(len(y), "float32")
+    _, info = keras_taylor.compress(
+        model, (x, y, silent), increment=0.3, epochs=1, return_info=True, verbose=0
+    )
+    assert info.rounds[0].step_losses == [0.0, 0.0]
+    _, info = keras_taylor.compress(
+        model, (x, y), increment=0.3, class_weight=dict.fromkeys(range(3), 0.0), return_info=True, verbose=0
+    )
+    assert info.rounds[0].step_losses == [0.0, 0.0]
+
+
+def test_endless_generator_with_steps():
+    x, y = stripes()
+
+    def endless():
+        while True:
+            yield x[:16], y[:16]
+
+    _, info = keras_taylor.compress(
+        small_model(), endless(), increment=0.3, steps_per_epoch=2, return_info=True, verbose=0
+    )
+    assert len(info.rounds[0].step_losses) == 2
+
+
+def test_pydataset():
+    class Data(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            x, y = stripes()
+            return x[16 * index : 16 * index + 16], y[16 * index : 16 * index + 16]
+
+    _, info = keras_taylor.compress(small_model(), Data(), increment=0.3, return_info=True, verbose=0)
+    assert len(info.rounds[0].step_losses) == 3
+
+
+def test_frozen_model_is_pruned_and_says_what_it_does_not_train(capsys):
+    model = small_model(frozen=True)
+    with pytest.warns(UserWarning, match="does not have any trainable weights"):
+        small = keras_taylor.compress(model, stripes(), goal=0.2, increment=0.2, verbose=2)
+    assert small.count_params() <= 0.8 * model.count_params()
+    assert not small.trainable_weights
+    printed = capsys.readouterr().out
+    assert "(0 trainable)" in printed
+    assert "frozen, so pruned but not fine-tuned: 4 layers (first, norm, second, head)" in printed
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = small_model()
+        small = keras_taylor.compress(model, stripes(), goal=0.2, increment=0.2, verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert small.get_layer("first").dtype_policy.name == policy
+    assert small.count_params() <= 0.8 * model.count_params()
+
+
+def test_early_stopping_of_the_user_ends_the_round_not_the_run():
+    stop = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", True)
+    )
+    _, info = keras_taylor.compress(
+        small_model(), stripes(), increment=0.15, epochs=5, callbacks=[stop], return_info=True, verbose=0
+    )
+    assert [len(r.history["loss"]) for r in info.rounds] == [1, 1]
+
+
+def test_ctrl_c_gives_back_the_last_complete_round():
+    model, data = small_model(), stripes()
+    epochs = []
+
+    def interrupt(epoch, logs):
+        epochs.append(epoch)
+        if len(epochs) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=interrupt)
+    with pytest.raises(keras_taylor.CompressionInterrupted, match="after 1 complete rounds") as caught:
+        keras_taylor.compress(model, data, increment=0.1, callbacks=[callback], verbose=0)
+    error = caught.value
+    assert isinstance(error, KeyboardInterrupt)
+    assert error.model.count_params() == error.info.after["params"] == error.info.rounds[0].params
+    assert error.model.predict(data[0], verbose=0).shape == (48, 3)
+    assert error.info.stop_reason == "interrupted"
+
+
+def test_diverging_fine_tuning_is_named():
+    model = small_model(optimizer=keras.optimizers.SGD(1e30))
+    before = state(model)
+    with pytest.raises(
+        ValueError, match=r"The loss became NaN or infinite in round 1, at fine-tuning step \d\. .*Received: "
+    ):
+        keras_taylor.compress(model, stripes(), increment=0.3, epochs=3, verbose=0)
+    assert same(state(model), before)
+
+
+def test_lines_in_a_pipe(capsys):
+    keras_taylor.compress(small_model(), stripes(), increment=0.15)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"remove 30 % of 1,\d{3} parameters \(1,\d{3} trainable\); rounds: 2; ", lines[0])
+    assert [line.split(":")[0] for line in lines[1:]] == ["round 1/2", "round 2/2"]
+    assert all("\x1b" not in line and "\r" not in line for line in lines)
+
+
+def test_silence(capfd):
+    keras_taylor.compress(small_model(), stripes(), increment=0.3, verbose=0)
+    assert capfd.readouterr().out == ""
+
+
+def test_live_bar_in_a_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with Reporter("auto", console) as reporter:
+        (callback,) = reporter.callback("round 1/1: scoring")
+        small_model().fit(*stripes(), verbose=0, callbacks=[callback])
+        reporter.say("done")
+    assert "scoring" in console.file.getvalue() and "done" in console.file.getvalue()
+
+
+# --- refusals: before any work, by their words ---------------------------------------------
+
+
+def refused(error, words, model=None, ds=None, **arguments):
+    model = model or small_model()
+    with pytest.raises(error, match=words):
+        keras_taylor.compress(model, stripes() if ds is None else ds, verbose=0, **arguments)
+
+
+@pytest.mark.parametrize("goal", [0, 1, 1.2, -1, "30%", {"speed": 0.3}, {"params": 2}, True, float("nan")])
+def test_goals_that_are_none(goal):
+    words = r"`goal` is the fraction to remove\. .*Received: goal=" + re.escape(repr(goal)) + "$"
+    refused(ValueError, words, goal=goal)
+
+
+def test_goal_out_of_reach():
+    words = (
+        r"The goal is out of reach: at most \d\d\.\d% of the 1,\d+ params can be removed\. What stays: "
+        r"'head' \(3 channels: model output\)\. Lower the goal.*Received: goal=0\.999$"
+    )
+    refused(ValueError, words, goal=0.999)
+
+
+def test_no_prunable_layer():
+    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    words = (
+        r"The goal is out of reach: at most 0\.0% of the 195 params can be removed\..*Received: goal=0\.3$"
+    )
+    refused(ValueError, words, model=model)
+
+
+def test_model_that_is_not_compiled():
+    model = keras.Sequential(small_model().layers, name="plain")
+    words = r"The model is not compiled with a loss, .*Received: model='plain', not compiled$"
+    refused(ValueError, words, model=model)
+
+
+def test_model_that_is_not_built():
+    model = keras.Sequential([keras.layers.Conv2D(4, 3), keras.layers.Flatten(), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    refused(ValueError, r"is not built: its weights do not exist yet\. .*Received: model=", model=model)
+
+
+def test_subclassed_model():
+    class Mine(keras.Model):
+        def __init__(self):
+            super().__init__(name="mine")
+            self.head = keras.layers.Dense(3)
+
+        def call(self, x):
+            return self.head(keras.ops.reshape(x, (-1, 64)))
+
+    model = Mine()
+    model.compile("sgd", "mse")
+    model(stripes()[0])
+    words = r"Model 'mine' is a subclassed model \(class `Mine`\).*keras\.Model\(x, .*Received: mine="
+    refused(keras_taylor.UnsupportedModelError, words, model=model)
+
+
+def test_names_that_match_nothing():
+    words = r"`exclude` names a layer that the model does not have\. .*Received: exclude='third'$"
+    refused(ValueError, words, exclude=["third"])
+    words = r"`include` names a layer that the model does not have\. .*Received: include='third'$"
+    refused(ValueError, words, include=["third"])
+
+
+def test_unknown_keyword():
+    words = r"`compress` has no argument 'epoch', nor has `model\.fit`\. .*Received: epoch=3$"
+    refused(TypeError, words, epoch=3)
+
+
+def test_unknown_criterion():
+    refused(ValueError, r"Unknown criterion\. .*Received: criterion='tailor'$", criterion="tailor")
+
+
+@pytest.mark.parametrize("increment", [0, -0.1, 1.5, "a"])
+def test_increments_that_are_none(increment):
+    words = r"`increment` is the fraction .*Received: increment=" + re.escape(repr(increment)) + "$"
+    refused(ValueError, words, increment=increment)
+
+
+def test_schedule_that_does_not_rise():
+    refused(
+        ValueError, r"The schedule does not rise at round 2: .*Received: increment=", increment=lambda n: 0.1
+    )
+
+
+def test_rounding_to_nothing():
+    refused(ValueError, r"`round_to` is a number of channels\. .*Received: round_to=0$", round_to=0)
+
+
+def test_data_without_examples():
+    words = r"The data set is empty\. .*Received: ds with 0 examples$"
+    refused(ValueError, words, ds=(np.zeros((0, 8, 8, 1)), np.zeros(0)))
+
+
+def test_data_without_targets():
+    refused(ValueError, r"The data set yields no targets, .*y=None$", ds=stripes()[0])
+
+
+def test_data_of_another_shape():
+    words = r"The data does not fit the model's inputs\. .*Received: ds with x of shapes \[\(2, 8, 9, 1\)\]$"
+    refused(ValueError, words, ds=(np.zeros((4, 8, 9, 1)), np.zeros(4)))
+
+
+def test_data_with_nan():
+    x, y = stripes()
+    x[7, 0, 0, 0] = np.nan
+    words = r"NaN or infinity in 1 of 48 examples\. .*Received: x with the first such example at index 7$"
+    refused(ValueError, words, ds=(x, y))
+
+
+def test_weights_with_nan():
+    model = small_model()
+    layer = model.get_layer("second")
+    layer.kernel.assign(np.full(layer.kernel.shape, np.nan))
+    refused(
+        ValueError,
+        r"The output of layer 'second' is NaN or infinite: .*Received: ds, whose batch 0",
+        model=model,
+    )
+
+
+def test_verbosity_that_is_none():
+    with pytest.raises(ValueError, match=r"`verbose` is 0, 1, 2 or \"auto\"\. Received: verbose=3$"):
+        keras_taylor.compress(small_model(), stripes(), verbose=3)

@@ -1,0 +1,32 @@
+"""The public names, and that the package is imported without a heavy extra."""
+
+import subprocess
+import sys
+
+import keras_taylor
+
+
+def test_public_names():
+    assert sorted(keras_taylor.__all__) == [
+        "Analysis",
+        "CompressionInterrupted",
+        "Info",
+        "Plan",
+        "UnsupportedModelError",
+        "analyze",
+        "compress",
+        "make_plan",
+        "prune",
+        "score",
+    ]
+    assert all(getattr(keras_taylor, name).__doc__ for name in keras_taylor.__all__)
+
+
+def test_verbs_are_functions_and_no_modules():
+    for name in ("analyze", "compress", "make_plan", "prune", "score"):
+        assert callable(getattr(keras_taylor, name))
+
+
+def test_import_needs_no_picture_library():
+    code = "import sys; sys.modules['matplotlib'] = None; import keras_taylor; keras_taylor.Info"
+    subprocess.run([sys.executable, "-c", code], check=True)
