@@ -90,18 +90,24 @@ def copy_weights(source, target, masks=None):
         new.assign(np.array(value))
 
 
-def compile_settings(model):
-    """The arguments of the `compile` call, with metrics and optimizer made anew.
+def compile_arguments(model):
+    """What `model.compile` was called with, a dict.
 
-    `get_compile_config()`, the public way, serialises them, which functions and
+    `get_compile_config()`, the public way, serialises it, which functions and
     lambdas do not survive; so the record behind it is read here, and only here.
+    """
+    return dict(model._compile_config.config)
+
+
+def compile_settings(model):
+    """Arguments to compile another model like this one: metrics and optimizer made anew.
 
     Returns:
         A dict for `compile`; `None` for a model that was not compiled.
     """
     if not getattr(model, "compiled", False):
         return None
-    settings = dict(model._compile_config.config)
+    settings = compile_arguments(model)
     if model.optimizer is not None:
         optimizer = settings["optimizer"]
         settings["optimizer"] = type(optimizer).from_config(optimizer.get_config())

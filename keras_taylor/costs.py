@@ -38,9 +38,6 @@ class CostModel:
         widths = np.array([extended[axis].sum() for axis in self._axes] + [1], np.float64)
         return {what: _total(terms, widths) for what, terms in self._terms.items()}
 
-    def fixed_widths(self):
-        return len(self._axes)
-
     def _params(self):
         terms = {}
         seen = set()

@@ -52,14 +52,17 @@ class GroupStatistics:
 
 
 def taylor(statistics):
+    """Mean squared gate derivative."""
     return statistics.mean_square
 
 
 def taylor_batch(statistics):
+    """Mean over batches of the squared mean gate derivative: depends on the batch size."""
     return statistics.mean_batch_square
 
 
 def taylor_abs(statistics):
+    """Mean absolute gate derivative."""
     return statistics.mean_absolute
 
 
@@ -69,22 +72,27 @@ def taylor_abs_normalized(statistics):
 
 
 def taylor2(statistics):
+    """Loss change of removing a unit, to second order (Gauss-Newton diagonal)."""
     return -statistics.mean + statistics.mean_square / 2
 
 
 def magnitude(statistics):
+    """Norm of a unit's filters, relative to the mean of its group."""
     return statistics.filter_norms / max(statistics.filter_norms.mean(), 1e-30)
 
 
 def batchnorm(statistics):
+    """Mean absolute BatchNormalization scale; `None` where there is none."""
     return statistics.gammas
 
 
 def random(statistics):
+    """Uniform numbers from NumPy's global generator (`keras.utils.set_random_seed`)."""
     return np.random.random_sample(statistics.num_units)
 
 
 def oracle(statistics):
+    """True change of the mean loss without the unit."""
     return statistics.loss_changes
 
 

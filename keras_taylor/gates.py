@@ -43,6 +43,7 @@ class Gates(keras.layers.Layer):
         self.built = True
 
     def call(self, like):
+        """The carrier for a batch as large as `like`."""
         batch = ops.shape(like)[0]
         mask = ops.convert_to_tensor(self.mask)
         statistics = ops.convert_to_tensor(self.statistics)
@@ -102,6 +103,7 @@ class GatedNetwork(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs, training=None):
+        """The model's outputs, each gate applied; never in training mode."""
         graph = self._channels.graph
         tensors = dict(zip(graph.inputs, _flat_inputs(inputs, graph), strict=True))
         for _ in self._run(tensors):
@@ -162,6 +164,7 @@ class GatedModel(keras.Model):
             del self.output_names
 
     def call(self, inputs, training=None):
+        """The model's outputs; `fit` asks for training mode, and does not get it."""
         return self.network(inputs, training=False)
 
     @property

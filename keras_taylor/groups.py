@@ -31,6 +31,7 @@ class Group:
 
     @property
     def prunable(self):
+        """Whether its units can leave."""
         return self.reason is None
 
 
@@ -58,9 +59,6 @@ class Channels:
     def units(self, labels):
         """Unit of each label: an int64 array of the same shape, -1 for what stays."""
         return self.unit_of_label[labels]
-
-    def group_of(self, name):
-        return next(group for group in self.groups if group.name == name)
 
     def _label(self, graph):
         self.labels = [np.full((1,) * len(shape), FIXED) for shape in graph.shapes]

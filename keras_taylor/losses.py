@@ -24,6 +24,7 @@ class ExampleLoss(keras.losses.Loss):
         self.mean = mean
 
     def __call__(self, y_true, y_pred, sample_weight=None):
+        """The sum (or mean) over examples of each one's weighted loss, a float32 scalar."""
         mask = getattr(y_pred, "_keras_mask", None)
         y_pred = ops.convert_to_tensor(y_pred, dtype="float32")
         values = self._values(ops.convert_to_tensor(y_true, dtype="float32"), y_pred)

@@ -164,6 +164,7 @@ def parse_goal(goal):
 
 
 def check_countable(costs, what, goal):
+    """Refuses a goal of FLOPs where they are unknown."""
     if costs[what] is None:
         raise ValueError(
             "FLOPs are unknown because the model's input has axes of unknown size. Expected a model "

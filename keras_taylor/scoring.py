@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_taylor import criteria
+from keras_taylor.cloning import compile_arguments
 from keras_taylor.datasets import Feed
 from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import read_channels
@@ -88,6 +89,7 @@ def needs_data(criterion, ds):
 
 
 def check_compiled(model, wanted_by):
+    """Refuses a model without a compiled loss; `wanted_by` says what needs it."""
     if not getattr(model, "compiled", False) or model.optimizer is None or model.loss is None:
         raise ValueError(
             f"The model is not compiled with a loss, and {wanted_by} needs its loss. Call "
@@ -152,15 +154,11 @@ def compile_for_scoring(gated, model):
     gated.compile(
         keras.optimizers.SGD(0.0),
         loss=example_losses(model.loss),
-        loss_weights=compiled_loss_weights(model),
+        loss_weights=compile_arguments(model).get("loss_weights"),
         jit_compile=model.jit_compile,
         run_eagerly=model.run_eagerly,
         auto_scale_loss=False,
     )
-
-
-def compiled_loss_weights(model):
-    return model._compile_config.config.get("loss_weights")
 
 
 class _Fold(keras.callbacks.Callback):
@@ -183,7 +181,7 @@ def _loss_changes(gated, channels, feed, num_examples):
     model = channels.graph.model
     gated.compile(
         loss=example_losses(model.loss, mean=True),
-        loss_weights=compiled_loss_weights(model),
+        loss_weights=compile_arguments(model).get("loss_weights"),
         jit_compile=model.jit_compile,
         run_eagerly=model.run_eagerly,
     )

@@ -21,6 +21,7 @@ class Tensor:
 
     @property
     def rank(self):
+        """Number of axes, the batch's among them."""
         return len(self.shape)
 
     @property
@@ -95,12 +96,15 @@ class Context:
     output_shapes: list
 
     def fresh(self, num):
+        """Labels of channels that this call makes."""
         return self.space.fresh(num, self.name)
 
     def lock(self, labels, why):
+        """Keeps these labels for ever; the report says why and where."""
         self.space.lock(labels, f"{why} ('{self.name}')")
 
     def union(self, first, second):
+        """Makes labels that meet here one."""
         self.space.union(first, second, f"meets values that are no channels in '{self.name}'")
 
     def fixed(self, output=0):

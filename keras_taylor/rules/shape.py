@@ -55,11 +55,13 @@ def permute(ctx):
 
 
 def transpose(ctx):
+    """Transpose; the batch axis must stay the first."""
     rank = ctx.inputs[0].rank
     return _transposed(ctx, ctx.operation.axes or tuple(reversed(range(rank))))
 
 
 def swapaxes(ctx):
+    """Two axes change places."""
     axes = list(range(ctx.inputs[0].rank))
     first, second = ctx.operation.axis1, ctx.operation.axis2
     axes[first], axes[second] = axes[second], axes[first]
@@ -67,11 +69,13 @@ def swapaxes(ctx):
 
 
 def expand_dims(ctx):
+    """New axes of size 1."""
     axes = tuple(np.atleast_1d(ctx.operation.axis))
     return Effect(outputs=[np.expand_dims(ctx.inputs[0].labels, axes)])
 
 
 def squeeze(ctx):
+    """Axes of size 1 leave."""
     tensor, axis = ctx.inputs[0], ctx.operation.axis
     axes = [k for k, d in enumerate(tensor.shape) if d == 1] if axis is None else np.atleast_1d(axis)
     return Effect(outputs=[np.squeeze(tensor.labels, tuple(axes))])
