@@ -1,7 +1,7 @@
 """Reads whatever `model.fit` takes."""
 
 import itertools
-import types
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -31,6 +31,7 @@ class Feed:
         if self._arrays is not None:
             if sample_weight is not None:
                 self._arrays = (*self._arrays[:2], sample_weight)
+            self._arrays = tuple(keras.tree.map_structure(_to_numpy, part) for part in self._arrays)
             self.num_examples = _num_examples(self._arrays)
         else:
             self._batches = _iterable(ds, steps_per_epoch)
@@ -112,6 +113,13 @@ def _is_array(value):
     return hasattr(value, "shape") and hasattr(value, "dtype") and not hasattr(value, "element_spec")
 
 
+def _to_numpy(array):
+    """Tensors of any framework and data frames, as arrays that can be indexed with arrays."""
+    if array is None or isinstance(array, np.ndarray):
+        return array
+    return keras.ops.convert_to_numpy(array)
+
+
 def _num_examples(arrays):
     sizes = {len(part) for part in keras.tree.flatten(arrays) if part is not None}
     if len(sizes) != 1:
@@ -128,7 +136,7 @@ def _iterable(ds, steps_per_epoch):
             "Expected what `model.fit` takes: `(x, y)` arrays, a tf.data.Dataset, a PyDataset, a "
             f"DataLoader or a generator. Received: ds={ds!r} (of type {type(ds).__name__})"
         )
-    if isinstance(ds, types.GeneratorType) and steps_per_epoch is None:
+    if isinstance(ds, Iterator) and steps_per_epoch is None:
         raise ValueError(
             "A generator can be read only once, and the data is read many times. Pass "
             "`steps_per_epoch` with an endless generator, or use a tf.data.Dataset, a PyDataset or "
@@ -143,7 +151,7 @@ def _peek(batches):
     first = next(iterator, None)
     if first is None:
         raise ValueError("The data set is empty. Expected at least one batch. Received: ds with 0 batches")
-    if isinstance(batches, types.GeneratorType):
+    if isinstance(batches, Iterator):
         batches = _chained(first, iterator)
     return keras.utils.unpack_x_y_sample_weight(first), batches
 
