@@ -51,9 +51,12 @@ LAYERS = _table(
             "AdaptiveAveragePooling3D AdaptiveMaxPooling1D AdaptiveMaxPooling2D "
             "AdaptiveMaxPooling3D GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D "
             "GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D "
-            "ZeroPadding1D ZeroPadding2D ZeroPadding3D Cropping1D Cropping2D Cropping3D "
-            "UpSampling1D UpSampling2D UpSampling3D Resizing CenterCrop",
+            "UpSampling1D UpSampling2D UpSampling3D Resizing",
             norm.spatial,
+        ),
+        (
+            "ZeroPadding1D ZeroPadding2D ZeroPadding3D Cropping1D Cropping2D Cropping3D CenterCrop",
+            norm.moved,
         ),
     ]
 )

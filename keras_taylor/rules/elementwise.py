@@ -32,10 +32,10 @@ def softmax(ctx):
     return Effect(outputs=[tensor.labels], work=elements(tensor.labels, tensor.shape, 3.0))
 
 
-def locked(ctx):
+def locked(ctx, why="read by an operation that mixes channels"):
     """Mixes channels in a way that no channel may leave."""
     for tensor in ctx.inputs:
-        ctx.lock(tensor.labels, "read by an operation that mixes channels")
+        ctx.lock(tensor.labels, why)
     outputs = [ctx.fixed(k) for k in range(len(ctx.output_shapes))]
     return Effect(outputs=outputs)
 

@@ -1,5 +1,7 @@
 """Normalisation layers, and layers with one weight a channel."""
 
+import dataclasses
+
 import numpy as np
 
 from keras_taylor.rules.base import Effect, channel_axis, count, elements
@@ -83,6 +85,11 @@ def spatial(ctx):
     shape = ctx.output_shapes[0] if out_rank == tensor.rank else tensor.shape
     work_labels = labels if out_rank == tensor.rank else tensor.labels
     return Effect(outputs=[labels], work=elements(work_labels, shape, factor))
+
+
+def moved(ctx):
+    """Padding and cropping of space, which compute nothing."""
+    return dataclasses.replace(spatial(ctx), work=())
 
 
 def _per_channel(ctx, weights, config=None, work=1.0):

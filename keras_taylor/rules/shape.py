@@ -13,6 +13,8 @@ def concatenate(ctx):
     """Channels side by side, or other axes end to end."""
     rank = len(ctx.output_shapes[0])
     axis = ctx.operation.axis % rank
+    if axis == 0:
+        return _on_batch(ctx)
     if all(t.channel_axis != axis for t in ctx.inputs):
         return Effect(outputs=[merged(ctx, ctx.inputs, rank)])
     for tensor in ctx.inputs:
@@ -33,9 +35,18 @@ def flatten(ctx):
     return Effect(outputs=[_reshaped(ctx, tensor, ctx.output_shapes[0])])
 
 
+def _keeps_batch(operation, shape_in, shape_out):
+    """Whether a reshape leaves the batch axis alone, as the layer always does."""
+    rest_in, rest_out = shape_in[1:], shape_out[1:]
+    known = None not in rest_in + rest_out and math.prod(rest_in) == math.prod(rest_out)
+    return known or hasattr(operation, "target_shape")
+
+
 def reshape(ctx):
     """Reshape, Ravel and the like: the elements keep their order."""
     tensor, shape = ctx.inputs[0], ctx.output_shapes[0]
+    if not _keeps_batch(ctx.operation, tensor.shape, shape):
+        return _on_batch(ctx)
     labels = _reshaped(ctx, tensor, shape)
     out = Tensor(labels, shape)
     axis = out.channel_axis
@@ -70,7 +81,9 @@ def swapaxes(ctx):
 
 def expand_dims(ctx):
     """New axes of size 1."""
-    axes = tuple(np.atleast_1d(ctx.operation.axis))
+    axes = tuple(np.atleast_1d(ctx.operation.axis) % len(ctx.output_shapes[0]))
+    if 0 in axes:
+        return _on_batch(ctx)
     return Effect(outputs=[np.expand_dims(ctx.inputs[0].labels, axes)])
 
 
@@ -78,6 +91,8 @@ def squeeze(ctx):
     """Axes of size 1 leave."""
     tensor, axis = ctx.inputs[0], ctx.operation.axis
     axes = [k for k, d in enumerate(tensor.shape) if d == 1] if axis is None else np.atleast_1d(axis)
+    if 0 in np.mod(axes, tensor.rank):
+        return _on_batch(ctx)
     return Effect(outputs=[np.squeeze(tensor.labels, tuple(axes))])
 
 
@@ -103,6 +118,8 @@ def pad(ctx):
     widths = [tuple(w) for w in operation.pad_width]
     widths = widths * tensor.rank if len(widths) == 1 else widths
     axis = tensor.channel_axis
+    if widths[0] != (0, 0):
+        return _on_batch(ctx)
     if axis is None or widths[axis] == (0, 0):
         return Effect(outputs=[tensor.labels])
     if operation.mode != "constant":
@@ -126,6 +143,8 @@ def split(ctx):
     tensor, operation = ctx.inputs[0], ctx.operation
     axis = operation.axis % tensor.rank
     num = len(ctx.output_shapes)
+    if axis == 0:
+        return _on_batch(ctx)
     if tensor.channel_axis != axis:
         return Effect(outputs=[tensor.labels] * num)
     stops = np.cumsum([shape[axis] for shape in ctx.output_shapes])
@@ -146,6 +165,8 @@ def get_item(ctx):
     entries = list(key) if isinstance(key, (tuple, list)) else [key]
     if not all(e is None or e is Ellipsis or isinstance(e, (int, slice)) for e in entries):
         return locked(ctx)
+    if entries[0] not in (slice(None), Ellipsis):
+        return _on_batch(ctx)
     axes = _axes_of(entries, tensor.rank)
     labels = tensor.labels[tuple(_on_labels(e, a, tensor) for e, a in zip(entries, axes, strict=True))]
     mine = next((i for i, a in enumerate(axes) if a is not None and a == tensor.channel_axis), None)
@@ -164,6 +185,11 @@ def get_item(ctx):
 def depth_to_space(ctx):
     """Moves channels into space: all that share a position must stay together."""
     return locked(ctx)
+
+
+def _on_batch(ctx):
+    """What adds, removes or moves examples: a gate must know the example of each row."""
+    return locked(ctx, f"read by an operation on the batch axis ('{ctx.name}')")
 
 
 def _position(ctx, entry):
@@ -197,7 +223,7 @@ def _on_labels(entry, axis, tensor):
 
 def _transposed(ctx, axes):
     if axes[0] != 0:
-        return locked(ctx)
+        return _on_batch(ctx)
     return Effect(outputs=[np.transpose(ctx.inputs[0].labels, axes)])
 
 
@@ -236,11 +262,7 @@ def _reshaped(ctx, tensor, shape):
 def _blocks(shape_in, shape_out):
     """Pairs of axis ranges that hold the same elements, found from the last axis on."""
     i, j = len(shape_in), len(shape_out)
-    stop_i = stop_j = 0
-    if shape_in[0] == shape_out[0]:
-        rest_in, rest_out = shape_in[1:], shape_out[1:]
-        if None not in rest_in + rest_out and math.prod(rest_in) == math.prod(rest_out):
-            stop_i = stop_j = 1  # the batch axis goes through
+    stop_i = stop_j = 1  # the batch axis goes through
     while i > stop_i and j > stop_j:
         start_i, start_j = i - 1, j - 1
         product_in, product_out = shape_in[start_i], shape_out[start_j]

@@ -1,0 +1,87 @@
+"""Parameters and FLOPs against counts by hand."""
+
+import keras
+import numpy as np
+import pytest
+import zoo
+from helpers import NAMES, case
+from keras import layers
+
+from keras_taylor.costs import CostModel
+from keras_taylor.groups import read_channels
+
+
+def costs_of(model, kept=None):
+    return CostModel(read_channels(model))(kept)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_count_params(name):
+    model = case(name).model
+    costs = costs_of(model)
+    assert costs["params"] == model.count_params()
+    assert costs["flops"] > 0
+
+
+def flops_of(*stack, shape=(8, 8, 3)):
+    x = inputs = keras.Input(shape)
+    for layer in stack:
+        x = layer(x)
+    return costs_of(keras.Model(inputs, x))["flops"]
+
+
+@pytest.mark.parametrize(
+    ("flops", "stack"),
+    [
+        (2 * 6 * 6 * 3 * 3 * 3 * 5, [layers.Conv2D(5, 3)]),
+        (2 * 4 * 4 * 3 * 3 * 3 * 5, [layers.Conv2D(5, 3, strides=2, padding="same")]),
+        (2 * 4 * 4 * 3 * 3 * 3 * 5, [layers.Conv2D(5, 3, dilation_rate=2)]),
+        (2 * 8 * 8 * 1 * 1 * 1 * 6, [layers.Conv2D(6, 1, groups=3)]),
+        (2 * 6 * 6 * 3 * 3 * 3 * 2, [layers.DepthwiseConv2D(3, depth_multiplier=2)]),
+        (2 * 6 * 6 * (3 * 3 * 3 * 2 + 6 * 5), [layers.SeparableConv2D(5, 3, depth_multiplier=2)]),
+        (2 * 8 * 8 * 2 * 2 * 3 * 5, [layers.Conv2DTranspose(5, 2, strides=2)]),
+        (2 * 8 * 8 * 3 * 5, [layers.Dense(5)]),
+        (2 * 192 * 5, [layers.Flatten(), layers.Dense(5)]),
+        (2 * 8 * 8 * 3, [layers.BatchNormalization()]),
+        (8 * 8 * 3, [layers.ReLU()]),
+        (8 * 8 * 3, [layers.GlobalAveragePooling2D()]),
+        (4 * 4 * 3 * 4, [layers.MaxPooling2D(2)]),
+        (0, [layers.Dropout(0.5)]),
+        (0, [layers.Reshape((64, 3))]),
+        (0, [layers.ZeroPadding2D(1)]),
+        (0, [layers.Cropping2D(1)]),
+    ],
+)
+def test_flops_of_one_layer(flops, stack):
+    assert flops_of(*stack) == flops
+
+
+def test_flops_of_a_layer_used_twice_count_twice():
+    shared = layers.Dense(3)
+    assert flops_of(shared, shared, shape=(3,)) == 2 * 2 * 3 * 3
+
+
+def test_flops_of_a_whole_network():
+    model = case("chain").model
+    conv1, norm, activation, down = 2 * 64 * 27 * 6, 2 * 64 * 6, 64 * 6, 64 * 6
+    conv2, pool, head = 2 * 4 * 54 * 8, 4 * 8, 2 * 8 * 3
+    assert costs_of(model)["flops"] == conv1 + norm + activation + down + conv2 + pool + head
+
+
+def test_costs_without_some_units():
+    model = case("chain").model
+    kept = np.ones(14, bool)
+    kept[[0, 1, 6]] = False  # two channels of conv1, one of conv2
+    costs = costs_of(model, kept)
+    assert costs["params"] == 27 * 4 + 4 * 4 + 9 * 4 * 7 + 7 + 7 * 3 + 3
+    conv1, norm, activation, down = 2 * 64 * 27 * 4, 2 * 64 * 4, 64 * 4, 64 * 4
+    conv2, pool, head = 2 * 4 * 36 * 7, 4 * 7, 2 * 7 * 3
+    assert costs["flops"] == conv1 + norm + activation + down + conv2 + pool + head
+
+
+def test_flops_are_unknown_where_the_size_is():
+    x = inputs = keras.Input((None, None, 3))
+    model = zoo.classified(inputs, layers.Conv2D(4, 3)(x))
+    costs = costs_of(model)
+    assert costs["flops"] is None
+    assert costs["params"] == model.count_params()
