@@ -93,7 +93,7 @@ class GatedNetwork(keras.layers.Layer):
     def __init__(self, channels, **kwargs):
         super().__init__(**kwargs)
         self.gates = Gates(channels.num_units, name="gates")
-        self._clones = _clone_operations(channels.graph)
+        self._clones = _clone_operations(channels)
         self.network_layers = [c for c in self._clones.values() if isinstance(c, keras.Layer)]
         self._takes_training = {
             key for key, c in self._clones.items() if "training" in inspect.signature(c.call).parameters
@@ -238,9 +238,9 @@ def _edges(channels):
     return edges
 
 
-def _clone_operations(graph):
+def _clone_operations(channels):
     clones = {}
-    for call in graph.calls:
+    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
         if id(call.operation) not in clones:
             clone = clone_operation(call.operation, call.name)
             if isinstance(clone, keras.Layer):
@@ -248,6 +248,8 @@ def _clone_operations(graph):
                 copy_weights(call.operation, clone)
                 clone.trainable = False
                 clone.activity_regularizer = None
+                if effect.ease is not None:
+                    effect.ease(clone)
             clones[id(call.operation)] = clone
     return clones
 

@@ -70,6 +70,8 @@ class Effect:
             belongs on this edge.
         work: Floating point operations of one example.
         known: False where no rule knows the operation.
+        ease: Makes a copy of the layer cheaper to differentiate, in place, its
+            values the same; `None` where there is no such way.
     """
 
     outputs: list
@@ -79,6 +81,7 @@ class Effect:
     reads: Mapping[int, int] = dataclasses.field(default_factory=dict)
     work: tuple = ()
     known: bool = True
+    ease: Callable[..., None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
