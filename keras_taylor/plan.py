@@ -93,12 +93,12 @@ class Plan:
             ) from error
 
     def __str__(self):
-        table = Table(title=self._headline())
+        table = Table()
         for column in ("layer", "channels", "kept"):
             table.add_column(column, justify="left" if column == "layer" else "right")
         for name, layer in self.layers.items():
             table.add_row(name, str(layer.width), str(len(layer.kept)))
-        return render(table)
+        return f"{self._headline()}\n{render(table)}"
 
     def _headline(self):
         parts = [
@@ -295,6 +295,7 @@ def kept_units(channels, plan):
                 f"The plan was made for another model. Expected at layer '{name}': {layer.width} "
                 f"channels; the model has: {width}. Received: plan.layers[{name!r}]"
             )
+        _check_indices(name, layer)
         gone = np.ones(layer.width, bool)
         gone[list(layer.kept)] = False
         units = channels.units(producers[name][0])[gone]
@@ -306,6 +307,15 @@ def kept_units(channels, plan):
         kept[units] = False
     _check_agreement(channels, plan, producers, kept)
     return kept
+
+
+def _check_indices(name, layer):
+    outside = [index for index in layer.kept if not 0 <= index < layer.width]
+    if outside:
+        raise ValueError(
+            f"The plan keeps a channel that layer '{name}' does not have. Expected indices from 0 to "
+            f"{layer.width - 1}. Received: plan.layers[{name!r}] with kept index {outside[0]}"
+        )
 
 
 def _check_agreement(channels, plan, producers, kept):

@@ -1,0 +1,290 @@
+"""Plans: goals, floors, rounding, JSON, composition, and what is refused."""
+
+import json
+import re
+
+import helpers
+import numpy as np
+import pytest
+import zoo
+from helpers import case, random_scores
+
+import keras_taylor
+from keras_taylor.costs import CostModel
+from keras_taylor.groups import read_channels
+from keras_taylor.plan import LayerPlan, kept_units
+
+
+def message_of(function, *args, **kwargs):
+    with pytest.raises(ValueError) as error:
+        function(*args, **kwargs)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("what", ["params", "flops"])
+@pytest.mark.parametrize("goal", [0.05, 0.3, 0.6])
+def test_a_goal_is_reached_and_hardly_more(what, goal):
+    model = case("chain").model
+    scores = random_scores(model)
+    plan = keras_taylor.make_plan(model, scores, {what: goal})
+    channels = read_channels(model)
+    costs, kept = CostModel(channels), kept_units(channels, plan)
+    ceiling = (1 - goal) * plan.before[what]
+    assert plan.after[what] == costs(kept)[what] <= ceiling
+    flat = np.concatenate([scores[g.name] for g in channels.groups])
+    kept[np.flatnonzero(~kept)[flat[~kept].argmax()]] = True
+    assert costs(kept)[what] > ceiling
+
+
+def test_a_number_is_a_fraction_of_the_parameters():
+    model = case("chain").model
+    scores = random_scores(model)
+    assert keras_taylor.make_plan(model, scores, 0.3) == keras_taylor.make_plan(
+        model, scores, {"params": 0.3}
+    )
+
+
+def test_the_least_important_units_go():
+    model = case("chain").model
+    scores = {"conv1": np.arange(6.0), "conv2": 100 - np.arange(8.0)}
+    plan = keras_taylor.make_plan(model, scores, 0.3)
+    assert set(plan.layers) == {"conv1"}
+    assert plan.layers["conv1"] == LayerPlan(6, tuple(range(6 - len(plan.layers["conv1"].kept), 6)))
+
+
+def test_groups_without_scores_lose_nothing():
+    plan = keras_taylor.make_plan(case("chain").model, {"conv2": np.arange(8.0)}, 0.3)
+    assert set(plan.layers) == {"conv2"}
+
+
+def test_all_layers_of_a_group_lose_the_same_channels():
+    plan = keras_taylor.make_plan(case("residual").model, {"stem": np.arange(6.0)}, 0.3)
+    assert plan.layers["stem"] == plan.layers["block0_b"] == plan.layers["block1_b"]
+
+
+@pytest.mark.parametrize("floor", [1, 3, 5])
+def test_every_group_keeps_the_floor(floor):
+    model = case("residual").model
+    scores = {"stem": np.zeros(6), "block0_a": np.full(5, 5.0), "block1_a": np.full(5, 9.0)}
+    plan = keras_taylor.make_plan(model, scores, 0.1, min_channels=floor)
+    assert min(len(layer.kept) for layer in plan.layers.values()) >= floor
+
+
+@pytest.mark.parametrize("multiple", [2, 4])
+def test_channels_are_kept_in_multiples(multiple):
+    model = case("grouped").model
+    plan = keras_taylor.make_plan(model, {"conv2": np.arange(6.0)}, 0.05, round_to=multiple)
+    assert len(plan.layers["conv2"].kept) % multiple == 0
+    assert len(plan.layers["conv2"].kept) < 6
+
+
+def test_a_multiple_that_the_width_is_none_of_never_adds_channels():
+    plan = keras_taylor.make_plan(case("chain").model, random_scores(case("chain").model), 0.2, round_to=4)
+    assert all(len(layer.kept) % 4 == 0 and len(layer.kept) < layer.width for layer in plan.layers.values())
+
+
+def test_excluded_layers_lose_nothing():
+    model = case("residual").model
+    scores = random_scores(model)
+    for choice in ({"exclude": "block._a"}, {"include": ["stem", "block0_b", "block1_b"]}):
+        scores_left = {"stem": scores["stem"]}
+        plan = keras_taylor.make_plan(model, scores_left, 0.3, **choice)
+        assert set(plan.layers) == {"stem", "block0_b", "block1_b"}
+
+
+@pytest.mark.parametrize(
+    "goal",
+    [0, 1, 1.2, -1, "30%", {"speed": 0.3}, {"params": 0.3, "flops": 0.3}, {}, True, None, float("nan")],
+)
+def test_what_is_no_goal_is_refused(goal):
+    model = case("chain").model
+    assert message_of(keras_taylor.make_plan, model, random_scores(model), goal) == (
+        "`goal` is the fraction to remove. Expected a number above 0 and below 1 (0.3 removes 30 % of the "
+        f'parameters), or {{"params": 0.3}} or {{"flops": 0.3}}. Received: goal={goal!r}'
+    )
+
+
+def test_a_goal_out_of_reach_is_refused_with_the_largest_one():
+    model = case("chain").model
+    channels = read_channels(model)
+    kept = np.zeros(14, bool)
+    kept[[0, 6]] = True
+    least = CostModel(channels)(kept)["params"]
+    largest = f"{1 - least / model.count_params():.1%}"
+    assert message_of(keras_taylor.make_plan, model, random_scores(model), 0.99) == (
+        f"The goal is out of reach: at most {largest} of the {model.count_params()} params can be removed. "
+        "What stays: 'head' (3 channels: model output). Lower the goal, or widen what may go (`include`, "
+        "`exclude`, `round_to`, `min_channels`). Received: goal=0.99"
+    )
+    reached = float(largest[:-1]) / 100 - 1e-3
+    assert keras_taylor.make_plan(model, random_scores(model), reached).after["params"] == least
+
+
+def test_the_largest_goal_counts_the_floor():
+    model = case("chain").model
+    text = message_of(keras_taylor.make_plan, model, random_scores(model), 0.9, min_channels=5)
+    channels = read_channels(model)
+    kept = np.zeros(14, bool)
+    kept[[0, 1, 2, 3, 4, 6, 7, 8, 9, 10]] = True
+    least = CostModel(channels)(kept)["params"]
+    assert f"at most {1 - least / model.count_params():.1%} of" in text
+
+
+def test_a_model_with_nothing_to_prune_is_refused():
+    model = case("unknown_layer").model
+    assert message_of(keras_taylor.make_plan, model, {}, 0.3, exclude=".*").endswith("Received: goal=0.3")
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
+@pytest.mark.parametrize("name", ["round_to", "min_channels"])
+def test_numbers_of_channels_are_whole(name, value):
+    model = case("chain").model
+    assert message_of(keras_taylor.make_plan, model, random_scores(model), 0.3, **{name: value}) == (
+        f"`{name}` is a number of channels. Expected a whole number from 1 on. Received: {name}={value!r}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "end"),
+    [
+        (
+            {"conv9": np.ones(6)},
+            "'conv9'. Expected one of its prunable groups. Received: scores['conv9'] of shape (6,)",
+        ),
+        (
+            {"conv1": np.ones(5)},
+            "'conv1'. Expected shape (6,), no NaN. Received: scores['conv1'] of shape (5,)",
+        ),
+        (
+            {"conv1": np.full(6, np.nan)},
+            "'conv1'. Expected shape (6,), no NaN. Received: scores['conv1'] of shape (6,)",
+        ),
+    ],
+)
+def test_scores_of_another_model_are_refused(scores, end):
+    text = message_of(keras_taylor.make_plan, case("chain").model, scores, 0.3)
+    assert text == "The scores do not fit the model at " + end
+
+
+def test_flops_are_refused_where_the_size_is_unknown():
+    import keras
+
+    x = inputs = keras.Input((None, None, 3))
+    model = zoo.classified(inputs, zoo.conv(x, 6, "conv1"))
+    assert message_of(keras_taylor.make_plan, model, random_scores(model), {"flops": 0.3}) == (
+        "FLOPs are unknown because the model's input has axes of unknown size. Expected a model made with a "
+        "fixed input shape, or a goal of parameters. Received: goal={'flops': 0.3}"
+    )
+    assert keras_taylor.make_plan(model, random_scores(model), 0.3).after["flops"] is None
+
+
+@pytest.mark.parametrize("name", ["chain", "zero_pad_shortcut", "siamese"])
+def test_json_round_trip(name):
+    plan = case(name).plan
+    again = keras_taylor.Plan.from_json(plan.to_json())
+    assert again == plan
+    assert str(again) == str(plan)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 9, "layers": {}}', '{"format": 1, "layers": {"a": 1}}']
+)
+def test_what_is_no_plan_is_refused(text):
+    message = message_of(keras_taylor.Plan.from_json, text)
+    assert message.startswith("This is no plan that `Plan.to_json` wrote (")
+    assert message.endswith(f"Received: text={text!r}")
+
+
+def test_a_plan_prints_as_a_table():
+    plan = case("chain").plan
+    text = str(plan)
+    reduction = 1 - plan.after["params"] / plan.before["params"]
+    assert f"params {plan.before['params']:,} -> {plan.after['params']:,} ({reduction:.1%} less)" in text
+    for name, layer in plan.layers.items():
+        assert re.search(rf"{name}\W+{layer.width}\W+{len(layer.kept)}\W", text)
+
+
+def test_a_plan_is_frozen():
+    with pytest.raises(AttributeError):
+        case("chain").plan.layers = {}
+
+
+def test_a_plan_can_be_edited_by_hand():
+    model = case("chain").model
+    content = json.loads(keras_taylor.Plan().to_json())
+    content["layers"]["conv1"] = {"width": 6, "kept": [5, 0, 2]}
+    small = keras_taylor.prune(model, keras_taylor.Plan.from_json(json.dumps(content)))
+    kernel, before = (m.get_layer("conv1").get_weights()[0] for m in (small, model))
+    np.testing.assert_array_equal(kernel, before[..., [0, 2, 5]])
+    np.testing.assert_array_equal(
+        small.get_layer("conv2").get_weights()[0], model.get_layer("conv2").get_weights()[0][:, :, [0, 2, 5]]
+    )
+
+
+def test_composed_plans_speak_of_the_original():
+    first = keras_taylor.Plan({"a": LayerPlan(6, (0, 2, 5)), "b": LayerPlan(4, (1, 3))}, {"params": 100})
+    second = keras_taylor.Plan(
+        {"a": LayerPlan(3, (1, 2)), "c": LayerPlan(2, (0,))}, {"params": 60}, {"params": 40}
+    )
+    assert first.compose(second) == keras_taylor.Plan(
+        {"a": LayerPlan(6, (2, 5)), "b": LayerPlan(4, (1, 3)), "c": LayerPlan(2, (0,))},
+        {"params": 100},
+        {"params": 40},
+    )
+
+
+def test_plans_that_do_not_follow_each_other_are_refused():
+    first = keras_taylor.Plan({"a": LayerPlan(6, (0, 2, 5))})
+    second = keras_taylor.Plan({"a": LayerPlan(6, (0,))})
+    assert message_of(first.compose, second) == (
+        "The plans do not follow each other at layer 'a': the first keeps 3 channels, the second was made "
+        "for 6. Received: later=LayerPlan(width=6, kept=(0,))"
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            {"conv9": LayerPlan(6, (0,))},
+            "The plan was made for another model. Expected at layer 'conv9': 6 channels; the model has: no "
+            "such layer. Received: plan.layers['conv9']",
+        ),
+        (
+            {"stem": LayerPlan(7, (0,))},
+            "The plan was made for another model. Expected at layer 'stem': 7 channels; the model has: 6. "
+            "Received: plan.layers['stem']",
+        ),
+        (
+            {"head": LayerPlan(3, (0, 2))},
+            "The plan removes channels of layer 'head' that cannot leave. Received: plan.layers['head'], "
+            "channel 1",
+        ),
+        (
+            {"stem": LayerPlan(6, (0, 2, 3, 4, 5))},
+            "The plan is not consistent: channel 1 of layer 'block0_b' lives and dies with channels of other "
+            "layers, and the plan treats them differently. Received: plan.layers['block0_b']",
+        ),
+        (
+            {"block0_a": LayerPlan(5, ())},
+            "The plan leaves no channel to layer 'block0_a'. Received: plan.layers['block0_a']",
+        ),
+        (
+            {"block0_a": LayerPlan(5, (0, 7))},
+            "The plan keeps a channel that layer 'block0_a' does not have. Expected indices from 0 to 4. "
+            "Received: plan.layers['block0_a'] with kept index 7",
+        ),
+        (
+            {"block0_a": LayerPlan(5, (0, -1))},
+            "The plan keeps a channel that layer 'block0_a' does not have. Expected indices from 0 to 4. "
+            "Received: plan.layers['block0_a'] with kept index -1",
+        ),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(layers, message):
+    assert message_of(keras_taylor.prune, case("residual").model, keras_taylor.Plan(layers)) == message
+
+
+def test_a_plan_keeps_what_it_was_made_of():
+    plan = helpers.random_plan(case("chain").model)
+    assert set(plan.before) == set(plan.after) == {"params", "flops"}
