@@ -72,7 +72,10 @@ class _Surgeon:
 
     def _sequential(self, structure):
         layers = [self._input(structure, 0)] + [self._operation(s.operation) for s in structure.sites]
-        return keras.Sequential(layers, name=structure.model.name)
+        with contextlib.ExitStack() as stack:
+            for layer in filter(_will_be_built, layers):
+                stack.enter_context(uninitialized(layer))
+            return keras.Sequential(layers, name=structure.model.name)
 
     def _functional(self, structure):
         placeholders = keras.tree.flatten(structure.inputs)
