@@ -111,6 +111,7 @@ def score_channels(channels, feed, criterion, num_examples=None, class_weight=No
     if feed is not None:
         gated = GatedModel(channels)
         if criterion == "oracle":
+            _refuse_class_weight(class_weight)
             changes = _loss_changes(gated, channels, feed, num_examples)
         else:
             totals = gate_statistics(gated, channels, feed, num_examples, class_weight, callbacks)
@@ -136,7 +137,7 @@ def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None,
     with warnings.catch_warnings():
         # Keras warns of every iterable that ends before it says how long it is
         warnings.filterwarnings("ignore", message="Your input ran out of data")
-        gated.fit(
+        history = gated.fit(
             **arguments,
             class_weight=class_weight,
             epochs=1,
@@ -144,7 +145,7 @@ def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None,
             shuffle=False,
             callbacks=[fold, *callbacks],
         )
-    if not np.isfinite(fold.totals).all():
+    if not (np.isfinite(fold.totals).all() and np.isfinite(history.history["loss"]).all()):
         raise ValueError(_where_not_finite(gated, feed))
     return fold.totals
 
@@ -174,6 +175,14 @@ class _Fold(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self.totals += self.model.take_statistics()
+
+
+def _refuse_class_weight(class_weight):
+    if class_weight is not None:
+        raise ValueError(
+            "The criterion 'oracle' evaluates the loss, which knows no class weights. Pass weights of the "
+            f"examples instead: `ds=(x, y, sample_weight)`. Received: class_weight={class_weight!r}"
+        )
 
 
 def _loss_changes(gated, channels, feed, num_examples):
@@ -260,7 +269,8 @@ def _checked(values, group, criterion):
 
 def _filter_norms(channels):
     """Mean over the layers that make a unit of the L2 norm of its filters, `(num_units,)`."""
-    return _per_unit(channels, _made_by_kernels, lambda rows: np.sqrt(np.square(rows).sum(1)))
+    norms = _per_unit(channels, _made_by_kernels, lambda rows: np.sqrt(np.square(rows).sum(1)))
+    return np.where(np.isnan(norms), 0, norms)  # what only padding makes has no filter
 
 
 def _gammas(channels):

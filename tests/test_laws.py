@@ -63,7 +63,7 @@ def test_parameters_are_those_of_the_plan(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pruning_twice_equals_pruning_once(name):
-    model, x, first, small = case(name).model, case(name).x, case(name).plan, case(name).small
+    model, first, small = case(name).model, case(name).plan, case(name).small
     second = helpers.random_plan(small, seed=3, goal=0.2)
     twice = keras_taylor.prune(small, second)
     once = keras_taylor.prune(model, first.compose(second))
@@ -71,8 +71,6 @@ def test_pruning_twice_equals_pruning_once(name):
     assert json.loads(once.to_json()) == json.loads(twice.to_json())
     for a, b in zip(once.weights, twice.weights, strict=True):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b), a.path)
-    for a, b in zip(predict(once, x), predict(twice, x), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,13 +118,13 @@ def test_no_verb_changes_the_model_and_the_pruned_one_trains(name):
     model, x = case(name).model, case(name).x
     y = helpers.targets_of(model, x)
     before = fingerprint(model)
-    scores = keras_taylor.score(model, (x, y), batch_size=2)
+    scores = keras_taylor.score(model, (x, y))
     assert fingerprint(model) == before
     plan = keras_taylor.make_plan(model, scores, 0.5 * helpers.reachable(model))
     assert fingerprint(model) == before
     small = keras_taylor.prune(model, plan)
     assert fingerprint(model) == before
-    history = small.fit(x, y, epochs=2, batch_size=2, verbose=0)
+    history = small.fit(x, y, epochs=2, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
     assert fingerprint(model) == before
     changed = [
@@ -142,8 +140,11 @@ LOADER = """
 import sys, json, keras, numpy as np, zoo
 folder = sys.argv[1]
 for name in json.loads(sys.argv[2]):
-    model = keras.models.load_model(f"{folder}/{name}.keras")
-    outputs = keras.tree.flatten(model(zoo.inputs_of(model), training=False))
+    with zoo.without_initializers():
+        model = keras.models.load_model(f"{folder}/{name}.keras")
+    x = zoo.inputs_of(model)
+    eager = keras.backend.backend() != "jax"
+    outputs = keras.tree.flatten(model(x, training=False) if eager else model.predict_on_batch(x))
     outputs = [keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")) for y in outputs]
     np.savez(f"{folder}/{name}.npz", *outputs)
 assert "keras_taylor" not in sys.modules
