@@ -7,7 +7,7 @@ from keras_taylor.rules.base import Effect, Work, channel_axis, count, is_elemen
 
 
 def conv(ctx):
-    """Conv1D, Conv2D, Conv3D of any stride and dilation, grouped ones too."""
+    """Filters can go; any stride, dilation and number of groups."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = channel_axis(layer, tensor)
     read = ctx.contracted(0, axis)
@@ -29,7 +29,7 @@ def conv(ctx):
 
 
 def conv_transpose(ctx):
-    """Conv1DTranspose, Conv2DTranspose, Conv3DTranspose."""
+    """Filters can go."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = channel_axis(layer, tensor)
     read = ctx.contracted(0, axis)
@@ -45,7 +45,7 @@ def conv_transpose(ctx):
 
 
 def depthwise(ctx):
-    """DepthwiseConv1D, DepthwiseConv2D: every channel by itself, `depth_multiplier` times."""
+    """Every channel goes through by itself, `depth_multiplier` times."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = channel_axis(layer, tensor)
     read = ctx.contracted(0, axis)
@@ -59,7 +59,7 @@ def depthwise(ctx):
 
 
 def separable(ctx):
-    """SeparableConv1D, SeparableConv2D: a depthwise, then a pointwise convolution."""
+    """Filters can go: a depthwise, then a pointwise convolution."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = channel_axis(layer, tensor)
     read = ctx.contracted(0, axis)

@@ -4,7 +4,7 @@ from keras_taylor.rules.base import Effect, Work, count, is_elementwise, size
 
 
 def dense(ctx):
-    """Dense over the last axis; channels on another axis go through."""
+    """Units can go; it reads the last axis, channels on another axis go through."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     last = tensor.rank - 1
     read = tensor.along(last)

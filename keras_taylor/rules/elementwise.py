@@ -7,23 +7,23 @@ from keras_taylor.rules.base import Edit, Effect, Tensor, elements, is_elementwi
 
 
 def unary(ctx):
-    """One value in, one value out."""
+    """Channels go through: one value in, one value out."""
     labels = ctx.inputs[0].labels
     return Effect(outputs=[labels], work=elements(labels, ctx.output_shapes[0]))
 
 
 def identity(ctx):
-    """Layers that change nothing at inference (dropout, noise, casts)."""
+    """Channels go through: nothing changes at inference."""
     return Effect(outputs=[ctx.inputs[0].labels])
 
 
 def activation(ctx):
-    """Activation: free where the function is known to be elementwise."""
+    """Channels go through where the function is known to look at one value at a time."""
     return unary(ctx) if is_elementwise(ctx.operation.activation) else locked(ctx)
 
 
 def softmax(ctx):
-    """Softmax and its kin: what is normalised together stays together."""
+    """What is normalised together stays together."""
     tensor, axis = ctx.inputs[0], getattr(ctx.operation, "axis", -1)
     axes = range(tensor.rank) if axis is None else [k % tensor.rank for k in np.atleast_1d(axis)]
     if tensor.channel_axis in axes:
@@ -49,7 +49,7 @@ def unknown(ctx):
 
 
 def merge(ctx):
-    """Elementwise with broadcasting: channels that meet become one."""
+    """Channels that meet become one, with broadcasting; constants are cut too."""
     labels = merged(ctx, ctx.inputs, len(ctx.output_shapes[0]))
     factor = float(max(1, len(ctx.inputs) - 1))
     return Effect(

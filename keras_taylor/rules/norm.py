@@ -12,14 +12,14 @@ _NORMALISE = 8.0
 
 
 def batch_normalization(ctx):
-    """BatchNormalization: at inference a scale and a shift of each channel."""
+    """Channels go through: at inference a scale and a shift of each."""
     vector = ctx.inputs[0].along(ctx.operation.axis)
     names = ("gamma", "beta", "moving_mean", "moving_variance")
     return _per_channel(ctx, dict.fromkeys(names, (vector,)), work=_SCALE_AND_SHIFT)
 
 
 def layer_normalization(ctx):
-    """LayerNormalization, RMSNormalization: what is normalised together stays together."""
+    """What is normalised together stays together."""
     tensor, axis = ctx.inputs[0], ctx.operation.axis
     axes = {k % tensor.rank for k in np.atleast_1d(axis)}
     if tensor.channel_axis in axes:
@@ -29,7 +29,7 @@ def layer_normalization(ctx):
 
 
 def group_normalization(ctx):
-    """GroupNormalization: free only with one group a channel (instance normalisation)."""
+    """With one group a channel they go through, else what is normalised together stays."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = layer.axis % tensor.rank
     vector = tensor.along(axis)
@@ -41,7 +41,7 @@ def group_normalization(ctx):
 
 
 def prelu(ctx):
-    """PReLU: one slope for every position that is not shared."""
+    """Channels go through: one slope for every position that is not shared."""
     tensor = ctx.inputs[0]
     sizes = tuple(ctx.operation.alpha.shape)
     axes = tuple(
@@ -52,19 +52,19 @@ def prelu(ctx):
 
 
 def layer_scale(ctx):
-    """LayerScale of `keras.applications`: one factor a channel."""
+    """Channels go through: one factor each."""
     vector = ctx.inputs[0].along(-1)
     return _per_channel(ctx, {"gamma": (vector,)}, {"projection_dim": count(vector)})
 
 
 def normalization(ctx):
-    """Normalization: its statistics are data of the user's, so its channels stay."""
+    """Channels stay: its statistics are data of the user's."""
     ctx.lock(ctx.inputs[0].labels, "normalised with given statistics")
     return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), ctx.output_shapes[0], 2.0))
 
 
 def rescaling(ctx):
-    """Rescaling: free with one scale and offset for all channels."""
+    """Channels go through where one scale and offset serves all."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     if np.ndim(layer.scale) or np.ndim(layer.offset):
         ctx.lock(tensor.labels, "rescaled with a list of factors")
@@ -73,7 +73,7 @@ def rescaling(ctx):
 
 
 def spatial(ctx):
-    """Layers that treat every channel by itself and may change the size of the others' axes."""
+    """Channels go through, each by itself; space may change its size."""
     tensor = ctx.inputs[0]
     axis = channel_axis(ctx.operation, tensor)
     vector = ctx.contracted(0, axis)
@@ -88,7 +88,7 @@ def spatial(ctx):
 
 
 def moved(ctx):
-    """Padding and cropping of space, which compute nothing."""
+    """Channels go through; space changes its size."""
     return dataclasses.replace(spatial(ctx), work=())
 
 

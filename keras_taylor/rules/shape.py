@@ -27,7 +27,7 @@ def concatenate(ctx):
 
 
 def flatten(ctx):
-    """Flatten; with channels first it moves them to the end before."""
+    """The elements keep their order; with channels first they are moved to the end before."""
     tensor = ctx.inputs[0]
     if ctx.operation.data_format == "channels_first" and tensor.rank > 1:
         axes = (0, *range(2, tensor.rank), 1)
@@ -43,7 +43,7 @@ def _keeps_batch(operation, shape_in, shape_out):
 
 
 def reshape(ctx):
-    """Reshape, Ravel and the like: the elements keep their order."""
+    """The elements keep their order; where it splits channels, those of one slice become one unit."""
     tensor, shape = ctx.inputs[0], ctx.output_shapes[0]
     if not _keeps_batch(ctx.operation, tensor.shape, shape):
         return _on_batch(ctx)
@@ -61,12 +61,12 @@ def reshape(ctx):
 
 
 def permute(ctx):
-    """Permute (axes counted from 1, without the batch)."""
+    """Axes change places."""
     return _transposed(ctx, (0, *ctx.operation.dims))
 
 
 def transpose(ctx):
-    """Transpose; the batch axis must stay the first."""
+    """Axes change places, the batch's excepted."""
     rank = ctx.inputs[0].rank
     return _transposed(ctx, ctx.operation.axes or tuple(reversed(range(rank))))
 
@@ -97,12 +97,12 @@ def squeeze(ctx):
 
 
 def repeat_vector(ctx):
-    """RepeatVector: a new axis that all channels share."""
+    """A new axis, which all channels share."""
     return Effect(outputs=[np.expand_dims(ctx.inputs[0].labels, 1)])
 
 
 def reduce(ctx):
-    """Mean, max, sum and the like: free over axes that are not the channels'."""
+    """Free over axes that are not the channels'."""
     tensor, operation = ctx.inputs[0], ctx.operation
     axes = range(tensor.rank) if operation.axis is None else np.atleast_1d(operation.axis)
     axes = tuple(int(k) % tensor.rank for k in axes)
@@ -139,7 +139,7 @@ def pad(ctx):
 
 
 def split(ctx):
-    """Split along any axis; a cut part tells where the next one starts."""
+    """A cut part tells where the next one starts."""
     tensor, operation = ctx.inputs[0], ctx.operation
     axis = operation.axis % tensor.rank
     num = len(ctx.output_shapes)
@@ -180,11 +180,6 @@ def get_item(ctx):
     start, stop, _ = entry.indices(vector.size)
     edit = Edit((vector,), lambda kept: slice(int(kept[:start].sum()), int(kept[:stop].sum())))
     return Effect(outputs=[ctx.regular(labels)], arguments={_position(ctx, mine): edit})
-
-
-def depth_to_space(ctx):
-    """Moves channels into space: all that share a position must stay together."""
-    return locked(ctx)
 
 
 def _on_batch(ctx):
