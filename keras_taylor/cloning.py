@@ -88,6 +88,8 @@ def copy_weights(source, target, masks=None):
                 value = np.compress(mask, value, axis)
         # a copy: JAX donates buffers, and a shared one would be lost to the source
         new.assign(np.array(value))
+    if hasattr(target, "finalize_state"):  # layers with `adapt` compute with values made from their weights
+        target.finalize_state()
 
 
 def compile_arguments(model):
