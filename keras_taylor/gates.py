@@ -91,7 +91,7 @@ class GatedNetwork(keras.layers.Layer):
     """
 
     def __init__(self, channels, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # inputs reach the first layers as they are
         self.gates = Gates(channels.num_units, name="gates")
         self._clones = _clone_operations(channels)
         self.network_layers = [c for c in self._clones.values() if isinstance(c, keras.Layer)]
@@ -157,7 +157,7 @@ class GatedModel(keras.Model):
     """
 
     def __init__(self, channels, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self.network = GatedNetwork(channels, name="network", dtype=channels.graph.model.dtype_policy)
         self.output_names = list(getattr(channels.graph.model, "output_names", None) or [])
         if not self.output_names:

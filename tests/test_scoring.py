@@ -13,6 +13,8 @@ from keras import layers, ops
 
 import keras_taylor
 from keras_taylor import criteria
+from keras_taylor.gates import GatedModel
+from keras_taylor.groups import read_channels
 
 REFERENCES = json.loads((pathlib.Path(__file__).parent / "data" / "scores.json").read_text())
 NUM = 20
@@ -275,6 +277,35 @@ def test_many_short_steps_accumulate_in_float32():
     scores = net.score(y, spy, batch_size=1)
     assert seen["num_examples"] == seen["num_batches"] == 1280
     np.testing.assert_allclose(scores, np.square(g).mean(0), rtol=3e-2)
+
+
+@pytest.fixture
+def policy(request):
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"], indirect=True)
+def test_global_mixed_precision(policy):
+    net, y, g = regression()
+    before = helpers.fingerprint(net.model)
+    np.testing.assert_allclose(net.score(y, batch_size=7), np.square(g).mean(0), rtol=3e-2)
+    assert helpers.fingerprint(net.model) == before
+    small = keras_taylor.prune(net.model, helpers.random_plan(net.model))
+    assert small.get_layer("hidden").dtype_policy.name == policy
+    assert type(small.optimizer) is type(net.model.optimizer)
+    assert np.isfinite(small.fit(net.x, y, verbose=0).history["loss"]).all()
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16"], indirect=True)
+def test_inputs_are_not_rounded_before_a_float32_layer(policy):
+    x = inputs = keras.Input((4,), dtype="float32")
+    x = layers.Dense(3, dtype="float32", name="hidden")(x - 1000)
+    model = keras.Model(inputs, layers.Dense(2, dtype="float32", name="head")(x))
+    x = np.random.default_rng(0).normal(1000, 1, (6, 4)).astype("float32")
+    gated = GatedModel(read_channels(model))
+    assert helpers.relative_difference(helpers.predict(gated, x), helpers.predict(model, x)) < 1e-6
 
 
 class Batches(keras.utils.PyDataset):
