@@ -1,0 +1,157 @@
+"""Every model of `keras.applications`: read whole, and law 2 on one of each family.
+
+On TensorFlow only: its eager mode needs no compilation, and on PyTorch Keras
+refuses NASNetMobile. The zoo holds the same structures for all backends.
+"""
+
+import gc
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, all_layers, random_plan, reachable, relative_difference
+
+import keras_taylor
+from keras_taylor.costs import CostModel
+from keras_taylor.gates import GatedModel
+from keras_taylor.groups import read_channels
+from keras_taylor.plan import kept_units
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BACKEND != "tensorflow", reason="the graphs are the same on every backend"),
+]
+
+NAMES = [name for name, member in vars(keras.applications).items() if callable(member)]
+SMALLEST_INPUT = {"Xception": 71, "InceptionV3": 75, "InceptionResNetV2": 75}
+
+# The smallest member of every family.
+FAMILIES = [
+    "ConvNeXtTiny",
+    "DenseNet121",
+    "EfficientNetB0",
+    "EfficientNetV2B0",
+    "InceptionResNetV2",
+    "InceptionV3",
+    "MobileNet",
+    "MobileNetV2",
+    "MobileNetV3Small",
+    "NASNetMobile",
+    "ResNet50",
+    "ResNet50V2",
+    "VGG16",
+    "Xception",
+]
+
+
+@pytest.fixture(autouse=True)
+def free_memory():
+    yield
+    keras.backend.clear_session()
+    gc.collect()
+
+
+@pytest.fixture
+def no_initializers(monkeypatch):
+    """Weights are zeros: only the graph is looked at."""
+    add_weight = keras.layers.Layer.add_weight
+
+    def add_zeros(self, shape=None, initializer=None, **arguments):
+        return add_weight(self, shape, initializer="zeros", **arguments)
+
+    monkeypatch.setattr(keras.layers.Layer, "add_weight", add_zeros)
+
+
+def build(name, **arguments):
+    size = SMALLEST_INPUT.get(name, 32)
+    return getattr(keras.applications, name)(weights=None, input_shape=(size, size, 3), **arguments)
+
+
+def locked_because(channels):
+    """Reasons of locked channels, the thousand classes left out."""
+    return {g.reason for g in channels.locked if g.num_units != 1000}
+
+
+def test_all_models_are_there():
+    assert len(NAMES) == 40
+    assert set(FAMILIES) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_read_whole(name, no_initializers):
+    model = build(name)
+    channels = read_channels(model)
+    costs = CostModel(channels)
+    assert channels.unknown == []
+    assert costs()["params"] == model.count_params()
+    assert costs()["flops"] > 0
+    reasons = locked_because(channels)
+    if name.startswith("ConvNeXt"):  # the residual stream goes through LayerNormalization
+        assert 0.90 <= reachable(model) <= 0.96
+        assert any("normalised together" in reason for reason in reasons)
+    else:
+        assert reachable(model) >= 0.99
+        assert reasons == set()
+
+
+def as_if_trained(model, x, seed=0):
+    """Random scales, and BatchNorm statistics that are random around those of `x`.
+
+    With statistics from nowhere the input's trace is lost in the deep networks, and
+    any two of them agree; with LayerScale's 1e-6 of the start no block does anything.
+    """
+    random = np.random.default_rng(seed)
+    layers = all_layers(model).values()
+    for layer in layers:
+        draw(layer, "gamma", random, 0.5, 1.5)
+        draw(layer, "beta", random, -0.3, 0.3)
+    norms = [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+    for layer in norms:
+        layer.momentum = 0.0
+    model(x, training=True)
+    for layer in norms:
+        deviation = np.sqrt(keras.ops.convert_to_numpy(layer.moving_variance))
+        mean = keras.ops.convert_to_numpy(layer.moving_mean)
+        layer.moving_mean.assign(mean + deviation * random.uniform(-0.3, 0.3, mean.shape))
+        layer.moving_variance.assign(deviation**2 * random.uniform(0.5, 1.5, mean.shape))
+
+
+def draw(layer, name, random, low, high):
+    weight = getattr(layer, name, None)
+    if weight is not None:
+        weight.assign(random.uniform(low, high, weight.shape))
+
+
+def output(model, x):
+    return [keras.ops.convert_to_numpy(model(x, training=False))]
+
+
+CHAOTIC = pytest.mark.xfail(
+    reason="squeeze-excite on 1x1 maps with random weights: rounding grows about fourfold a block",
+    strict=False,
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=CHAOTIC if name.startswith("EfficientNet") else ()) for name in FAMILIES],
+)
+def test_gates_at_zero_equal_the_pruned_model(name):
+    model = build(name, classifier_activation=None)
+    x = np.random.default_rng(1).normal(size=(16, *model.input_shape[1:])).astype("float32")
+    as_if_trained(model, x)
+    plan = random_plan(model)
+    assert 1 - plan.after["params"] / plan.before["params"] >= 0.3
+    small = keras_taylor.prune(model, plan)
+    assert small.count_params() == plan.after["params"]
+
+    x = x[:2]
+    channels = read_channels(model)
+    gated = GatedModel(channels)
+    before = output(model, x)
+    assert np.ptp(before[0], axis=0).max() > 1e-3 * np.abs(before[0]).max()  # the input is seen
+    assert relative_difference(output(gated, x), before) <= 1e-5
+    gated.mask = kept_units(channels, plan)
+    pruned = output(small, x)
+    assert relative_difference(output(gated, x), pruned) <= 1e-5
+    assert relative_difference(before, pruned) > 1e-3
