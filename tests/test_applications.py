@@ -126,19 +126,23 @@ def output(model, x):
     return [keras.ops.convert_to_numpy(model(x, training=False))]
 
 
-CHAOTIC = pytest.mark.xfail(
-    reason="squeeze-excite on 1x1 maps with random weights: rounding grows about fourfold a block",
-    strict=False,
-)
+# Squeeze-excite on maps of one pixel multiplies rounding errors block by block: with random
+# weights these two show law 2 in float64, where the same factor leaves it visible.
+CHAOTIC = ("EfficientNetB0", "EfficientNetV2B0")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=CHAOTIC if name.startswith("EfficientNet") else ()) for name in FAMILIES],
-)
+@pytest.fixture
+def name(request):
+    keras.config.set_floatx("float64" if request.param in CHAOTIC else "float32")
+    yield request.param
+    keras.config.set_floatx("float32")
+
+
+@pytest.mark.parametrize("name", FAMILIES, indirect=True)
 def test_gates_at_zero_equal_the_pruned_model(name):
+    tolerance = 1e-10 if name in CHAOTIC else 1e-5
     model = build(name, classifier_activation=None)
-    x = np.random.default_rng(1).normal(size=(16, *model.input_shape[1:])).astype("float32")
+    x = np.random.default_rng(1).normal(size=(16, *model.input_shape[1:])).astype(keras.config.floatx())
     as_if_trained(model, x)
     plan = random_plan(model)
     assert 1 - plan.after["params"] / plan.before["params"] >= 0.3
@@ -150,8 +154,8 @@ def test_gates_at_zero_equal_the_pruned_model(name):
     gated = GatedModel(channels)
     before = output(model, x)
     assert np.ptp(before[0], axis=0).max() > 1e-3 * np.abs(before[0]).max()  # the input is seen
-    assert relative_difference(output(gated, x), before) <= 1e-5
+    assert relative_difference(output(gated, x), before) <= tolerance
     gated.mask = kept_units(channels, plan)
     pruned = output(small, x)
-    assert relative_difference(output(gated, x), pruned) <= 1e-5
+    assert relative_difference(output(gated, x), pruned) <= tolerance
     assert relative_difference(before, pruned) > 1e-3
