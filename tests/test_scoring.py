@@ -272,7 +272,7 @@ def test_many_short_steps_accumulate_in_float32():
         seen.update(vars(statistics))
         return statistics.mean_square
 
-    net.compiled("mse")
+    net.model.compile("sgd", "mse")  # not eager: there are many steps
     net.x, y = np.tile(net.x, (64, 1)), np.tile(y, (64, 1))
     scores = net.score(y, spy, batch_size=1)
     assert seen["num_examples"] == seen["num_batches"] == 1280
