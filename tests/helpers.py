@@ -13,7 +13,7 @@ import keras_taylor
 from keras_taylor.costs import CostModel
 from keras_taylor.graph import num_inbound_nodes
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import Removable
+from keras_taylor.plan import Removable, plan_of
 
 BACKEND = keras.backend.backend()
 EAGER = BACKEND != "jax"  # JAX compiles single operations for longer than whole models
@@ -42,10 +42,15 @@ def reachable(model):
     return 1 - costs(removable.least())["params"] / costs()["params"]
 
 
-def random_plan(model, seed=0, goal=0.3):
-    """A plan that removes 30 % of the parameters, or what can be reached, by random scores."""
-    goal = min(goal, 0.7 * reachable(model))
-    return keras_taylor.make_plan(model, random_scores(model, seed), goal)
+def random_plan(model, seed=0, fraction=0.4):
+    """A plan that takes some units, at least one, out of every group that has two or more."""
+    random = np.random.default_rng(seed)
+    channels = read_channels(model)
+    kept = np.ones(channels.num_units, bool)
+    for group in channels.groups:
+        num = min(group.num_units - 1, max(1, round(fraction * group.num_units)))
+        kept[group.start + random.choice(group.num_units, num, replace=False)] = False
+    return plan_of(channels, CostModel(channels), kept)
 
 
 def predict(model, x):

@@ -73,7 +73,7 @@ def test_flattened_channels_are_one_unit_at_all_positions():
 
 def test_grouped_convolutions_lose_equal_positions_of_their_groups():
     assert groups_of("grouped") == {
-        "conv1": (2, {"conv1"}),
+        "conv1": (4, {"conv1"}),
         "grouped": (3, {"grouped"}),
         "conv2": (6, {"conv2"}),
     }

@@ -16,7 +16,7 @@ import keras_taylor
 from keras_taylor.costs import CostModel
 from keras_taylor.gates import GatedModel
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import kept_units
+from keras_taylor.plan import LayerPlan, kept_units
 
 # bfloat16 keeps 8 bits, and a sum of fewer terms is rounded at other places
 TOLERANCE = {"mixed_dtype": 2e-2}
@@ -64,7 +64,7 @@ def test_parameters_are_those_of_the_plan(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_pruning_twice_equals_pruning_once(name):
     model, first, small = case(name).model, case(name).plan, case(name).small
-    second = helpers.random_plan(small, seed=3, goal=0.2)
+    second = helpers.random_plan(small, seed=3, fraction=0.2)
     twice = keras_taylor.prune(small, second)
     once = keras_taylor.prune(model, first.compose(second))
     assert twice.count_params() < small.count_params()
@@ -209,3 +209,17 @@ def test_compile_settings_survive():
     logs = small.evaluate(x, y, verbose=0, return_dict=True)
     assert {"loss", "mask_mae", "label_error"} <= set(logs)
     assert model.evaluate(x, y, verbose=0, return_dict=True)["loss"] != logs["loss"]
+
+
+@pytest.mark.xfail(
+    reason="cut to one channel a group, a grouped convolution is a depthwise one, whose channels are free: "
+    "a later plan may then take whole groups, which no plan for the original can say",
+    raises=ValueError,
+    strict=True,
+)
+def test_a_grouped_convolution_cut_to_one_channel_a_group():
+    model = zoo.build("grouped")
+    first = keras_taylor.Plan({"conv1": LayerPlan(16, (0, 4, 8, 12))})
+    small = keras_taylor.prune(model, first)
+    second = helpers.random_plan(small)
+    keras_taylor.prune(model, first.compose(second))

@@ -192,7 +192,7 @@ def separable():
 @model
 def grouped():
     x = inputs = keras.Input(SIZE)
-    x = conv(x, 8, "conv1")
+    x = conv(x, 16, "conv1")
     x = conv(x, 12, "grouped", groups=4)
     x = layers.Conv2D(24, 3, groups=12, activation="relu", name="one_channel_groups")(x)
     return classified(inputs, conv(x, 6, "conv2", kernel=1))
