@@ -237,8 +237,8 @@ class _Run:
         detail = f" ({trainable:,} trainable)" if what == "params" else ""
         reporter.say(
             f"remove {100 * goal:.4g} % of {before[what]:,} {unit}{detail}; rounds: {len(self._ceilings)}; "
-            f"in each: '{self.info.criterion}' scores from at most {self._score_examples:,} examples, then "
-            f"fine-tuning with a new optimizer, epochs: {self._fit_kwargs.get('epochs', 1)}"
+            f"in each: '{self.info.criterion}' scores{self._source_of_scores()}, then fine-tuning with a "
+            f"new optimizer, epochs: {self._fit_kwargs.get('epochs', 1)}"
         )
         frozen = [layer.name for layer in self._original.layers if layer.weights and not layer.trainable]
         if frozen:
@@ -246,6 +246,11 @@ class _Run:
             reporter.say(f"frozen, so pruned but not fine-tuned: {len(frozen)} layers ({names})")
         if self.info.unknown:
             reporter.say(f"without a rule, so what they read stays: {', '.join(self.info.unknown)}")
+
+    def _source_of_scores(self):
+        if not needs_data(self._criterion, self._feed):
+            return " without data"
+        return f" from at most {self._score_examples:,} examples"
 
 
 class _StepLosses(keras.callbacks.Callback):

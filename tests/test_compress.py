@@ -320,6 +320,13 @@ def test_lines_in_a_pipe(capsys):
     assert all("\x1b" not in line and "\r" not in line for line in lines)
 
 
+def test_first_line_says_where_scores_come_from(capsys):
+    keras_taylor.compress(small_model(), stripes(), increment=0.3, criterion="magnitude", epochs=0)
+    assert "in each: 'magnitude' scores without data, then" in capsys.readouterr().out
+    keras_taylor.compress(small_model(), stripes(), increment=0.3, score_examples=32, epochs=0)
+    assert "in each: 'taylor' scores from at most 32 examples, then" in capsys.readouterr().out
+
+
 def test_silence(capfd):
     keras_taylor.compress(small_model(), stripes(), increment=0.3, verbose=0)
     assert capfd.readouterr().out == ""
