@@ -283,6 +283,15 @@ def test_early_stopping_of_the_user_ends_the_round_not_the_run():
     assert [len(r.history["loss"]) for r in info.rounds] == [1, 1]
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_gives_back_the_last_complete_round():
     model, data = small_model(), stripes()
     epochs = []
