@@ -1,0 +1,58 @@
+"""A trained CIFAR-10 ResNet-20, where its file is at hand (KERAS_TAYLOR_DATA names the folder)."""
+
+import os
+import pathlib
+
+import keras
+import numpy as np
+import pytest
+from helpers import random_plan, relative_difference
+
+import keras_taylor
+from keras_taylor.gates import GatedModel
+from keras_taylor.groups import read_channels
+from keras_taylor.plan import kept_units
+
+BESIDE = pathlib.Path(__file__).parents[2] / "shared" / "data"
+DATA = pathlib.Path(os.environ.get("KERAS_TAYLOR_DATA", BESIDE))
+pytestmark = pytest.mark.skipif(
+    not (DATA / "resnet20_cifar10.keras").exists(), reason="no resnet20_cifar10.keras in KERAS_TAYLOR_DATA"
+)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    with np.load(DATA / "cifar10_4k1k.npz") as data:
+        x, y = data["x_test"][:200], data["y_test"][:200].reshape(-1)
+    x = ((x / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).astype("float32")
+    model = keras.models.load_model(DATA / "resnet20_cifar10.keras", compile=False)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    return model, x, y
+
+
+def test_all_but_the_logits_can_go(trained):
+    analysis = keras_taylor.analyze(trained[0])
+    assert analysis.reachable["params"] > 0.99
+    assert {group.name for group in analysis.groups if not group.prunable} == {"linear"}
+
+
+def test_gates_at_zero_equal_the_pruned_model(trained):
+    model, x, _ = trained
+    plan = random_plan(model, fraction=0.2)
+    channels = read_channels(model)
+    gated = GatedModel(channels)
+    gated.mask = kept_units(channels, plan)
+    small = keras_taylor.prune(model, plan)
+    outputs = [[keras.ops.convert_to_numpy(m(x[:8], training=False))] for m in (gated, small, model)]
+    assert relative_difference(outputs[0], outputs[1]) <= 1e-5
+    assert relative_difference(outputs[2], outputs[1]) > 1e-2
+
+
+def test_taylor_keeps_more_accuracy_than_chance(trained):
+    model, x, y = trained
+    accuracies = {}
+    for criterion in ("taylor", "random"):
+        scores = keras_taylor.score(model, (x, y), criterion=criterion)
+        small = keras_taylor.prune(model, keras_taylor.make_plan(model, scores, 0.2))
+        accuracies[criterion] = small.evaluate(x, y, verbose=0, return_dict=True)["accuracy"]
+    assert accuracies["taylor"] > accuracies["random"] + 0.2
