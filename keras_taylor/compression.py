@@ -18,7 +18,7 @@ from keras_taylor.plan import (
     flat_scores,
     parse_goal,
     plan_of,
-    unreachable,
+    units_to_keep,
 )
 from keras_taylor.progress import Reporter
 from keras_taylor.report import Info, Round
@@ -125,10 +125,12 @@ class _Run:
         self._exclude = layer_names(model, exclude)
         self._limits = {"round_to": round_to, "min_channels": min_channels}
         channels = self._read(model)
-        self._before = CostModel(channels)()
+        costs = CostModel(channels)
+        self._before = costs()
         check_countable(self._before, what, goal)
-        self._check_reachable(channels, fraction)
         self._ceilings = [self._before[what] * (1 - f) for f in fractions(fraction, increment)]
+        # refused now if out of reach: which units go does not matter, how many can does
+        self._kept(channels, costs, np.zeros(channels.num_units), self._ceilings[-1])
         self._feed = Feed(
             ds,
             model,
@@ -169,7 +171,7 @@ class _Run:
             scores = self._scores(channels, reporter.callback(f"{name}: scoring"))
         with clock.phase("prune"):
             costs = CostModel(channels)
-            kept = self._kept(channels, costs, scores, ceiling)
+            kept = self._kept(channels, costs, flat_scores(channels, scores), ceiling)
             plan = plan_of(channels, costs, kept)
             small = cut(channels, kept, compiled_as=self._original)
         with clock.phase("fit"):
@@ -192,21 +194,9 @@ class _Run:
         class_weight = self._fit_kwargs.get("class_weight")
         return score_channels(channels, feed, self._criterion, self._score_examples, class_weight, callbacks)
 
-    def _kept(self, channels, costs, scores, ceiling):
-        removable = Removable(channels, costs, flat_scores(channels, scores), **self._limits)
-        kept = removable.until(self._what, ceiling)
-        if kept is None:
-            raise unreachable(channels, costs, removable, self._what, self._goal)
-        return kept
-
-    def _check_reachable(self, channels, fraction):
-        costs = CostModel(channels)
-        removable = Removable(channels, costs, np.zeros(channels.num_units), **self._limits)
-        if (
-            not channels.num_units
-            or removable.until(self._what, self._before[self._what] * (1 - fraction)) is None
-        ):
-            raise unreachable(channels, costs, removable, self._what, self._goal)
+    def _kept(self, channels, costs, flat, ceiling):
+        removable = Removable(channels, costs, flat, **self._limits)
+        return units_to_keep(channels, costs, removable, self._what, ceiling, self._goal)
 
     def _fine_tune(self, small, callbacks, number):
         losses = _StepLosses()

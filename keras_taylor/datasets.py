@@ -181,14 +181,10 @@ def _limited(batches, num_examples):
         batch = keras.tree.map_structure(
             lambda part: None if part is None else keras.ops.convert_to_numpy(part), tuple(batch)
         )
-        yield tuple(part for part in (_first(part, left) for part in batch) if part is not None)
+        yield tuple(part for part in (_slice(part, 0, left) for part in batch) if part is not None)
         left -= len(keras.tree.flatten(batch[0])[0])
         if left <= 0:
             return
-
-
-def _first(part, num):
-    return part if num is None else _slice(part, 0, num)
 
 
 def _slice(part, start, stop):

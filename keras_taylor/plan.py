@@ -135,13 +135,21 @@ def make_plan(model, scores, goal=0.3, *, round_to=1, min_channels=1, include=No
     channels = read_channels(model, include, exclude)
     costs = CostModel(channels)
     check_countable(costs(), what, goal)
-    flat = flat_scores(channels, scores)
-    removable = Removable(channels, costs, flat, round_to, min_channels)
-    ceiling = costs()[what] * (1 - fraction)
+    removable = Removable(channels, costs, flat_scores(channels, scores), round_to, min_channels)
+    kept = units_to_keep(channels, costs, removable, what, costs()[what] * (1 - fraction), goal)
+    return plan_of(channels, costs, kept)
+
+
+def units_to_keep(channels, costs, removable, what, ceiling, goal):
+    """The largest mask of kept units whose cost is at most `ceiling`.
+
+    Raises:
+        ValueError: if there is none; it names `goal`, and how much can go.
+    """
     kept = removable.until(what, ceiling)
     if kept is None:
-        raise unreachable(channels, costs, removable, what, goal)
-    return plan_of(channels, costs, kept)
+        raise _unreachable(channels, costs, removable, what, goal)
+    return kept
 
 
 def parse_goal(goal):
@@ -246,7 +254,7 @@ class Removable:
         return self.mask(high)
 
 
-def unreachable(channels, costs, removable, what, goal):
+def _unreachable(channels, costs, removable, what, goal):
     """The error for a goal out of reach."""
     before, least = costs()[what], costs(removable.least())[what]
     return ValueError(

@@ -150,11 +150,14 @@ def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None,
     return fold.totals
 
 
-def compile_for_scoring(gated, model):
-    """Compiles so that `fit` collects statistics: each example's own loss, a step that moves nothing."""
+def compile_for_scoring(gated, model, mean=False):
+    """Compiles so that `fit` collects statistics: each example's own loss, a step that moves nothing.
+
+    With `mean`, `evaluate` gives the mean loss of the examples.
+    """
     gated.compile(
         keras.optimizers.SGD(0.0),
-        loss=example_losses(model.loss),
+        loss=example_losses(model.loss, mean),
         loss_weights=compile_arguments(model).get("loss_weights"),
         jit_compile=model.jit_compile,
         run_eagerly=model.run_eagerly,
@@ -187,13 +190,7 @@ def _refuse_class_weight(class_weight):
 
 def _loss_changes(gated, channels, feed, num_examples):
     """True change of the mean loss when one unit's gate is closed, unit by unit."""
-    model = channels.graph.model
-    gated.compile(
-        loss=example_losses(model.loss, mean=True),
-        loss_weights=compile_arguments(model).get("loss_weights"),
-        jit_compile=model.jit_compile,
-        run_eagerly=model.run_eagerly,
-    )
+    compile_for_scoring(gated, channels.graph.model, mean=True)
 
     def loss_with(mask):
         gated.mask = mask
