@@ -3,13 +3,16 @@
 import contextlib
 import inspect
 import time
+import warnings
 
 import keras
 import numpy as np
 
 from keras_taylor import criteria
+from keras_taylor.backups import Backups, capture, describe_call, rebuild
 from keras_taylor.costs import CostModel
 from keras_taylor.datasets import Feed
+from keras_taylor.fine_tuning import Diverged, fine_tune
 from keras_taylor.groups import layer_names, read_channels
 from keras_taylor.plan import (
     Plan,
@@ -56,6 +59,7 @@ def compress(
     exclude=(),
     round_to=1,
     min_channels=1,
+    backup_dir=None,
     return_info=False,
     verbose="auto",
     **fit_kwargs,
@@ -78,20 +82,36 @@ def compress(
             layers: prune only the channels that these make / none of them.
         round_to: Every group of channels keeps a multiple of this many.
         min_channels: Every group keeps at least so many.
+        backup_dir: Directory, made if missing, that keeps the state of the run after each
+            round: the same call after a crash, a kill or Ctrl-C goes on with the round that
+            was not completed, and after the last one returns the finished model at once.
+            Each round then starts with `keras.utils.set_random_seed` of a number drawn at
+            the start of the run from NumPy's global state, so a run that was resumed takes
+            the same random numbers as one that was not: shuffling of arrays, dropout, what
+            callbacks draw from global generators. Not so generators of the caller's own,
+            the order in a data set that shuffles by itself, and the state of callbacks:
+            data and callbacks are not kept. One run at a time may use a directory. `None`:
+            nothing is kept, nothing is seeded.
         return_info: Also return an `Info`.
         verbose: 0 is silent, 1 a live bar, 2 lines only, "auto" whichever suits the output.
         **fit_kwargs: What `model.fit` takes: `epochs` (a round; 0: no fine-tuning),
             `batch_size`, `validation_data`, `callbacks`, `class_weight`, ... Each round
-            starts with a new optimizer of the configuration that `model` was compiled with.
+            starts with the learning rate that `model` was compiled with, and with the momentum
+            and moments of the channels that stayed. A learning rate schedule starts anew,
+            and momentum with it, since both count the same steps.
 
     Returns:
         A plain, smaller Keras model, fine-tuned, compiled as `model`; with
-        `return_info=True` a tuple of it and an `Info`.
+        `return_info=True` a tuple of it and an `Info`. If the loss, or a weight, becomes
+        NaN or infinite in fine-tuning, that round is undone, a warning says so, and the
+        model is that of the round before (an unpruned copy, if there is none); with
+        `backup_dir` the same call for a model that is compiled with a lower learning
+        rate goes on from there.
 
     Raises:
         ValueError: before any work, for a goal that cannot be reached, data that does
-            not fit, a model that is not compiled; later, if the loss becomes NaN. The
-            given model is untouched.
+            not fit, a model that is not compiled, a `backup_dir` that cannot be written
+            to or holds the state of another call. The given model is untouched.
         TypeError: for keyword arguments that neither `compress` nor `fit` has.
         CompressionInterrupted: on Ctrl-C, with the last complete round's model.
 
@@ -102,7 +122,7 @@ def compress(
     _check_fit_arguments(fit_kwargs)
     run = _Run(
         model, ds, goal, increment, criterion, score_examples,
-        include, exclude, round_to, min_channels, fit_kwargs,
+        include, exclude, round_to, min_channels, backup_dir, fit_kwargs,
     )  # fmt: skip
     with Reporter(verbose) as reporter:
         small = run.until_done(reporter)
@@ -114,7 +134,7 @@ class _Run:
 
     def __init__(
         self, model, ds, goal, increment, criterion, score_examples,
-        include, exclude, round_to, min_channels, fit_kwargs,
+        include, exclude, round_to, min_channels, backup_dir, fit_kwargs,
     ):  # fmt: skip
         what, fraction = parse_goal(goal)
         criteria.get(criterion)
@@ -128,7 +148,8 @@ class _Run:
         costs = CostModel(channels)
         self._before = costs()
         check_countable(self._before, what, goal)
-        self._ceilings = [self._before[what] * (1 - f) for f in fractions(fraction, increment)]
+        self._fractions = fractions(fraction, increment)
+        self._ceilings = [self._before[what] * (1 - f) for f in self._fractions]
         # refused now if out of reach: which units go does not matter, how many can does
         self._kept(channels, costs, np.zeros(channels.num_units), self._ceilings[-1])
         self._feed = Feed(
@@ -149,21 +170,93 @@ class _Run:
             locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in channels.locked},
             unknown=tuple(channels.unknown),
         )
+        self._plans = []  # of the completed rounds
+        self._backups = None if backup_dir is None else self._open_backups(backup_dir)
 
     def until_done(self, reporter):
-        """Runs the rounds; returns the last one's model."""
-        current = self._original
+        """Runs the rounds that are left; returns the last one's model."""
         self._announce(reporter)
+        current = self._model_so_far(reporter)
         try:
-            for number, ceiling in enumerate(self._ceilings, 1):
-                current = self._round(current, number, ceiling, reporter)
+            for number in range(len(self._plans) + 1, len(self._ceilings) + 1):
+                current = self._round(current, number, reporter)
+                self._back_up(current)
+        except Diverged as error:
+            return self._undone(current, error, reporter)
         except KeyboardInterrupt as interrupt:
             self.info.stop_reason = "interrupted"
             raise CompressionInterrupted(current, self.info) from interrupt
+        except Exception as error:
+            error.add_note(self._what_is_kept())
+            raise
         self.info.stop_reason = "goal reached"
+        if self._backups is not None:
+            self._backups.finish()
         return current
 
-    def _round(self, model, number, ceiling, reporter):
+    def _open_backups(self, directory):
+        """Looks for the state of a run of the same call; refuses that of another."""
+        call = describe_call(
+            self._original,
+            goal=self.info.goal,
+            schedule=self._fractions,
+            criterion=self.info.criterion,
+            include=self._include,
+            exclude=self._exclude,
+            **self._limits,
+            score_examples=self._score_examples,
+            epochs=self._fit_kwargs.get("epochs", 1),
+            batch_size=self._feed.batch_size,
+            steps_per_epoch=self._feed.steps_per_epoch,
+            validation_split=self._fit_kwargs.get("validation_split"),
+            examples=self._feed.num_examples,
+        )
+        backups = Backups(directory, call)
+        if backups.state is None:
+            self._seed = int(np.random.randint(2**31 - 1))
+        else:
+            self.info, self._seed = backups.state.info, backups.state.seed
+            self._plans = list(backups.state.plans)
+        return backups
+
+    def _model_so_far(self, reporter):
+        if not self._plans:
+            return self._original
+        state, self._backups.state = self._backups.state, None  # its arrays need not stay in memory
+        reporter.say(f"resumed after round {len(self._plans)} of {len(self._ceilings)} from {state.path}")
+        return rebuild(self._original, state)
+
+    def _back_up(self, model):
+        if self._backups is not None:
+            self._backups.write(capture(model, self._plans, self.info, self._seed))
+
+    def _what_is_kept(self):
+        done = f"`compress` had completed {len(self._plans)} of {len(self._ceilings)} rounds"
+        if self._backups is None:
+            return f"{done}. With `backup_dir` they would be kept, and the same call would go on from there."
+        return f"{done}; the same call, with the same `backup_dir`, goes on from there."
+
+    def _undone(self, last_good, error, reporter):
+        """The result where fine-tuning diverged: that of the round before."""
+        number = len(self._plans) + 1
+        rate = getattr(self._original.optimizer, "learning_rate", None)  # there may be several optimizers
+        now = "" if rate is None else f" ({float(keras.ops.convert_to_numpy(rate)):.4g} now)"
+        result = f"that of round {number - 1}" if self._plans else "an unpruned copy of the model"
+        self.info.stop_reason = (
+            f"{error.what} in round {number} {error.where}: lower the learning rate{now}; "
+            f"the result is {result}"
+        )
+        warnings.warn(self.info.stop_reason, stacklevel=4)
+        reporter.say(f"stopped: {self.info.stop_reason}")
+        if self._plans:
+            return last_good
+        channels = read_channels(self._original)
+        return cut(channels, np.ones(channels.num_units, bool))
+
+    def _round(self, model, number, reporter):
+        if self._backups is not None:
+            # a round depends on its number, not on what was drawn before, so it can be repeated
+            keras.utils.set_random_seed(self._seed + number)
         clock = _Clock()
         name = f"round {number}/{len(self._ceilings)}"
         with clock.phase("score"):
@@ -171,11 +264,12 @@ class _Run:
             scores = self._scores(channels, reporter.callback(f"{name}: scoring"))
         with clock.phase("prune"):
             costs = CostModel(channels)
-            kept = self._kept(channels, costs, flat_scores(channels, scores), ceiling)
+            kept = self._kept(channels, costs, flat_scores(channels, scores), self._ceilings[number - 1])
             plan = plan_of(channels, costs, kept)
-            small = cut(channels, kept, compiled_as=self._original)
+            small = cut(channels, kept, compiled_as=self._original, carry=self._carry)
         with clock.phase("fit"):
-            history, step_losses = self._fine_tune(small, reporter.callback(f"{name}: fine-tuning"), number)
+            history, step_losses = self._fine_tune(small, model, reporter.callback(f"{name}: fine-tuning"))
+        self._plans.append(plan)
         self.info.plan = self.info.plan.compose(plan)
         self.info.after = dict(plan.after)
         layers = {n: [p.width, len(p.kept)] for n, p in plan.layers.items()}
@@ -198,21 +292,11 @@ class _Run:
         removable = Removable(channels, costs, flat, **self._limits)
         return units_to_keep(channels, costs, removable, self._what, ceiling, self._goal)
 
-    def _fine_tune(self, small, callbacks, number):
-        losses = _StepLosses()
+    def _fine_tune(self, small, origin, callbacks):
         arguments = {**self._feed.fit_arguments(), **self._fit_kwargs}
         if arguments.get("epochs", 1) == 0:
             return {}, []
-        arguments["callbacks"] = [*(self._fit_kwargs.get("callbacks") or []), *callbacks, losses]
-        history = small.fit(**arguments, verbose=0).history
-        if not np.isfinite(losses.values).all():
-            step = int(np.argmin(np.isfinite(losses.values)))
-            raise ValueError(
-                f"The loss became NaN or infinite in round {number}, at fine-tuning step {step}. Lower "
-                "the learning rate with which the model is compiled, or look for NaN in the data. The "
-                f"model that was given is untouched. Received: losses={losses.values[: step + 1][-3:]}"
-            )
-        return {key: [float(v) for v in values] for key, values in history.items()}, losses.values
+        return fine_tune(small, origin, arguments, callbacks)
 
     def _num_scored(self, score_examples):
         if score_examples is not None:
@@ -228,7 +312,7 @@ class _Run:
         reporter.say(
             f"remove {100 * goal:.4g} % of {before[what]:,} {unit}{detail}; rounds: {len(self._ceilings)}; "
             f"in each: '{self.info.criterion}' scores{self._source_of_scores()}, then fine-tuning with a "
-            f"new optimizer, epochs: {self._fit_kwargs.get('epochs', 1)}"
+            f"{'the' if self._carry else 'a new'} optimizer, epochs: {self._fit_kwargs.get('epochs', 1)}"
         )
         frozen = [layer.name for layer in self._original.layers if layer.weights and not layer.trainable]
         if frozen:
@@ -241,24 +325,6 @@ class _Run:
         if not needs_data(self._criterion, self._feed):
             return " without data"
         return f" from at most {self._score_examples:,} examples"
-
-
-class _StepLosses(keras.callbacks.Callback):
-    """The loss of every training step, out of the running mean that Keras keeps."""
-
-    def __init__(self):
-        super().__init__()
-        self.values = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._total = self._count = 0.0
-
-    def on_train_batch_end(self, batch, logs=None):
-        tracker = self.model.metrics[0]
-        total, count = (float(keras.ops.convert_to_numpy(v)) for v in (tracker.total, tracker.count))
-        steps = count - self._count
-        self.values.append((total - self._total) / steps if steps else float("nan"))
-        self._total, self._count = total, count
 
 
 class _Clock:

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from keras_taylor.plan import Plan
 from keras_taylor.tables import render
 
 
@@ -76,6 +77,26 @@ class Info:
             reduction=self.reduction, pruned_layers=self.pruned_layers, plan=json.loads(self.plan.to_json())
         )
         return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text):
+        """The `Info` that `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is not such an `Info`.
+        """
+        try:
+            content = json.loads(text)
+            content = {f.name: content[f.name] for f in dataclasses.fields(cls)}
+            content["rounds"] = [Round(**one) for one in content["rounds"]]
+            content["unknown"] = tuple(content["unknown"])
+            content["plan"] = Plan.from_json(json.dumps(content["plan"]))
+            return cls(**content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"This is no `Info` that `Info.to_json` wrote ({type(error).__name__}: {error}). "
+                f"Received: text={text[:80]!r}"
+            ) from error
 
     def plot(self, path):
         """Draws parameters and the metrics against rounds into a picture file.
