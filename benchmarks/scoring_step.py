@@ -5,11 +5,9 @@ step after a warm-up. Usage: `python benchmarks/scoring_step.py [--backends ...]
 """
 
 import argparse
-import statistics
 import sys
-import time
 
-from common import BACKENDS, in_process, machine, markdown_table, on_each_backend
+from common import BACKENDS, comparison, in_process, interleaved_fits, machine, on_each_backend
 
 
 def measure(image_size=96, batch_size=16, steps=2, repetitions=7, model_name="ResNet50"):
@@ -30,39 +28,7 @@ def measure(image_size=96, batch_size=16, steps=2, repetitions=7, model_name="Re
     x = random.normal(size=(steps * batch_size, image_size, image_size, 3)).astype("float32")
     y = random.integers(0, 1000, len(x))
 
-    def seconds_a_step(one):
-        wall, processor = time.perf_counter(), time.process_time()
-        one.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
-        return (time.perf_counter() - wall) / steps, (time.process_time() - processor) / steps
-
-    models = {"train": model, "score": gated}
-    first = {name: seconds_a_step(one)[0] * steps for name, one in models.items()}
-    times = {name: [] for name in models}
-    for _ in range(repetitions):
-        for name, one in models.items():
-            times[name].append(seconds_a_step(one))
-    return {"first": first, "times": times, "jit": str(model.jit_compile)}
-
-
-def row(backend, result):
-    train, score = (list(zip(*result["times"][name], strict=True)) for name in ("train", "score"))
-    ratios = [s / t for t, s in zip(train[0], score[0], strict=True)]
-    (train, train_cpu), (score, score_cpu) = map(_medians, (train, score))
-    return [
-        backend,
-        result["jit"],
-        f"{train:.2f}",
-        f"{score:.2f}",
-        f"{score / train:.2f}",
-        f"{min(ratios):.2f} to {max(ratios):.2f}",
-        f"{score_cpu / train_cpu:.2f}",
-        f"{result['first']['train']:.0f}",
-        f"{result['first']['score']:.0f}",
-    ]
-
-
-def _medians(columns):
-    return [statistics.median(column) for column in columns]
+    return interleaved_fits({"train": model, "score": gated}, x, y, batch_size, repetitions)
 
 
 def main():
@@ -75,9 +41,7 @@ def main():
     print("ResNet-50 at 96 px, batch 16, SGD with momentum, `model.fit`, Keras' default jit settings;")
     print(f"medians of {arguments.repetitions} interleaved repetitions of 2 steps, after a warm-up.\n")
     print(machine(results), end="\n\n")
-    header = "backend, jit, train s, score s, ratio, each repetition, ratio in processor time"
-    header += ", first train s, first score s"
-    print(markdown_table(header.split(", "), [row(b, r) for b, r in results.items()]))
+    print(comparison(results))
 
 
 if __name__ == "__main__":

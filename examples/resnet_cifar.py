@@ -2,12 +2,16 @@
 
     python examples/resnet_cifar.py --model resnet20_cifar10.keras --data cifar10_4k1k.npz
 
+With `--while-training` the pruning happens inside one `fit` of as many epochs in all.
+
 The data file holds uint8 images and labels: x_train, y_train, x_test, y_test. The
 backend is the one that KERAS_BACKEND names.
 """
 
 import argparse
 import json
+import math
+import time
 
 import keras
 import numpy as np
@@ -61,23 +65,13 @@ def arguments():
     parser.add_argument("--criterion", default="taylor")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning, a round")
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--while-training", action="store_true", help="prune inside one fit")
     parser.add_argument("--save", help="where to write the smaller model")
     return parser.parse_args()
 
 
-def main():
-    options = arguments()
-    keras.utils.set_random_seed(0)
-    x_train, y_train, x_test, y_test = images_and_labels(options.data)
-    model = keras.models.load_model(options.model, compile=False)
-    train = Augmented(x_train, y_train, batch_size=128)
-    # falls to zero within each round, whose optimizer is a new one
-    rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, max(1, options.epochs * len(train)))
-    optimizer = keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss, metrics=["accuracy"])
-    before = model.evaluate(x_test, y_test, batch_size=250, verbose=0, return_dict=True)["accuracy"]
-
+def by_rounds(model, train, options):
+    """`compress`: score, cut, fine-tune, again."""
     small, info = keras_taylor.compress(
         model,
         train,
@@ -88,15 +82,46 @@ def main():
         return_info=True,
     )
     print(info)
+    return small
+
+
+def while_training(model, train, options):
+    """One `fit` of a wrapped model, pruned every 10 steps in the first three quarters of it."""
+    prunable = keras_taylor.PrunableModel(model, criterion=options.criterion)
+    callback = keras_taylor.TaylorPruning(options.goal, frequency=10, momentum=0.9, verbose=1)
+    prunable.fit(train, epochs=num_epochs(options), callbacks=[callback], verbose=2)
+    return prunable.strip()
+
+
+def num_epochs(options):
+    return options.epochs * math.ceil(options.goal / options.increment - 1e-9)
+
+
+def main():
+    options = arguments()
+    keras.utils.set_random_seed(0)
+    x_train, y_train, x_test, y_test = images_and_labels(options.data)
+    model = keras.models.load_model(options.model, compile=False)
+    train = Augmented(x_train, y_train, batch_size=128)
+    # falls to zero within each round, whose optimizer is a new one, or within the one fit
+    epochs = num_epochs(options) if options.while_training else options.epochs
+    rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, max(1, epochs * len(train)))
+    optimizer = keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+    before = model.evaluate(x_test, y_test, batch_size=250, verbose=0, return_dict=True)["accuracy"]
+
+    start = time.perf_counter()
+    small = (while_training if options.while_training else by_rounds)(model, train, options)
+    seconds = time.perf_counter() - start
     after = small.evaluate(x_test, y_test, batch_size=250, verbose=0, return_dict=True)["accuracy"]
+    costs = [keras_taylor.analyze(m).costs for m in (model, small)]
     result = {
         "backend": keras.backend.backend(),
         "criterion": options.criterion,
         "accuracy": [round(before, 4), round(after, 4)],
-        "reduction": {what: round(share, 4) for what, share in info.reduction.items()},
-        "seconds": {
-            phase: round(sum(r.seconds[phase] for r in info.rounds)) for phase in info.rounds[0].seconds
-        },
+        "reduction": {what: round(1 - costs[1][what] / full, 4) for what, full in costs[0].items()},
+        "seconds": round(seconds),
     }
     print(json.dumps(result))
     if options.save:

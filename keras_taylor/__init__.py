@@ -1,9 +1,11 @@
 """Really smaller Keras 3 models: Taylor pruning of whole channels."""
 
 from keras_taylor.analysis import Analysis, analyze
+from keras_taylor.callbacks import TaylorPruning
 from keras_taylor.compression import CompressionInterrupted, compress
 from keras_taylor.graph import UnsupportedModelError
 from keras_taylor.plan import Plan, make_plan
+from keras_taylor.prunable import PrunableModel
 from keras_taylor.report import Info
 from keras_taylor.scoring import score
 from keras_taylor.surgery import prune
@@ -14,6 +16,8 @@ __all__ = [
     "CompressionInterrupted",
     "Info",
     "Plan",
+    "PrunableModel",
+    "TaylorPruning",
     "UnsupportedModelError",
     "analyze",
     "compress",

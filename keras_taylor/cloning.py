@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_taylor.graph import UnsupportedModelError
+from keras_taylor.optimizers import kept_part
 
 
 def clone_operation(operation, name, changes=None):
@@ -82,10 +83,7 @@ def copy_weights(source, target, masks=None):
             `None`, for each axis.
     """
     for old, new in zip(source.weights, target.weights, strict=True):
-        value = keras.ops.convert_to_numpy(old.value)
-        for axis, mask in enumerate((masks or {}).get(id(old), ())):
-            if mask is not None and not mask.all():
-                value = np.compress(mask, value, axis)
+        value = kept_part(keras.ops.convert_to_numpy(old.value), (masks or {}).get(id(old), ()))
         # a copy: JAX donates buffers, and a shared one would be lost to the source
         new.assign(np.array(value))
     if hasattr(target, "finalize_state"):  # layers with `adapt` compute with values made from their weights

@@ -25,11 +25,17 @@ class Gates(keras.layers.Layer):
 
     Args:
         num_units: Number of gates.
+
+    Attributes:
+        averaged: Whether the loss is the mean over the batch, so that what arrives is
+            each example's derivative divided by their number. Read when a step is
+            traced.
     """
 
     def __init__(self, num_units, **kwargs):
         super().__init__(dtype="float32", **kwargs)
         self.num_units = num_units
+        self.averaged = False
         self.mask = self.add_weight(
             shape=(num_units,), initializer="ones", trainable=False, autocast=False, name="mask"
         )
@@ -47,15 +53,17 @@ class Gates(keras.layers.Layer):
         batch = ops.shape(like)[0]
         mask = ops.convert_to_tensor(self.mask)
         statistics = ops.convert_to_tensor(self.statistics)
-        carrier = _carrier(batch, self.num_units)(mask, statistics)
+        carrier = _carrier(batch, self.num_units, self.averaged)(mask, statistics)
         return ops.concatenate([carrier, ops.ones((batch, 1), carrier.dtype)], axis=1)
 
 
-def _carrier(batch, num_units):
+def _carrier(batch, num_units, averaged):
     @ops.custom_gradient
     def carry(mask, statistics):
         def backward(*arguments, upstream=None):
             derivative = arguments[0] if upstream is None else upstream
+            if averaged:
+                derivative = derivative * ops.cast(batch, derivative.dtype)
             update = _batch_statistics(derivative, batch, num_units)
             return ops.zeros_like(mask), statistics + update
 
@@ -81,32 +89,32 @@ def _batch_statistics(derivative, batch, num_units):
 
 
 class GatedNetwork(keras.layers.Layer):
-    """A clone of a model, run call by call, with a gate on every edge into a mixing layer.
-
-    The clone has weights of its own, none of them trainable: running, fitting and
-    masking it leaves the model that it was made from as it is.
+    """A model run call by call, with a gate on every edge into a mixing layer.
 
     Args:
         channels: `groups.Channels` of the model.
+        frozen: Run a clone with weights of its own, none of them trainable, so that
+            running, fitting and masking leaves the model as it is; otherwise run the
+            model's own layers, and train them.
     """
 
-    def __init__(self, channels, **kwargs):
+    def __init__(self, channels, frozen=True, **kwargs):
         super().__init__(autocast=False, **kwargs)  # inputs reach the first layers as they are
-        self.gates = Gates(channels.num_units, name="gates")
-        self._clones = _clone_operations(channels)
-        self.network_layers = [c for c in self._clones.values() if isinstance(c, keras.Layer)]
-        self._takes_training = {
-            key for key, c in self._clones.items() if "training" in inspect.signature(c.call).parameters
-        }
-        self._channels = channels
-        self._edges = _edges(channels)
+        operations = {id(c.operation): c.operation for c in channels.graph.calls}
+        if frozen:
+            operations = _clone_operations(channels)
+            self.network_layers = [c for c in operations.values() if isinstance(c, keras.Layer)]
+        else:
+            self.model = channels.graph.model
+        self.gates = Gates(channels.num_units, name="gates")  # the last: its variables are the last ones
+        self._plumbing = _Plumbing(channels, operations)
         self.built = True
 
     def call(self, inputs, training=None):
-        """The model's outputs, each gate applied; never in training mode."""
-        graph = self._channels.graph
+        """The model's outputs, each gate applied."""
+        graph = self._plumbing.graph
         tensors = dict(zip(graph.inputs, _flat_inputs(inputs, graph), strict=True))
-        for _ in self._run(tensors):
+        for _ in self._run(tensors, training):
             pass
         flat = [tensors[index] for index in graph.outputs]
         # not kept as an attribute: Keras would turn its dicts and lists into others
@@ -114,27 +122,42 @@ class GatedNetwork(keras.layers.Layer):
 
     def first_not_finite(self, inputs):
         """Name of the first operation whose output holds NaN or infinity, `None` if all is well."""
-        graph = self._channels.graph
+        graph = self._plumbing.graph
         tensors = dict(zip(graph.inputs, _flat_inputs(inputs, graph), strict=True))
-        for call in self._run(tensors):
+        for call in self._run(tensors, training=False):
             if not all(_is_finite(tensors[index]) for index in call.outputs):
                 return call.name
         return None
 
-    def _run(self, tensors):
+    def _run(self, tensors, training):
         """Runs call by call, filling `tensors`; yields each call that is done."""
+        plumbing = self._plumbing
         carrier = self.gates(next(iter(tensors.values())))
         gated = {}
-        for call in self._channels.graph.calls:
-            operation = self._clones[id(call.operation)]
-            args, kwargs = self._arguments(call, tensors, gated, carrier)
-            if id(call.operation) in self._takes_training:
-                kwargs["training"] = False
+        for call in plumbing.graph.calls:
+            operation = plumbing.operations[id(call.operation)]
+            args, kwargs = plumbing.arguments(call, tensors, gated, carrier)
+            if training is not None and id(call.operation) in plumbing.takes_training:
+                kwargs["training"] = training
             outputs = keras.tree.flatten(operation(*args, **kwargs))
             tensors.update(zip(call.outputs, outputs, strict=True))
             yield call
 
-    def _arguments(self, call, tensors, gated, carrier):
+
+class _Plumbing:
+    """What runs where, and which edges are gated: out of reach of Keras' attribute tracking."""
+
+    def __init__(self, channels, operations):
+        self.graph = channels.graph
+        self.operations = operations
+        self.takes_training = {
+            key for key, o in operations.items() if "training" in inspect.signature(o.call).parameters
+        }
+        self._edges = _edges(channels)
+
+    def arguments(self, call, tensors, gated, carrier):
+        """The arguments of a call, tensors in their places; `gated` keeps what was gated before."""
+
         def value(argument):
             if not isinstance(argument, Ref):
                 return argument
@@ -150,38 +173,62 @@ class GatedNetwork(keras.layers.Layer):
 
 
 class GatedModel(keras.Model):
-    """A model with gates, frozen for scoring: dropout off, BatchNorm on moving statistics.
+    """A model with gates; frozen for scoring: dropout off, BatchNorm on moving statistics.
 
     Args:
-        channels: `groups.Channels` of the model to score.
+        channels: `groups.Channels` of the model.
+        frozen: As in `GatedNetwork`.
     """
 
-    def __init__(self, channels, **kwargs):
-        super().__init__(autocast=False, **kwargs)
-        self.network = GatedNetwork(channels, name="network", dtype=channels.graph.model.dtype_policy)
+    def __init__(self, channels, frozen=True, **kwargs):
+        policy = channels.graph.model.dtype_policy
+        super().__init__(autocast=False, dtype=policy, **kwargs)
+        self._frozen = frozen
+        self.network = GatedNetwork(channels, frozen, name="network", dtype=policy)
         self.output_names = list(getattr(channels.graph.model, "output_names", None) or [])
         if not self.output_names:
             del self.output_names
 
     def call(self, inputs, training=None):
-        """The model's outputs; `fit` asks for training mode, and does not get it."""
-        return self.network(inputs, training=False)
+        """The model's outputs; frozen, it is never in training mode, whatever `fit` asks for."""
+        return self.network(inputs, training=False if self._frozen else training)
 
     @property
     def mask(self):
         """1 for units that stay, 0 for those taken out: a float32 array `(num_units,)`."""
+        _synchronize(self)
         return ops.convert_to_numpy(self.network.gates.mask)
 
     @mask.setter
     def mask(self, value):
+        _synchronize(self)
         self.network.gates.mask.assign(np.asarray(value, np.float32))
 
+    @property
+    def statistics(self):
+        """The rows of `ROWS`, a float64 array `(len(ROWS), num_units)`."""
+        _synchronize(self)
+        return ops.convert_to_numpy(self.network.gates.statistics).astype(np.float64)
+
+    @statistics.setter
+    def statistics(self, value):
+        _synchronize(self)
+        self.network.gates.statistics.assign(np.asarray(value, np.float32))
+
     def take_statistics(self):
-        """Returns the rows of `ROWS`, float64 `(len(ROWS), num_units)`, and sets them to 0."""
-        variable = self.network.gates.statistics
-        values = ops.convert_to_numpy(variable).astype(np.float64)
-        variable.assign(np.zeros(values.shape, np.float32))
+        """Returns the statistics, and sets them to 0."""
+        values = self.statistics
+        self.statistics = np.zeros(values.shape)
         return values
+
+
+def _synchronize(model):
+    """Within `fit`, JAX' trainer keeps the values apart from the variables until it is asked.
+
+    Keras' own callbacks ask like this whenever they read `self.model`.
+    """
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
 
 
 class _Edge:

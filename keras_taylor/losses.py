@@ -97,3 +97,20 @@ def _crossentropy_for(y_true, y_pred):
 def example_losses(loss, mean=False):
     """The same structure of losses as given to `compile`, each an `ExampleLoss`."""
     return keras.tree.map_structure(lambda one: None if one is None else ExampleLoss(one, mean), loss)
+
+
+def averages_examples(loss):
+    """Whether compiled losses average over the examples of a batch (as Keras' do unless told otherwise).
+
+    Raises:
+        ValueError: if some average and others add up.
+    """
+    flat = [keras.losses.get(one) for one in keras.tree.flatten(loss) if one is not None]
+    adds = {getattr(one, "reduction", None) == "sum" for one in flat}
+    if len(adds) > 1:
+        raise ValueError(
+            "Some losses add up the examples of a batch, others average them, so the examples' own "
+            "derivatives cannot be told apart. Expected losses of one reduction, or "
+            f'`loss_reduction="mean"` or "sum" for the one that weighs more. Received: loss={loss!r}'
+        )
+    return adds != {True}

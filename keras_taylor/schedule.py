@@ -35,6 +35,42 @@ def fractions(goal, increment):
     return [increment * number for number in range(1, num_rounds)] + [goal]
 
 
+def removed_at(schedule, goal):
+    """The fraction to be gone as a function of time, for pruning while training.
+
+    With t the part of the time that is over, from 0 to 1:
+
+    | schedule | fraction gone | |
+    |---|---|---|
+    | "linear" | goal t | |
+    | "cubic" | goal (1 - (1 - t)^3) | Zhu and Gupta 2017 (arXiv 1710.01878), eq. 1 |
+    | "exponential" | 1 - (1 - goal)^t | the same share of what is left each time |
+    | a function | goal schedule(t) | |
+
+    Args:
+        schedule: One of these.
+        goal: Fraction to be gone at time 1.
+
+    Returns:
+        A function from a float to a float, which is `goal` at 1.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    named = {
+        "linear": lambda t: goal * t,
+        "cubic": lambda t: goal * (1 - (1 - t) ** 3),
+        "exponential": lambda t: 1 - (1 - goal) ** t,
+    }
+    if not callable(schedule) and schedule not in named:
+        raise ValueError(
+            f"Unknown schedule. Expected one of {', '.join(named)}, or a function from the part of the "
+            f"time to the part of the goal. Received: schedule={schedule!r}"
+        )
+    function = named[schedule] if not callable(schedule) else lambda t: goal * float(schedule(t))
+    return lambda t: goal if t > 1 - 1e-9 else min(goal, function(t))
+
+
 def _from_schedule(goal, schedule):
     steps = [0.0]
     while steps[-1] < goal:

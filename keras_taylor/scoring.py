@@ -106,7 +106,6 @@ def score_channels(channels, feed, criterion, num_examples=None, class_weight=No
         criterion, num_examples, class_weight: As in `score`.
         callbacks: Keras callbacks of the scoring pass.
     """
-    function = criteria.get(criterion)
     totals = changes = None
     if feed is not None:
         gated = GatedModel(channels)
@@ -115,6 +114,19 @@ def score_channels(channels, feed, criterion, num_examples=None, class_weight=No
             changes = _loss_changes(gated, channels, feed, num_examples)
         else:
             totals = gate_statistics(gated, channels, feed, num_examples, class_weight, callbacks)
+    return scores_of(channels, criterion, totals, changes)
+
+
+def scores_of(channels, criterion, totals=None, changes=None):
+    """Scores by group, from what was gathered.
+
+    Args:
+        channels: `groups.Channels`.
+        criterion: As in `score`.
+        totals: Statistics, a float64 array `(len(gates.ROWS), num_units)`; `None`: none.
+        changes: Loss changes `(num_units,)`, for the criterion "oracle".
+    """
+    function = criteria.get(criterion)
     norms, gammas = _filter_norms(channels), _gammas(channels)
     scores = {}
     for group in channels.groups:
@@ -231,8 +243,8 @@ def _where_not_finite(gated, feed):
 
 def _statistics_of(group, part, totals, changes, norms, gammas):
     rows = dict.fromkeys(ROWS) if totals is None else dict(zip(ROWS, totals[:, part], strict=True))
-    examples = 0 if totals is None else int(rows["examples"][0])
-    batches = 0 if totals is None else int(rows["batches"][0])
+    examples = 0 if totals is None else rows["examples"][0]  # older ones may count in part
+    batches = 0 if totals is None else rows["batches"][0]
 
     def mean(row, num):
         return None if rows[row] is None else rows[row] / num
@@ -241,8 +253,8 @@ def _statistics_of(group, part, totals, changes, norms, gammas):
     return criteria.GroupStatistics(
         name=group.name,
         num_units=group.num_units,
-        num_examples=examples,
-        num_batches=batches,
+        num_examples=round(examples),
+        num_batches=round(batches),
         mean=mean("sum", examples),
         mean_absolute=mean("absolute", examples),
         mean_square=mean("square", examples),

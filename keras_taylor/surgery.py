@@ -7,6 +7,7 @@ import keras
 from keras_taylor import graph as graphs
 from keras_taylor.cloning import clone_operation, compile_settings, copy_weights, uninitialized
 from keras_taylor.groups import read_channels
+from keras_taylor.optimizers import carry_state
 from keras_taylor.plan import kept_units, mask_of
 
 
@@ -20,8 +21,9 @@ def prune(model, plan):
     Returns:
         A plain Keras model of the same kind and structure: same layer names,
         trainable flags, regularisers, dtype policies, shared layers and sub-models;
-        weights copied. Compiled as `model` is, with a new optimizer of the same
-        configuration; not compiled if `model` is not.
+        weights copied. Compiled as `model` is, with an optimizer of its own that goes on
+        where that of `model` stands (step count, momentum, moments of what survives);
+        not compiled if `model` is not.
 
     Raises:
         ValueError: if the plan was made for another model.
@@ -31,23 +33,40 @@ def prune(model, plan):
     return cut(channels, kept_units(channels, plan))
 
 
-def cut(channels, kept, compiled_as=None):
-    """The model without the units that are not kept.
+def cut(channels, kept, compiled_as=None, optimizer=None, carry=True):
+    """The model without the units that are not kept, compiled.
 
     Args:
         channels: `groups.Channels` of the model.
         kept: Bool array `(num_units,)`.
         compiled_as: The model whose compile settings it gets; `None`: the one that is cut.
+        optimizer: Whose state the new optimizer takes over; `None`: that of the model
+            that is cut.
+        carry: Whether it takes it over.
     """
+    small, weights = rebuild(channels, kept)
     model = channels.graph.model
-    surgeon = _Surgeon(channels, kept)
-    small = surgeon.model(model)
-    surgeon.copy_all_weights()
-    surgeon.set_trainable_flags()
     settings = compile_settings(compiled_as or model)
     if settings is not None:
         small.compile(**settings)
+        source = optimizer or model.optimizer
+        if carry and source is not None and small.optimizer is not None:
+            carry_state(source, small.optimizer, small.trainable_variables, weights)
     return small
+
+
+def rebuild(channels, kept):
+    """The model without the units that are not kept, not compiled.
+
+    Returns:
+        The model, and for each of its weights (by `id`) the weight that it was cut
+        from and a tuple with a bool array, or `None`, for each axis.
+    """
+    surgeon = _Surgeon(channels, kept)
+    small = surgeon.model(channels.graph.model)
+    weights = surgeon.copy_all_weights()
+    surgeon.set_trainable_flags()
+    return small, weights
 
 
 class _Surgeon:
@@ -67,6 +86,8 @@ class _Surgeon:
             structure = self._structures[id(model)]
             sequential = isinstance(model, keras.Sequential)
             new = self._sequential(structure) if sequential else self._functional(structure)
+            if new.dtype_policy != model.dtype_policy:
+                new.dtype_policy = model.dtype_policy
             self._made[id(model)] = (model, new)
         return self._made[id(model)][1]
 
@@ -133,6 +154,7 @@ class _Surgeon:
         return edit.value(*[self._mask(labels) for labels in edit.labels])
 
     def copy_all_weights(self):
+        weights = {}
         for old, new in self._made.values():
             if isinstance(old, keras.Layer) and not graphs.is_container(old):
                 axes_of = self._effect_of_operation[id(old)].weights
@@ -142,6 +164,9 @@ class _Surgeon:
                     if getattr(old, name, None) is not None
                 }
                 copy_weights(old, new, masks)
+                pairs = zip(old.weights, new.weights, strict=True)
+                weights.update({id(after): (before, masks.get(id(before), ())) for before, after in pairs})
+        return weights
 
     def set_trainable_flags(self):
         """Containers first: setting one's flag sets those of all its layers."""

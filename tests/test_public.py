@@ -12,6 +12,8 @@ def test_public_names():
         "CompressionInterrupted",
         "Info",
         "Plan",
+        "PrunableModel",
+        "TaylorPruning",
         "UnsupportedModelError",
         "analyze",
         "compress",

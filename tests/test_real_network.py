@@ -56,3 +56,14 @@ def test_taylor_keeps_more_accuracy_than_chance(trained):
         small = keras_taylor.prune(model, keras_taylor.make_plan(model, scores, 0.2))
         accuracies[criterion] = small.evaluate(x, y, verbose=0, return_dict=True)["accuracy"]
     assert accuracies["taylor"] > accuracies["random"] + 0.2
+
+
+def test_pruned_while_training_it_strips_to_the_same(trained):
+    model, x, y = trained
+    prunable = keras_taylor.PrunableModel(model)
+    callback = keras_taylor.TaylorPruning(0.3, frequency=1)
+    prunable.fit(x[:96], y[:96], batch_size=32, epochs=1, verbose=0, callbacks=[callback])
+    small = prunable.strip()
+    assert 0.69 < small.count_params() / model.count_params() <= 0.7
+    outputs = [small.predict(x, verbose=0)], [prunable.predict(x, verbose=0)]
+    assert relative_difference(*outputs) < 1e-5

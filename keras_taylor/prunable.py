@@ -1,0 +1,341 @@
+"""A model that scores and prunes its channels while it trains."""
+
+import keras
+import numpy as np
+
+from keras_taylor import criteria
+from keras_taylor.cloning import compile_settings
+from keras_taylor.costs import CostModel
+from keras_taylor.gates import ROWS, GatedModel
+from keras_taylor.groups import layer_names, read_channels
+from keras_taylor.losses import averages_examples
+from keras_taylor.optimizers import StatisticsOptimizer, carry_state, with_batch
+from keras_taylor.plan import Removable, check_countable, flat_scores, parse_goal, plan_of, units_to_keep
+from keras_taylor.scoring import scores_of
+from keras_taylor.surgery import cut, rebuild
+
+# What a model's class may override, and a wrapper would not run.
+_TRAINING = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+
+
+@keras.saving.register_keras_serializable("keras_taylor")
+class PrunableModel(GatedModel):
+    """A copy of a model with gates, which scores its channels while it trains.
+
+    Same outputs as the model; compiles, fits, saves and loads like any other.
+    Each backward pass adds the Taylor terms of its examples to the scores; `prune`
+    closes the gates of the least important units (nothing is compiled anew);
+    `strip` returns the plain smaller model. Override `train_step` or `compute_loss`
+    in a subclass, as of any Keras model.
+
+    Args:
+        model: A built Sequential or Functional model. It is not changed, and not
+            trained. If it is compiled, so is the wrapper, with a new optimizer that
+            goes on where its own stands.
+        criterion: What makes a channel important, see `keras_taylor.criteria`; all but
+            "oracle".
+        include, exclude: Layer names, regular expressions that match whole names, or
+            layers: prune only the channels that these make / none of them.
+        round_to: Every group of channels keeps a multiple of this many.
+        min_channels: Every group keeps at least so many.
+        loss_reduction: Whether the loss of a batch is the "mean" or the "sum" of its
+            examples', which the size of the scores depends on; "auto" asks the
+            compiled losses, and takes "mean" where there are none.
+        name: Name of the wrapper.
+
+    Raises:
+        ValueError: for a model that is not built, whose class overrides `train_step` or
+            the like, a criterion that cannot be gathered while training.
+        UnsupportedModelError: for a model whose layers cannot be seen or made again.
+
+    Example:
+
+    >>> prunable = keras_taylor.PrunableModel(model)
+    >>> prunable.fit(x, y)
+    >>> prunable.prune(0.3)
+    >>> prunable.fit(x, y)
+    >>> small = prunable.strip()
+    """
+
+    def __init__(
+        self,
+        model,
+        *,
+        criterion="taylor",
+        include=None,
+        exclude=(),
+        round_to=1,
+        min_channels=1,
+        loss_reduction="auto",
+        name=None,
+    ):
+        _check_arguments(model, criterion, loss_reduction)
+        original = read_channels(model)
+        own, weights = rebuild(original, np.ones(original.num_units, bool))
+        include, exclude = layer_names(model, include), layer_names(model, exclude)
+        channels = read_channels(own, include, exclude)
+        super().__init__(channels, frozen=False, name=name or f"prunable_{model.name}")
+        self._arguments = _Arguments(
+            criterion=criterion,
+            include=include,
+            exclude=exclude,
+            round_to=round_to,
+            min_channels=min_channels,
+            loss_reduction=loss_reduction,
+        )
+        self._pruning = _Pruning(channels, round_to, min_channels)
+        self.network.gates.averaged = loss_reduction != "sum"
+        self.built = True
+        settings = compile_settings(model)
+        if settings is not None:
+            self.compile(**settings)
+            if self.optimizer is not None:
+                carry_state(model.optimizer, self.optimizer, self.trainable_variables, weights)
+
+    def compile(self, optimizer="rmsprop", loss=None, **arguments):
+        """As `keras.Model.compile`; the optimizer is wrapped so that it leaves the scores alone.
+
+        Args:
+            optimizer, loss, **arguments: As in `keras.Model.compile`.
+        """
+        if self._arguments["loss_reduction"] == "auto":
+            self.network.gates.averaged = averages_examples(loss)
+        super().compile(optimizer=getattr(optimizer, "wrapped", optimizer), loss=loss, **arguments)
+        if self.optimizer is not None:
+            gates = self.network.gates
+            self.optimizer = StatisticsOptimizer(self.optimizer, lambda v: v is gates.statistics)
+
+    def compile_from_config(self, config):
+        """Compiles as the configuration says, when a file is loaded."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
+    @property
+    def scores(self):
+        """Scores since the last pruning: group name -> float32 array `(num_units,)`.
+
+        Units that were pruned have 0.
+
+        Raises:
+            ValueError: if no backward pass was seen yet.
+        """
+        criterion = self._arguments["criterion"]
+        totals = self.statistics if self.statistics[ROWS.index("examples")].any() else None
+        if criterion not in criteria.LABEL_FREE and totals is None:
+            raise ValueError(
+                "There are no scores yet: they come from backward passes. Call `fit`, or run a training "
+                f"loop that updates the scores, before you ask for them. Received: model={self.name!r}"
+            )
+        channels = self._pruning.channels
+        scores = scores_of(channels, criterion, totals)
+        kept = self.mask > 0
+        return {
+            group.name: np.where(kept[group.start :][: group.num_units], scores[group.name], 0)
+            for group in channels.groups
+            if group.name in scores
+        }
+
+    @property
+    def score_variable(self):
+        """The last of `trainable_variables`: its gradient is its value plus a batch's statistics."""
+        return self.network.gates.statistics
+
+    def update_scores(self, gradient=None, loss_scale=1.0):
+        """Adds a batch to the scores, in training loops whose optimizer does not.
+
+        A Keras optimizer that gets the gradients of all `trainable_variables` does it by
+        itself. Other optimizers must not get the last one: hand it to this method.
+
+        Args:
+            gradient: The gradient with respect to `score_variable`, a float32 tensor of
+                its shape; `None`: the one that `loss.backward()` has left in PyTorch,
+                which is cleared.
+            loss_scale: By what the loss was multiplied before its gradient was taken.
+
+        Raises:
+            ValueError: if there is no gradient.
+        """
+        variable = self.score_variable
+        if gradient is None:
+            gradient, variable.value.grad = getattr(variable.value, "grad", None), None
+        if gradient is None:
+            raise ValueError(
+                "There is no gradient of the scores. Run `loss.backward()` before, or pass the gradient "
+                "with respect to `score_variable`. Received: gradient=None"
+            )
+        variable.assign(with_batch(keras.ops.convert_to_tensor(variable), gradient, loss_scale))
+
+    @property
+    def prunable(self):
+        """How many units can still be pruned, an int."""
+        return self._pruning.num_left(self.mask > 0)
+
+    def prune(self, goal, momentum=0.0):
+        """Closes the gates of the least important units; nothing is compiled anew.
+
+        Args:
+            goal: A whole number: so many units more go (or all that can, if there are
+                fewer). Otherwise the goal that is met afterwards, counted from the
+                model without any pruning: a fraction of the parameters, or
+                `{"params": 0.3}`, `{"flops": 0.5}`.
+            momentum: The weight that what was gathered so far keeps in later scores
+                (0.9 in the 2019 paper's code, 0 starts anew).
+
+        Returns:
+            The number of units that went.
+
+        Raises:
+            ValueError: without scores, for a goal that is none or out of reach.
+        """
+        check_momentum(momentum)
+        kept = self.mask > 0
+        if self.check_goal(goal) == 0:
+            return 0
+        left = self._pruning.after(goal, flat_scores(self._pruning.channels, self.scores), kept)
+        self.mask = left
+        self.statistics = momentum * self.statistics
+        return int(kept.sum() - left.sum())
+
+    def check_goal(self, goal):
+        """Refuses what `prune` could not do, whatever the scores.
+
+        Returns:
+            About how many units would go: 0 only if the goal is met.
+
+        Raises:
+            ValueError: for a goal that is none or out of reach.
+        """
+        kept = self.mask > 0
+        return int(kept.sum() - self._pruning.after(goal, np.zeros(kept.size), kept).sum())
+
+    def cost(self):
+        """The "params" and "flops" (`None`: unknown) of what is left, a dict of ints."""
+        return self._pruning.costs(self.mask > 0)
+
+    @property
+    def plan(self):
+        """What has gone so far, as a `Plan` for the model that was wrapped."""
+        return plan_of(self._pruning.channels, self._pruning.costs, self.mask > 0)
+
+    def strip(self, optimizer=None):
+        """The plain smaller model: no gates, pruned units cut out, weights copied.
+
+        Args:
+            optimizer: An optimizer that trained this model in a loop of your own, whose
+                momentum and moments go over to the smaller model's; `None`: the one
+                that the model is compiled with.
+
+        Returns:
+            A plain Keras model like the one that was wrapped, but smaller. Compiled as
+            this one is, its optimizer at the same step and in the same state, cut; not
+            compiled if this one is not and no optimizer was given.
+
+        Raises:
+            ValueError: for an optimizer that was built for other weights.
+        """
+        channels, kept = self._pruning.channels, self.mask > 0
+        if optimizer is None:
+            return cut(channels, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None))
+        small, weights = rebuild(channels, kept)
+        settings = compile_settings(self) or {}
+        small.compile(**{**settings, "optimizer": type(optimizer).from_config(optimizer.get_config())})
+        if not carry_state(optimizer, small.optimizer, small.trainable_variables, weights):
+            raise ValueError(
+                "The optimizer's state does not belong to this model. Expected a Keras optimizer that was "
+                f"built with `trainable_variables` of it. Received: optimizer={optimizer!r}"
+            )
+        return small
+
+    def get_config(self):
+        """What `from_config` makes the same wrapper from; weights, masks and scores are not in it."""
+        config = dict(self._arguments)
+        if not isinstance(config["criterion"], str):
+            config["criterion"] = keras.saving.serialize_keras_object(config["criterion"])
+        model = keras.saving.serialize_keras_object(self.network.model)
+        return {"model": model, "name": self.name, **config}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The wrapper that `get_config` describes, with new weights."""
+        config = dict(config)
+        for key in ("model", "criterion"):
+            if isinstance(config.get(key), dict):
+                config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects)
+        return cls(**config)
+
+
+class _Arguments(dict):
+    """Constructor arguments, kept from Keras' tracking (which would turn tuples into lists)."""
+
+
+class _Pruning:
+    """Which units can go next; knows nothing of Keras variables."""
+
+    def __init__(self, channels, round_to, min_channels):
+        self.channels, self.costs = channels, CostModel(channels)
+        self._limits = {"round_to": round_to, "min_channels": min_channels}
+        self._removable(np.zeros(channels.num_units), np.ones(channels.num_units, bool))  # checks the limits
+
+    def num_left(self, kept):
+        """How many more units can go."""
+        least = self._removable(np.zeros(kept.size), kept).least()
+        return int(kept.sum() - least.sum())
+
+    def after(self, goal, flat, kept):
+        """The units kept when the goal is met, a bool array `(num_units,)`."""
+        removable = self._removable(flat, kept)
+        if isinstance(goal, (int, np.integer)) and not isinstance(goal, bool):
+            _check_number(goal)
+            return removable.mask(int((~kept).sum()) + goal)
+        what, fraction = parse_goal(goal)
+        check_countable(self.costs(), what, goal)
+        ceiling = self.costs()[what] * (1 - fraction)
+        if self.costs(kept)[what] <= ceiling:
+            return kept
+        return units_to_keep(self.channels, self.costs, removable, what, ceiling, goal)
+
+    def _removable(self, flat, kept):
+        """What went first goes first."""
+        finite = flat[np.isfinite(flat)]
+        flat = np.where(kept, flat, (finite.min() if finite.size else 0) - 1)
+        return Removable(self.channels, self.costs, flat, **self._limits)
+
+
+def check_momentum(momentum):
+    """Refuses a weight of older scores that is none."""
+    if isinstance(momentum, bool) or not 0 <= momentum < 1:
+        raise ValueError(f"`momentum` is from 0 on and below 1. Received: momentum={momentum!r}")
+
+
+def _check_number(goal):
+    if goal < 1:
+        raise ValueError(
+            "A whole number is how many units go now. Expected 1 or more, or a fraction of the "
+            f"parameters. Received: goal={goal!r}"
+        )
+
+
+def _check_arguments(model, criterion, loss_reduction):
+    criteria.get(criterion)
+    if criterion == "oracle":
+        raise ValueError(
+            "The true loss change of every unit cannot be gathered while training. Use another criterion, "
+            "or `keras_taylor.score(model, ds, criterion='oracle')`. Received: criterion='oracle'"
+        )
+    if loss_reduction not in ("auto", "mean", "sum"):
+        raise ValueError(
+            'Expected "auto", "mean" or "sum": how the loss of a batch comes from its examples\'. '
+            f"Received: loss_reduction={loss_reduction!r}"
+        )
+    if isinstance(model, GatedModel):
+        raise ValueError(f"The model is wrapped already. Received: model={model.name!r}, a PrunableModel")
+    for name in _TRAINING:
+        if isinstance(model, keras.Model) and getattr(type(model), name) is not getattr(keras.Model, name):
+            raise ValueError(
+                f"The model's class overrides `{name}`, which a wrapper does not run. Override it in a "
+                f"subclass of PrunableModel: `class Prunable(keras_taylor.PrunableModel): {name} = "
+                f"{type(model).__name__}.{name}`, and wrap a plain model: `Prunable(keras.Model("
+                f"model.inputs, model.outputs))`. Received: model={model.name!r} of class "
+                f"`{type(model).__name__}`"
+            )
