@@ -35,6 +35,7 @@ class State:
         seed: Number that the random seeds of all rounds come from.
         variables: Values of the model's variables, those of its metrics left out.
         optimizer: Values of the optimizer's variables.
+        optimizer_class: Name of its class.
         path: The file that it was read from.
     """
 
@@ -43,12 +44,14 @@ class State:
     seed: int
     variables: list[np.ndarray]
     optimizer: list[np.ndarray]
+    optimizer_class: str
     path: pathlib.Path | None = None
 
 
 def capture(model, plans, info, seed):
     """The `State` of a run whose last round led to `model`."""
-    return State(plans, info, seed, _values(_lasting_variables(model)), _values(model.optimizer.variables))
+    values = _values(_lasting_variables(model)), _values(model.optimizer.variables)
+    return State(plans, info, seed, *values, type(model.optimizer).__name__)
 
 
 def rebuild(original, state):
@@ -56,12 +59,23 @@ def rebuild(original, state):
     model = original
     for plan in state.plans:
         channels = read_channels(model)
-        model = cut(channels, kept_units(channels, plan), compiled_as=original)
-    _assign(_lasting_variables(model), state.variables, state)
+        model = cut(channels, kept_units(channels, plan), compiled_as=original, carry=False)
+    if not _assigned(_lasting_variables(model), state.variables):
+        raise ValueError(
+            "The state does not fit the model that its plans lead to; another version of Keras may "
+            "have written it. Pass another directory, or delete the file. "
+            f"Received: backup_dir with '{state.path}'"
+        )
     # an optimizer makes its variables when it is first used; those of a trained model are there
-    if len(model.optimizer.variables) < len(state.optimizer):
+    same = type(model.optimizer).__name__ == state.optimizer_class
+    if same and len(model.optimizer.variables) < len(state.optimizer):
         model.optimizer.build(model.trainable_variables)
-    _assign(model.optimizer.variables, state.optimizer, state)
+    if not same or not _assigned(model.optimizer.variables, state.optimizer):
+        warnings.warn(
+            "The optimizer that the model is compiled with is not the one whose state is in "
+            f"'{state.path}'; it starts anew.",
+            stacklevel=2,
+        )
     return model
 
 
@@ -212,6 +226,7 @@ def _entries(state, call):
         "seed": state.seed,
         "variables": len(state.variables),
         "optimizer": len(state.optimizer),
+        "optimizer_class": state.optimizer_class,
     }
     arrays = {f"{kind}-{i}": a for kind in _ARRAYS for i, a in enumerate(getattr(state, kind))}
     return {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays}
@@ -233,7 +248,8 @@ def _read(path):
             arrays = {kind: [content[f"{kind}-{i}"] for i in range(about[kind])] for kind in _ARRAYS}
     plans = [Plan.from_json(json.dumps(plan)) for plan in about["plans"]]
     info = Info.from_json(json.dumps(about["info"]))
-    return State(plans, info, about["seed"], **arrays, path=path), about["call"]
+    state = State(plans, info, about["seed"], **arrays, optimizer_class=about["optimizer_class"], path=path)
+    return state, about["call"]
 
 
 def _digest(file):
@@ -263,16 +279,14 @@ def _as_numpy_knows(value):
     return value if value.dtype.isbuiltin == 1 else value.astype(np.float32)
 
 
-def _assign(variables, values, state):
+def _assigned(variables, values):
+    """Gives variables their values; whether these fit. An optimizer may have more variables."""
     shapes = [tuple(v.shape) for v in variables[: len(values)]]
-    if shapes != [value.shape for value in values]:
-        raise ValueError(
-            "The state does not fit the model that its plans lead to; another version of Keras may "
-            "have written it. Pass another directory, or delete the file. "
-            f"Received: backup_dir with '{state.path}'"
-        )
-    for variable, value in zip(variables, values, strict=False):
-        variable.assign(value)
+    fit = shapes == [value.shape for value in values]
+    if fit:
+        for variable, value in zip(variables, values, strict=False):
+            variable.assign(value)
+    return fit
 
 
 def _architecture(model):

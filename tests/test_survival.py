@@ -424,6 +424,14 @@ def test_another_learning_rate_is_not_another_call(started):
         run(tiny_model(optimizer=keras.optimizers.Adam(1e-4)), callbacks=[Fail(1)], backup_dir=started)
 
 
+def test_another_optimizer_starts_anew(copied):
+    with pytest.warns(
+        UserWarning, match=r"is not the one whose state is in '.*round-0002-.*'; it starts anew\.$"
+    ):
+        _, info = run(tiny_model(optimizer=keras.optimizers.SGD(0.01)), backup_dir=copied)
+    assert info.stop_reason == "goal reached"
+
+
 def test_a_directory_that_is_a_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("mine")
