@@ -5,11 +5,11 @@ from keras_taylor.callbacks import TaylorPruning
 from keras_taylor.compression import CompressionInterrupted, compress
 from keras_taylor.graph import UnsupportedModelError
 from keras_taylor.plan import Plan, make_plan
-from keras_taylor.prunable import PrunableModel
 from keras_taylor.report import Info
 from keras_taylor.scoring import score
 from keras_taylor.surgery import prune
 from keras_taylor.version import VERSION
+from keras_taylor.wrapper import PrunableModel
 
 __all__ = [
     "Analysis",

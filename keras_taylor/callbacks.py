@@ -7,8 +7,8 @@ import numpy as np
 
 from keras_taylor.plan import parse_goal
 from keras_taylor.progress import Reporter
-from keras_taylor.prunable import PrunableModel, check_momentum
 from keras_taylor.schedule import removed_at
+from keras_taylor.wrapper import PrunableModel, check_momentum
 
 # Metrics of which more is better have one of these in their name.
 _LARGER_IS_BETTER = ("acc", "auc", "precision", "recall", "f1", "fbeta", "iou", "r2")
