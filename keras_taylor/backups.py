@@ -113,7 +113,7 @@ class Backups:
 
     def __init__(self, directory, call):
         self._directory = _writable(directory)
-        self._call = json.loads(json.dumps(call))  # as it will be read again
+        self._call = json.loads(json.dumps(call, default=str))  # as it will be read again
         self.state = self._newest()
         for path in self._directory.glob(_UNFINISHED):  # of runs that were killed while they wrote
             path.unlink(missing_ok=True)

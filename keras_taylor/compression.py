@@ -14,6 +14,7 @@ from keras_taylor.costs import CostModel
 from keras_taylor.datasets import Feed
 from keras_taylor.fine_tuning import Diverged, fine_tune
 from keras_taylor.groups import layer_names, read_channels
+from keras_taylor.optimizers import has_schedule
 from keras_taylor.plan import (
     Plan,
     Removable,
@@ -144,6 +145,7 @@ class _Run:
         self._include = layer_names(model, include)
         self._exclude = layer_names(model, exclude)
         self._limits = {"round_to": round_to, "min_channels": min_channels}
+        self._carry = not has_schedule(model.optimizer)
         channels = self._read(model)
         costs = CostModel(channels)
         self._before = costs()
@@ -311,8 +313,8 @@ class _Run:
         detail = f" ({trainable:,} trainable)" if what == "params" else ""
         reporter.say(
             f"remove {100 * goal:.4g} % of {before[what]:,} {unit}{detail}; rounds: {len(self._ceilings)}; "
-            f"in each: '{self.info.criterion}' scores{self._source_of_scores()}, then fine-tuning with a "
-            f"{'the' if self._carry else 'a new'} optimizer, epochs: {self._fit_kwargs.get('epochs', 1)}"
+            f"in each: '{self.info.criterion}' scores{self._source_of_scores()}, then fine-tuning"
+            f"{'' if self._carry else ' with a new optimizer'}, epochs: {self._fit_kwargs.get('epochs', 1)}"
         )
         frozen = [layer.name for layer in self._original.layers if layer.weights and not layer.trainable]
         if frozen:

@@ -292,11 +292,16 @@ def foreign(path):
     os.rename(path.parent / "other", path.parent / f"round-0002-{digest}.npz")
 
 
-@pytest.mark.parametrize("broken", [flipped, truncated, emptied, foreign])
-def test_of_a_broken_state_the_one_before_is_used(whole, copied, broken):
+CHANGED = "its content is not what was written"
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"), [(flipped, CHANGED), (truncated, CHANGED), (emptied, CHANGED), (foreign, ".*about.*")]
+)
+def test_of_a_broken_state_the_one_before_is_used(whole, copied, broken, why):
     broken(newest(copied))
     name = re.escape(str(newest(copied)))
-    with pytest.warns(UserWarning, match=rf"'{name}' cannot be used \(.*\); the one before is used\.$"):
+    with pytest.warns(UserWarning, match=rf"'{name}' cannot be used \({why}\); the one before is used\.$"):
         resumed = run(backup_dir=copied)
     assert_same(whole[1], resumed)
     assert rounds_in(copied) == [3]
