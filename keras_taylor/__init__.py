@@ -1,8 +1,10 @@
 """Really smaller Keras 3 models: Taylor pruning of whole channels."""
 
 from keras_taylor.analysis import Analysis, analyze
+from keras_taylor.artefacts import Artefact, ExportError
 from keras_taylor.callbacks import TaylorPruning
 from keras_taylor.compression import CompressionInterrupted, compress
+from keras_taylor.exporting import export, measure_artefacts
 from keras_taylor.graph import UnsupportedModelError
 from keras_taylor.plan import Plan, make_plan
 from keras_taylor.report import Info
@@ -13,7 +15,9 @@ from keras_taylor.wrapper import PrunableModel
 
 __all__ = [
     "Analysis",
+    "Artefact",
     "CompressionInterrupted",
+    "ExportError",
     "Info",
     "Plan",
     "PrunableModel",
@@ -21,7 +25,9 @@ __all__ = [
     "UnsupportedModelError",
     "analyze",
     "compress",
+    "export",
     "make_plan",
+    "measure_artefacts",
     "prune",
     "score",
 ]

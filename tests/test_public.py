@@ -9,7 +9,9 @@ import keras_taylor
 def test_public_names():
     assert sorted(keras_taylor.__all__) == [
         "Analysis",
+        "Artefact",
         "CompressionInterrupted",
+        "ExportError",
         "Info",
         "Plan",
         "PrunableModel",
@@ -17,7 +19,9 @@ def test_public_names():
         "UnsupportedModelError",
         "analyze",
         "compress",
+        "export",
         "make_plan",
+        "measure_artefacts",
         "prune",
         "score",
     ]
@@ -25,7 +29,7 @@ def test_public_names():
 
 
 def test_verbs_are_functions_and_no_modules():
-    for name in ("analyze", "compress", "make_plan", "prune", "score"):
+    for name in ("analyze", "compress", "export", "make_plan", "measure_artefacts", "prune", "score"):
         assert callable(getattr(keras_taylor, name))
 
 
