@@ -82,14 +82,14 @@ class Artefact:
             ) from error
 
     def __str__(self):
-        return render(artefact_table([self]), width=120)
+        return render(artefact_table([self]), width=140)
 
 
 def artefact_table(artefacts):
     """A rich table with one row an artefact."""
     table = Table()
-    table.add_column("file")
-    table.add_column("format")
+    table.add_column("file", no_wrap=True)
+    table.add_column("format", no_wrap=True)
     names = ("size", "difference", "agreement", "metric", "median ms", "p90 ms", "memory", "arena")
     for name in names:
         table.add_column(name, justify="right")

@@ -53,10 +53,11 @@ def _write_saved_model(model, target, batch_size):
 
 def _signature(model, batch_size):
     """What Keras' own export takes by default, but for the batch axis: one structure, names kept."""
+    # a Sequential model that was loaded has no `input`
+    structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     return [
         keras.tree.map_structure(
-            lambda t: keras.InputSpec(shape=(batch_size, *t.shape[1:]), dtype=t.dtype, name=t.name),
-            model.input,
+            lambda t: keras.InputSpec(shape=(batch_size, *t.shape[1:]), dtype=t.dtype, name=t.name), structure
         )
     ]
 

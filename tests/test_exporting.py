@@ -1,0 +1,433 @@
+"""Exported models run, compute the same, and nothing that does not is kept."""
+
+import collections
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import os
+import sys
+
+import exported_layers
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, fingerprint, predict, random_plan
+
+import keras_taylor
+from keras_taylor import export_worker, exporting, runners
+from keras_taylor.artefacts import Artefact, artefact_table
+from keras_taylor.differences import accuracy, compared, complaint
+from keras_taylor.export_worker import JobError, ask
+from keras_taylor.tables import render
+
+pytest.importorskip("tensorflow")
+HAS_ONNX = all(map(pytest.importorskip, ("tf2onnx", "onnxruntime")))
+VARIANTS = {
+    "free": {"format": "saved_model"},
+    "three": {"format": "saved_model", "batch_size": 3},
+    "free.tflite": {},
+    "one.tflite": {"batch_size": 1},
+    "half.tflite": {"quantize": "float16"},
+    "dynamic.tflite": {"quantize": "dynamic"},
+    "int8.tflite": {"quantize": "int8", "batch_size": 1},
+    "integers.tflite": {"quantize": "int8", "int8_io": True},
+    "free.onnx": {},
+    "two.onnx": {"batch_size": 2},
+    "same.keras": {},
+}
+
+
+def two_headed():
+    """Two inputs, two outputs by name, a residual sum; weights of more than 1024 values."""
+    layers = keras.layers
+    image, extra = keras.Input((8, 8, 3), name="image"), keras.Input((4,), name="extra")
+    x = layers.Conv2D(16, 3, padding="same", name="stem")(image)
+    y = layers.BatchNormalization(moving_variance_initializer="ones")(x)
+    y = layers.Conv2D(16, 3, padding="same", activation="relu")(y)
+    y = layers.GlobalAveragePooling2D()(layers.Add()([x, y]))
+    y = layers.Concatenate()([y, extra])
+    outputs = {"value": layers.Dense(1)(y), "class": layers.Dense(5, name="logits")(y)}
+    return keras.Model([image, extra], outputs, name="two_headed")
+
+
+def inputs_of(model, rows=40, seed=1):
+    random = np.random.default_rng(seed)
+    return [random.standard_normal((rows, *t.shape[1:])).astype("float32") for t in model.inputs]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The model, and a function from a variant to its artefact, each made once."""
+    keras.utils.set_random_seed(3)
+    model = two_headed()
+    folder = tmp_path_factory.mktemp("artefacts")
+
+    @functools.cache
+    def artefact(name):
+        options = dict(VARIANTS[name])
+        if options.get("quantize") == "int8":
+            options["calibration"] = inputs_of(model)
+        return keras_taylor.export(model, folder / name, **options)
+
+    return collections.namedtuple("Made", "model artefact folder")(model, artefact, folder)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_format_runs_and_is_measured(made, name):
+    artefact = made.artefact(name)
+    options = VARIANTS[name]
+    assert artefact.path == str(made.folder / name)
+    assert artefact.format == exporting.checked_format(made.folder / name, options.get("format"))
+    assert artefact.relative_difference <= exporting.TOLERANCES[artefact.quantize]
+    assert artefact.agreement > 0.9
+    assert list(artefact.inputs) == ["image", "extra"]
+    batch = options.get("batch_size")
+    assert artefact.inputs["image"]["shape"] == [batch, 8, 8, 3]
+    assert artefact.latency_batch == (batch or 1)
+    assert 0 < artefact.latency_ms <= artefact.latency_p90_ms
+    assert artefact.num_bytes > 2000
+    assert (artefact.peak_memory is None) == (sys.platform != "linux")
+    assert (artefact.arena_bytes or 0) > 0 or artefact.format != "litert"
+    assert [n for n in os.listdir(made.folder) if n.startswith(".")] == []
+
+
+def test_names_of_outputs_are_kept(made):
+    for name in ("free", "free.tflite", "free.onnx"):
+        assert sorted(made.artefact(name).outputs) == ["class", "value"]
+
+
+def test_quantized_files_are_smaller_and_less_exact(made):
+    names = ("free.tflite", "half.tflite", "dynamic.tflite")
+    sizes, differences = zip(*((a.num_bytes, a.difference) for a in map(made.artefact, names)), strict=True)
+    assert sizes[0] > 1.5 * sizes[1] > 1.5 * sizes[2]
+    assert differences[0] < differences[1] < differences[2]
+
+
+def test_int8_reads_and_gives_what_was_asked_for(made):
+    plain, integers = made.artefact("int8.tflite"), made.artefact("integers.tflite")
+    assert plain.inputs["image"] == {"shape": [1, 8, 8, 3], "dtype": "float32"}
+    for details in (*integers.inputs.values(), *integers.outputs.values()):
+        assert details["dtype"] == "int8"
+        assert details["scale"] > 0
+
+
+def test_onnx_runtime_gives_the_outputs_of_the_model(made):
+    """Not by the runner, which the check itself goes by."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(made.artefact("free.onnx").path)
+    x = inputs_of(made.model, rows=5, seed=2)
+    outputs = session.run(["class", "value"], dict(zip(("image", "extra"), x, strict=True)))
+    for ours, theirs in zip(outputs, predict(made.model, x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow is not imported beside another backend")
+def test_tensorflow_serves_the_outputs_of_the_model(made):
+    import tensorflow as tf
+
+    x = inputs_of(made.model, rows=5, seed=2)
+    served = tf.saved_model.load(made.artefact("free").path).signatures["serving_default"]
+    interpreter = tf.lite.Interpreter(made.artefact("free.tflite").path)
+    for outputs in (
+        served(image=tf.constant(x[0]), extra=tf.constant(x[1])),
+        interpreter.get_signature_runner()(image=x[0], extra=x[1]),
+    ):
+        for name, theirs in zip(("class", "value"), predict(made.model, x), strict=True):
+            np.testing.assert_allclose(outputs[name], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_keras_file_loads_without_the_optimizer(made, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(64)])
+    model.compile("adam", "mse")
+    model.fit(np.ones((8, 4)), np.ones((8, 64)), verbose=0)
+    model.save(tmp_path / "trained.keras")
+    artefact = keras_taylor.export(model, tmp_path / "small.keras")
+    assert artefact.num_bytes < 0.7 * os.path.getsize(tmp_path / "trained.keras")
+    loaded = keras.models.load_model(artefact.path)
+    x = np.ones((3, 4), "float32")
+    np.testing.assert_array_equal(predict(loaded, x)[0], predict(model, x)[0])
+
+
+def conv1d():
+    layers = [keras.layers.Conv1D(8, 3, activation="relu"), keras.layers.MaxPooling1D()]
+    return keras.Sequential([keras.Input((16, 2)), *layers, keras.layers.Flatten(), keras.layers.Dense(3)])
+
+
+def pruned():
+    model = two_headed()
+    return keras_taylor.prune(model, random_plan(model))
+
+
+@pytest.mark.parametrize("build", [conv1d, pruned])
+def test_architectures(build, tmp_path):
+    model = build()
+    model.compile("sgd", "mse")
+    before = fingerprint(model)
+    artefact = keras_taylor.export(model, tmp_path / "model.tflite")
+    assert artefact.relative_difference <= 1e-5
+    assert fingerprint(model) == before
+
+
+def test_a_chain_of_dense_layers_and_its_arena(tmp_path):
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32), keras.layers.Dense(8)])
+    artefact = keras_taylor.export(model, tmp_path / "chain.tflite", batch_size=1)
+    assert artefact.arena_bytes == 4 * (64 + 32)  # the first product, input and output at once
+    assert list(artefact.outputs) == ["output_0"]
+
+
+def test_accuracy_on_data_and_a_metric_of_ones_own(made, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    x = np.random.default_rng(0).standard_normal((50, 4)).astype("float32")
+    y = predict(model, x)[0].argmax(-1)
+    y[:10] = (y[:10] + 1) % 3
+    artefact = keras_taylor.export(model, tmp_path / "a.onnx", data=(x, y))
+    assert (artefact.metric, artefact.model_metric) == (0.8, 0.8)
+    artefact = keras_taylor.export(
+        model, tmp_path / "b.onnx", data=(x, y), metric=lambda y, outputs: len(y) + outputs.shape[1]
+    )
+    assert artefact.metric == 53
+
+
+def test_layers_of_the_users_own_module(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), exported_layers.Doubled(), keras.layers.Dense(3)])
+    assert keras_taylor.export(model, tmp_path / "own.onnx").relative_difference < 1e-5
+
+
+def test_a_crash_of_the_converter_is_an_error_and_the_next_export_works(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), exported_layers.Crashing()])
+    with pytest.raises(keras_taylor.ExportError, match="ended by the signal SIGABRT") as caught:
+        keras_taylor.export(model, tmp_path / "model")
+    assert "Received: model=" in str(caught.value)
+    assert os.listdir(tmp_path) == []
+    assert keras_taylor.export(conv1d(), tmp_path / "model.onnx").num_bytes > 0
+
+
+def test_a_class_that_the_process_cannot_import(tmp_path):
+    class Local(keras.layers.Layer):
+        def call(self, x):
+            return x + 1
+
+    model = keras.Sequential([keras.Input((4,)), Local()])
+    with pytest.raises(keras_taylor.ExportError, match="must be registered") as caught:
+        keras_taylor.export(model, tmp_path / "model.tflite")
+    assert "register_keras_serializable" in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_lite_rt_has_no_operation_for_says_so(tmp_path):
+    inputs = keras.Input((4, 4))
+    model = keras.Model(inputs, keras.ops.linalg.det(inputs))
+    with pytest.raises(keras_taylor.ExportError, match="LiteRT's built-in operations") as caught:
+        keras_taylor.export(model, tmp_path / "model.tflite")
+    assert "MatrixDeterminant" in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_difference_past_the_tolerance_is_moved_aside(made, tmp_path, monkeypatch):
+    target = tmp_path / "half.tflite"
+    target.write_text("what was there")
+    monkeypatch.setitem(exporting.TOLERANCES, "float16", 1e-9)
+    with pytest.raises(keras_taylor.ExportError, match="the largest difference is") as caught:
+        keras_taylor.export(made.model, target, quantize="float16", overwrite=True)
+    assert "half.tflite.rejected" in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["half.tflite", "half.tflite.rejected"]
+    assert target.read_text() == "what was there"
+
+
+def test_a_fall_of_the_metric_is_moved_aside(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    x = np.random.default_rng(0).standard_normal((20, 4)).astype("float32")
+    falling = itertools.count(1, -1)  # the Keras model is asked first
+    with pytest.raises(keras_taylor.ExportError, match="the metric falls from 1 to 0"):
+        keras_taylor.export(
+            model, tmp_path / "a.onnx", data=(x, x[:, 0]), metric=lambda y, outputs: next(falling)
+        )
+    assert os.listdir(tmp_path) == ["a.onnx.rejected"]
+
+
+def test_overwrite_replaces_a_directory(made, tmp_path):
+    target = tmp_path / "served"
+    first = keras_taylor.export(made.model, target, batch_size=2)
+    second = keras_taylor.export(conv1d(), target, overwrite=True)
+    assert second.num_bytes != first.num_bytes
+    assert os.listdir(tmp_path) == ["served"]
+    assert exporting.size_of(target) == second.num_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process")
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """The process may write no file of more than 2000 bytes."""
+    import resource
+
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
+    keras_taylor.export(conv1d(), tmp_path / "first.tflite")  # starts the process
+    process = export_worker._workers[os.getpid(), "tensorflow"]._process
+    before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    try:
+        for name in ("model", "model.tflite", "model.onnx"):
+            with pytest.raises(keras_taylor.ExportError, match="could not be converted"):
+                keras_taylor.export(model, tmp_path / name)
+    finally:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == ["first.tflite"]
+
+
+def test_artefacts_are_timed_in_turn(made):
+    names = ("free.tflite", "int8.tflite", "free.onnx")
+    measured = keras_taylor.measure_artefacts([made.artefact(n) for n in names], 4, repetitions=5)
+    assert [one.latency_batch for one in measured] == [4, 1, 4]
+    assert [
+        dataclasses.replace(one, latency_ms=0, latency_p90_ms=0, latency_batch=1) for one in measured
+    ] == [
+        dataclasses.replace(made.artefact(n), latency_ms=0, latency_p90_ms=0, latency_batch=1) for n in names
+    ]
+    text = render(artefact_table(measured), width=140)
+    assert all(name in text for name in names)
+    with pytest.raises(ValueError, match="No such file: 'nowhere'"):
+        keras_taylor.measure_artefacts([dataclasses.replace(measured[0], path="nowhere")])
+    with pytest.raises(ValueError, match="nothing to measure"):
+        keras_taylor.measure_artefacts([])
+
+
+def test_an_artefact_as_text(made):
+    artefact = made.artefact("integers.tflite")
+    assert Artefact.from_json(artefact.to_json()) == artefact
+    assert json.loads(artefact.to_json())["quantize"] == "int8"
+    assert "integers.tflite" in str(artefact)
+    assert "litert int8" in str(artefact)
+    with pytest.raises(ValueError, match="This is no `Artefact`"):
+        Artefact.from_json("{}")
+
+
+REFUSED = {
+    "format": ({"format": "caffe"}, "Unknown format.*Received: format='caffe'"),
+    "ending": ({"path": "a.bin", "format": "litert"}, "'<name>.tflite'. Received: path="),
+    "directory with an ending": ({"path": "a.onnx", "format": "saved_model"}, "says that it is a file"),
+    "parent": ({"path": "no/where/a.onnx"}, "does not exist. Make it first. Received: path="),
+    "quantize": ({"path": "a.tflite", "quantize": "int4"}, "Received: quantize='int4'"),
+    "quantized onnx": ({"quantize": "float16"}, "Only LiteRT files are quantized.*format='onnx'"),
+    "no calibration": ({"path": "a.tflite", "quantize": "int8"}, "Pass `calibration`.*calibration=None"),
+    "calibration": ({"calibration": np.ones((2, 4))}, "are for quantize='int8' only.*calibration=ndarray"),
+    "integers": ({"path": "a.tflite", "int8_io": True}, "for quantize='int8' only.*int8_io=True"),
+    "batch size": ({"batch_size": 0}, "Expected a positive integer.*Received: batch_size=0"),
+    "batch size of keras": ({"path": "a.keras", "batch_size": 2}, "the only choice for format='keras'"),
+    "tolerance": ({"tolerance": -1}, "Received: tolerance=-1"),
+    "existing": ({"path": "there.onnx"}, "exists. Pass overwrite=True"),
+    "a directory": ({"path": "folder", "overwrite": True}, "is a directory, and no SavedModel"),
+    "samples": ({"samples": np.ones((3, 5))}, "does not fit the model's inputs.*Expected shapes"),
+    "no numbers": ({"samples": np.full((3, 4), np.nan)}, "NaN or infinity"),
+    "targets": ({"data": (np.ones((3, 4)), np.ones(3) > 0)}, "Pass `metric`"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_before_any_work(what, tmp_path, monkeypatch):
+    (tmp_path / "there.onnx").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("precious")
+    monkeypatch.setattr(exporting, "ask", None)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    arguments, words = REFUSED[what]
+    path = tmp_path / arguments.get("path", "a.onnx")
+    with pytest.raises(ValueError, match=words):
+        keras_taylor.export(model, path, **{k: v for k, v in arguments.items() if k != "path"})
+    assert sorted(os.listdir(tmp_path)) == ["folder", "there.onnx"]
+    assert (tmp_path / "there.onnx").read_text() == "precious"
+
+
+def test_a_directory_that_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        keras_taylor.export(conv1d(), tmp_path / "a.onnx")
+
+
+def test_models_that_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not built"):
+        keras_taylor.export(keras.Sequential([keras.layers.Dense(2)]), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="pass what `strip\\(\\)` returns"):
+        keras_taylor.export(keras_taylor.PrunableModel(conv1d()), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="Received: model='model' \\(of type str\\)"):
+        keras_taylor.export("model", tmp_path / "a.onnx")
+
+
+def test_outputs_that_are_not_finite(tmp_path):
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.ops.log(inputs))
+    with pytest.raises(ValueError, match=r"own outputs are not finite.*Pass `samples`"):
+        keras_taylor.export(model, tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", *(["tensorflow"] if BACKEND != "tensorflow" else [])])
+def test_a_missing_package_names_the_extra(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"`{package}`: pip install .keras-taylor\[tensorflow,onnx\]"):
+        keras_taylor.export(conv1d(), tmp_path / "a.onnx")
+
+
+def outputs_off_by(amount):
+    return [np.array([[1.0, 2.0 + amount], [4.0, 3.0]], "float32")]
+
+
+def test_differences_and_what_is_made_of_them():
+    reference = outputs_off_by(0)
+    found = compared(outputs_off_by(0.1), reference)
+    assert found["difference"] == pytest.approx(0.1)
+    assert found["relative_difference"] == pytest.approx(0.025)
+    assert found["agreement"] == 1
+    assert compared(outputs_off_by(-3), reference)["agreement"] == 0.5
+    assert compared(outputs_off_by(np.nan), reference)["relative_difference"] == np.inf
+    with pytest.raises(keras_taylor.ExportError, match="other shapes"):
+        compared([np.ones((2, 3))], reference)
+
+
+def test_what_is_accepted():
+    fields = {f.name: None for f in dataclasses.fields(Artefact)}
+    exact = Artefact(**{**fields, "difference": 1.0, "relative_difference": 0.2, "agreement": 0.95})
+    half = dataclasses.replace(exact, agreement=0.5)
+    assert complaint(exact, 0.1, 0) != ""
+    assert complaint(exact, 0.2, 0) == ""
+    assert complaint(dataclasses.replace(exact, quantize="int8"), 0.1, 0) == ""
+    assert "50.0% of the predictions are others" in complaint(
+        dataclasses.replace(half, quantize="int8"), 0.1, 0
+    )
+    lost = dataclasses.replace(exact, quantize="int8", relative_difference=np.inf)
+    assert complaint(lost, 0.1, 0) != ""
+    falls = dataclasses.replace(exact, metric=0.8, model_metric=0.9)
+    assert complaint(falls, 0.2, 0.05) == "the metric falls from 0.9 to 0.8; accepted is a drop of 0.05."
+    assert complaint(falls, 0.2, 0.11) == ""
+
+
+def test_accuracy_of_labels_and_of_one_hot_targets():
+    outputs, labels = [np.eye(3)[[0, 1, 2, 2]]], np.array([0, 1, 2, 1])
+    assert accuracy(labels, outputs) == accuracy(labels[:, None], outputs) == 0.75
+    assert accuracy(np.eye(3)[labels], outputs) == 0.75
+    for targets, wrong in ((labels, [*outputs, *outputs]), (labels[:3], outputs), ([labels], outputs)):
+        with pytest.raises(ValueError, match="Pass `metric`"):
+            accuracy(targets, wrong)
+
+
+def test_order_and_names():
+    assert runners.in_order(["output_10", "output_2"]) == ["output_2", "output_10"]
+    assert runners.in_order(["b10", "b2", "a"]) == ["a", "b10", "b2"]
+    assert runners.matched(["x/1", "y"], {"y": 0, "x_1": 0}) == ["x_1", "y"]
+    with pytest.raises(ValueError, match="are not the model's"):
+        runners.matched(["x", "y"], {"x": 0, "z": 0})
+
+
+def test_a_process_without_work_ends(monkeypatch):
+    """Without a fork too, as on systems that have none."""
+    monkeypatch.setattr(export_worker, "IDLE_SECONDS", 0.1)
+    with pytest.raises(JobError, match="KeyError: 'no such job'"):
+        ask("numpy", "no such job")
+    process = export_worker._workers[os.getpid(), "numpy"]._process
+    process.wait(timeout=20)
+    answer = export_worker.perform({"path": sys.path, "modules": ["no_such_module"], "job": "convert"})
+    assert answer["error"] == "ModuleNotFoundError"
+
+
+def test_arguments_are_documented():
+    names = [n for n in inspect.signature(keras_taylor.export).parameters if n not in ("model", "path")]
+    assert all(f"        {name}: " in keras_taylor.export.__doc__ for name in names)
