@@ -12,7 +12,7 @@ from keras_taylor import criteria
 from keras_taylor.backups import Backups, capture, describe_call, rebuild
 from keras_taylor.costs import CostModel
 from keras_taylor.datasets import Feed
-from keras_taylor.fine_tuning import Diverged, fine_tune
+from keras_taylor.fine_tuning import Diverged, evaluate, fine_tune
 from keras_taylor.groups import layer_names, read_channels
 from keras_taylor.optimizers import has_schedule
 from keras_taylor.plan import (
@@ -125,6 +125,10 @@ def compress(
         model, ds, goal, increment, criterion, score_examples,
         include, exclude, round_to, min_channels, backup_dir, fit_kwargs,
     )  # fmt: skip
+    run.info.command = _as_call(
+        goal=goal, increment=increment, criterion=run.info.criterion, include=include, exclude=exclude,
+        round_to=round_to, min_channels=min_channels, **fit_kwargs,
+    )  # fmt: skip
     with Reporter(verbose) as reporter:
         small = run.until_done(reporter)
     return (small, run.info) if return_info else small
@@ -171,6 +175,8 @@ class _Run:
             plan=Plan(before=self._before, after=self._before),
             locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in channels.locked},
             unknown=tuple(channels.unknown),
+            name=model.name,
+            layers={name: stop - start for start, stop, name in channels.space.producers},
         )
         self._plans = []  # of the completed rounds
         self._backups = None if backup_dir is None else self._open_backups(backup_dir)
@@ -178,6 +184,8 @@ class _Run:
     def until_done(self, reporter):
         """Runs the rounds that are left; returns the last one's model."""
         self._announce(reporter)
+        if not self._plans:
+            self._measure("before", self._original)
         current = self._model_so_far(reporter)
         try:
             for number in range(len(self._plans) + 1, len(self._ceilings) + 1):
@@ -192,9 +200,17 @@ class _Run:
             error.add_note(self._what_is_kept())
             raise
         self.info.stop_reason = "goal reached"
+        self._measure("after", current)
         if self._backups is not None:
             self._backups.finish()
         return current
+
+    def _measure(self, when, model):
+        """Loss and metrics on the validation data; of a copy, since evaluating leaves traces."""
+        if self._fit_kwargs.get("validation_data") is not None:
+            copy = self._copy() if model is self._original else model
+            size = self._fit_kwargs.get("validation_batch_size") or self._feed.batch_size
+            self.info.metrics[when] = evaluate(copy, self._fit_kwargs["validation_data"], size)
 
     def _open_backups(self, directory):
         """Looks for the state of a run of the same call; refuses that of another."""
@@ -252,6 +268,10 @@ class _Run:
         reporter.say(f"stopped: {self.info.stop_reason}")
         if self._plans:
             return last_good
+        return self._copy()
+
+    def _copy(self):
+        """The original, all of it, compiled as it is."""
         channels = read_channels(self._original)
         return cut(channels, np.ones(channels.num_units, bool))
 
@@ -346,6 +366,14 @@ def _described(done, before):
         parts.append(f"{1 - done.flops / before['flops']:.1%} of FLOPs gone")
     parts += [f"{name} {values[-1]:.4g}" for name, values in done.history.items() if values]
     return ", ".join(parts) + f", {sum(done.seconds.values()):.1f} s"
+
+
+def _as_call(**arguments):
+    """The call as text, with those arguments that are short."""
+    short = {
+        k: v for k, v in arguments.items() if isinstance(v, (str, int, float, dict)) and len(repr(v)) < 80
+    }
+    return ", ".join(["keras_taylor.compress(model, ds", *(f"{k}={v!r}" for k, v in short.items())]) + ")"
 
 
 def _check_fit_arguments(fit_kwargs):

@@ -3,12 +3,13 @@
 import importlib
 
 
-def plot_rounds(info, path):
+def plot_rounds(info, path, **how):
     """Parameters and metrics against rounds, in a picture file.
 
     Args:
         info: An `Info`.
-        path: File name; its ending tells the format.
+        path: File name; its ending tells the format. Or an open file.
+        **how: What `Figure.savefig` takes besides.
     """
     figure_class = _matplotlib("matplotlib.figure").Figure
     metrics = [n for n in dict.fromkeys(n for r in info.rounds for n in r.history) if n != "learning_rate"]
@@ -26,9 +27,10 @@ def plot_rounds(info, path):
             panel.plot(
                 [r.number for r in rounds], [r.history[name][-1] for r in rounds], marker="o", label=name
             )
-        panel.legend()
+        panel.legend(framealpha=0)
     axes[-1].set(xlabel="round", xticks=numbers)
-    figure.savefig(path, dpi=150)
+    with _matplotlib("matplotlib").rc_context({"svg.hashsalt": "keras_taylor"}):  # the same file each time
+        figure.savefig(path, **{"dpi": 150, **how})
 
 
 def _matplotlib(module):

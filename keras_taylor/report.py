@@ -1,13 +1,18 @@
 """What was removed, what was left and why, what it cost."""
 
 import dataclasses
+import importlib
 import json
+import platform
 from typing import Any
 
+import keras
+import numpy as np
 from rich.table import Table
 
 from keras_taylor.plan import Plan
 from keras_taylor.tables import render
+from keras_taylor.version import VERSION
 
 
 @dataclasses.dataclass
@@ -45,6 +50,12 @@ class Info:
         unknown: Operations without a rule, whose input channels stay.
         plan: The `Plan` from the original model to the result.
         stop_reason: Why the run ended.
+        name: The model's name.
+        layers: Channels of every layer that makes some, in the network's order, before the run.
+        metrics: "before" and "after": loss and metrics on the validation data, where there is any.
+        artefacts: What was exported, a list of dicts.
+        command: The call, for those who want to repeat it.
+        environment: Versions of what the run depended on.
     """
 
     goal: dict
@@ -56,6 +67,12 @@ class Info:
     locked: dict = dataclasses.field(default_factory=dict)
     unknown: tuple = ()
     stop_reason: str = ""
+    name: str = ""
+    layers: dict = dataclasses.field(default_factory=dict)
+    metrics: dict = dataclasses.field(default_factory=dict)
+    artefacts: list = dataclasses.field(default_factory=list)
+    command: str = ""
+    environment: dict = dataclasses.field(default_factory=lambda: versions())
 
     @property
     def reduction(self):
@@ -87,7 +104,7 @@ class Info:
         """
         try:
             content = json.loads(text)
-            content = {f.name: content[f.name] for f in dataclasses.fields(cls)}
+            content = {f.name: content[f.name] for f in dataclasses.fields(cls) if f.name in content}
             content["rounds"] = [Round(**one) for one in content["rounds"]]
             content["unknown"] = tuple(content["unknown"])
             content["plan"] = Plan.from_json(json.dumps(content["plan"]))
@@ -111,9 +128,19 @@ class Info:
 
         plots.plot_rounds(self, path)
 
+    def to_html(self):
+        """The report as one HTML page, a string: no network needed, light and dark, wide and narrow.
+
+        Raises:
+            ImportError: without jinja2 and matplotlib (`pip install "keras-taylor[report]"`).
+        """
+        from keras_taylor import pages
+
+        return pages.page(self)
+
     def __str__(self):
         metrics = list(dict.fromkeys(name for one in self.rounds for name in one.history))
-        table = Table(title=self._headline(), caption=f"stopped: {self.stop_reason}")
+        table = Table(title=self.headline(), caption=f"stopped: {self.stop_reason}")
         for column in ("round", "parameters", "FLOPs", *metrics, "seconds"):
             table.add_column(column, justify="right")
         table.add_row("0", _number(self.before["params"]), _number(self.before["flops"]))
@@ -123,9 +150,22 @@ class Info:
             table.add_row(str(one.number), _number(one.params), _number(one.flops), *values, seconds)
         return render(table, width=max(100, 16 * (4 + len(metrics))))
 
-    def _headline(self):
+    def headline(self):
+        """One line: what has gone, and where from."""
         gone = ", ".join(f"{share:.1%} of {what}" for what, share in self.reduction.items())
         return f"{gone} removed from {len(self.pruned_layers)} layers by '{self.criterion}'"
+
+
+def versions():
+    """Versions of what a run depends on, a dict of strings."""
+    backend = keras.backend.backend()
+    return {
+        "keras_taylor": VERSION,
+        "keras": keras.__version__,
+        backend: importlib.import_module(backend).__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _number(value):

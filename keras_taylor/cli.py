@@ -1,0 +1,358 @@
+"""The command `keras-taylor`."""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import sys
+from typing import Annotated
+
+import keras
+import typer
+from rich.console import Console
+
+import keras_taylor
+from keras_taylor.loading import FileError, compiled_for, load_data, load_model
+from keras_taylor.report import Info
+
+BACKENDS = ("tensorflow", "jax", "torch")
+FORMATS = {
+    "saved-model": ("saved_model", None, ""),
+    "litert": ("litert", None, ".tflite"),
+    "litert-float16": ("litert", "float16", ".tflite"),
+    "litert-dynamic": ("litert", "dynamic", ".tflite"),
+    "litert-int8": ("litert", "int8", ".tflite"),
+    "onnx": ("onnx", None, ".onnx"),
+    "keras": ("keras", None, ".keras"),
+}
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)
+
+Model = Annotated[str, typer.Argument(help="A .keras file, or an old Keras .h5 file.", show_default=False)]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="'digits', an .npz file (x_train, y_train, x_test, y_test; or x, y), or a folder with one "
+        "folder of images for each class.",
+        show_default=False,
+    ),
+]
+DivideBy = Annotated[float, typer.Option(help="Inputs are divided by this.")]
+Mean = Annotated[str, typer.Option(help="Then this is taken off: a number, or one a channel: 0.5,0.4,0.4")]
+Std = Annotated[str, typer.Option(help="Then they are divided by this.")]
+Goal = Annotated[float, typer.Option(help="The fraction of the parameters to remove.")]
+Flops = Annotated[bool, typer.Option("--flops", help="The goal is a fraction of the FLOPs.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="A layer that keeps its channels, or a regular expression.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Load code that the model file holds (Lambda layers).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on standard output.")]
+Imports = Annotated[list[str] | None, typer.Option("--import", help="A module that registers custom layers.")]
+Backend = Annotated[str, typer.Option(help="tensorflow, jax or torch; else KERAS_BACKEND, else Keras' own.")]
+Html = Annotated[str, typer.Option(help="Write a report, one HTML file.", show_default=False)]
+
+
+@app.command(epilog="Example: keras-taylor analyze model.keras --exclude 'stem_.*'")
+def analyze(
+    model: Model,
+    exclude: Exclude = None,
+    trust: Trust = False,
+    modules: Imports = None,
+    as_json: Json = False,
+    backend: Backend = "",
+):
+    """Say which channels could go, which stay, and why."""
+    analysis = keras_taylor.analyze(_model(model, trust, modules), exclude=exclude or ())
+    if as_json:
+        _print_json(
+            costs=analysis.costs,
+            reachable=analysis.reachable,
+            groups=[dataclasses.asdict(group) for group in analysis.groups],
+            unknown=analysis.unknown,
+        )
+    else:
+        print(analysis)
+
+
+@app.command(
+    epilog="Example: keras-taylor compress model.keras --data images/ --goal 0.4 --epochs 2 -o small.keras "
+    "--export litert-int8 --report report.html"
+)
+def compress(
+    model: Model,
+    data: Data,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The .keras file to write.", show_default=False)
+    ],
+    goal: Goal = 0.3,
+    flops: Flops = False,
+    increment: Annotated[float, typer.Option(help="The fraction removed a round.")] = 0.1,
+    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning a round; 0: none.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Else the model's own, else 0.001.")] = 0.0,
+    criterion: Annotated[str, typer.Option(help="What makes a channel important.")] = "taylor",
+    exclude: Exclude = None,
+    round_to: Annotated[int, typer.Option(help="Keep multiples of so many channels.")] = 1,
+    divide_by: DivideBy = 1.0,
+    mean: Mean = "",
+    std: Std = "",
+    export: Annotated[list[str] | None, typer.Option(help=f"Also write {', '.join(FORMATS)}.")] = None,
+    report: Html = "",
+    resume: Annotated[str, typer.Option(help="A folder for the state: a killed run goes on from it.")] = "",
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    force: Force = False,
+    trust: Trust = False,
+    modules: Imports = None,
+    as_json: Json = False,
+    backend: Backend = "",
+):
+    """Make a trained model smaller: score, prune, fine-tune, round by round."""
+    target = _writable(output, force, ".keras")
+    exports = [(name, _writable(_beside(target, name), force)) for name in map(_checked_format, export or ())]
+    page = _writable(report, force, ".html") if report else None
+    keras.utils.set_random_seed(seed)
+    original = _model(model, trust, modules)
+    train, test = load_data(data, original, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
+    original = compiled_for(original, train[1], learning_rate or None)
+    small, info = keras_taylor.compress(
+        original,
+        train,
+        {"flops" if flops else "params": goal},
+        increment=increment,
+        criterion=criterion,
+        exclude=exclude or (),
+        round_to=round_to,
+        epochs=epochs,
+        batch_size=batch_size,
+        validation_data=test,
+        backup_dir=resume or None,
+        verbose=0 if as_json else "auto",
+        return_info=True,
+    )
+    info.command = " ".join(["keras-taylor", *sys.argv[1:]])
+    _save(small, target)
+    for name, path in exports:
+        for one, where in ((original, path.with_name(f"original-{path.name}")), (small, path)):
+            info.artefacts.append(_exported(one, where, name, train, test, force))
+    if page:
+        _write_text(page, info.to_html())
+    _write_text(target.with_suffix(".json"), info.to_json())
+    if as_json:
+        print(info.to_json())
+    else:
+        print(info)
+        print(f"written: {', '.join(str(p) for p in (target, target.with_suffix('.json'), page) if p)}")
+
+
+@app.command(
+    epilog="Example: keras-taylor export small.keras --format litert-int8 --data images/ -o small.tflite"
+)
+def export(
+    model: Model,
+    output: Annotated[str, typer.Option("--output", "-o", help="What to write.", show_default=False)],
+    format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "litert",
+    data: Annotated[
+        str, typer.Option(help="As of `compress`; needed for litert-int8.", show_default=False)
+    ] = "",
+    divide_by: DivideBy = 1.0,
+    mean: Mean = "",
+    std: Std = "",
+    force: Force = False,
+    trust: Trust = False,
+    modules: Imports = None,
+    as_json: Json = False,
+    backend: Backend = "",
+):
+    """Write a model for inference elsewhere; what was written is run, compared and measured."""
+    path = _writable(output, force, FORMATS[_checked_format(format)][2])
+    loaded = _model(model, trust, modules)
+    train = test = None
+    if data:
+        train, test = load_data(data, loaded, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
+    elif format == "litert-int8":
+        raise FileError("litert-int8 is calibrated on examples: pass --data.")
+    artefact = _exported(loaded, path, format, train, test, force)
+    if as_json:
+        _print_json(**artefact)
+    else:
+        for key, value in artefact.items():
+            print(f"{key:>16}  {value}")
+
+
+@app.command(epilog="Example: keras-taylor report small.json -o report.html")
+def report(
+    info: Annotated[str, typer.Argument(help="The .json file that `compress` wrote.", show_default=False)],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The HTML file to write; else a table is printed.")
+    ] = "",
+    force: Force = False,
+    backend: Backend = "",
+):
+    """Show what a run did: a table, or one HTML page."""
+    path = pathlib.Path(info)
+    if not path.is_file():
+        raise FileError(f"There is no file '{path}'. Pass the .json file that `compress` wrote.")
+    page = _writable(output, force, ".html") if output else None
+    done = Info.from_json(path.read_text("utf-8"))
+    if page:
+        _write_text(page, done.to_html())
+        print(f"written: {page}")
+    else:
+        print(done)
+
+
+@app.command(epilog="Example: keras-taylor demo --backend jax")
+def demo(
+    goal: Goal = 0.3,
+    report: Html = "",
+    force: Force = False,
+    backend: Backend = "",
+):
+    """Train a small network on real handwritten digits, and make it smaller: about a minute."""
+    from keras_taylor.demo import small_network
+
+    page = _writable(report, force, ".html") if report else None
+    keras.utils.set_random_seed(0)
+    model = small_network()
+    train, test = load_data("digits", model)
+    print("training a network on 1,438 handwritten digits")
+    model.fit(*train, epochs=15, batch_size=64, verbose=0)
+    _, info = keras_taylor.compress(
+        model, train, goal, increment=0.1, epochs=2, batch_size=64, validation_data=test, return_info=True
+    )
+    info.command = " ".join(["keras-taylor", *sys.argv[1:]])
+    print(info)
+    if page:
+        _write_text(page, info.to_html())
+        print(f"written: {page}")
+
+
+def main():
+    """The command `keras-taylor`: every failure that a user can mend is one line, and exit code 1."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Keras' remarks on old model files
+    _start_on_backend()
+    try:
+        app(standalone_mode=True)
+    except keras_taylor.CompressionInterrupted as interrupt:
+        _fail(f"{interrupt}. With --resume the same command goes on.", 130)
+    except (ValueError, TypeError, ImportError, OSError, keras_taylor.ExportError) as error:
+        _fail(" ".join(str(error).split()), 1)
+
+
+def _start_on_backend():
+    """Keras takes its backend from the environment when it is imported, which has happened by now."""
+    wanted = _option("--backend")
+    if not wanted or wanted == keras.backend.backend():
+        return
+    if wanted not in BACKENDS:
+        _fail(f"There is no backend '{wanted}'. Expected one of {', '.join(BACKENDS)}.", 2)
+    if importlib.util.find_spec(wanted) is None:
+        _fail(f'{wanted} is not installed: pip install "keras-taylor[{wanted}]"', 1)
+    if os.environ.get("KERAS_BACKEND") == wanted:
+        _fail(f"Keras runs on {keras.backend.backend()}, although KERAS_BACKEND says {wanted}.", 1)
+    os.environ["KERAS_BACKEND"] = wanted
+    os.execv(sys.executable, [sys.executable, "-m", "keras_taylor", *sys.argv[1:]])
+
+
+def _option(name):
+    for position, argument in enumerate(sys.argv):
+        if argument == name:
+            return sys.argv[position + 1] if position + 1 < len(sys.argv) else ""
+        if argument.startswith(f"{name}="):
+            return argument.split("=", 1)[1]
+    return ""
+
+
+def _fail(text, code):
+    Console(stderr=True, soft_wrap=True).print(f"keras-taylor: {text}", markup=False, highlight=False)
+    raise SystemExit(code)
+
+
+def _model(path, trust, modules):
+    sys.path.insert(0, os.getcwd())
+    for name in modules or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise FileError(f"The module '{name}' of --import cannot be imported ({error}).") from error
+    return load_model(path, trust)
+
+
+def _checked_format(name):
+    if name not in FORMATS:
+        raise FileError(f"There is no format '{name}'. Expected one of {', '.join(FORMATS)}.")
+    return name
+
+
+def _beside(target, name):
+    return str(target.with_name(f"{target.stem}-{name}{FORMATS[name][2]}"))
+
+
+def _writable(path, force, suffix=None):
+    """The path of an output, refused before any work if it could not be written."""
+    path = pathlib.Path(path)
+    if suffix is not None and path.suffix != suffix:
+        raise FileError(
+            f"'{path}' does not end in '{suffix}'." if suffix else f"'{path}' is a directory: no ending."
+        )
+    if not path.parent.is_dir():
+        raise FileError(f"There is no directory '{path.parent}' to write '{path.name}' into. Make it first.")
+    if path.exists() and not force:
+        raise FileError(f"'{path}' is there already. Pass --force to overwrite it, or another name.")
+    if not os.access(path.parent, os.W_OK):
+        raise FileError(f"The directory '{path.parent}' cannot be written to.")
+    return path
+
+
+def _save(model, path):
+    with _draft(path) as draft:
+        model.save(draft)
+
+
+def _write_text(path, text):
+    with _draft(path) as draft:
+        draft.write_text(text, "utf-8")
+
+
+@contextlib.contextmanager
+def _draft(path):
+    """A temporary name beside the target, which it gets when all is written."""
+    draft = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _exported(model, path, name, train, test, force):
+    format, quantize, _ = FORMATS[name]
+    artefact = keras_taylor.export(
+        model,
+        path,
+        format,
+        quantize=quantize,
+        calibration=train[0] if quantize == "int8" else None,
+        data=test,
+        overwrite=force,
+    )
+    kept = ("path", "num_bytes", "relative_difference", "agreement", "metric", "model_metric", "latency_ms")
+    return {key: getattr(artefact, key) for key in kept if getattr(artefact, key) is not None}
+
+
+def _numbers(text):
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError as error:
+        raise FileError(f"'{text}' is no number, nor a list of numbers like 0.5,0.4,0.4.") from error
+
+
+def _print_json(**content):
+    print(json.dumps(content, default=str))

@@ -1,0 +1,121 @@
+"""A report as one HTML page."""
+
+import importlib
+import importlib.resources
+import io
+import re
+
+from keras_taylor import plots
+
+
+def page(info):
+    """The report of a run as one self-contained HTML page: no network, light and dark, wide and narrow.
+
+    Args:
+        info: An `Info`.
+
+    Returns:
+        The page, a string.
+
+    Raises:
+        ImportError: without jinja2 and matplotlib (`pip install "keras-taylor[report]"`).
+    """
+    template = importlib.resources.files("keras_taylor").joinpath("templates/report.html").read_text("utf-8")
+    return (
+        _environment()
+        .from_string(template)
+        .render(
+            title=f"{info.name or 'A model'}, {_goal(info)} removed",
+            summary=f"{info.headline()}. Ended: {info.stop_reason or 'unknown'}.",
+            cards=_cards(info),
+            layers=_layers(info),
+            curves=_curves(info) if info.rounds else "",
+            tables=[_rounds(info), _artefacts(info), _locked(info)],
+            command=info.command,
+            environment=", ".join(f"{key} {value}" for key, value in info.environment.items()),
+        )
+    )
+
+
+def _environment():
+    try:
+        return importlib.import_module("jinja2").Environment(autoescape=True)
+    except ImportError as error:
+        raise ImportError(
+            'An HTML report needs jinja2. Install the extra: pip install "keras-taylor[report]"'
+        ) from error
+
+
+def _goal(info):
+    return ", ".join(f"{100 * (1 - info.after[w] / info.before[w]):.3g} % of {w}" for w in info.goal)
+
+
+def _cards(info):
+    """What a user looks at first: before and after of all that was measured."""
+    cards = []
+    for what, name in (("params", "parameters"), ("flops", "FLOPs")):
+        if info.before[what]:
+            change = info.after[what] / info.before[what] - 1
+            cards.append(_card(name, f"{info.after[what]:,}", f"{info.before[what]:,}", f"{change:+.1%}"))
+    for name, after in info.metrics.get("after", {}).items():
+        before = info.metrics["before"][name]
+        cards.append(_card(name, f"{after:.4g}", f"{before:.4g}", f"{after - before:+.4g}"))
+    return cards
+
+
+def _card(name, after, before, change):
+    return {"name": name, "after": after, "note": f"before {before} ({change})"}
+
+
+def _layers(info):
+    largest = max(info.layers.values(), default=1)
+    rows = []
+    for name, width in info.layers.items():
+        kept = len(info.plan.layers[name].kept) if name in info.plan.layers else width
+        count = f"{width} → {kept}" if kept < width else f"{width}"
+        rows.append(
+            {
+                "name": name,
+                "width": round(100 * width / largest, 2),
+                "kept": round(100 * kept / width, 2),
+                "count": count,
+            }
+        )
+    return rows
+
+
+def _curves(info):
+    """The plot of the rounds as SVG in the page's own colours."""
+    file = io.StringIO()
+    nameless = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    plots.plot_rounds(info, file, format="svg", transparent=True, metadata=nameless)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return re.sub(r"#000000\b", "currentColor", svg)
+
+
+def _rounds(info):
+    metrics = list(dict.fromkeys(name for one in info.rounds for name in one.history))
+    rows = [
+        [
+            one.number,
+            f"{one.params:,}",
+            "unknown" if one.flops is None else f"{one.flops:,}",
+            *(f"{one.history[m][-1]:.4g}" if one.history.get(m) else "" for m in metrics),
+            f"{sum(one.seconds.values()):.1f}",
+        ]
+        for one in info.rounds
+    ]
+    return {"title": "Rounds", "header": ["round", "parameters", "FLOPs", *metrics, "seconds"], "rows": rows}
+
+
+def _artefacts(info):
+    header = list(dict.fromkeys(key for one in info.artefacts for key in one))
+    rows = [[one.get(key, "") for key in header] for one in info.artefacts]
+    return {"title": "Files", "header": header, "rows": rows}
+
+
+def _locked(info):
+    rows = [[name, entry["channels"], entry["reason"]] for name, entry in info.locked.items()]
+    header = ["layer", "channels", "why they stay"]
+    return {"title": "What stays, and why", "header": header, "rows": rows, "wraps": True}

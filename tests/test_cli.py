@@ -1,0 +1,228 @@
+"""The command line, as a user types it."""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from test_compress import small_model, stripes
+
+import keras_taylor
+from keras_taylor import cli, loading
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Types a command in an empty directory with a model and data; gives exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    keras.utils.set_random_seed(0)
+    model, (x, y) = small_model(), stripes()
+    model.fit(x, y, epochs=2, batch_size=16, verbose=0)
+    model.save("model.keras")
+    np.savez("data.npz", x_train=x, y_train=y, x_test=x[:12], y_test=y[:12])
+
+    def typed(*words):
+        monkeypatch.setattr(sys, "argv", ["keras-taylor", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code, captured.out, captured.err
+
+    return typed
+
+
+COMPRESS = ("compress", "model.keras", "--data", "data.npz", "-o", "small.keras", "--goal", "0.4")
+
+
+def refused(typed, *words, code=1):
+    """The one line that a command fails with."""
+    before = sorted(os.listdir())
+    received, out, err = typed(*words)
+    assert received == code and out == ""
+    assert err.startswith("keras-taylor: ") and err.count("\n") == 1, err
+    assert sorted(os.listdir()) == before  # nothing half-written
+    return err
+
+
+def test_compress_writes_model_state_and_report(run):
+    code, out, _ = run(*COMPRESS, "--report", "report.html", "--epochs", "2", "--exclude", "first")
+    assert code == 0 and "goal reached" in out
+    small = keras.models.load_model("small.keras")
+    full = keras.models.load_model("model.keras").count_params()
+    assert small.count_params() <= 0.6 * full and small.get_layer("first").filters == 8
+    info = keras_taylor.Info.from_json(pathlib.Path("small.json").read_text())
+    assert info.metrics.keys() == {"before", "after"} and len(info.rounds[0].history["loss"]) == 2
+    page = pathlib.Path("report.html").read_text()
+    assert "keras-taylor compress model.keras" in page and "second" in page and "<svg" in page
+    assert sorted(os.listdir()) == ["data.npz", "model.keras", "report.html", "small.json", "small.keras"]
+    code, out, _ = run("report", "small.json")
+    assert code == 0 and "removed from" in out
+    code, out, _ = run("report", "small.json", "-o", "again.html")
+    assert code == 0 and pathlib.Path("again.html").read_text() == page
+
+
+def test_json_for_machines(run):
+    code, out, _ = run(*COMPRESS, "--json", "--epochs", "0", "--flops")
+    assert code == 0 and json.loads(out)["goal"] == {"flops": 0.4}
+    code, out, _ = run("analyze", "model.keras", "--json", "--exclude", "first")
+    content = json.loads(out)
+    assert content["costs"]["params"] > 0
+    assert [g["reason"] for g in content["groups"] if g["name"] == "first"] == ["excluded by the caller"]
+
+
+def test_analyze_prints_a_table(run):
+    code, out, _ = run("analyze", "model.keras")
+    assert code == 0 and "channels can leave" in out and "model output" in out
+
+
+def test_a_killed_run_goes_on(run, monkeypatch):
+    real, calls = keras.Model.fit, []
+
+    @functools.wraps(real)
+    def killed(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 3:  # the second round: each one scores, then trains
+            raise OSError("out of memory")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "fit", killed)
+    words = (*COMPRESS, "--increment", "0.2", "--resume", "state")
+    code, _, err = run(*words)
+    assert code == 1 and "out of memory" in err and not os.path.exists("small.keras")
+    code, out, _ = run(*words)
+    assert code == 0 and "resumed after round 1 of 2" in out
+
+
+def test_outputs_are_not_overwritten_without_force(run):
+    pathlib.Path("small.keras").write_text("precious")
+    assert "'small.keras' is there already. Pass --force" in refused(run, *COMPRESS)
+    assert pathlib.Path("small.keras").read_text() == "precious"
+    assert run(*COMPRESS, "--epochs", "0", "--force")[0] == 0
+
+
+def test_a_disk_that_is_full_leaves_nothing_half_written(run, monkeypatch):
+    def full(self, path, *args, **kwargs):
+        pathlib.Path(path).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(keras.Model, "save", full)
+    code, _, err = run(*COMPRESS, "--epochs", "0")
+    assert code == 1 and "No space left on device" in err
+    assert sorted(os.listdir()) == ["data.npz", "model.keras"]
+
+
+def with_lambda():
+    layers = [keras.Input((8, 8, 1)), keras.layers.Lambda(lambda x: 2 * x), keras.layers.Flatten()]
+    return keras.Sequential([*layers, keras.layers.Dense(3)])
+
+
+def test_files_that_cannot_be_used(run):
+    assert "There is no file 'no.keras'" in refused(run, "analyze", "no.keras")
+    assert "is no model file" in refused(run, "analyze", "data.npz")
+    pathlib.Path("broken.keras").write_bytes(pathlib.Path("model.keras").read_bytes()[:2000])
+    assert "'broken.keras' is damaged" in refused(run, "analyze", "broken.keras")
+    with_lambda().save("code.keras")
+    assert "holds Python code (a Lambda layer)" in refused(run, "analyze", "code.keras")
+    assert run("analyze", "code.keras", "--trust")[0] == 0
+    assert "cannot be imported" in refused(run, "analyze", "model.keras", "--import", "no_such_module")
+    pathlib.Path("old.h5").write_text("no HDF5")
+    assert "'old.h5' cannot be loaded" in refused(run, "analyze", "old.h5")
+
+
+def test_data_that_cannot_be_used(run):
+    def compress(data):
+        return refused(run, "compress", "model.keras", "--data", data, "-o", "small.keras")
+
+    assert "There is no data 'nothing'" in compress("nothing")
+    np.savez("pickled.npz", x=np.array([{}], object), y=np.zeros(1))
+    assert "pickled objects, which could run any code" in compress("pickled.npz")
+    np.savez("names.npz", a=np.zeros(1))
+    assert "no arrays x_train and y_train, or x and y. It has: a." in compress("names.npz")
+    np.savez("shape.npz", x=np.zeros((4, 5, 5, 1)), y=np.zeros(4, int))
+    assert "has shape (5, 5, 1), expected (8, 8, 1)" in compress("shape.npz")
+    pathlib.Path("broken.npz").write_bytes(pathlib.Path("data.npz").read_bytes()[:300])
+    assert "'broken.npz' is damaged" in compress("broken.npz")
+    os.mkdir("empty")
+    assert "has no folders. Expected one folder of images for each class" in compress("empty")
+    os.makedirs("images/cat")
+    assert "has no images in its folders cat" in compress("images")
+    pathlib.Path("images/cat/1.png").write_text("no image")
+    assert "is no image that can be read" in compress("images")
+
+
+def test_arguments_that_cannot_be_used(run):
+    assert "Received: goal={'params': 2.0}" in refused(run, *COMPRESS[:-1], "2")
+    assert "Unknown criterion" in refused(run, *COMPRESS, "--criterion", "best")
+    assert "There is no format 'gif'" in refused(run, *COMPRESS, "--export", "gif")
+    assert "does not end in '.html'" in refused(run, *COMPRESS, "--report", "report.txt")
+    assert "There is no directory 'nowhere'" in refused(run, *COMPRESS, "-o", "nowhere/small.keras")
+    assert "is no number" in refused(run, *COMPRESS, "--mean", "a,b")
+    assert "pass --data" in refused(run, "export", "model.keras", "-o", "x.tflite", "--format", "litert-int8")
+    assert "There is no backend 'theano'" in refused(
+        run, "analyze", "model.keras", "--backend", "theano", code=2
+    )
+    assert run("compress", "model.keras")[0] == 2  # typer's own message: --data is missing
+
+
+def test_extras_that_are_missing_are_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert run(*COMPRESS, "--epochs", "0")[0] == 0
+    code, _, err = run("report", "small.json", "-o", "report.html")
+    assert code == 1 and 'pip install "keras-taylor[report]"' in err and not os.path.exists("report.html")
+
+
+def test_folders_of_images(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            image = random.integers(0, 256, (10, 12, 1)).astype("uint8")
+            keras.utils.save_img(tmp_path / name / f"{number}.png", image, scale=False)
+    (x, y), (x_test, y_test) = loading.load_data(str(tmp_path), small_model(), divide_by=255)
+    assert x.shape == (8, 8, 8, 1) and x_test.shape == (2, 8, 8, 1) and x.dtype == np.float32
+    assert x.min() >= 0 and 0.5 < x.max() <= 1 and set(y) | set(y_test) == {0, 1}
+
+
+def test_inputs_are_scaled_channel_by_channel(tmp_path):
+    x = np.full((4, 8, 8, 1), 100, "uint8")
+    np.savez(tmp_path / "data.npz", x=x, y=np.arange(4)[:, None])
+    path = str(tmp_path / "data.npz")
+    (x, y), _ = loading.load_data(path, small_model(), divide_by=200, mean=[0.25], std=[0.5])
+    assert np.allclose(x, 0.5) and y.ndim == 1
+
+
+def test_a_model_that_is_not_compiled_gets_the_loss_that_its_outputs_want():
+    logits = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+    probabilities = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, activation="softmax")])
+    assert loading.compiled_for(logits, np.arange(3)).loss.get_config()["from_logits"]
+    assert not loading.compiled_for(probabilities, np.arange(3)).loss.get_config()["from_logits"]
+    assert float(loading.compiled_for(logits, np.arange(3), 0.5).optimizer.learning_rate) == 0.5
+    with pytest.raises(loading.FileError, match="do not tell its loss"):
+        fresh = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+        loading.compiled_for(fresh, np.zeros((3, 7)))
+
+
+def test_another_backend_starts_anew(tmp_path):
+    other = "jax" if keras.backend.backend() == "torch" else "torch"
+    small_model().save(tmp_path / "model.keras")
+    command = [sys.executable, "-m", "keras_taylor", "analyze", str(tmp_path / "model.keras")]
+    done = subprocess.run([*command, "--backend", other], capture_output=True, text=True, check=True)
+    assert "channels can leave" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
+def test_the_page_opens_in_a_browser(run, tmp_path):
+    run(*COMPRESS, "--epochs", "1", "--report", "report.html")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command = ["chromium", *flags, f"--user-data-dir={tmp_path}/browser", "--dump-dom", "report.html"]
+    command[-1] = f"file://{tmp_path}/report.html"
+    page = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "channels of each layer" in page.stdout.lower() and "CONSOLE" not in page.stderr
+    assert not re.search(r"(src|href)=.http|@import|url\(http", page.stdout)  # nothing comes from elsewhere
