@@ -6,6 +6,7 @@ import pathlib
 import secrets
 import shutil
 import tempfile
+import weakref
 
 import keras
 import numpy as np
@@ -25,6 +26,8 @@ from keras_taylor.export_worker import JobError, ask
 from keras_taylor.runners import random_arrays, read_arrays, write_arrays
 
 NUM_SAMPLES, NUM_CALIBRATION, REPETITIONS = 32, 200, 100
+
+_flat_models: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def export(
@@ -97,8 +100,6 @@ def export(
     format = checked_format(target, format)
     check_model(model)
     check_options(format, quantize, calibration, int8_io, batch_size, tolerance)
-    if format != "keras":  # a model made for one size is exported for that one
-        batch_size = batch_size or model.inputs[0].shape[0]
     check_target(target, format, overwrite)
     check_installed(format)
     order = {"format": format, "quantize": quantize, "int8_io": int8_io, "batch_size": batch_size}
@@ -106,7 +107,8 @@ def export(
         case = _Case(model, pathlib.Path(folder), samples, calibration, data, metric)
         case.convert(draft.path, order)
         artefact = case.inspect(draft.path, order)
-        reason = complaint(artefact, TOLERANCES[quantize] if tolerance is None else tolerance, max_drop)
+        accepted = _default_tolerance(model, quantize) if tolerance is None else tolerance
+        reason = complaint(artefact, accepted, max_drop)
         if reason:
             rejected = draft.move_to(target.with_name(target.name + ".rejected"))
             raise ExportError(
@@ -167,6 +169,16 @@ def measure_artefacts(artefacts, batch_size=1, repetitions=REPETITIONS):
             f"Received: artefacts with paths {[one.path for one in artefacts]}"
         ) from error
     return [dataclasses.replace(one, **new) for one, new in zip(artefacts, measured, strict=True)]
+
+
+def _default_tolerance(model, quantize):
+    """That of the format; a model that computes in half precision is itself no more exact than that."""
+    half = quantize is None and any(_is_half(layer) for layer in _all_layers(model))
+    return TOLERANCES["float16" if half else quantize]
+
+
+def _is_half(layer):
+    return layer.compute_dtype in ("float16", "bfloat16")
 
 
 class _Draft:
@@ -275,9 +287,8 @@ class _Case:
             )
         except JobError as error:
             raise ExportError(
-                f"The exported model does not run ({_short(error)}). Nothing is kept of it. A free batch "
-                "size is a frequent reason: try `batch_size=1`. "
-                f"Received: model={self._model!r}, {_received(order)}"
+                f"The exported model does not run ({_short(error)}). Nothing is kept of it. "
+                f"{_run_hint(order)}Received: model={self._model!r}, {_received(order)}"
             ) from error
         outputs = [read_arrays(target) for _, target in tables]
         return Artefact(
@@ -298,9 +309,14 @@ class _Case:
         return path
 
     def _outputs(self, arrays):
-        """The model's flattened outputs on its own backend. The user's model gets no
-        `predict_function`: it is another model of the same layers that runs."""
-        flat = keras.Model(self._model.inputs, self._model.outputs)
+        """The model's flattened outputs on its own backend.
+
+        The user's model gets no `predict_function`: another model of the same layers runs. It
+        is kept for further exports of the same model, since JAX compiles it for long.
+        """
+        if self._model not in _flat_models:
+            _flat_models[self._model] = keras.Model(self._model.inputs, self._model.outputs)
+        flat = _flat_models[self._model]
         parts, size = [], self._model.inputs[0].shape[0] or NUM_SAMPLES
         for start in range(0, len(arrays[0]), size):
             rows = np.arange(start, start + size) % len(arrays[0])  # one shape: compiled once
@@ -341,21 +357,39 @@ def _all_layers(model):
 
 
 def _conversion_message(error, model, order):
-    kind = getattr(error, "kind", type(error).__name__)
+    hint = _hint(getattr(error, "kind", type(error).__name__), model, order)
+    received = f"model={model!r}, {_received(order)}"
+    return (
+        f"The model could not be converted ({_short(error)}). Nothing was written. {hint}Received: {received}"
+    )
+
+
+def _hint(kind, model, order):
+    """What may help against a conversion that failed with such an error; a sentence, or none."""
     if kind in ("LoadingError", "ModuleNotFoundError"):
-        hint = (
+        return (
             "It does not load in the process that converts it, where Keras runs on TensorFlow. Classes of "
             "your own must be registered (`keras.saving.register_keras_serializable`) in a module that can "
             "be imported, not in a script or notebook; a layer made of another backend's own "
-            "functions cannot be exported to this format."
+            "functions cannot be exported to this format. "
         )
-    elif order["format"] == "litert":
-        hint = "LiteRT's built-in operations may not cover it; a free batch size is a frequent reason: "
-        hint += "try `batch_size=1`."
-    else:
-        hint = "Nothing was written."
-    received = f"model={model!r}, {_received(order)}"
-    return f"The model could not be converted ({_short(error)}). {hint} Received: {received}"
+    if kind != "ConverterError":
+        return ""
+    if any(_is_half(layer) for layer in _all_layers(model)):
+        return "LiteRT has no convolutions in half precision: make the model with the policy 'float32'. "
+    hint = "Expected a model that LiteRT's built-in operations cover. "
+    if order["batch_size"] is None:
+        hint += "Recurrent layers need a fixed number of examples: try `batch_size=1`. "
+    return hint
+
+
+def _run_hint(order):
+    if order["format"] == "onnx":
+        return (
+            "tf2onnx, which writes it, lacks some operations; known ones are grouped convolutions and "
+            "the exact GELU. "
+        )
+    return "Try `batch_size=1`. " if order["batch_size"] is None and order["format"] != "keras" else ""
 
 
 def _short(error):

@@ -94,8 +94,8 @@ class Onnx:
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         inputs = {one.name: one for one in self._session.get_inputs()}
         self.inputs = {name: _onnx_details(inputs[name]) for name in matched(names, inputs)}
-        outputs = {one.name: one for one in self._session.get_outputs()}
-        self.outputs = {name: _onnx_details(outputs[name]) for name in in_order(outputs)}
+        # in the model's order; those of a list have names that do not sort ("Identity_10:0")
+        self.outputs = {one.name: _onnx_details(one) for one in self._session.get_outputs()}
 
     def prepare(self, arrays):
         """Arrays as the runtime wants them."""
@@ -295,13 +295,19 @@ def write_arrays(path, arrays):
 
 def matched(names, found):
     """The artefact's names of the Keras model's inputs, in the model's order."""
-    plain = {re.sub(r"\W", "_", name): name for name in found}
-    wanted = [re.sub(r"\W", "_", name) for name in names]
+    plain = {_plain(name): name for name in found}
+    wanted = [_plain(name) for name in names]
     if len(found) == len(names) and set(plain) == set(wanted):
         return [plain[name] for name in wanted]
     if len(found) == len(names) == 1:
         return list(found)
     raise ValueError(f"The artefact's inputs {sorted(found)} are not the model's {sorted(names)}")
+
+
+def _plain(name):
+    """What TensorFlow makes of an argument's name."""
+    name = re.sub(r"[\W_]", "_", name)
+    return name if name[:1].isalpha() else f"arg_{name}"
 
 
 def in_order(names):
