@@ -19,7 +19,8 @@ def load_model(path, trust=False):
         trust: Load code that the file holds (Lambda layers), which may do anything.
 
     Returns:
-        A `keras.Model`, compiled if the file says how and it can be done.
+        A `keras.Model`, compiled if a .keras file says how and it can be done; what
+        compiled an old .h5 file, Keras 3 often cannot run.
 
     Raises:
         FileError: for a file that is missing, damaged, needs classes that are not known
@@ -32,6 +33,8 @@ def load_model(path, trust=False):
         raise FileError(f"'{path}' is no model file. Expected a .keras or .h5 file.")
     if path.suffix == ".keras" and not zipfile.is_zipfile(path):
         raise FileError(f"'{path}' is damaged or no .keras file. Save the model again with `model.save`.")
+    if path.suffix != ".keras":
+        return _load_uncompiled(path, trust)
     try:
         return keras.models.load_model(path, safe_mode=not trust)
     except Exception as error:
@@ -41,7 +44,7 @@ def load_model(path, trust=False):
 
 
 def _is_about_compiling(error):
-    """Old files hold losses and optimizers that Keras 3 does not know."""
+    """Losses, metrics and optimizers may be of classes that are not known here."""
     text = str(error)
     return any(word in text for word in ("optimizer", "compile", "loss", "metric", "reduction"))
 
@@ -99,7 +102,7 @@ def load_data(source, model, validation=0.2, divide_by=1.0, mean=None, std=None)
     x_train, y_train, x_test, y_test = arrays
     x_train, x_test = (_scaled(x, divide_by, mean, std) for x in (x_train, x_test))
     _check_fits(x_train, model, source)
-    return (x_train, _labels(y_train)), (x_test, _labels(y_test))
+    return (x_train, _labels(y_train, model)), (x_test, _labels(y_test, model))
 
 
 def _scaled(x, divide_by, mean, std):
@@ -111,8 +114,14 @@ def _scaled(x, divide_by, mean, std):
     return x
 
 
-def _labels(y):
-    return y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
+def _labels(y, model):
+    """Classes as the compiled loss wants them: one row of zeros and a one each, or a number."""
+    y = y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y
+    loss = keras.losses.get(getattr(model, "loss", None))
+    name = getattr(loss, "name", None) or getattr(loss, "__name__", "")
+    if y.ndim == 1 and name == "categorical_crossentropy":
+        return keras.utils.to_categorical(y, model.outputs[0].shape[-1])
+    return y
 
 
 def _check_fits(x, model, source):

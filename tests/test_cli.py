@@ -198,6 +198,13 @@ def test_inputs_are_scaled_channel_by_channel(tmp_path):
     assert np.allclose(x, 0.5) and y.ndim == 1
 
 
+@pytest.mark.parametrize("loss", ["categorical_crossentropy", keras.losses.CategoricalCrossentropy()])
+def test_labels_are_as_the_compiled_loss_wants_them(tmp_path, loss):
+    np.savez(tmp_path / "data.npz", x=np.zeros((5, 8, 8, 1)), y=np.array([0, 1, 2, 0, 1]))
+    (_, y), (_, y_test) = loading.load_data(str(tmp_path / "data.npz"), small_model(loss=loss))
+    assert y.shape == (4, 3) and y_test.shape == (1, 3) and (y.sum(1) == 1).all()
+
+
 def test_a_model_that_is_not_compiled_gets_the_loss_that_its_outputs_want():
     logits = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
     probabilities = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, activation="softmax")])
