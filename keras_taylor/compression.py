@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import time
 import warnings
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -206,11 +207,12 @@ class _Run:
         return current
 
     def _measure(self, when, model):
-        """Loss and metrics on the validation data; of a copy, since evaluating leaves traces."""
-        if self._fit_kwargs.get("validation_data") is not None:
-            copy = self._copy() if model is self._original else model
+        """Loss and metrics on the validation data, unless they can be read only once."""
+        data = self._fit_kwargs.get("validation_data")
+        if data is not None and not isinstance(data, Iterator):
+            copy = self._copy() if model is self._original else model  # evaluating leaves traces
             size = self._fit_kwargs.get("validation_batch_size") or self._feed.batch_size
-            self.info.metrics[when] = evaluate(copy, self._fit_kwargs["validation_data"], size)
+            self.info.metrics[when] = evaluate(copy, data, size, self._fit_kwargs.get("validation_steps"))
 
     def _open_backups(self, directory):
         """Looks for the state of a run of the same call; refuses that of another."""

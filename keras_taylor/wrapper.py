@@ -75,14 +75,14 @@ class PrunableModel(GatedModel):
         include, exclude = layer_names(model, include), layer_names(model, exclude)
         channels = read_channels(own, include, exclude)
         super().__init__(channels, frozen=False, name=name or f"prunable_{model.name}")
-        self._arguments = _Arguments(
-            criterion=criterion,
-            include=include,
-            exclude=exclude,
-            round_to=round_to,
-            min_channels=min_channels,
-            loss_reduction=loss_reduction,
-        )
+        self._arguments = {
+            "criterion": criterion,
+            "include": include,
+            "exclude": exclude,
+            "round_to": round_to,
+            "min_channels": min_channels,
+            "loss_reduction": loss_reduction,
+        }
         self._pruning = _Pruning(channels, round_to, min_channels)
         self.network.gates.averaged = loss_reduction != "sum"
         self.built = True
@@ -263,10 +263,6 @@ class PrunableModel(GatedModel):
             if isinstance(config.get(key), dict):
                 config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects)
         return cls(**config)
-
-
-class _Arguments(dict):
-    """Constructor arguments, kept from Keras' tracking (which would turn tuples into lists)."""
 
 
 class _Pruning:

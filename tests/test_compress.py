@@ -467,3 +467,35 @@ def test_weights_with_nan():
 def test_verbosity_that_is_none():
     with pytest.raises(ValueError, match=r"`verbose` is 0, 1, 2 or \"auto\"\. Received: verbose=3$"):
         keras_taylor.compress(small_model(), stripes(), verbose=3)
+
+
+def test_metrics_before_and_after_are_those_of_evaluate():
+    model, (x, y) = small_model(), stripes()
+    arguments = {
+        "goal": 0.2,
+        "increment": 0.2,
+        "epochs": 1,
+        "batch_size": 16,
+        "verbose": 0,
+        "return_info": True,
+    }
+    small, info = keras_taylor.compress(model, (x, y), validation_data=(x[:20], y[:20]), **arguments)
+    for when, one in (("before", model), ("after", small)):
+        expected = one.evaluate(x[:20], y[:20], verbose=0, return_dict=True)
+        assert info.metrics[when] == pytest.approx(expected, rel=1e-4)
+    assert info.layers == {"first": 8, "second": 12, "head": 3} and info.name == "small"
+    assert "goal=0.2" in info.command and "epochs=1" in info.command
+    assert info.environment["keras"] == keras.__version__
+
+
+def test_validation_data_without_end_is_not_read_to_its_end():
+    model, (x, y) = small_model(), stripes()
+
+    def endless():
+        while True:
+            yield x[:16], y[:16]
+
+    _, info = keras_taylor.compress(
+        model, (x, y), 0.2, increment=0.2, validation_data=endless(), validation_steps=2, return_info=True
+    )
+    assert info.metrics == {} and len(info.rounds[0].history["val_loss"]) == 1
