@@ -237,6 +237,7 @@ class PrunableModel(GatedModel):
         channels, kept = self._pruning.channels, self.mask > 0
         if optimizer is None:
             return cut(channels, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None))
+        optimizer = getattr(optimizer, "wrapped", optimizer)
         small, weights = rebuild(channels, kept)
         settings = compile_settings(self) or {}
         small.compile(**{**settings, "optimizer": type(optimizer).from_config(optimizer.get_config())})

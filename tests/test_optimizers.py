@@ -178,6 +178,13 @@ def test_the_next_step_of_the_cut_model_is_that_of_the_masked_one(name):
         np.testing.assert_allclose(after, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_optimizer_may_be_named():
+    prunable = keras_taylor.PrunableModel(plain_net(optimizer=Adam(0.05)))
+    train(prunable, *some_data(16))
+    small = prunable.strip(optimizer=prunable.optimizer)
+    assert isinstance(small.optimizer, Adam) and int(small.optimizer.iterations) == 2
+
+
 def test_without_the_state_the_next_step_would_differ():
     prunable = keras_taylor.PrunableModel(plain_net(optimizer=SGD(0.1, momentum=0.9)))
     x, y = some_data(40)
