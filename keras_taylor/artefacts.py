@@ -30,7 +30,8 @@ class Artefact:
         difference: Largest absolute difference to the Keras model's outputs.
         relative_difference: Largest difference of an output, divided by that output's largest value.
         agreement: Fraction of predictions (argmax over the last axis) that are the
-            Keras model's; `None` without an output of two or more classes.
+            Keras model's; `None` without an output of two or more classes, or if it predicts
+            the same one for all samples.
         metric, model_metric: Accuracy, or what `metric=` computes, of the artefact and of the
             Keras model on `data`; `None` without `data`.
         latency_ms, latency_p90_ms: Median and 90th percentile of the time of one call, in

@@ -6,6 +6,7 @@ import pathlib
 import secrets
 import shutil
 import tempfile
+import warnings
 import weakref
 
 import keras
@@ -171,6 +172,11 @@ def measure_artefacts(artefacts, batch_size=1, repetitions=REPETITIONS):
     return [dataclasses.replace(one, **new) for one, new in zip(artefacts, measured, strict=True)]
 
 
+def _varies(outputs):
+    """Whether outputs differ between examples, by more than rounding."""
+    return np.ptp(outputs, axis=0).max(initial=0) > 1e-5 * np.abs(outputs).max(initial=0)
+
+
 def _default_tolerance(model, quantize):
     """That of the format; a model that computes in half precision is itself no more exact than that."""
     half = quantize is None and any(_is_half(layer) for layer in _all_layers(model))
@@ -245,6 +251,12 @@ class _Case:
             raise ValueError(
                 "The Keras model's own outputs are not finite, so there is nothing to compare with. Pass "
                 f"`samples` that it can take. Received: model={model!r}"
+            )
+        if len(self._samples[0]) > 1 and not any(_varies(y) for y in self._reference):
+            warnings.warn(
+                "The Keras model gives the same outputs for all samples, so little is learnt from comparing "
+                "them. Pass `samples` like the data that the model is made for.",
+                stacklevel=3,
             )
         if self._data is not None:
             self._reference_metric = self._score(self._outputs(self._data))

@@ -382,6 +382,14 @@ def test_models_that_are_refused(tmp_path):
         keras_taylor.export("model", tmp_path / "a.onnx")
 
 
+def test_outputs_that_say_nothing(tmp_path):
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.ops.zeros_like(inputs) + 3)
+    with pytest.warns(UserWarning, match="the same outputs for all samples"):
+        artefact = keras_taylor.export(model, tmp_path / "a.onnx")
+    assert artefact.agreement is None
+
+
 def test_outputs_that_are_not_finite(tmp_path):
     inputs = keras.Input((4,))
     model = keras.Model(inputs, keras.ops.log(inputs))
@@ -407,6 +415,7 @@ def test_differences_and_what_is_made_of_them():
     assert found["relative_difference"] == pytest.approx(0.025)
     assert found["agreement"] == 1
     assert compared(outputs_off_by(-3), reference)["agreement"] == 0.5
+    assert compared([reference[0][:1]], [reference[0][:1]])["agreement"] is None  # one class, no evidence
     assert compared(outputs_off_by(np.nan), reference)["relative_difference"] == np.inf
     with pytest.raises(keras_taylor.ExportError, match="other shapes"):
         compared([np.ones((2, 3))], reference)
