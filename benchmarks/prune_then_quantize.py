@@ -24,8 +24,8 @@ HEAD = """# Pruned, then quantized
 
 ResNet-20 on CIFAR-10; the pruned one has {params:.1%} fewer parameters and {flops:.1%} fewer FLOPs. LiteRT;
 accuracy on 1000 test images; agreement with the predictions of the same network in Keras over the samples
-that `export` compares (int8: the 200 training images of the calibration; else 32 test images); int8 in and out;
-size and arena in KiB; latency in ms of one image on one thread, all eight in turn in one process.
+that `export` compares (int8: the 200 training images of the calibration; else 32 test images); int8 in and
+out; size and arena in KiB; latency in ms of one image on one thread, all eight in turn in one process.
 """
 
 
