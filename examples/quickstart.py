@@ -16,26 +16,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import keras_taylor
+from keras_taylor.demo import small_network as small_cnn
 
 
 def digits():
     x, y = load_digits(return_X_y=True)
     x = (x / 16).reshape(-1, 8, 8, 1).astype("float32")
     return train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
-
-
-def small_cnn():
-    layers = [keras.Input((8, 8, 1))]
-    for filters in (32, 64, 64):
-        layers += [
-            keras.layers.Conv2D(filters, 3, padding="same", use_bias=False),
-            keras.layers.BatchNormalization(momentum=0.9),
-            keras.layers.ReLU(),
-        ]
-        if filters == 32:
-            layers.append(keras.layers.MaxPooling2D())
-    layers += [keras.layers.Flatten(), keras.layers.Dropout(0.3), keras.layers.Dense(10)]
-    return keras.Sequential(layers, name="digits_cnn")
 
 
 def measure(model, x, y):

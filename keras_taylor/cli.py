@@ -1,6 +1,5 @@
 """The command `keras-taylor`."""
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 
 import keras_taylor
+from keras_taylor.drafts import Draft
 from keras_taylor.loading import FileError, compiled_for, load_data, load_model
 from keras_taylor.report import Info
 
@@ -221,6 +221,8 @@ def demo(
     page = _writable(report, force, ".html") if report else None
     keras.utils.set_random_seed(0)
     model = small_network()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(2e-3), loss, metrics=["accuracy"])
     train, test = load_data("digits", model)
     print("training a network on 1,438 handwritten digits")
     model.fit(*train, epochs=15, batch_size=64, verbose=0)
@@ -312,24 +314,15 @@ def _writable(path, force, suffix=None):
 
 
 def _save(model, path):
-    with _draft(path) as draft:
-        model.save(draft)
+    with Draft(path) as draft:
+        model.save(draft.path)
+        draft.move_to(path)
 
 
 def _write_text(path, text):
-    with _draft(path) as draft:
-        draft.write_text(text, "utf-8")
-
-
-@contextlib.contextmanager
-def _draft(path):
-    """A temporary name beside the target, which it gets when all is written."""
-    draft = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with Draft(path) as draft:
+        draft.path.write_text(text, "utf-8")
+        draft.move_to(path)
 
 
 def _exported(model, path, name, train, test, force):

@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import secrets
-import shutil
 import tempfile
 import warnings
 import weakref
@@ -15,6 +13,7 @@ import numpy as np
 from keras_taylor.artefacts import Artefact, ExportError, size_of
 from keras_taylor.datasets import Feed
 from keras_taylor.differences import TOLERANCES, accuracy, compared, complaint
+from keras_taylor.drafts import Draft
 from keras_taylor.examples import flat_inputs, inputs_and_targets
 from keras_taylor.export_arguments import (
     check_installed,
@@ -104,7 +103,7 @@ def export(
     check_target(target, format, overwrite)
     check_installed(format)
     order = {"format": format, "quantize": quantize, "int8_io": int8_io, "batch_size": batch_size}
-    with tempfile.TemporaryDirectory() as folder, _Draft(target) as draft:
+    with tempfile.TemporaryDirectory() as folder, Draft(target) as draft:
         case = _Case(model, pathlib.Path(folder), samples, calibration, data, metric)
         case.convert(draft.path, order)
         artefact = case.inspect(draft.path, order)
@@ -185,42 +184,6 @@ def _default_tolerance(model, quantize):
 
 def _is_half(layer):
     return layer.compute_dtype in ("float16", "bfloat16")
-
-
-class _Draft:
-    """What is being written, beside its target under a name of its own; gone if it stays there."""
-
-    def __init__(self, target):
-        # the ending stays: Keras' writers look at it
-        self.path = target.with_name(f".unfinished-{secrets.token_hex(4)}-{target.name}").absolute()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        _remove(self.path)
-
-    def move_to(self, target):
-        """Moves it there; what was there is gone once it has arrived."""
-        old = self.path.with_name(self.path.name + ".old")
-        aside = target.exists() and (target.is_dir() or self.path.is_dir())
-        if aside:  # a directory takes no other's place in one step, as a file does
-            target.rename(old)
-        try:
-            os.replace(self.path, target)
-        except OSError:
-            if aside:
-                old.rename(target)
-            raise
-        _remove(old)
-        return target
-
-
-def _remove(path):
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class _Case:
