@@ -89,26 +89,33 @@ class Artefact:
 def artefact_table(artefacts):
     """A rich table with one row an artefact."""
     table = Table()
-    table.add_column("file", no_wrap=True)
-    table.add_column("format", no_wrap=True)
-    names = ("size", "difference", "agreement", "metric", "median ms", "p90 ms", "memory", "arena")
-    for name in names:
-        table.add_column(name, justify="right")
-    for one in artefacts:
-        kind = one.format if one.quantize is None else f"{one.format} {one.quantize}"
-        table.add_row(
-            os.path.basename(one.path),
-            kind,
-            kibibytes(one.num_bytes),
-            f"{one.relative_difference:.1e}",
-            "" if one.agreement is None else f"{one.agreement:.1%}",
-            "" if one.metric is None else f"{one.metric:.4g} ({one.model_metric:.4g})",
-            f"{one.latency_ms:.3f}",
-            f"{one.latency_p90_ms:.3f}",
-            kibibytes(one.peak_memory),
-            kibibytes(one.arena_bytes),
-        )
+    rows = [artefact_cells(one) for one in artefacts]
+    for column, name in enumerate(rows[0] if rows else ()):
+        table.add_column(name, justify="left" if column < 2 else "right", no_wrap=column < 2)
+    for row in rows:
+        table.add_row(*row.values())
     return table
+
+
+def artefact_cells(one):
+    """What tables say of an artefact: texts by the columns' names."""
+    return {
+        "file": os.path.basename(one.path),
+        "format": kind(one),
+        "size": kibibytes(one.num_bytes),
+        "difference": f"{one.relative_difference:.1e}",
+        "agreement": "" if one.agreement is None else f"{one.agreement:.1%}",
+        "metric (Keras)": "" if one.metric is None else f"{one.metric:.4g} ({one.model_metric:.4g})",
+        "median ms": f"{one.latency_ms:.3f}",
+        "p90 ms": f"{one.latency_p90_ms:.3f}",
+        "memory": kibibytes(one.peak_memory),
+        "arena": kibibytes(one.arena_bytes),
+    }
+
+
+def kind(one):
+    """Format and precision of an artefact as text."""
+    return one.format if one.quantize is None else f"{one.format} {one.quantize}"
 
 
 def kibibytes(num_bytes):

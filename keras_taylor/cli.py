@@ -138,9 +138,14 @@ def compress(
     )
     info.command = " ".join(["keras-taylor", *sys.argv[1:]])
     _save(small, target)
-    for name, path in exports:
-        for one, where in ((original, path.with_name(f"original-{path.name}")), (small, path)):
-            info.artefacts.append(_exported(one, where, name, train, test, force))
+    if exports:
+        made = [
+            _exported(one, where, name, train, test, force)
+            for name, path in exports
+            for one, where in ((original, path.with_name(f"original-{path.name}")), (small, path))
+        ]
+        made = keras_taylor.measure_artefacts(made)  # in turn, so that latencies can be compared
+        info.artefacts = {"before": made[::2], "after": made[1::2]}
     if page:
         _write_text(page, info.to_html())
     _write_text(target.with_suffix(".json"), info.to_json())
@@ -152,7 +157,8 @@ def compress(
 
 
 @app.command(
-    epilog="Example: keras-taylor export small.keras --format litert-int8 --data images/ -o small.tflite"
+    epilog="Example: keras-taylor export small.keras --format litert-int8 --data images/ -o small.tflite "
+    "--batch-size 1 --int8-io --max-kib 128 --max-arena-kib 64"
 )
 def export(
     model: Model,
@@ -164,6 +170,12 @@ def export(
     divide_by: DivideBy = 1.0,
     mean: Mean = "",
     std: Std = "",
+    batch_size: Annotated[int, typer.Option(help="Examples a call, fixed; 0: any number.")] = 0,
+    int8_io: Annotated[bool, typer.Option("--int8-io", help="litert-int8: integers in and out.")] = False,
+    max_kib: Annotated[float, typer.Option(help="Refuse a larger file (flash), in KiB; 0: any.")] = 0.0,
+    max_arena_kib: Annotated[
+        float, typer.Option(help="LiteRT: refuse a larger tensor arena (RAM), in KiB; 0: any.")
+    ] = 0.0,
     force: Force = False,
     trust: Trust = False,
     modules: Imports = None,
@@ -178,12 +190,14 @@ def export(
         train, test = load_data(data, loaded, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
     elif format == "litert-int8":
         raise FileError("litert-int8 is calibrated on examples: pass --data.")
-    artefact = _exported(loaded, path, format, train, test, force)
-    if as_json:
-        _print_json(**artefact)
-    else:
-        for key, value in artefact.items():
-            print(f"{key:>16}  {value}")
+    artefact = _exported(
+        *(loaded, path, format, train, test, force),
+        batch_size=batch_size or None,
+        int8_io=int8_io,
+        max_bytes=_bytes(max_kib),
+        max_arena_bytes=_bytes(max_arena_kib),
+    )
+    print(artefact.to_json() if as_json else artefact)
 
 
 @app.command(epilog="Example: keras-taylor report small.json -o report.html")
@@ -325,9 +339,13 @@ def _write_text(path, text):
         draft.move_to(path)
 
 
-def _exported(model, path, name, train, test, force):
+def _bytes(kib):
+    return kib * 1024 if kib else None
+
+
+def _exported(model, path, name, train, test, force, **options):
     format, quantize, _ = FORMATS[name]
-    artefact = keras_taylor.export(
+    return keras_taylor.export(
         model,
         path,
         format,
@@ -335,9 +353,8 @@ def _exported(model, path, name, train, test, force):
         calibration=train[0] if quantize == "int8" else None,
         data=test,
         overwrite=force,
+        **options,
     )
-    kept = ("path", "num_bytes", "relative_difference", "agreement", "metric", "model_metric", "latency_ms")
-    return {key: getattr(artefact, key) for key in kept if getattr(artefact, key) is not None}
 
 
 def _numbers(text):

@@ -95,7 +95,8 @@ def compress(
             data and callbacks are not kept. One run at a time may use a directory. `None`:
             nothing is kept, nothing is seeded.
         return_info: Also return an `Info`.
-        verbose: 0 is silent, 1 a live bar, 2 lines only, "auto" whichever suits the output.
+        verbose: 0 is silent, 1 a live bar (in a notebook the table and plot of the rounds too), 2 lines
+            only, "auto" whichever suits the output.
         **fit_kwargs: What `model.fit` takes: `epochs` (a round; 0: no fine-tuning),
             `batch_size`, `validation_data`, `callbacks`, `class_weight`, ... Each round
             starts with the learning rate that `model` was compiled with, and with the momentum
@@ -302,6 +303,7 @@ class _Run:
         )
         self.info.rounds.append(done)
         reporter.say(f"{name}: {_described(done, self._before)}")
+        reporter.show(self.info)
         return small
 
     def _read(self, model):

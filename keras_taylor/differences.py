@@ -7,6 +7,11 @@ from keras_taylor.artefacts import ExportError
 
 # Of an output's largest value, by what is quantized.
 TOLERANCES = {None: 1e-4, "float16": 1e-2, "dynamic": 0.1, "int8": 0.1}
+_DIFFERS = "The exported model differs from the Keras model"
+_WAYS_OUT = (
+    "Expected a difference within the tolerance; pass `samples` like the data that the model is made for, "
+    "calibrate on more data, quantize less, or pass a larger `tolerance` or `max_drop`."
+)
 
 
 def compared(outputs, reference):
@@ -59,12 +64,26 @@ def complaint(artefact, tolerance, max_drop):
     if not error <= tolerance:
         classes = "" if agreement is None else f", and {1 - agreement:.1%} of the predictions are others"
         return (
-            f"the largest difference is {artefact.difference:.3g}, {relative:.3g} of the output's largest "
-            f"value{classes}; accepted is {tolerance:.3g}."
+            f"{_DIFFERS}: the largest difference is {artefact.difference:.3g}, {relative:.3g} of the "
+            f"output's largest value{classes}; accepted is {tolerance:.3g}. {_WAYS_OUT}"
         )
     if artefact.metric is not None and not artefact.model_metric - artefact.metric <= max_drop:
         return (
-            f"the metric falls from {artefact.model_metric:.4g} to {artefact.metric:.4g}; accepted is a "
-            f"drop of {max_drop:.3g}."
+            f"{_DIFFERS}: the metric falls from {artefact.model_metric:.4g} to {artefact.metric:.4g}; "
+            f"accepted is a drop of {max_drop:.3g}. {_WAYS_OUT}"
         )
+    return ""
+
+
+def excess(artefact, max_bytes, max_arena_bytes):
+    """What is too large about it, `""` if nothing is."""
+    for what, size, limit in (
+        ("file", artefact.num_bytes, max_bytes),
+        ("tensor arena", artefact.arena_bytes, max_arena_bytes),
+    ):
+        if limit is not None and size > limit:
+            return (
+                f"The {what} takes {size:,} bytes; accepted are {limit:,.0f}. Expected less: prune more, "
+                "quantize (int8), or allow more."
+            )
     return ""

@@ -80,6 +80,18 @@ def check_options(format, quantize, calibration, int8_io, batch_size, tolerance)
         raise ValueError(f"Expected a number, zero or larger. Received: tolerance={tolerance!r}")
 
 
+def check_budgets(format, max_bytes, max_arena_bytes):
+    """Refuses sizes that are no numbers of bytes, and an arena where there is none."""
+    for name, limit in (("max_bytes", max_bytes), ("max_arena_bytes", max_arena_bytes)):
+        if limit is not None and (isinstance(limit, bool) or not limit > 0):
+            raise ValueError(f"Expected a number of bytes larger than 0. Received: {name}={limit!r}")
+    if max_arena_bytes is not None and format != "litert":
+        raise ValueError(
+            "Only LiteRT files have a tensor arena. Expected format='litert', or no `max_arena_bytes`. "
+            f"Received: max_arena_bytes={max_arena_bytes!r}, format={format!r}"
+        )
+
+
 def check_target(target, format, overwrite):
     """Refuses a place that cannot be written to, or where something else is."""
     parent = target.absolute().parent

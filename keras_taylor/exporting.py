@@ -12,10 +12,11 @@ import numpy as np
 
 from keras_taylor.artefacts import Artefact, ExportError, size_of
 from keras_taylor.datasets import Feed
-from keras_taylor.differences import TOLERANCES, accuracy, compared, complaint
+from keras_taylor.differences import TOLERANCES, accuracy, compared, complaint, excess
 from keras_taylor.drafts import Draft
 from keras_taylor.examples import flat_inputs, inputs_and_targets
 from keras_taylor.export_arguments import (
+    check_budgets,
     check_installed,
     check_model,
     check_options,
@@ -43,6 +44,8 @@ def export(
     metric=None,
     tolerance=None,
     max_drop=0.02,
+    max_bytes=None,
+    max_arena_bytes=None,
     overwrite=False,
 ):
     """Writes a model for inference elsewhere, runs what was written, and measures it.
@@ -79,6 +82,9 @@ def export(
             "float16", 0.1 for "dynamic" and "int8". For the last two it is enough that no
             larger fraction of the predicted classes differs.
         max_drop: Largest drop of the metric to accept.
+        max_bytes: Largest size to accept, in bytes; `None`: any.
+        max_arena_bytes: LiteRT only: largest `Artefact.arena_bytes` to accept; `None`: any. With
+            `max_bytes` (flash) that is what a microcontroller asks (RAM); leave it some slack.
         overwrite: Whether to replace what is at `path`; only what has the same format is.
 
     Returns:
@@ -87,9 +93,9 @@ def export(
     Raises:
         ValueError: for arguments that do not go together, before anything is written.
         ImportError: if a package is missing; it names the extra.
-        ExportError: if the model cannot be converted, or what was written does not run or differs by
-            more than `tolerance` or `max_drop`; it lies beside the target as
-            `<name>.rejected` then. At `path` nothing has changed.
+        ExportError: if the model cannot be converted, or what was written does not run, differs by
+            more than `tolerance` or `max_drop`, or is larger than `max_bytes` or `max_arena_bytes`; it
+            lies beside the target as `<name>.rejected` then. At `path` nothing has changed.
 
     Example:
 
@@ -100,6 +106,7 @@ def export(
     format = checked_format(target, format)
     check_model(model)
     check_options(format, quantize, calibration, int8_io, batch_size, tolerance)
+    check_budgets(format, max_bytes, max_arena_bytes)
     check_target(target, format, overwrite)
     check_installed(format)
     order = {"format": format, "quantize": quantize, "int8_io": int8_io, "batch_size": batch_size}
@@ -108,15 +115,10 @@ def export(
         case.convert(draft.path, order)
         artefact = case.inspect(draft.path, order)
         accepted = _default_tolerance(model, quantize) if tolerance is None else tolerance
-        reason = complaint(artefact, accepted, max_drop)
+        reason = complaint(artefact, accepted, max_drop) or excess(artefact, max_bytes, max_arena_bytes)
         if reason:
             rejected = draft.move_to(target.with_name(target.name + ".rejected"))
-            raise ExportError(
-                f"The exported model differs from the Keras model: {reason} It lies at '{rejected}'. "
-                "Expected a difference within the tolerance; pass `samples` like the data that the "
-                "model is made for, calibrate on more data, quantize less, or pass a larger "
-                f"`tolerance` or `max_drop`. Received: path={os.fspath(path)!r}"
-            )
+            raise ExportError(f"{reason} It lies at '{rejected}'. Received: path={os.fspath(path)!r}")
         draft.move_to(target)
     return dataclasses.replace(artefact, path=str(target))
 

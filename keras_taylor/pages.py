@@ -2,10 +2,9 @@
 
 import importlib
 import importlib.resources
-import io
-import re
 
 from keras_taylor import plots
+from keras_taylor.artefacts import artefact_cells, kibibytes, kind
 
 
 def page(info):
@@ -29,7 +28,7 @@ def page(info):
             summary=f"{info.headline()}. Ended: {info.stop_reason or 'unknown'}.",
             cards=_cards(info),
             layers=_layers(info),
-            curves=_curves(info) if info.rounds else "",
+            curves=plots.rounds_as_svg(info) if info.rounds else "",
             tables=[_rounds(info), _artefacts(info), _locked(info)],
             command=info.command,
             environment=", ".join(f"{key} {value}" for key, value in info.environment.items()),
@@ -60,11 +59,21 @@ def _cards(info):
     for name, after in info.metrics.get("after", {}).items():
         before = info.metrics["before"][name]
         cards.append(_card(name, f"{after:.4g}", f"{before:.4g}", f"{after - before:+.4g}"))
+    for before, after in info.exported():
+        for what, old, new, text in (
+            ("size", before.num_bytes, after.num_bytes, kibibytes),
+            ("latency", before.latency_ms, after.latency_ms, _milliseconds),
+        ):
+            cards.append(_card(f"{kind(after)}, {what}", text(new), text(old), f"{new / old - 1:+.1%}"))
     return cards
 
 
 def _card(name, after, before, change):
     return {"name": name, "after": after, "note": f"before {before} ({change})"}
+
+
+def _milliseconds(value):
+    return f"{value:.3f} ms"
 
 
 def _layers(info):
@@ -84,16 +93,6 @@ def _layers(info):
     return rows
 
 
-def _curves(info):
-    """The plot of the rounds as SVG in the page's own colours."""
-    file = io.StringIO()
-    nameless = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    plots.plot_rounds(info, file, format="svg", transparent=True, metadata=nameless)
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return re.sub(r"#000000\b", "currentColor", svg)
-
-
 def _rounds(info):
     metrics = list(dict.fromkeys(name for one in info.rounds for name in one.history))
     rows = [
@@ -110,9 +109,9 @@ def _rounds(info):
 
 
 def _artefacts(info):
-    header = list(dict.fromkeys(key for one in info.artefacts for key in one))
-    rows = [[one.get(key, "") for key in header] for one in info.artefacts]
-    return {"title": "Files", "header": header, "rows": rows}
+    rows = [artefact_cells(one) for pair in info.exported() for one in pair]
+    header = list(rows[0]) if rows else []
+    return {"title": "Files", "header": header, "rows": [list(cells.values()) for cells in rows]}
 
 
 def _locked(info):

@@ -1,6 +1,8 @@
 """Pictures of a report."""
 
 import importlib
+import io
+import re
 
 
 def plot_rounds(info, path, **how):
@@ -31,6 +33,15 @@ def plot_rounds(info, path, **how):
     axes[-1].set(xlabel="round", xticks=numbers)
     with _matplotlib("matplotlib").rc_context({"svg.hashsalt": "keras_taylor"}):  # the same file each time
         figure.savefig(path, **{"dpi": 150, **how})
+
+
+def rounds_as_svg(info):
+    """The same picture as an SVG element, lines of text and axes in the colour of the page around it."""
+    file = io.StringIO()
+    nameless = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    plot_rounds(info, file, format="svg", transparent=True, metadata=nameless)
+    svg = file.getvalue()
+    return re.sub(r"#000000\b", "currentColor", svg[svg.index("<svg") :])
 
 
 def _matplotlib(module):

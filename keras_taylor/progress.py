@@ -1,5 +1,8 @@
 """Tells the user what goes on while it goes on."""
 
+import importlib
+import importlib.util
+
 import keras
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -9,8 +12,8 @@ class Reporter:
     """Prints lines, and a live bar where there is a terminal or a notebook to show it.
 
     Args:
-        verbose: 0 is silent, 1 shows lines and a live bar, 2 lines only; "auto" is 1
-            in a terminal or notebook and 2 elsewhere (a pipe, a log file).
+        verbose: 0 is silent, 1 shows lines and a live bar, in a notebook a live table and plot too,
+            2 lines only; "auto" is 1 in a terminal or notebook and 2 elsewhere (a pipe, a log file).
         console: A rich `Console`, standard output by default.
     """
 
@@ -21,15 +24,24 @@ class Reporter:
         interactive = self._console.is_terminal or self._console.is_jupyter
         self._silent = verbose == 0
         self._live = verbose in ("auto", 1) and interactive
-        self._bar = None
+        self._bar = self._view = None
 
     def say(self, text):
         """Prints one line."""
         if not self._silent:
             self._console.print(text, highlight=False, markup=False)
 
+    def show(self, report):
+        """Keeps one view of what has been done so far in a notebook; elsewhere nothing is shown."""
+        if not (self._live and self._console.is_jupyter):
+            return
+        if self._view is None:
+            self._view = importlib.import_module("IPython.display").display(report, display_id=True)
+        else:
+            self._view.update(report)
+
     def __enter__(self):
-        if self._live:
+        if self._live and _shows_bars(self._console):
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -48,6 +60,11 @@ class Reporter:
     def callback(self, phase):
         """A Keras callback that moves the bar, batch by batch, under this name; or none."""
         return [] if self._bar is None else [_BatchProgress(self._bar, phase)]
+
+
+def _shows_bars(console):
+    """In a notebook rich needs ipywidgets for that, and warns on every line without."""
+    return not console.is_jupyter or importlib.util.find_spec("ipywidgets") is not None
 
 
 class _BatchProgress(keras.callbacks.Callback):

@@ -1,6 +1,7 @@
 """What was removed, what was left and why, what it cost."""
 
 import dataclasses
+import html
 import importlib
 import json
 import platform
@@ -10,6 +11,7 @@ import keras
 import numpy as np
 from rich.table import Table
 
+from keras_taylor.artefacts import Artefact, artefact_table
 from keras_taylor.plan import Plan
 from keras_taylor.tables import render
 from keras_taylor.version import VERSION
@@ -37,7 +39,7 @@ class Round:
     seconds: dict
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Info:
     """What a run of `compress` did; `print(info)` is a table.
 
@@ -53,7 +55,8 @@ class Info:
         name: The model's name.
         layers: Channels of every layer that makes some, in the network's order, before the run.
         metrics: "before" and "after": loss and metrics on the validation data, where there is any.
-        artefacts: What was exported, a list of dicts.
+        artefacts: "before" and "after": lists of the `Artefact`s of the original and of the result, in
+            the same order, timed together (`measure_artefacts`); empty until you fill it.
         command: The call, for those who want to repeat it.
         environment: Versions of what the run depended on.
     """
@@ -70,7 +73,7 @@ class Info:
     name: str = ""
     layers: dict = dataclasses.field(default_factory=dict)
     metrics: dict = dataclasses.field(default_factory=dict)
-    artefacts: list = dataclasses.field(default_factory=list)
+    artefacts: dict = dataclasses.field(default_factory=dict)
     command: str = ""
     environment: dict = dataclasses.field(default_factory=lambda: versions())
 
@@ -90,6 +93,9 @@ class Info:
         """Everything as a JSON string."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "plan"}
         content["rounds"] = [dataclasses.asdict(one) for one in self.rounds]
+        content["artefacts"] = {
+            when: [dataclasses.asdict(one) for one in made] for when, made in self.artefacts.items()
+        }
         content.update(
             reduction=self.reduction, pruned_layers=self.pruned_layers, plan=json.loads(self.plan.to_json())
         )
@@ -106,6 +112,9 @@ class Info:
             content = json.loads(text)
             content = {f.name: content[f.name] for f in dataclasses.fields(cls) if f.name in content}
             content["rounds"] = [Round(**one) for one in content["rounds"]]
+            content["artefacts"] = {
+                when: [Artefact(**one) for one in made] for when, made in content["artefacts"].items()
+            }
             content["unknown"] = tuple(content["unknown"])
             content["plan"] = Plan.from_json(json.dumps(content["plan"]))
             return cls(**content)
@@ -140,7 +149,9 @@ class Info:
 
     def __str__(self):
         metrics = list(dict.fromkeys(name for one in self.rounds for name in one.history))
-        table = Table(title=self.headline(), caption=f"stopped: {self.stop_reason}")
+        table = Table(
+            title=self.headline(), caption=f"stopped: {self.stop_reason}" if self.stop_reason else None
+        )
         for column in ("round", "parameters", "FLOPs", *metrics, "seconds"):
             table.add_column(column, justify="right")
         table.add_row("0", _number(self.before["params"]), _number(self.before["flops"]))
@@ -148,7 +159,26 @@ class Info:
             values = [f"{one.history[m][-1]:.4g}" if one.history.get(m) else "" for m in metrics]
             seconds = f"{sum(one.seconds.values()):.1f}"
             table.add_row(str(one.number), _number(one.params), _number(one.flops), *values, seconds)
-        return render(table, width=max(100, 16 * (4 + len(metrics))))
+        text = render(table, width=max(100, 16 * (4 + len(metrics))))
+        made = [one for pair in self.exported() for one in pair]
+        return "\n".join([text, render(artefact_table(made), width=140)]) if made else text
+
+    def exported(self):
+        """Pairs of the original's and the result's `Artefact`, a format each."""
+        return list(zip(self.artefacts.get("before", ()), self.artefacts.get("after", ()), strict=True))
+
+    def _repr_html_(self):
+        """What a notebook shows: the table, and the picture where matplotlib is there."""
+        from keras_taylor import plots
+
+        try:
+            picture = plots.rounds_as_svg(self) if self.rounds else ""
+        except ImportError:
+            picture = ""
+        return f'<pre style="line-height: normal">{html.escape(str(self))}</pre>{picture}'
+
+    def __repr__(self):
+        return f"<Info: {self.headline()}; {len(self.rounds)} rounds>"
 
     def headline(self):
         """One line: what has gone, and where from."""

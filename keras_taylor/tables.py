@@ -7,6 +7,9 @@ from rich.console import Console
 
 def render(table, width=100):
     """A rich table as text of at most `width` columns."""
-    console = Console(file=io.StringIO(), width=width)
+    # plain in notebooks too, where rich would display the table, or write it with colours
+    console = Console(
+        file=io.StringIO(), width=width, force_jupyter=False, force_terminal=False, color_system=None
+    )
     console.print(table)
     return console.file.getvalue().rstrip()

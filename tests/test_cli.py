@@ -68,6 +68,30 @@ def test_compress_writes_model_state_and_report(run):
     assert code == 0 and pathlib.Path("again.html").read_text() == page
 
 
+def test_original_and_result_are_exported_and_measured_together(run):
+    code, out, _ = run(*COMPRESS, "--epochs", "0", "--export", "litert-dynamic", "--report", "report.html")
+    assert code == 0 and "original-small-litert-dynamic.tflite" in out
+    info = keras_taylor.Info.from_json(pathlib.Path("small.json").read_text())
+    ((before, after),) = info.exported()
+    assert before.num_bytes > after.num_bytes > 0 and after.quantize == "dynamic"
+    assert before.latency_batch == after.latency_batch == 1
+    page = pathlib.Path("report.html").read_text()
+    assert "litert dynamic, latency" in page and "small-litert-dynamic.tflite" in page
+
+
+def test_a_file_for_a_microcontroller(run):
+    words = ("export", "model.keras", "-o", "tiny.tflite", "--format", "litert-int8", "--data", "data.npz")
+    words = (*words, "--batch-size", "1", "--int8-io")
+    code, out, _ = run(*words, "--json", "--max-kib", "64", "--max-arena-kib", "64")
+    artefact = keras_taylor.Artefact.from_json(out)
+    assert code == 0 and 0 < artefact.arena_bytes < 64 * 1024 and artefact.batch_size == 1
+    assert next(iter(artefact.inputs.values()))["dtype"] == "int8"
+    os.remove("tiny.tflite")
+    code, out, err = run(*words, "--max-arena-kib", "0.1")
+    assert code == 1 and "The tensor arena takes" in err and "accepted are 102" in err
+    assert "tiny.tflite.rejected" in err and not os.path.exists("tiny.tflite")
+
+
 def test_json_for_machines(run):
     code, out, _ = run(*COMPRESS, "--json", "--epochs", "0", "--flops")
     assert code == 0 and json.loads(out)["goal"] == {"flops": 0.4}
@@ -116,6 +140,12 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(run, monkeypatch):
     code, _, err = run(*COMPRESS, "--epochs", "0")
     assert code == 1 and "No space left on device" in err
     assert sorted(os.listdir()) == ["data.npz", "model.keras"]
+
+
+def test_a_directory_that_is_read_only(run, monkeypatch):
+    os.mkdir("locked")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "locked")  # tests may run as root
+    assert "'locked' cannot be written to" in refused(run, *COMPRESS[:-3], "locked/small.keras")
 
 
 def with_lambda():

@@ -6,8 +6,8 @@ import sys
 
 import keras
 import pytest
+from helpers import BACKEND
 
-BACKEND = keras.backend.backend()
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 pytest.importorskip("sklearn")
@@ -24,3 +24,19 @@ def test_pruned_while_training_on_digits(name, capsys):
 
 def test_a_loop_for_every_backend():
     assert {p.stem for p in EXAMPLES.glob("loop_*.py")} == {"loop_jax", "loop_tensorflow", "loop_torch"}
+
+
+def test_the_notebook_runs():
+    pytest.importorskip("tensorflow")  # which `export` needs
+    nbformat, nbclient = map(pytest.importorskip, ("nbformat", "nbclient"))
+    notebook = nbformat.read(EXAMPLES / "compress.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=900).execute()  # what a cell raises, this raises
+    cells = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
+    pages = [o.data["text/html"] for o in cells["compress"] if "text/html" in o.get("data", {})]
+    live = [page for page in pages if "<svg" in page]
+    assert len(live) == 1 and "round" in live[0]  # one view, which was drawn anew after each round
+    assert "conv2d_2" in cells["analyze"][0].text and "\x1b" not in cells["analyze"][0].text
+    (shown,) = [o.data["text/html"] for o in cells["export"] if "data" in o]
+    assert "after.tflite" in shown and "<svg" in shown
+    kept = ["after.tflite", "before.tflite", "report.html", "small.keras"]
+    assert cells["keep"][0].data["text/plain"] == repr(kept)

@@ -321,6 +321,20 @@ def test_artefacts_are_timed_in_turn(made):
         keras_taylor.measure_artefacts([])
 
 
+def test_budgets_of_bytes(made, tmp_path):
+    path = tmp_path / "model.tflite"
+    size = made.artefact("integers.tflite").num_bytes
+    options = {"quantize": "int8", "int8_io": True, "calibration": inputs_of(made.model)}
+    keras_taylor.export(made.model, path, max_bytes=size + 100, max_arena_bytes=1e6, **options)
+    with pytest.raises(keras_taylor.ExportError, match=r"file takes .* bytes; accepted are 1,000\..*prune"):
+        keras_taylor.export(made.model, path, max_bytes=1000, overwrite=True, **options)
+    assert path.stat().st_size == size and (tmp_path / "model.tflite.rejected").exists()
+    with pytest.raises(ValueError, match="Only LiteRT files have a tensor arena"):
+        keras_taylor.export(made.model, tmp_path / "model.onnx", max_arena_bytes=1)
+    with pytest.raises(ValueError, match=r"larger than 0.*max_bytes=-1"):
+        keras_taylor.export(made.model, tmp_path / "other.tflite", max_bytes=-1)
+
+
 def test_an_artefact_as_text(made):
     artefact = made.artefact("integers.tflite")
     assert Artefact.from_json(artefact.to_json()) == artefact
