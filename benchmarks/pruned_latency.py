@@ -19,10 +19,10 @@ FORMATS = {
 
 HEAD = """# What a FLOPs cut is worth
 
-`make_plan(goal={{"flops": {goal}}}, round_to=...)` by magnitude, `prune`, `export`; {size} px; random weights:
-what is measured does not depend on them. Ratios pruned / original; latency: median of one image on one thread,
-all files of a network in turn in one process, in ms before and after. "Off by" is the file's ratio less that
-of the parameters, in points.
+`make_plan(goal={{"flops": {goal}}}, round_to=...)` by magnitude, `prune`, `export`; {size} px; random
+weights: what is measured does not depend on them. Ratios pruned / original; latency: median of one image on
+one thread, all files of a network in turn in one process, in ms before and after. "Off by" is the file's
+ratio less that of the parameters, in points.
 """
 
 
