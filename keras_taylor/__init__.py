@@ -7,6 +7,7 @@ from keras_taylor.compression import CompressionInterrupted, compress
 from keras_taylor.exporting import export, measure_artefacts
 from keras_taylor.graph import UnsupportedModelError
 from keras_taylor.plan import Plan, make_plan
+from keras_taylor.repairing import recalibrate, repair
 from keras_taylor.report import Info
 from keras_taylor.scoring import score
 from keras_taylor.surgery import prune
@@ -29,6 +30,8 @@ __all__ = [
     "make_plan",
     "measure_artefacts",
     "prune",
+    "recalibrate",
+    "repair",
     "score",
 ]
 __version__ = VERSION

@@ -71,6 +71,15 @@ class Feed:
             for batch in itertools.islice(_elements(self._batches), self.steps_per_epoch):
                 yield keras.utils.unpack_x_y_sample_weight(batch)
 
+    def some(self, num_examples=None):
+        """Iterates over batches that start with x, of as many examples as in `fit_arguments`."""
+        if num_examples is None:
+            yield from self.batches()
+        elif self._arrays is not None:
+            yield tuple(self._spread(part, num_examples) for part in self._arrays)
+        else:
+            yield from _limited(self.batches(), num_examples)
+
     def _check(self, model, targets):
         if self._arrays is not None:
             if not self.num_examples:

@@ -12,22 +12,8 @@ def flat_inputs(feed, model, num=None):
         model: The model whose inputs they are.
         num: How many: evenly spread over arrays, the first ones of an iterable.
     """
-    if num is not None:
-        x = feed.fit_arguments(num)["x"]  # of arrays evenly spread ones
-        if not hasattr(x, "__next__") and _is_data(x):
-            return _flat(x, model)
-    parts, taken = [], 0
-    for x, *_ in feed.batches():
-        parts.append(_flat(x, model))
-        taken += len(parts[-1][0])
-        if num is not None and taken >= num:
-            break
-    return [np.concatenate(column)[:num] for column in zip(*parts, strict=True)]
-
-
-def _is_data(x):
-    leaves = keras.tree.flatten(x)
-    return all(isinstance(leaf, np.ndarray) for leaf in leaves)
+    parts = [_flat(x, model) for x, *_ in feed.some(num)]
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
 def inputs_and_targets(feed, model):

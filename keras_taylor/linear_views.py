@@ -1,0 +1,227 @@
+"""Mixing layers as matrices: the rows that their kernel multiplies."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+_TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
+_SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+
+
+def linear_view(layer):
+    """How a layer is a matrix product, `None` if it is none that is known here.
+
+    Only layers that mix channels: `Conv`, transposed, separable, `Dense`.
+    """
+    for classes, view in (
+        (_CONVOLUTIONS, _Convolution),
+        (_TRANSPOSED, _Transposed),
+        (_SEPARABLE, _Separable),
+        ((keras.layers.Dense,), _Dense),
+    ):
+        if type(layer) in classes and not getattr(layer, "quantization_mode", None):
+            return view(layer)
+    return None
+
+
+class _Dense:
+    """`y = x W`: a row is what the last axis holds."""
+
+    weight = "kernel"
+    num_blocks = 1
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    @property
+    def kernel(self):
+        """The weight, a Keras variable."""
+        return getattr(self.layer, self.weight)
+
+    def matrix(self):
+        """The kernel as an array `(num_blocks, num_columns, num_outputs)`, float32."""
+        return _to_numpy(self.kernel)[None]
+
+    def assign(self, matrix):
+        """Puts a matrix back into the kernel."""
+        self.kernel.assign(matrix[0])
+
+    def kept(self, masks):
+        """Which columns and which outputs a cut left.
+
+        Args:
+            masks: For each axis of the kernel a bool array, or `None` for all.
+
+        Returns:
+            Bool arrays `(num_columns,)` (of each block) and `(num_outputs,)`, of the layer before the cut.
+        """
+        shape = tuple(self.kernel.shape)
+        full = [np.ones(n, bool) if m is None else m for n, m in zip(shape, masks, strict=True)]
+        *window, columns, outputs = self._in_order(full)
+        return np.tile(columns, math.prod(map(len, window))), outputs
+
+    def _in_order(self, axes):
+        """The kernel's axes: window, inputs, outputs."""
+        return axes
+
+    def num_positions(self, x):
+        """How many rows an example has."""
+        return math.prod(self._output_shape(x)[1:-1])
+
+    def _output_shape(self, x):
+        return self.layer.compute_output_shape(tuple(x.shape))
+
+    def rows(self, x, positions):
+        """Rows at some positions.
+
+        Args:
+            x: The layer's input for a batch, a tensor.
+            positions: Pair of int arrays: examples, and flattened positions of the output.
+
+        Returns:
+            A float32 array `(num_blocks, num_rows, num_columns)`.
+        """
+        x = _to_numpy(x)
+        return x.reshape(len(x), -1, x.shape[-1])[positions][None]
+
+    def at(self, y, positions):
+        """Values of a tensor shaped like the layer's output at some positions, `(num_rows, num_outputs)`."""
+        y = _to_numpy(y)
+        return y.reshape(len(y), -1, y.shape[-1])[positions]
+
+
+class _Windowed(_Dense):
+    """A row is what a window over the input holds."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self._first = layer.data_format == "channels_first"
+
+    def matrix(self):
+        kernel = _to_numpy(self.kernel)
+        return kernel.reshape(1, -1, kernel.shape[-1])
+
+    def assign(self, matrix):
+        self.kernel.assign(matrix[0].reshape(self.kernel.shape))
+
+    def at(self, y, positions):
+        return super().at(self._channels_last(_to_numpy(y)), positions)
+
+    def _output_shape(self, x):
+        shape = self.layer.compute_output_shape(tuple(x.shape))
+        return (shape[0], *shape[2:], shape[1]) if self._first else shape
+
+    def rows(self, x, positions):
+        x = self._channels_last(_to_numpy(x))
+        windows = self._windows(x)  # (examples, *space, channels, *window)
+        num = windows.ndim // 2 - 1
+        space = np.unravel_index(positions[1], windows.shape[1 : 1 + num])
+        rows = windows[(positions[0], *space)]  # copied here, and only these
+        return np.moveaxis(rows, 1, -1).reshape(1, len(rows), -1)
+
+    def _channels_last(self, x):
+        return np.moveaxis(x, 1, -1) if self._first else x
+
+    def _windows(self, x):
+        layer = self.layer
+        sizes = tuple(1 + (k - 1) * d for k, d in zip(layer.kernel_size, layer.dilation_rate, strict=True))
+        pads = [self._pad(*args) for args in zip(x.shape[1:-1], sizes, layer.strides, strict=True)]
+        x = np.pad(x, [(0, 0), *pads, (0, 0)])
+        axes = tuple(range(1, x.ndim - 1))
+        windows = np.lib.stride_tricks.sliding_window_view(x, sizes, axis=axes)
+        steps = [slice(None, None, s) for s in layer.strides]
+        taps = [slice(None, None, d) for d in layer.dilation_rate]
+        return windows[(slice(None), *steps, slice(None), *taps)]
+
+    def _pad(self, size, window, stride):
+        if self.layer.padding == "valid":
+            return 0, 0
+        if self.layer.padding == "causal":
+            return window - 1, 0
+        total = max((-(-size // stride) - 1) * stride + window - size, 0)
+        return total // 2, total - total // 2
+
+
+class _Convolution(_Windowed):
+    """Its groups are blocks: each maps its own channels to its own outputs."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.num_blocks = layer.groups
+
+    def matrix(self):
+        kernel = _to_numpy(self.kernel)
+        blocks = np.split(kernel.reshape(-1, kernel.shape[-1]), self.num_blocks, axis=1)
+        return np.stack(blocks)
+
+    def assign(self, matrix):
+        self.kernel.assign(np.concatenate(list(matrix), 1).reshape(self.kernel.shape))
+
+    def rows(self, x, positions):
+        rows = super().rows(x, positions)[0]
+        blocks = rows.reshape(len(rows), -1, self.num_blocks, self.kernel.shape[-2])
+        return np.moveaxis(blocks, 2, 0).reshape(self.num_blocks, len(rows), -1)
+
+
+class _Separable(_Windowed):
+    """Its pointwise kernel, which reads what the depthwise one makes."""
+
+    weight = "pointwise_kernel"
+
+    def rows(self, x, positions):
+        layer = self.layer
+        middle = ops.depthwise_conv(
+            ops.convert_to_tensor(x),
+            ops.convert_to_tensor(layer.depthwise_kernel),
+            strides=layer.strides,
+            padding=layer.padding,
+            data_format=layer.data_format,
+            dilation_rate=layer.dilation_rate,
+        )
+        return self.at(middle, positions)[None]
+
+
+class _Transposed(_Windowed):
+    """A convolution over the input with zeros between its values, the window turned around."""
+
+    def matrix(self):
+        kernel = _to_numpy(self.kernel)  # (*window, outputs, inputs)
+        turned = np.flip(kernel, tuple(range(kernel.ndim - 2))).swapaxes(-1, -2)
+        return turned.reshape(1, -1, turned.shape[-1])
+
+    def assign(self, matrix):
+        *window, outputs, inputs = self.kernel.shape
+        turned = matrix[0].reshape(*window, inputs, outputs).swapaxes(-1, -2)
+        self.kernel.assign(np.flip(turned, tuple(range(len(window)))))
+
+    def _in_order(self, axes):
+        *window, outputs, inputs = axes
+        return [*window, inputs, outputs]
+
+    def _windows(self, x):
+        layer = self.layer
+        spread = np.zeros((len(x), *_spread(x.shape[1:-1], layer.strides), x.shape[-1]), x.dtype)
+        spread[(slice(None), *[slice(None, None, s) for s in layer.strides])] = x
+        shape = (len(x), x.shape[-1], *x.shape[1:-1]) if self._first else x.shape
+        outputs = self._output_shape(np.broadcast_to(0, shape))[1:-1]
+        sizes = tuple(1 + (k - 1) * d for k, d in zip(layer.kernel_size, layer.dilation_rate, strict=True))
+        pads = []
+        for size, out, window, stride in zip(spread.shape[1:-1], outputs, sizes, layer.strides, strict=True):
+            before = window - 1 - self._pad(out, window, stride)[0]
+            pads.append((before, max(out + window - 1 - size - before, 0)))
+        spread = np.pad(spread, [(0, 0), *pads, (0, 0)])
+        axes = tuple(range(1, x.ndim - 1))
+        windows = np.lib.stride_tricks.sliding_window_view(spread, sizes, axis=axes)
+        taps = [slice(None, None, d) for d in layer.dilation_rate]
+        return windows[(slice(None), *[slice(out) for out in outputs], slice(None), *taps)]
+
+
+def _spread(shape, strides):
+    return [(size - 1) * stride + 1 for size, stride in zip(shape, strides, strict=True)]
+
+
+def _to_numpy(tensor):
+    return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))

@@ -1,0 +1,76 @@
+"""Runs a model call by call over batches that stay in memory."""
+
+import inspect
+
+import keras
+from keras import ops
+
+from keras_taylor.graph import Ref
+
+
+class Walk:
+    """A model at inference, one operation after the other, for all batches each.
+
+    A tensor is kept as long as a later operation, or the model's outputs, read it.
+
+    Args:
+        graph: `graph.Graph` of the model.
+        batches: For each batch a list of arrays, one an input of the model.
+
+    Attributes:
+        tensors: For each tensor that is alive (by index) a list of its values, one a batch.
+    """
+
+    def __init__(self, graph, batches):
+        self.graph = graph
+        columns = [[ops.convert_to_tensor(x) for x in column] for column in zip(*batches, strict=True)]
+        self.tensors = dict(zip(graph.inputs, columns, strict=True))
+        self._num_batches = len(batches)
+        self._last = {index: k for k, call in enumerate(graph.calls) for index in call.inputs}
+        self._last.update(dict.fromkeys(graph.outputs, len(graph.calls)))
+
+    def run(self, number):
+        """Runs the call of this number: all before it must have been run."""
+        call = self.graph.calls[number]
+        options = {}
+        if "training" in inspect.signature(call.operation.call).parameters:
+            options["training"] = False
+        columns = [self._run(call, batch, options) for batch in range(self._num_batches)]
+        for index, column in zip(call.outputs, zip(*columns, strict=True), strict=True):
+            self.tensors[index] = list(column)
+
+    def forget(self, number):
+        """Lets go of what no call after this one reads."""
+        for index in [i for i in self.tensors if self._last.get(i, -1) <= number]:
+            del self.tensors[index]
+
+    def outputs(self):
+        """Values of the model's flattened outputs, a list a batch each."""
+        return [self.tensors[index] for index in self.graph.outputs]
+
+    def num_bytes(self):
+        """Bytes of the tensors that are alive."""
+        sizes = (ops.size(x) * _itemsize(x) for column in self.tensors.values() for x in column)
+        return int(sum(sizes))
+
+    def _run(self, call, batch, options):
+        args, kwargs = keras.tree.map_structure(
+            lambda x: self.tensors[x.index][batch] if isinstance(x, Ref) else x,
+            (call.args, dict(call.kwargs)),
+        )
+        outputs = keras.tree.flatten(call.operation(*args, **{**kwargs, **options}))
+        return [_detached(y) for y in outputs]
+
+
+def _detached(y):
+    """A value without the record of how it came about, which torch would keep alive."""
+    detached = ops.stop_gradient(y)
+    mask = getattr(y, "_keras_mask", None)
+    if mask is not None:
+        detached._keras_mask = mask
+    return detached
+
+
+def _itemsize(x):
+    bits = {"float64": 64, "int64": 64, "float16": 16, "bfloat16": 16, "bool": 8, "int8": 8, "uint8": 8}
+    return bits.get(keras.backend.standardize_dtype(x.dtype), 32) // 8

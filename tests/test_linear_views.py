@@ -1,0 +1,79 @@
+"""Mixing layers as matrices: rows times matrix is what the layer puts out."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND
+
+from keras_taylor.linear_views import linear_view
+
+layers = keras.layers
+CASES = [
+    (layers.Dense, (7,), {}, (5, 3)),
+    (layers.Dense, (7,), {"activation": "relu"}, (3,)),
+    (layers.Conv1D, (5, 4), {"padding": "causal"}, (12, 3)),
+    (layers.Conv1D, (5, 3), {"strides": 3, "padding": "same", "use_bias": False}, (13, 3)),
+    (layers.Conv2D, (5, 3), {"strides": 2, "padding": "same"}, (9, 10, 4)),
+    (layers.Conv2D, (6, (3, 2)), {"groups": 2, "dilation_rate": 2}, (9, 10, 4)),
+    (layers.Conv3D, (4, 2), {"padding": "same"}, (5, 6, 7, 3)),
+    (layers.SeparableConv1D, (6, 3), {}, (8, 3)),
+    (layers.SeparableConv2D, (6, 3), {"strides": 2, "padding": "same", "depth_multiplier": 2}, (8, 8, 3)),
+    (layers.Conv1DTranspose, (5, 2), {"strides": 3, "padding": "same"}, (6, 4)),
+    (layers.Conv2DTranspose, (5, 3), {"strides": 2, "padding": "same"}, (6, 7, 4)),
+    (layers.Conv2DTranspose, (5, 4), {"strides": 2}, (6, 7, 4)),
+    (layers.Conv3DTranspose, (3, 2), {"strides": 2}, (3, 4, 3, 2)),
+]
+if BACKEND != "tensorflow":  # which runs these on GPUs only
+    CASES += [
+        (layers.Conv2D, (6, 3), {"padding": "same", "data_format": "channels_first"}, (4, 6, 7)),
+        (layers.Conv2DTranspose, (5, 3), {"strides": 2, "data_format": "channels_first"}, (4, 5, 6)),
+        (layers.Conv2DTranspose, (5, 3), {"padding": "same", "dilation_rate": 2}, (6, 7, 4)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "options", "shape"),
+    CASES,
+    ids=[f"{c[0].__name__}-{i}" for i, c in enumerate(CASES)],
+)
+def test_rows_times_matrix_is_the_output(kind, arguments, options, shape):
+    layer = kind(*arguments, **options)
+    random = np.random.default_rng(0)
+    x = keras.ops.convert_to_tensor(random.normal(size=(3, *shape)).astype("float32"))
+    y = layer(x)
+    for weight in layer.weights:
+        weight.assign(random.normal(size=weight.shape))
+    y = layer(x)
+    view = linear_view(layer)
+    places = random.integers(0, view.num_positions(x), 20)
+    positions = random.integers(0, 3, 20), places
+    blocks = zip(view.rows(x, positions), view.matrix(), strict=True)
+    ours = np.concatenate([rows @ matrix for rows, matrix in blocks], axis=1)
+    if layer.use_bias:
+        ours += keras.ops.convert_to_numpy(layer.bias)
+    ours = keras.ops.convert_to_numpy(layer.activation(keras.ops.convert_to_tensor(ours)))
+    np.testing.assert_allclose(ours, view.at(y, positions), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "options", "shape"),
+    CASES,
+    ids=[f"{c[0].__name__}-{i}" for i, c in enumerate(CASES)],
+)
+def test_a_matrix_put_back_is_the_kernel(kind, arguments, options, shape):
+    layer = kind(*arguments, **options)
+    layer.build((None, *shape))
+    view = linear_view(layer)
+    kernel, matrix = keras.ops.convert_to_numpy(view.kernel).copy(), view.matrix().copy()
+    view.assign(2 * matrix)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(view.kernel), 2 * kernel)
+
+
+def test_what_does_not_mix_channels_has_no_view():
+    assert linear_view(layers.DepthwiseConv2D(3)) is None
+    assert linear_view(layers.BatchNormalization()) is None
+
+    class Custom(layers.Conv2D):
+        pass
+
+    assert linear_view(Custom(3, 3)) is None
