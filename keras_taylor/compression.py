@@ -1,6 +1,7 @@
 """The whole loop (`compress`)."""
 
 import contextlib
+import dataclasses
 import inspect
 import time
 import warnings
@@ -21,14 +22,24 @@ from keras_taylor.plan import (
     Removable,
     check_countable,
     flat_scores,
+    kept_units,
     parse_goal,
     plan_of,
     units_to_keep,
 )
 from keras_taylor.progress import Reporter
+from keras_taylor.refitting import refit
+from keras_taylor.repairing import example_inputs
 from keras_taylor.report import Info, Round
+from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.schedule import fractions
-from keras_taylor.scoring import check_compiled, needs_data, score_channels
+from keras_taylor.scoring import (
+    check_compiled,
+    check_labels,
+    draws_labels,
+    needs_data,
+    score_channels,
+)
 from keras_taylor.surgery import cut
 
 # Examples of a scoring pass where the caller does not say: more hardly move the ranking.
@@ -61,6 +72,8 @@ def compress(
     exclude=(),
     round_to=1,
     min_channels=1,
+    repair=True,
+    labels=None,
     backup_dir=None,
     return_info=False,
     verbose="auto",
@@ -72,7 +85,7 @@ def compress(
         model: A built and compiled Sequential or Functional Keras model. It is not changed.
         ds: Training data, whatever `model.fit` takes: `(x, y)` or `(x, y, sample_weight)`
             arrays, a tf.data.Dataset, a PyDataset, a DataLoader, or an endless generator
-            with `steps_per_epoch`.
+            with `steps_per_epoch`. With `epochs=0` inputs without labels will do.
         goal: Fraction of the parameters to remove (0.3 is 30 % of `model.count_params()`,
             frozen ones and BatchNorm statistics counted); or `{"params": 0.3}`, or
             `{"flops": 0.5}`.
@@ -84,6 +97,11 @@ def compress(
             layers: prune only the channels that these make / none of them.
         round_to: Every group of channels keeps a multiple of this many.
         min_channels: Every group keeps at least so many.
+        repair: Refit the layers that lost inputs by least squares on at most 512 examples after each
+            cut, before fine-tuning (see `keras_taylor.repair`): to the model of the round before, with
+            `epochs=0` to the original.
+        labels: What scores take for labels: "data" those of `ds`, "model" ones drawn from the model's
+            own predictions in each round, `None` those of `ds` if it has some.
         backup_dir: Directory, made if missing, that keeps the state of the run after each
             round: the same call after a crash, a kill or Ctrl-C goes on with the round that
             was not completed, and after the last one returns the finished model at once.
@@ -124,12 +142,12 @@ def compress(
     """
     _check_fit_arguments(fit_kwargs)
     run = _Run(
-        model, ds, goal, increment, criterion, score_examples,
-        include, exclude, round_to, min_channels, backup_dir, fit_kwargs,
+        model, ds, goal, increment, criterion, score_examples, include, exclude,
+        round_to, min_channels, repair, labels, backup_dir, fit_kwargs,
     )  # fmt: skip
     run.info.command = _as_call(
         goal=goal, increment=increment, criterion=run.info.criterion, include=include, exclude=exclude,
-        round_to=round_to, min_channels=min_channels, **fit_kwargs,
+        round_to=round_to, min_channels=min_channels, repair=repair, **fit_kwargs,
     )  # fmt: skip
     with Reporter(verbose) as reporter:
         small = run.until_done(reporter)
@@ -140,8 +158,8 @@ class _Run:
     """One call of `compress`: everything checked when it is made, then round by round."""
 
     def __init__(
-        self, model, ds, goal, increment, criterion, score_examples,
-        include, exclude, round_to, min_channels, backup_dir, fit_kwargs,
+        self, model, ds, goal, increment, criterion, score_examples, include, exclude,
+        round_to, min_channels, repair, labels, backup_dir, fit_kwargs,
     ):  # fmt: skip
         what, fraction = parse_goal(goal)
         criteria.get(criterion)
@@ -166,7 +184,17 @@ class _Run:
             self._fit_kwargs.pop("batch_size", None),
             self._fit_kwargs.pop("steps_per_epoch", None),
             self._fit_kwargs.pop("sample_weight", None),
+            targets=check_labels(labels) == "data",
         )
+        self._trains = self._fit_kwargs.get("epochs", 1) != 0
+        if self._trains and not self._feed.has_targets:
+            raise ValueError(
+                "The data set yields no labels to fine-tune with. Expected `(x, y)` pairs, or `epochs=0`: "
+                "then scores take labels that are drawn from the model's own predictions. "
+                f"Received: ds without labels, epochs={self._fit_kwargs.get('epochs', 1)}"
+            )
+        self._repairs = repair
+        self._draws = draws_labels(self._feed, labels) and needs_data(criterion, self._feed)
         self._score_examples = self._num_scored(score_examples)
         name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
         self.info = Info(
@@ -181,6 +209,7 @@ class _Run:
             layers={name: stop - start for start, stop, name in channels.space.producers},
         )
         self._plans = []  # of the completed rounds
+        self._inputs = None
         self._backups = None if backup_dir is None else self._open_backups(backup_dir)
 
     def until_done(self, reporter):
@@ -225,6 +254,8 @@ class _Run:
             include=self._include,
             exclude=self._exclude,
             **self._limits,
+            repair=self._repairs,
+            labels="model" if self._draws else "data",
             score_examples=self._score_examples,
             epochs=self._fit_kwargs.get("epochs", 1),
             batch_size=self._feed.batch_size,
@@ -291,15 +322,22 @@ class _Run:
             costs = CostModel(channels)
             kept = self._kept(channels, costs, flat_scores(channels, scores), self._ceilings[number - 1])
             plan = plan_of(channels, costs, kept)
+            total = self.info.plan.compose(plan)
+            if not self._trains:  # the original says more than what was repaired before
+                channels = read_channels(self._original)
+                kept = kept_units(channels, total)
             small = cut(channels, kept, compiled_as=self._original, carry=self._carry)
+        with clock.phase("repair"):
+            repairs = refit(channels, kept, small, self._examples()) if self._repairs else []
         with clock.phase("fit"):
             history, step_losses = self._fine_tune(small, model, reporter.callback(f"{name}: fine-tuning"))
         self._plans.append(plan)
-        self.info.plan = self.info.plan.compose(plan)
+        self.info.plan = total
         self.info.after = dict(plan.after)
         layers = {n: [p.width, len(p.kept)] for n, p in plan.layers.items()}
         done = Round(
-            number, plan.after["params"], plan.after["flops"], layers, history, step_losses, clock.seconds
+            *(number, plan.after["params"], plan.after["flops"], layers, history, step_losses, clock.seconds),
+            repairs=[dataclasses.asdict(one) for one in repairs],
         )
         self.info.rounds.append(done)
         reporter.say(f"{name}: {_described(done, self._before)}")
@@ -311,6 +349,8 @@ class _Run:
 
     def _scores(self, channels, callbacks):
         feed = self._feed if needs_data(self._criterion, self._feed) else None
+        if self._draws:
+            feed = with_drawn_labels(feed, channels.graph, self._score_examples, len(self._plans))
         class_weight = self._fit_kwargs.get("class_weight")
         return score_channels(channels, feed, self._criterion, self._score_examples, class_weight, callbacks)
 
@@ -319,10 +359,16 @@ class _Run:
         return units_to_keep(channels, costs, removable, self._what, ceiling, self._goal)
 
     def _fine_tune(self, small, origin, callbacks):
-        arguments = {**self._feed.fit_arguments(), **self._fit_kwargs}
-        if arguments.get("epochs", 1) == 0:
+        if not self._trains:
             return {}, []
+        arguments = {**self._feed.fit_arguments(), **self._fit_kwargs}
         return fine_tune(small, origin, arguments, callbacks)
+
+    def _examples(self):
+        """What layers are refitted on; taken from the data once."""
+        if self._inputs is None:
+            self._inputs = example_inputs(self._feed, self._original)
+        return self._inputs
 
     def _num_scored(self, score_examples):
         if score_examples is not None:
@@ -337,7 +383,8 @@ class _Run:
         detail = f" ({trainable:,} trainable)" if what == "params" else ""
         reporter.say(
             f"remove {100 * goal:.4g} % of {before[what]:,} {unit}{detail}; rounds: {len(self._ceilings)}; "
-            f"in each: '{self.info.criterion}' scores{self._source_of_scores()}, then fine-tuning"
+            f"in each: '{self.info.criterion}' scores{self._source_of_scores()}, then "
+            f"{'repair and ' if self._repairs else ''}fine-tuning"
             f"{'' if self._carry else ' with a new optimizer'}, epochs: {self._fit_kwargs.get('epochs', 1)}"
         )
         frozen = [layer.name for layer in self._original.layers if layer.weights and not layer.trainable]
@@ -350,7 +397,8 @@ class _Run:
     def _source_of_scores(self):
         if not needs_data(self._criterion, self._feed):
             return " without data"
-        return f" from at most {self._score_examples:,} examples"
+        labels = " with labels drawn from the model's own predictions" if self._draws else ""
+        return f" from at most {self._score_examples:,} examples{labels}"
 
 
 class _Clock:

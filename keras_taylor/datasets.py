@@ -22,6 +22,7 @@ class Feed:
     Attributes:
         num_examples: How many there are; for an iterable the number of batches times
             the size of the first one, `None` where it does not tell.
+        has_targets: Whether the first batch has some.
     """
 
     def __init__(self, ds, model, batch_size=None, steps_per_epoch=None, sample_weight=None, targets=True):
@@ -92,11 +93,11 @@ class Feed:
         else:
             first, self._batches = _peek(self._batches)
         x, y, _ = first
+        self.has_targets = y is not None
         _check_inputs(x, model)
         if targets and y is None:
             raise ValueError(
-                "The data set yields no targets, and this criterion needs the loss. Expected "
-                "`(x, y)` pairs; `criterion='magnitude'` needs no data. "
+                "The data set yields no targets, and they are needed here. Expected `(x, y)` pairs. "
                 f"Received: ds with elements x={_shapes(x)}, y=None"
             )
         return x

@@ -10,7 +10,7 @@ from keras_taylor.least_squares import Regression
 from keras_taylor.linear_views import linear_view
 from keras_taylor.plan import mask_of
 from keras_taylor.streams import Shortfall, constant_place
-from keras_taylor.walk import Walk
+from keras_taylor.walk import Walk, outputs_of
 
 # Rows for each column of a regression, and at least so many, if there are: more change little.
 _ROWS_PER_COLUMN, _ROWS = 20, 20_000
@@ -53,7 +53,7 @@ def refit(channels, kept, small, inputs):
     """
     batches = in_batches(inputs)
     num_held_out = min(_NUM_HELD_OUT, len(batches) - 1)
-    before = _outputs(small, batches[-num_held_out:])
+    before = list(zip(*outputs_of(graphs.read(small), batches[-num_held_out:]), strict=True))
     weights = [np.array(ops.convert_to_numpy(w)) for w in small.weights]
     side_by_side = _SideBySide(channels, kept, small, batches, num_held_out)
     repairs = side_by_side.run()
@@ -179,14 +179,6 @@ class _SideBySide:
 def _bias(layer):
     bias = getattr(layer, "bias", None)
     return 0.0 if bias is None else np.asarray(ops.convert_to_numpy(bias), np.float32)
-
-
-def _outputs(model, batches):
-    walk = Walk(graphs.read(model), batches)
-    for number in range(len(walk.graph.calls)):
-        walk.run(number)
-        walk.forget(number)
-    return walk.outputs()
 
 
 def _distance(outputs, wanted):

@@ -83,7 +83,7 @@ def recalibrate(model, ds, *, num_examples=512, batch_size=None):
     return copy
 
 
-def example_inputs(feed, model, num_examples):
+def example_inputs(feed, model, num_examples=512):
     """Flattened inputs as arrays, in random order, as many as memory holds when a model is walked."""
     inputs = flat_inputs(feed, model, num_examples)
     order = np.random.default_rng(0).permutation(len(inputs[0]))

@@ -27,7 +27,8 @@ class Round:
         layers: For each layer that lost channels in this round: channels before and after.
         history: Loss and metrics of each epoch, as `History.history` of Keras.
         step_losses: Training loss of every fine-tuning step.
-        seconds: Time of the phases "score", "prune" and "fit".
+        seconds: Time of the phases "score", "prune", "repair" and "fit".
+        repairs: What `repair` did to each layer that lost inputs: `LayerRepair`s as dicts.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Round:
     history: dict
     step_losses: list
     seconds: dict
+    repairs: list = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(repr=False)

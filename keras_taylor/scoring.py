@@ -11,9 +11,12 @@ from keras_taylor.datasets import Feed
 from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import read_channels
 from keras_taylor.losses import example_losses
+from keras_taylor.sampling import with_drawn_labels
 
 # Steps between two transfers of the float32 statistics to float64 on the host.
 _FOLD_EVERY = 256
+# Examples whose labels are drawn, at most: they are held in memory.
+MAX_DRAWN = 10_000
 
 
 def score(
@@ -22,6 +25,7 @@ def score(
     *,
     criterion="taylor",
     num_examples=None,
+    labels=None,
     include=None,
     exclude=(),
     batch_size=None,
@@ -38,6 +42,9 @@ def score(
             takes a `GroupStatistics` and returns an array `(num_units,)`.
         num_examples: Use so many examples, evenly spread over arrays, the first of an
             iterable; `None`: all.
+        labels: "data": those of `ds`. "model": drawn from the model's own predictions for its loss
+            (cross-entropies, squared error, ...; at most 10,000 examples), so that `taylor` is the
+            diagonal of the true Fisher information. `None`: those of `ds`, drawn if it has none.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: score only the channels that these make / none of them.
         batch_size: Examples a batch, for arrays. All criteria but `taylor_batch` are
@@ -66,8 +73,26 @@ def score(
     feed = None
     if needs_data(criterion, ds):
         check_compiled(model, f"criterion={criterion!r}")
-        feed = Feed(ds, model, batch_size, steps_per_epoch)
+        feed = Feed(ds, model, batch_size, steps_per_epoch, targets=check_labels(labels) == "data")
+        if draws_labels(feed, labels):
+            num_examples = min(num_examples or MAX_DRAWN, MAX_DRAWN)
+            feed = with_drawn_labels(feed, channels.graph, num_examples)
     return score_channels(channels, feed, criterion, num_examples, class_weight)
+
+
+def check_labels(labels):
+    """Refuses what is no source of labels; returns it."""
+    if labels not in (None, "data", "model"):
+        raise ValueError(
+            'Expected "data" (those of `ds`), "model" (drawn from the model\'s own predictions) or `None` '
+            f"(whichever there is). Received: labels={labels!r}"
+        )
+    return labels
+
+
+def draws_labels(feed, labels):
+    """Whether labels come from the model, not from the data."""
+    return labels == "model" or (labels is None and not feed.has_targets)
 
 
 def needs_data(criterion, ds):

@@ -62,6 +62,16 @@ class Walk:
         return [_detached(y) for y in outputs]
 
 
+def outputs_of(graph, batches):
+    """A model's flattened outputs at inference, batch by batch; only one is in memory at a time."""
+    for batch in batches:
+        walk = Walk(graph, [batch])
+        for number in range(len(graph.calls)):
+            walk.run(number)
+            walk.forget(number)
+        yield [column[0] for column in walk.outputs()]
+
+
 def _detached(y):
     """A value without the record of how it came about, which torch would keep alive."""
     detached = ops.stop_gradient(y)

@@ -95,7 +95,9 @@ def test_info_tells_every_round(finished):
         assert set(one.history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
         assert all(len(values) == 2 for values in one.history.values())
         assert len(one.step_losses) == 2 * 3  # two epochs of 20 + 20 + 8 examples
-        assert set(one.seconds) == {"score", "prune", "fit"}
+        assert set(one.seconds) == {"score", "prune", "repair", "fit"}
+        assert [repair["name"] for repair in one.repairs]
+        assert all(r["error_after"] <= r["error_before"] for r in one.repairs if r["ridge"])
         for epoch in (0, 1):
             steps = np.array(one.step_losses[3 * epoch : 3 * epoch + 3])
             mean = np.average(steps, weights=[20, 20, 8])
@@ -438,7 +440,7 @@ def test_data_without_examples():
 
 
 def test_data_without_targets():
-    refused(ValueError, r"The data set yields no targets, .*y=None$", ds=stripes()[0])
+    refused(ValueError, r"The data set yields no labels to fine-tune with.*epochs=1$", ds=stripes()[0])
 
 
 def test_data_of_another_shape():

@@ -544,14 +544,11 @@ def test_empty_data():
 
 
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: (x, None)])
-def test_data_without_targets(make):
-    net, _, _ = regression()
-    refused(
-        "The data set yields no targets, and this criterion needs the loss. Expected `(x, y)` pairs; "
-        "`criterion='magnitude'` needs no data. Received: ds with elements x=[(2, 5)], y=None",
-        net.model,
-        make(net.x),
-    )
+def test_data_without_targets_gets_labels_from_the_model(make):
+    net, y, _ = regression()
+    drawn = keras_taylor.score(net.model, make(net.x))
+    for name, values in keras_taylor.score(net.model, (net.x, y), labels="model").items():
+        np.testing.assert_allclose(drawn[name], values, rtol=1e-5)
 
 
 def test_data_of_another_shape():
