@@ -50,6 +50,10 @@ class Regression:
         """Takes rows `x` `(n, num_columns)` and `y` `(n, num_outputs)`; held-out ones judge the ridge."""
         (self._held_out if held_out else self._fit).add(x, y - x @ self._start)
 
+    def again(self):
+        """The regression of the same rows, fit and held out, on other targets; see `Again`."""
+        return Again(self._fit.joined(self._held_out).without_targets(), self._start, self._constant)
+
     def solve(self):
         """The `Solution` with the ridge that is best on the held-out rows, found from all rows."""
         nothing = np.zeros(self._start.shape), np.zeros(self._start.shape[1])
@@ -61,6 +65,21 @@ class Regression:
             return Solution(*nothing, None, before / num, before / num)
         solution = self._fit.joined(self._held_out).solve(best, self._constant)
         return Solution(*solution, best, before / num, errors[best] / num)
+
+
+class Again:
+    """A regression on rows that were seen before, the ridge known; what depends on rows alone is kept."""
+
+    def __init__(self, sums, start, constant):
+        self._sums, self._start, self._constant = sums, start, constant
+
+    def add(self, x, y):
+        """Takes the same rows in the same order, with new targets."""
+        self._sums.add_targets(x, y - x @ self._start)
+
+    def solve(self, ridge):
+        """`change` and `constant`, as in `Solution`."""
+        return self._sums.solve(ridge, self._constant)
 
 
 class _Moments:
@@ -75,8 +94,11 @@ class _Moments:
     def add(self, x, r):
         self.num += len(x)
         self._xx += x.T @ x
-        self._xr += x.T @ r
         self._x += x.sum(0, dtype=np.float64)
+        self.add_targets(x, r)
+
+    def add_targets(self, x, r):
+        self._xr += x.T @ r
         self._r += r.sum(0, dtype=np.float64)
         self._squares += float(np.square(r, dtype=np.float64).sum())
 
@@ -85,6 +107,11 @@ class _Moments:
         for name, value in vars(self).items():
             setattr(both, name, value + getattr(other, name))
         return both
+
+    def without_targets(self):
+        fresh = _Moments(self._xr.shape)
+        fresh.num, fresh._xx, fresh._x = self.num, self._xx, self._x
+        return fresh
 
     def solve(self, ridge, constant):
         """The change of the matrix, and the constant."""
@@ -123,6 +150,14 @@ class _Rows:
         both = _Rows((self._x[0].shape[1], self._r[0].shape[1]))
         both._x, both._r = self._x + other._x, self._r + other._r
         return both
+
+    def without_targets(self):
+        fresh = _Rows((self._x[0].shape[1], self._r[0].shape[1]))
+        fresh._x = [x for x in self._x if len(x)]
+        return fresh
+
+    def add_targets(self, x, r):
+        self._r.append(r)
 
     def solve(self, ridge, constant):
         x, r = np.concatenate(self._x), np.concatenate(self._r).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Where a layer's output goes next: into a normalisation, into a residual sum."""
+"""What follows on a layer's output: normalisations, residual sums, rectifiers."""
 
 import keras
 import numpy as np
@@ -42,54 +42,80 @@ def constant_place(graph, call):
     return lambda constant: mean.assign(_array(mean) - constant)
 
 
-class Shortfall:
-    """What the other terms of the sum that a layer's output goes into have lost.
+class Sequel:
+    """What follows on a layer's output: normalisations at inference, a residual sum, a rectifier.
 
-    Between the layer and the sum there may be normalisations at inference, scales, and what is
-    nothing at inference; terms that are not computed yet do their own part later.
+    What is looked at is z = gain * y + offset + terms, with y the layer's output before its
+    activation and the terms those that are added in a residual sum; a rectifier passes z on if it
+    is positive. Terms that are not computed yet do their own part later: then there are none here.
 
     Args:
-        old, new: `Walk`s of the original and of the repaired model, both before the sum.
+        old, new: `Walk`s of the original and of the repaired model, both before the layer's output is used.
         call: The layer's call in the new one's graph.
         old_view, view: `linear_views` of the layer in both.
         outputs: Bool array: which of the original's outputs were kept.
+
+    Attributes:
+        rectified: Whether a ReLU comes next.
     """
 
     def __init__(self, old, new, call, old_view, view, outputs):
         self._old, self._new, self._outputs = old, new, outputs
         self._old_view, self._view = old_view, view
-        self._terms, self._gain = [], 1.0
-        if not _is_linear(call.operation):
-            return
-        index, scale = call.outputs[0], np.ones(1)
-        while True:
-            reader = _only_reader(new.graph, index)
-            if reader is None:
-                return
-            if type(reader.operation).__name__ == "Add":
-                break
-            factor = _scale_of(reader.operation)
-            if factor is None:
-                return
-            index, scale = reader.outputs[0], scale * factor
-        others = [i for i in reader.inputs if i != index]
-        shape = new.graph.shapes[index]
-        alive = all(i in old.tensors and i in new.tensors for i in others)
-        if (
-            alive
-            and len(others) + 1 == len(reader.inputs)
-            and all(new.graph.shapes[i] == shape for i in others)
-        ):
-            self._terms = others
-            self._gain = scale / (np.square(scale) + _DAMPING * np.square(scale).mean())
+        self._terms, self._gain, self._offset = [], np.ones(1), np.zeros(1)
+        self.rectified = _is_relu(getattr(call.operation, "activation", None))
+        if _is_linear(call.operation):
+            self._follow(call.outputs[0])
 
-    def at(self, batch, positions):
-        """What to add to the layer's output at some positions, `(num_rows, num_outputs)`, or 0."""
-        lost = 0.0
-        for index in self._terms:
-            lost += self._old_view.at(self._old.tensors[index][batch], positions)[:, self._outputs]
-            lost -= self._view.at(self._new.tensors[index][batch], positions)
-        return np.float32(lost * self._gain)
+    def lost(self, batch, positions):
+        """What the terms have lost, as something to add to y at some positions, or 0."""
+        if not self._terms:
+            return np.float32(0)
+        there = sum(self._old_view.at(self._old.tensors[i][batch], positions) for i in self._terms)
+        lost = there[:, self._outputs] - self._terms_at(batch, positions)
+        gain = self._gain
+        return np.float32(lost * gain / (np.square(gain) + _DAMPING * np.square(gain).mean()))
+
+    def excused(self, wanted, given, batch, positions):
+        """Targets for y that ask for no more than the rectifier shows.
+
+        Where z is wanted negative, anything negative is as good: what is given, if it is, else 0.
+        """
+        rest = self._offset + self._terms_at(batch, positions)
+        off = self._gain * wanted + rest <= 0
+        safe = np.where(np.abs(self._gain) > 1e-6, self._gain, np.inf)
+        least = np.where(self._gain * given + rest <= 0, given, -rest / safe)
+        return np.float32(np.where(off, least, wanted))
+
+    def _terms_at(self, batch, positions):
+        return sum(self._view.at(self._new.tensors[i][batch], positions) for i in self._terms)
+
+    def _follow(self, index):
+        graph = self._new.graph
+        while (reader := _only_reader(graph, index)) is not None:
+            operation = reader.operation
+            if type(operation).__name__ == "Add":
+                if self._terms or not self._take_terms(reader, index):
+                    return
+            elif _is_relu(operation):
+                self.rectified = True
+                return
+            else:
+                affine = _affine(operation)
+                if affine is None or self._terms:
+                    return
+                self._gain, self._offset = self._gain * affine[0], self._offset * affine[0] + affine[1]
+            index = reader.outputs[0]
+
+    def _take_terms(self, reader, index):
+        """Notes the other terms of a sum, if they are there already and as large; says whether."""
+        shapes = self._new.graph.shapes
+        others = [i for i in reader.inputs if i != index]
+        there = all(i in self._old.tensors and i in self._new.tensors for i in others)
+        fits = len(others) + 1 == len(reader.inputs) and all(shapes[i] == shapes[index] for i in others)
+        if there and fits:
+            self._terms = others
+        return there and fits
 
 
 def _only_reader(graph, index):
@@ -101,12 +127,24 @@ def _is_linear(layer):
     return getattr(layer, "activation", None) in (None, keras.activations.linear)
 
 
-def _scale_of(operation):
-    """By what an operation multiplies each channel at inference, `None` where it does more than that."""
+def _is_relu(operation):
+    """Whether it passes on what is positive, and nothing else: a function, a layer or an operation."""
+    if isinstance(operation, keras.layers.Activation):
+        operation = operation.activation
+    if isinstance(operation, keras.layers.ReLU):
+        return not operation.negative_slope and not operation.threshold
+    names = ("relu", "relu6", "Relu", "Relu6")
+    return getattr(operation, "__name__", type(operation).__name__) in names
+
+
+def _affine(operation):
+    """Gain and offset of each channel at inference, `None` where it does more than that."""
     if isinstance(operation, keras.layers.BatchNormalization):
         gamma = _array(operation.gamma) if operation.scale else 1.0
-        return gamma / np.sqrt(_array(operation.moving_variance) + operation.epsilon)
-    return np.ones(1) if isinstance(operation, _PASSED_ON) else None
+        beta = _array(operation.beta) if operation.center else 0.0
+        gain = gamma / np.sqrt(_array(operation.moving_variance) + operation.epsilon)
+        return gain, beta - gain * _array(operation.moving_mean)
+    return (np.ones(1), np.zeros(1)) if isinstance(operation, _PASSED_ON) else None
 
 
 def _array(weight):

@@ -1,0 +1,140 @@
+"""One layer fitted to what the original layer put out."""
+
+import dataclasses
+
+import numpy as np
+from keras import ops
+
+from keras_taylor.least_squares import Regression
+from keras_taylor.linear_views import linear_view
+from keras_taylor.streams import Sequel, constant_place
+
+# How often targets are relaxed where a rectifier hides them.
+_NUM_EXCUSED = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRepair:
+    """What became of one layer in a repair.
+
+    Attributes:
+        name: The layer's name.
+        error_before, error_after: Mean squared error of its output on held-out rows, divided by the mean
+            square of what it should be; `None` where nothing was fitted.
+        ridge: The ridge that was chosen; `None` if the layer was left alone.
+        reason: Why it was left alone, `None` otherwise.
+    """
+
+    name: str
+    error_before: float | None = None
+    error_after: float | None = None
+    ridge: float | None = None
+    reason: str | None = None
+
+
+class LayerFit:
+    """Fits a mixing layer's kernel and constant, in place.
+
+    Args:
+        old, new: `Walk`s of both models: the old one has run the layer, the new one has not.
+        old_call, call: The layer's calls in them.
+        outputs: Bool array: which of the original's outputs were kept.
+        num_fit: Batches to fit on; the others are held out.
+    """
+
+    def __init__(self, old, new, old_call, call, outputs, num_fit):
+        self._name, self._layer, self._old_layer = call.name, call.operation, old_call.operation
+        self._old_view, self._view = linear_view(old_call.operation), linear_view(call.operation)
+        self._outputs, self._num_fit = outputs, num_fit
+        self._old_inputs, self._inputs = old.tensors[old_call.inputs[0]], new.tensors[call.inputs[0]]
+        self._old_outputs = old.tensors[old_call.outputs[0]]
+        self._sequel = Sequel(old, new, call, self._old_view, self._view, outputs)
+        self._place = constant_place(new.graph, call)
+
+    @property
+    def num_columns(self):
+        """Columns of the regression."""
+        return self._view.matrix().shape[1]
+
+    def is_understood(self):
+        """Whether the original's output is its activation of rows times matrix plus bias."""
+        x = self._old_inputs[0]
+        places = np.arange(min(self._old_view.num_positions(x), 64))
+        positions = np.zeros_like(places), places
+        ours = self._original(0, positions) + _bias(self._old_layer)
+        ours = ops.convert_to_numpy(self._old_layer.activation(ops.convert_to_tensor(ours)))
+        output = self._old_view.at(self._old_outputs[0], positions)
+        exact = self._old_layer.compute_dtype == "float32"
+        return np.abs(ours - output).max() <= (1e-3 if exact else 3e-2) * np.abs(output).max()
+
+    def run(self, num_positions, random):
+        """Fits on so many positions of each example; a `LayerRepair`."""
+        positions = [
+            _positions(len(x), self._view.num_positions(x), num_positions, random) for x in self._inputs
+        ]
+        targets = [self._target(batch, where) for batch, where in enumerate(positions)]
+        num_rows = sum(map(len, targets))
+        regressions = [Regression(m, self._place is not None, num_rows) for m in self._view.matrix()]
+        for batch, blocks in self._rows(positions):
+            for regression, x, y in zip(regressions, blocks, self._split(targets[batch]), strict=True):
+                regression.add(x, y, batch >= self._num_fit)
+        solutions = [regression.solve() for regression in regressions]
+        power = np.mean([np.square(y).sum(1).mean() for y in targets[self._num_fit :]])
+        before, after = (
+            float(sum(getattr(s, name) for s in solutions) / max(power, np.finfo(np.float32).tiny))
+            for name in ("error_before", "error_after")
+        )
+        if all(s.ridge is None for s in solutions):
+            return LayerRepair(self._name, before, before, None, "the fit was no better on held-out examples")
+        found = [(s.change, s.constant) for s in solutions]
+        for _ in range(_NUM_EXCUSED if self._sequel.rectified else 0):
+            found = self._relaxed(regressions, solutions, found, positions, targets)
+        self._view.assign(self._view.matrix() + np.stack([change for change, _ in found]))
+        if self._place is not None:
+            self._place(np.concatenate([constant for _, constant in found]))
+        return LayerRepair(self._name, before, after, max(s.ridge for s in solutions if s.ridge is not None))
+
+    def _relaxed(self, regressions, solutions, found, positions, targets):
+        """Solutions for targets that ask for no more than a rectifier shows."""
+        matrix, bias = self._view.matrix(), _bias(self._layer)
+        new = [regression.again() for regression in regressions]
+        for batch, blocks in self._rows(positions):
+            given = [x @ (m + c) + k for x, m, (c, k) in zip(blocks, matrix, found, strict=True)]
+            given = np.concatenate(given, axis=1)
+            y = self._sequel.excused(targets[batch] + bias, given + bias, batch, positions[batch]) - bias
+            for regression, x, part in zip(new, blocks, self._split(y), strict=True):
+                regression.add(x, part)
+        return [
+            old if s.ridge is None else regression.solve(s.ridge)
+            for regression, s, old in zip(new, solutions, found, strict=True)
+        ]
+
+    def _target(self, batch, positions):
+        """What the layer should put out before its bias, `(num_rows, num_outputs)`."""
+        y = (self._original(batch, positions) + _bias(self._old_layer))[:, self._outputs]
+        return y - _bias(self._layer) + self._sequel.lost(batch, positions)
+
+    def _original(self, batch, positions):
+        view = self._old_view
+        rows = view.rows(self._old_inputs[batch], positions)
+        return np.concatenate([x @ m for x, m in zip(rows, view.matrix(), strict=True)], axis=1)
+
+    def _rows(self, positions):
+        for batch, where in enumerate(positions):
+            yield batch, self._view.rows(self._inputs[batch], where)
+
+    def _split(self, y):
+        return np.split(y, self._view.num_blocks, axis=1)
+
+
+def _positions(num, places, take, random):
+    """So many random positions of each of so many examples."""
+    chosen = np.tile(np.arange(places), (num, 1))
+    if take < places:
+        chosen = random.permuted(chosen, axis=1)[:, :take]
+    return np.repeat(np.arange(num), chosen.shape[1]), chosen.reshape(-1)
+
+
+def _bias(layer):
+    bias = getattr(layer, "bias", None)
+    return np.float32(0) if bias is None else np.asarray(ops.convert_to_numpy(bias), np.float32)
