@@ -1,20 +1,18 @@
 """The whole loop (`compress`)."""
 
-import contextlib
 import dataclasses
-import inspect
-import time
 import warnings
 from collections.abc import Iterator
 
 import keras
 import numpy as np
 
-from keras_taylor import criteria
+from keras_taylor import criteria, wording
+from keras_taylor import graph as graphs
 from keras_taylor.backups import Backups, capture, describe_call, rebuild
 from keras_taylor.costs import CostModel
 from keras_taylor.datasets import Feed
-from keras_taylor.fine_tuning import Diverged, evaluate, fine_tune
+from keras_taylor.fine_tuning import Diverged, check_fit_arguments, evaluate, fine_tune
 from keras_taylor.groups import layer_names, read_channels
 from keras_taylor.optimizers import has_schedule
 from keras_taylor.plan import (
@@ -27,9 +25,8 @@ from keras_taylor.plan import (
     plan_of,
     units_to_keep,
 )
-from keras_taylor.progress import Reporter
+from keras_taylor.progress import Clock, Reporter
 from keras_taylor.refitting import refit
-from keras_taylor.repairing import example_inputs
 from keras_taylor.report import Info, Round
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.schedule import fractions
@@ -41,6 +38,7 @@ from keras_taylor.scoring import (
     score_channels,
 )
 from keras_taylor.surgery import cut
+from keras_taylor.walk import example_inputs
 
 # Examples of a scoring pass where the caller does not say: more hardly move the ranking.
 _SCORE_EXAMPLES = 10_000
@@ -140,12 +138,12 @@ def compress(
 
     >>> small = keras_taylor.compress(model, (x, y), goal=0.3, epochs=2)
     """
-    _check_fit_arguments(fit_kwargs)
+    check_fit_arguments(fit_kwargs)
     run = _Run(
         model, ds, goal, increment, criterion, score_examples, include, exclude,
         round_to, min_channels, repair, labels, backup_dir, fit_kwargs,
     )  # fmt: skip
-    run.info.command = _as_call(
+    run.info.command = wording.as_call(
         goal=goal, increment=increment, criterion=run.info.criterion, include=include, exclude=exclude,
         round_to=round_to, min_channels=min_channels, repair=repair, **fit_kwargs,
     )  # fmt: skip
@@ -313,7 +311,7 @@ class _Run:
         if self._backups is not None:
             # a round depends on its number, not on what was drawn before, so it can be repeated
             keras.utils.set_random_seed(self._seed + number)
-        clock = _Clock()
+        clock = Clock()
         name = f"round {number}/{len(self._ceilings)}"
         with clock.phase("score"):
             channels = self._read(model)
@@ -340,7 +338,7 @@ class _Run:
             repairs=[dataclasses.asdict(one) for one in repairs],
         )
         self.info.rounds.append(done)
-        reporter.say(f"{name}: {_described(done, self._before)}")
+        reporter.say(f"{name}: {wording.described(done, self._before)}")
         reporter.show(self.info)
         return small
 
@@ -367,7 +365,7 @@ class _Run:
     def _examples(self):
         """What layers are refitted on; taken from the data once."""
         if self._inputs is None:
-            self._inputs = example_inputs(self._feed, self._original)
+            self._inputs = example_inputs(self._feed, graphs.read(self._original))
         return self._inputs
 
     def _num_scored(self, score_examples):
@@ -377,63 +375,15 @@ class _Run:
         return min(_SCORE_EXAMPLES, int(available * (1 - (self._fit_kwargs.get("validation_split") or 0))))
 
     def _announce(self, reporter):
-        before, what = self._before, self._what
-        goal, unit = self.info.goal[what], {"params": "parameters", "flops": "FLOPs"}[what]
-        trainable = sum(int(np.prod(w.shape)) for w in self._original.trainable_weights)
-        detail = f" ({trainable:,} trainable)" if what == "params" else ""
-        reporter.say(
-            f"remove {100 * goal:.4g} % of {before[what]:,} {unit}{detail}; rounds: {len(self._ceilings)}; "
-            f"in each: '{self.info.criterion}' scores{self._source_of_scores()}, then "
-            f"{'repair and ' if self._repairs else ''}fine-tuning"
-            f"{'' if self._carry else ' with a new optimizer'}, epochs: {self._fit_kwargs.get('epochs', 1)}"
+        lines = wording.opening(
+            self._original,
+            self.info,
+            num_rounds=len(self._ceilings),
+            scored=self._score_examples if needs_data(self._criterion, self._feed) else None,
+            draws=self._draws,
+            repairs=self._repairs,
+            carries=self._carry,
+            epochs=self._fit_kwargs.get("epochs", 1),
         )
-        frozen = [layer.name for layer in self._original.layers if layer.weights and not layer.trainable]
-        if frozen:
-            names = ", ".join(frozen[:5]) + (", ..." if len(frozen) > 5 else "")
-            reporter.say(f"frozen, so pruned but not fine-tuned: {len(frozen)} layers ({names})")
-        if self.info.unknown:
-            reporter.say(f"without a rule, so what they read stays: {', '.join(self.info.unknown)}")
-
-    def _source_of_scores(self):
-        if not needs_data(self._criterion, self._feed):
-            return " without data"
-        labels = " with labels drawn from the model's own predictions" if self._draws else ""
-        return f" from at most {self._score_examples:,} examples{labels}"
-
-
-class _Clock:
-    def __init__(self):
-        self.seconds = {}
-
-    @contextlib.contextmanager
-    def phase(self, name):
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-
-
-def _described(done, before):
-    parts = [f"{done.params:,} parameters left ({1 - done.params / before['params']:.1%} gone)"]
-    if done.flops is not None:
-        parts.append(f"{1 - done.flops / before['flops']:.1%} of FLOPs gone")
-    parts += [f"{name} {values[-1]:.4g}" for name, values in done.history.items() if values]
-    return ", ".join(parts) + f", {sum(done.seconds.values()):.1f} s"
-
-
-def _as_call(**arguments):
-    """The call as text, with those arguments that are short."""
-    short = {
-        k: v for k, v in arguments.items() if isinstance(v, (str, int, float, dict)) and len(repr(v)) < 80
-    }
-    return ", ".join(["keras_taylor.compress(model, ds", *(f"{k}={v!r}" for k, v in short.items())]) + ")"
-
-
-def _check_fit_arguments(fit_kwargs):
-    known = set(inspect.signature(keras.Model.fit).parameters) - {"self", "x", "y", "verbose"}
-    unknown = sorted(set(fit_kwargs) - known)
-    if unknown:
-        raise TypeError(
-            f"`compress` has no argument {unknown[0]!r}, nor has `model.fit`. Expected arguments of "
-            f"`compress`, or of `fit`: {', '.join(sorted(known))}. "
-            f"Received: {unknown[0]}={fit_kwargs[unknown[0]]!r}"
-        )
+        for line in lines:
+            reporter.say(line)

@@ -12,6 +12,8 @@ means over examples:
 | `magnitude` | norm of the filters, relative to their group's mean | label-free baseline |
 | `batchnorm` | mean(abs(gamma)) | Liu et al. 2017 (arXiv 1708.06519) |
 | `random` | uniform | baseline |
+| `sensitivity` | measured divergence of the predictions a parameter saved, as a growing share of its
+  group goes and what reads it is refitted; within a group in the order of `taylor` | for `repair` |
 | `oracle` | true change of the mean loss without the unit | the judge of all others |
 """
 
@@ -36,6 +38,7 @@ class GroupStatistics:
         filter_norms: Mean L2 norm of each unit's filters over the layers that make it.
         gammas: Mean absolute BatchNormalization scale, `None` without such a layer.
         loss_changes: Mean loss without the unit minus mean loss with it.
+        slopes: Divergence of the predictions a parameter (`sensitivity.Curve.slopes`).
     """
 
     name: str
@@ -49,6 +52,7 @@ class GroupStatistics:
     filter_norms: np.ndarray
     gammas: np.ndarray | None
     loss_changes: np.ndarray | None = None
+    slopes: np.ndarray | None = None
 
 
 def taylor(statistics):
@@ -91,12 +95,17 @@ def random(statistics):
     return np.random.random_sample(statistics.num_units)
 
 
+def sensitivity(statistics):
+    """Measured divergence of the predictions, a parameter saved, on the group's curve."""
+    return statistics.slopes
+
+
 def oracle(statistics):
     """True change of the mean loss without the unit."""
     return statistics.loss_changes
 
 
-WITH_DATA = {f.__name__: f for f in (taylor, taylor_batch, taylor_abs, taylor2, oracle)}
+WITH_DATA = {f.__name__: f for f in (taylor, taylor_batch, taylor_abs, taylor2, sensitivity, oracle)}
 LABEL_FREE = {f.__name__: f for f in (magnitude, batchnorm, random)}
 
 

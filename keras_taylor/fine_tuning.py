@@ -1,5 +1,7 @@
 """Fine-tunes a model that was cut, and sees when that goes wrong."""
 
+import inspect
+
 import keras
 import numpy as np
 
@@ -54,6 +56,18 @@ def evaluate(model, validation_data, batch_size=None, steps=None):
         arguments = {"x": validation_data}
     values = model.evaluate(**arguments, steps=steps, verbose=0, return_dict=True)
     return {name: float(value) for name, value in values.items()}
+
+
+def check_fit_arguments(fit_kwargs):
+    """Refuses arguments of `compress` that neither it nor `fit` has."""
+    known = set(inspect.signature(keras.Model.fit).parameters) - {"self", "x", "y", "verbose"}
+    unknown = sorted(set(fit_kwargs) - known)
+    if unknown:
+        raise TypeError(
+            f"`compress` has no argument {unknown[0]!r}, nor has `model.fit`. Expected arguments of "
+            f"`compress`, or of `fit`: {', '.join(sorted(known))}. "
+            f"Received: {unknown[0]}={fit_kwargs[unknown[0]]!r}"
+        )
 
 
 class _StepLosses(keras.callbacks.Callback):

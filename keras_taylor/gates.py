@@ -120,6 +120,10 @@ class GatedNetwork(keras.layers.Layer):
         # not kept as an attribute: Keras would turn its dicts and lists into others
         return keras.tree.pack_sequence_as(graph.structures[id(graph.model)].outputs, flat)
 
+    def copy_of(self, operation):
+        """What runs here in the place of one of the model's operations."""
+        return self._plumbing.operations[id(operation)]
+
     def first_not_finite(self, inputs):
         """Name of the first operation whose output holds NaN or infinity, `None` if all is well."""
         graph = self._plumbing.graph

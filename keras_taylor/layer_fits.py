@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.least_squares import Regression
-from keras_taylor.linear_views import linear_view
+from keras_taylor.linear_views import linear_view, some_positions
 from keras_taylor.streams import Sequel, constant_place
 
 # How often targets are relaxed where a rectifier hides them.
@@ -70,7 +70,7 @@ class LayerFit:
     def run(self, num_positions, random):
         """Fits on so many positions of each example; a `LayerRepair`."""
         positions = [
-            _positions(len(x), self._view.num_positions(x), num_positions, random) for x in self._inputs
+            some_positions(len(x), self._view.num_positions(x), num_positions, random) for x in self._inputs
         ]
         targets = [self._target(batch, where) for batch, where in enumerate(positions)]
         num_rows = sum(map(len, targets))
@@ -91,7 +91,7 @@ class LayerFit:
             found = self._relaxed(regressions, solutions, found, positions, targets)
         self._view.assign(self._view.matrix() + np.stack([change for change, _ in found]))
         if self._place is not None:
-            self._place(np.concatenate([constant for _, constant in found]))
+            self._place.add(np.concatenate([constant for _, constant in found]))
         return LayerRepair(self._name, before, after, max(s.ridge for s in solutions if s.ridge is not None))
 
     def _relaxed(self, regressions, solutions, found, positions, targets):
@@ -125,14 +125,6 @@ class LayerFit:
 
     def _split(self, y):
         return np.split(y, self._view.num_blocks, axis=1)
-
-
-def _positions(num, places, take, random):
-    """So many random positions of each of so many examples."""
-    chosen = np.tile(np.arange(places), (num, 1))
-    if take < places:
-        chosen = random.permuted(chosen, axis=1)[:, :take]
-    return np.repeat(np.arange(num), chosen.shape[1]), chosen.reshape(-1)
 
 
 def _bias(layer):

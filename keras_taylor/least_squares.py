@@ -82,6 +82,42 @@ class Again:
         return self._sums.solve(ridge, self._constant)
 
 
+class Moments:
+    """Means and second moments of rows that come in batches."""
+
+    def __init__(self, num_columns):
+        self._num, self._x = 0, np.zeros(num_columns)
+        self._xx = np.zeros((num_columns, num_columns))
+
+    @property
+    def mean(self):
+        """Mean of the rows."""
+        return self._x / max(self._num, 1)
+
+    def add(self, x):
+        """Takes rows `(n, num_columns)`."""
+        self._num += len(x)
+        self._xx += x.T @ x
+        self._x += x.sum(0, dtype=np.float64)
+
+    def restricted(self, matrix, columns, ridge, centred):
+        """The matrix, zero outside some columns, that comes nearest to what another makes of the rows.
+
+        Args:
+            matrix: Array `(num_columns, num_outputs)` that uses all columns.
+            columns: Bool array `(num_columns,)`.
+            ridge: As in `Regression`; it pulls towards `matrix`.
+            centred: Whether there will be a constant.
+        """
+        xx = self._xx - self._num * np.outer(self.mean, self.mean) if centred else self._xx
+        among = xx[np.ix_(columns, columns)]
+        among.flat[:: len(among) + 1] += ridge * max(np.trace(among) / len(among), 1e-30)
+        fitted = np.zeros(matrix.shape)
+        lost = xx[np.ix_(columns, ~columns)] @ matrix[~columns]
+        fitted[columns] = matrix[columns] + np.linalg.solve(among, lost)
+        return fitted
+
+
 class _Moments:
     """Sums of products of rows, for more rows than columns."""
 

@@ -219,6 +219,14 @@ class _Transposed(_Windowed):
         return windows[(slice(None), *[slice(out) for out in outputs], slice(None), *taps)]
 
 
+def some_positions(num_examples, num_positions, take, random):
+    """Indices of so many random positions of each example: two int arrays, as `rows` wants them."""
+    chosen = np.tile(np.arange(num_positions), (num_examples, 1))
+    if take < num_positions:
+        chosen = random.permuted(chosen, axis=1)[:, :take]
+    return np.repeat(np.arange(num_examples), chosen.shape[1]), chosen.reshape(-1)
+
+
 def _spread(shape, strides):
     return [(size - 1) * stride + 1 for size, stride in zip(shape, strides, strict=True)]
 

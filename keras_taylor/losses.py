@@ -4,6 +4,18 @@ import keras
 from keras import ops
 
 _BY_SHAPE = ("crossentropy", "ce")
+# Names of Keras' losses by what they say of a target: a class, one of several marked, yes or no, a number.
+CLASSES = {"sparse_categorical_crossentropy", *_BY_SHAPE}
+ONE_HOT = {"categorical_crossentropy", "kl_divergence", "categorical_focal_crossentropy"}
+BINARY = {"binary_crossentropy", "binary_focal_crossentropy"}
+REAL = {
+    "mean_squared_error",
+    "mean_absolute_error",
+    "mean_absolute_percentage_error",
+    "mean_squared_logarithmic_error",
+    "huber",
+    "log_cosh",
+}
 
 
 class ExampleLoss(keras.losses.Loss):
@@ -114,3 +126,26 @@ def averages_examples(loss):
             f'`loss_reduction="mean"` or "sum" for the one that weighs more. Received: loss={loss!r}'
         )
     return adds != {True}
+
+
+def losses_by_output(model, num_outputs):
+    """The compiled loss of each flattened output."""
+    loss = model.loss
+    if isinstance(loss, dict):
+        structure = getattr(model, "_outputs_struct", None)
+        names = sorted(structure) if isinstance(structure, dict) else model.output_names
+        return [loss.get(name) for name in names]
+    flat = list(loss) if isinstance(loss, (list, tuple)) else [loss]
+    return flat * num_outputs if len(flat) == 1 else flat
+
+
+def kind_of(loss):
+    """The name of a loss function in Keras, and whether it takes logits."""
+    if isinstance(loss, str):
+        if loss.lower() in _BY_SHAPE:
+            return loss.lower(), False
+        loss = keras.losses.get(loss)
+    if isinstance(loss, keras.losses.Loss):
+        function = getattr(loss, "fn", None)  # of what wraps a function, as Keras' own do
+        return getattr(function, "__name__", type(loss).__name__), bool(getattr(loss, "from_logits", False))
+    return getattr(loss, "__name__", repr(loss)), False

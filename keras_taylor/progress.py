@@ -1,7 +1,9 @@
 """Tells the user what goes on while it goes on."""
 
+import contextlib
 import importlib
 import importlib.util
+import time
 
 import keras
 from rich.console import Console
@@ -65,6 +67,20 @@ class Reporter:
 def _shows_bars(console):
     """In a notebook rich needs ipywidgets for that, and warns on every line without."""
     return not console.is_jupyter or importlib.util.find_spec("ipywidgets") is not None
+
+
+class Clock:
+    """Seconds of named phases."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Within it, time counts for this name."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
 
 
 class _BatchProgress(keras.callbacks.Callback):

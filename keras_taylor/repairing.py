@@ -4,17 +4,12 @@ import numpy as np
 
 from keras_taylor import graph as graphs
 from keras_taylor.datasets import Feed
-from keras_taylor.examples import flat_inputs
 from keras_taylor.groups import read_channels
 from keras_taylor.plan import kept_units, mask_of
 from keras_taylor.recalibration import reestimate
 from keras_taylor.refitting import in_batches, refit
 from keras_taylor.surgery import cut
-from keras_taylor.walk import Walk
-
-# Of the values that both models hold at one time for all examples.
-_MEMORY = 2**30
-_FEWEST = 64
+from keras_taylor.walk import example_inputs
 
 
 def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_repairs=False):
@@ -52,7 +47,8 @@ def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_
     channels = read_channels(model)
     kept = kept_units(channels, plan)
     _check_cut(small, channels, kept)
-    inputs = example_inputs(Feed(ds, model, batch_size, targets=False), model, num_examples)
+    feed = Feed(ds, model, batch_size, targets=False)
+    inputs = example_inputs(feed, channels.graph, num_examples)
     repaired = _copy(small)
     repairs = refit(channels, kept, repaired, inputs)
     return (repaired, repairs) if return_repairs else repaired
@@ -77,29 +73,11 @@ def recalibrate(model, ds, *, num_examples=512, batch_size=None):
 
     >>> small = keras_taylor.recalibrate(keras_taylor.prune(model, plan), images)
     """
-    inputs = example_inputs(Feed(ds, model, batch_size, targets=False), model, num_examples)
+    feed = Feed(ds, model, batch_size, targets=False)
+    inputs = example_inputs(feed, graphs.read(model), num_examples)
     copy = _copy(model)
     reestimate(copy, in_batches(inputs))
     return copy
-
-
-def example_inputs(feed, model, num_examples=512):
-    """Flattened inputs as arrays, in random order, as many as memory holds when a model is walked."""
-    inputs = flat_inputs(feed, model, num_examples)
-    order = np.random.default_rng(0).permutation(len(inputs[0]))
-    affordable = max(_MEMORY // max(2 * _peak(model, inputs), 1), _FEWEST)
-    return [x[order[:affordable]] for x in inputs]
-
-
-def _peak(model, inputs):
-    """Bytes that are alive at the worst point when one example goes through a model."""
-    walk = Walk(graphs.read(model), [[x[:1] for x in inputs]])
-    peak = walk.num_bytes()
-    for number in range(len(walk.graph.calls)):
-        walk.run(number)
-        peak = max(peak, walk.num_bytes())
-        walk.forget(number)
-    return peak
 
 
 def _copy(model):

@@ -6,19 +6,9 @@ from keras import ops
 
 from keras_taylor.datasets import Feed
 from keras_taylor.examples import flat_inputs
+from keras_taylor.losses import BINARY, CLASSES, ONE_HOT, REAL, kind_of, losses_by_output
 from keras_taylor.walk import outputs_of
 
-_CLASSES = {"sparse_categorical_crossentropy", "crossentropy", "ce"}
-_ONE_HOT = {"categorical_crossentropy", "kl_divergence", "categorical_focal_crossentropy"}
-_BINARY = {"binary_crossentropy", "binary_focal_crossentropy"}
-_REAL = {
-    "mean_squared_error",
-    "mean_absolute_error",
-    "mean_absolute_percentage_error",
-    "mean_squared_logarithmic_error",
-    "huber",
-    "log_cosh",
-}
 _ROWS = 128
 
 
@@ -47,54 +37,33 @@ def with_drawn_labels(feed, graph, num_examples=None, seed=0):
     parts = [[_array(y) for y in outputs] for outputs in outputs_of(graph, batches)]
     random = np.random.default_rng(seed)
     flat = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    drawn = [_drawn(loss, y, random) for loss, y in zip(_losses(model, len(flat)), flat, strict=True)]
+    drawn = [
+        _drawn(loss, y, random) for loss, y in zip(losses_by_output(model, len(flat)), flat, strict=True)
+    ]
     structures = graph.structures[id(model)]
     x = keras.tree.pack_sequence_as(structures.inputs, inputs)
     y = keras.tree.pack_sequence_as(structures.outputs, drawn)
     return Feed((x, y), model, feed.batch_size)
 
 
-def _losses(model, num_outputs):
-    """The compiled loss of each flattened output."""
-    loss = model.loss
-    if isinstance(loss, dict):
-        structure = getattr(model, "_outputs_struct", None)
-        names = sorted(structure) if isinstance(structure, dict) else model.output_names
-        return [loss.get(name) for name in names]
-    flat = list(loss) if isinstance(loss, (list, tuple)) else [loss]
-    return flat * num_outputs if len(flat) == 1 else flat
-
-
 def _drawn(loss, predicted, random):
     """Labels for one output."""
-    name, from_logits = _kind(loss)
-    if name in _BINARY or (name in ("crossentropy", "ce") and predicted.shape[-1] == 1):
+    name, from_logits = kind_of(loss)
+    if name in BINARY or (name in ("crossentropy", "ce") and predicted.shape[-1] == 1):
         chances = 1 / (1 + np.exp(-predicted)) if from_logits else predicted
         return (random.random(predicted.shape) < chances).astype("float32")
-    if name in _CLASSES | _ONE_HOT:
+    if name in CLASSES | ONE_HOT:
         classes = _classes(predicted, from_logits, random)
-        return classes if name in _CLASSES else np.eye(predicted.shape[-1], dtype="float32")[classes]
-    if name in _REAL:  # of a squared error: a normal distribution of variance 1/2
+        return classes if name in CLASSES else np.eye(predicted.shape[-1], dtype="float32")[classes]
+    if name in REAL:  # of a squared error: a normal distribution of variance 1/2
         return (predicted + random.normal(0, 0.5**0.5, predicted.shape)).astype("float32")
     if name == "poisson":
         return random.poisson(np.maximum(predicted, 0)).astype("float32")
     raise ValueError(
         f"It is not known how to draw labels for the loss '{name}'. Pass data with labels, or compile with "
-        f"one of {', '.join(sorted(_CLASSES | _ONE_HOT | _BINARY | _REAL | {'poisson'}))}. "
+        f"one of {', '.join(sorted(CLASSES | ONE_HOT | BINARY | REAL | {'poisson'}))}. "
         f"Received: model compiled with loss={loss!r}"
     )
-
-
-def _kind(loss):
-    """The name of a loss function in Keras, and whether it takes logits."""
-    if isinstance(loss, str):
-        if loss.lower() in ("crossentropy", "ce"):
-            return loss.lower(), False
-        loss = keras.losses.get(loss)
-    if isinstance(loss, keras.losses.Loss):
-        function = getattr(loss, "fn", None)  # of what wraps a function, as Keras' own do
-        return getattr(function, "__name__", type(loss).__name__), bool(getattr(loss, "from_logits", False))
-    return getattr(loss, "__name__", repr(loss)), False
 
 
 def _classes(predicted, from_logits, random):

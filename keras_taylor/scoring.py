@@ -12,6 +12,7 @@ from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import read_channels
 from keras_taylor.losses import example_losses
 from keras_taylor.sampling import with_drawn_labels
+from keras_taylor.sensitivity import curves
 
 # Steps between two transfers of the float32 statistics to float64 on the host.
 _FOLD_EVERY = 256
@@ -131,7 +132,7 @@ def score_channels(channels, feed, criterion, num_examples=None, class_weight=No
         criterion, num_examples, class_weight: As in `score`.
         callbacks: Keras callbacks of the scoring pass.
     """
-    totals = changes = None
+    totals = changes = slopes = None
     if feed is not None:
         gated = GatedModel(channels)
         if criterion == "oracle":
@@ -139,10 +140,12 @@ def score_channels(channels, feed, criterion, num_examples=None, class_weight=No
             changes = _loss_changes(gated, channels, feed, num_examples)
         else:
             totals = gate_statistics(gated, channels, feed, num_examples, class_weight, callbacks)
-    return scores_of(channels, criterion, totals, changes)
+        if criterion == "sensitivity":
+            slopes = _slopes(gated, channels, feed, totals)
+    return scores_of(channels, criterion, totals, changes, slopes)
 
 
-def scores_of(channels, criterion, totals=None, changes=None):
+def scores_of(channels, criterion, totals=None, changes=None, slopes=None):
     """Scores by group, from what was gathered.
 
     Args:
@@ -150,13 +153,14 @@ def scores_of(channels, criterion, totals=None, changes=None):
         criterion: As in `score`.
         totals: Statistics, a float64 array `(len(gates.ROWS), num_units)`; `None`: none.
         changes: Loss changes `(num_units,)`, for the criterion "oracle".
+        slopes: Slopes `(num_units,)`, for the criterion "sensitivity".
     """
     function = criteria.get(criterion)
     norms, gammas = _filter_norms(channels), _gammas(channels)
     scores = {}
     for group in channels.groups:
         part = slice(group.start, group.start + group.num_units)
-        values = function(_statistics_of(group, part, totals, changes, norms, gammas))
+        values = function(_statistics_of(group, part, totals, changes, slopes, norms, gammas))
         if values is not None:
             scores[group.name] = _checked(values, group, criterion)
     return scores
@@ -266,7 +270,16 @@ def _where_not_finite(gated, feed):
     )
 
 
-def _statistics_of(group, part, totals, changes, norms, gammas):
+def _slopes(gated, channels, feed, totals):
+    """What the predictions lose a parameter, as a share of a group goes; units in the order of `taylor`."""
+    importance = totals[ROWS.index("square")]
+    slopes = np.zeros(channels.num_units)
+    for group, curve in zip(channels.groups, curves(channels, gated, feed, importance).values(), strict=True):
+        slopes[group.start : group.start + group.num_units] = curve.slopes()
+    return slopes
+
+
+def _statistics_of(group, part, totals, changes, slopes, norms, gammas):
     rows = dict.fromkeys(ROWS) if totals is None else dict(zip(ROWS, totals[:, part], strict=True))
     examples = 0 if totals is None else rows["examples"][0]  # older ones may count in part
     batches = 0 if totals is None else rows["batches"][0]
@@ -287,6 +300,7 @@ def _statistics_of(group, part, totals, changes, norms, gammas):
         filter_norms=norms[part],
         gammas=None if np.isnan(scales).any() else scales,
         loss_changes=None if changes is None else changes[part],
+        slopes=None if slopes is None else slopes[part],
     )
 
 

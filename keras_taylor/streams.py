@@ -1,5 +1,8 @@
 """What follows on a layer's output: normalisations, residual sums, rectifiers."""
 
+import dataclasses
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -18,28 +21,44 @@ _PASSED_ON = (
 _DAMPING = 1e-3
 
 
-def constant_place(graph, call):
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConstantPlace:
     """Where a constant can be added to a layer's output before its activation.
+
+    Attributes:
+        operation: The layer whose weight takes it: the layer itself, or the normalisation that follows.
+        attribute: The weight's name.
+        sign: 1 where the constant is added to the weight, -1 where it is subtracted.
+    """
+
+    operation: Any
+    attribute: str
+    sign: int
+
+    def add(self, constant, operation=None):
+        """Adds an array `(num_outputs,)` in place, to the layer or to a copy of it."""
+        weight = getattr(operation or self.operation, self.attribute)
+        weight.assign(_array(weight) + self.sign * constant)
+
+
+def constant_place(graph, call):
+    """The layer's bias, or the mean of the one BatchNormalization that reads its output.
 
     Args:
         graph: `graph.Graph`.
         call: The layer's call in it; the only one.
 
     Returns:
-        A function that adds an array `(num_outputs,)` in place: to the layer's bias, or to the one
-        BatchNormalization that reads the output. `None` if there is neither.
+        A `ConstantPlace`, or `None` if there is neither.
     """
     layer = call.operation
     if getattr(layer, "bias", None) is not None:
-        return lambda constant: layer.bias.assign(_array(layer.bias) + constant)
+        return ConstantPlace(layer, "bias", 1)
     reader = _only_reader(graph, call.outputs[0])
     if reader is None or not isinstance(reader.operation, keras.layers.BatchNormalization):
         return None
-    normalization = reader.operation
-    if not _is_linear(layer) or sum(other.operation is normalization for other in graph.calls) > 1:
-        return None
-    mean = normalization.moving_mean
-    return lambda constant: mean.assign(_array(mean) - constant)
+    used_once = sum(other.operation is reader.operation for other in graph.calls) == 1
+    return ConstantPlace(reader.operation, "moving_mean", -1) if _is_linear(layer) and used_once else None
 
 
 class Sequel:

@@ -3,9 +3,14 @@
 import inspect
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_taylor.examples import flat_inputs
 from keras_taylor.graph import Ref
+
+# Bytes of values that may be in memory, and the examples that are taken in any case.
+_MEMORY, _FEWEST = 2**30, 64
 
 
 class Walk:
@@ -70,6 +75,34 @@ def outputs_of(graph, batches):
             walk.run(number)
             walk.forget(number)
         yield [column[0] for column in walk.outputs()]
+
+
+def example_inputs(feed, graph, num_examples=512):
+    """Flattened inputs in random order, as many as memory holds when two such models are walked.
+
+    Args:
+        feed: `datasets.Feed`.
+        graph: `graph.Graph` of the model.
+        num_examples: At most so many, evenly spread over arrays, the first ones of an iterable.
+
+    Returns:
+        A list of arrays, one an input of the model.
+    """
+    inputs = flat_inputs(feed, graph.model, num_examples)
+    order = np.random.default_rng(0).permutation(len(inputs[0]))
+    affordable = max(_MEMORY // max(2 * _peak(graph, inputs), 1), _FEWEST)
+    return [x[order[:affordable]] for x in inputs]
+
+
+def _peak(graph, inputs):
+    """Bytes that are alive at the worst point when one example goes through a model."""
+    walk = Walk(graph, [[x[:1] for x in inputs]])
+    peak = walk.num_bytes()
+    for number in range(len(graph.calls)):
+        walk.run(number)
+        peak = max(peak, walk.num_bytes())
+        walk.forget(number)
+    return peak
 
 
 def _detached(y):

@@ -1,0 +1,240 @@
+"""What predictions lose when a part of one group goes and the layers that read it are refitted."""
+
+import dataclasses
+import itertools
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_taylor.costs import CostModel
+from keras_taylor.least_squares import Moments
+from keras_taylor.linear_views import linear_view, some_positions
+from keras_taylor.losses import BINARY, CLASSES, ONE_HOT, kind_of, losses_by_output
+from keras_taylor.plan import mask_of
+from keras_taylor.streams import constant_place
+from keras_taylor.walk import Walk, example_inputs
+
+NUM_EXAMPLES = 1024
+_NUM_POINTS, _NUM_BATCHES = 8, 8
+_ROWS_PER_COLUMN, _ROWS = 20, 20_000
+# Layers with more columns are not refitted here: their moments would not fit in memory.
+_MOST_COLUMNS = 6000
+_RIDGE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Curve:
+    """What a group costs in predictions, and saves, as its units go in their order.
+
+    Attributes:
+        order: The group's units, an int array: the first goes first.
+        num_gone: How many are gone at each point, from 0 on.
+        divergence: Mean over held-out examples of the divergence of the predictions from the whole
+            model's: Kullback-Leibler in nats for classes, relative squared difference for numbers.
+        saved: Parameters that are saved.
+    """
+
+    order: np.ndarray
+    num_gone: np.ndarray
+    divergence: np.ndarray
+    saved: np.ndarray
+
+    def slopes(self):
+        """Divergence a parameter of each unit, in the group's order, along the curve's lower convex hull."""
+        points = list(zip(self.saved.tolist(), self.divergence.tolist(), self.num_gone.tolist(), strict=True))
+        hull = []
+        for point in points:
+            while len(hull) > 1 and _turns_right(hull[-2], hull[-1], point):
+                hull.pop()
+            hull.append(point)
+        slopes = np.zeros(len(self.order))
+        for (x0, y0, n0), (x1, y1, n1) in itertools.pairwise(hull):
+            slopes[n0:n1] = max(y1 - y0, 0.0) / max(x1 - x0, 1)
+        last = int(self.num_gone[-1])
+        slopes[last:] = 10 * slopes[last - 1] if last else 1.0  # the last unit never goes
+        rank = np.arange(len(slopes)) / max(len(slopes), 1)
+        ranked = np.zeros(len(slopes))
+        ranked[self.order] = slopes * (1 + 1e-3 * rank) + 1e-12 * rank  # ties go in order
+        return ranked
+
+
+def curves(channels, gated, feed, importance):
+    """A `Curve` for each group.
+
+    One walk over the examples gathers the second moments of what every mixing layer reads; then, for
+    each group and each of eight shares of it, the units that matter least go, the layers that read them
+    are refitted to do without, and the held-out examples go through the model.
+
+    Args:
+        channels: `groups.Channels`.
+        gated: `gates.GatedModel` of it, frozen: its own copies of the layers take the refitted kernels.
+        feed: `datasets.Feed`; labels are not used.
+        importance: Array `(num_units,)` that orders the units of each group.
+
+    Returns:
+        A dict: group name -> `Curve`.
+    """
+    return _Curves(channels, gated, feed).all(importance)
+
+
+class _Curves:
+    def __init__(self, channels, gated, feed):
+        self._channels, self._gated = channels, gated
+        inputs = example_inputs(feed, channels.graph, NUM_EXAMPLES)
+        num_held_out = max(len(inputs[0]) // 4, 1)
+        self._held_out = [x[:num_held_out] for x in inputs]
+        self._readers = self._gather([x[num_held_out:] if len(x) > 1 else x for x in inputs])
+        self._wanted = self._predict()
+        self._costs = CostModel(channels)
+
+    def all(self, importance):
+        found = {}
+        for group in self._channels.groups:
+            part = slice(group.start, group.start + group.num_units)
+            order = np.argsort(importance[part], kind="stable")
+            found[group.name] = self._curve(group, order)
+        return found
+
+    def _gather(self, inputs):
+        """A `_Reader` for each mixing layer that reads units, from one walk."""
+        size = -(-len(inputs[0]) // _NUM_BATCHES)
+        batches = [[x[k : k + size] for x in inputs] for k in range(0, len(inputs[0]), size)]
+        walk, graph = Walk(self._channels.graph, batches), self._channels.graph
+        readers, random = [], np.random.default_rng(0)
+        for number, (call, effect) in enumerate(zip(graph.calls, self._channels.effects, strict=True)):
+            view = linear_view(call.operation)
+            once = sum(other.operation is call.operation for other in graph.calls) == 1
+            if once and view is not None and effect.weights.get(view.weight):
+                axes = effect.weights[view.weight]
+                if any(a is not None and (self._channels.units(a) >= 0).any() for a in axes):
+                    readers.append(_Reader(self._channels, self._gated, call, view, axes))
+                    readers[-1].gather(walk.tensors[call.inputs[0]], len(inputs[0]), random)
+            walk.run(number)
+            walk.forget(number)
+        return readers
+
+    def _curve(self, group, order):
+        counts = np.unique(
+            [round(k * group.num_units / _NUM_POINTS) for k in range(1, _NUM_POINTS)] + [group.num_units - 1]
+        )
+        counts = counts[counts > 0]
+        points = [(0, 0.0, 0)]
+        for num in counts.tolist():
+            kept = np.ones(self._channels.num_units, bool)
+            kept[group.start + order[:num]] = False
+            saved = self._costs()["params"] - self._costs(kept)["params"]
+            points.append((num, self._divergence(kept), saved))
+        num_gone, divergence, saved = map(np.array, zip(*points, strict=True))
+        return Curve(order, num_gone, divergence, saved)
+
+    def _divergence(self, kept):
+        """Of the predictions without some units, their readers refitted."""
+        changed = [reader for reader in self._readers if reader.refit(kept)]
+        self._gated.mask = kept
+        try:
+            predicted = self._predict()
+        finally:
+            for reader in changed:
+                reader.restore()
+            self._gated.mask = np.ones_like(kept)
+        model = self._channels.graph.model
+        losses = (
+            losses_by_output(model, len(predicted))
+            if getattr(model, "loss", None)
+            else [None] * len(predicted)
+        )
+        pairs = zip(losses, self._wanted, predicted, strict=True)
+        return float(np.mean([divergence(loss, wanted, ours) for loss, wanted, ours in pairs]))
+
+    def _predict(self):
+        """Flattened outputs for the held-out examples."""
+        structure = self._channels.graph.structures[id(self._channels.graph.model)].inputs
+        size, parts = min(len(self._held_out[0]), 128), []
+        for k in range(0, len(self._held_out[0]), size):
+            rows = np.arange(k, k + size) % len(self._held_out[0])  # one shape: compiled once
+            x = keras.tree.pack_sequence_as(structure, [x[rows] for x in self._held_out])
+            outputs = keras.tree.flatten(self._gated.predict_on_batch(x))
+            parts.append([ops.convert_to_numpy(ops.cast(y, "float32")) for y in outputs])
+        return [np.concatenate(column)[: len(self._held_out[0])] for column in zip(*parts, strict=True)]
+
+
+class _Reader:
+    """A mixing layer: the moments of what it reads, and its copy that is refitted."""
+
+    def __init__(self, channels, gated, call, view, axes):
+        self._channels, self._axes, self._view = channels, axes, view
+        self._copy = linear_view(gated.network.copy_of(call.operation))
+        self._place = constant_place(channels.graph, call)
+        self._place_copy = self._place and gated.network.copy_of(self._place.operation)
+        self._matrix = view.matrix()
+        self._constant = self._moments = None
+
+    def gather(self, column, num_examples, random):
+        """Takes the second moments of what it reads: the values of a tensor for each batch."""
+        num_columns = self._matrix.shape[1]
+        if num_columns > _MOST_COLUMNS:
+            return
+        take = -(-max(_ROWS_PER_COLUMN * num_columns, _ROWS) // num_examples)
+        self._moments = [Moments(num_columns) for _ in self._matrix]
+        for x in column:
+            positions = some_positions(len(x), self._view.num_positions(x), take, random)
+            for moments, rows in zip(self._moments, self._view.rows(x, positions), strict=True):
+                moments.add(rows)
+
+    def refit(self, kept):
+        """Fits the copy to do without some units, if it reads them; says whether it did."""
+        masks = [None if a is None else mask_of(self._channels, a, kept) for a in self._axes]
+        columns, _ = self._view.kept(masks)
+        if columns.all() or self._moments is None:
+            return False
+        centred = self._place is not None
+        pairs = zip(self._moments, self._matrix, strict=True)
+        fitted = np.stack([moments.restricted(m, columns, _RIDGE, centred) for moments, m in pairs])
+        self._copy.assign(fitted)
+        if centred:
+            means = [moments.mean for moments in self._moments]
+            changes = zip(means, self._matrix - fitted, strict=True)
+            self._constant = np.concatenate([mean @ change for mean, change in changes])
+            self._place.add(self._constant, self._place_copy)
+        return True
+
+    def restore(self):
+        """Puts the copy back."""
+        self._copy.assign(self._matrix)
+        if self._constant is not None:
+            self._place.add(-self._constant, self._place_copy)
+            self._constant = None
+
+
+def divergence(loss, wanted, ours):
+    """Mean over examples of how far predictions of one output are from those that are wanted.
+
+    Args:
+        loss: What the output was compiled with; `None` counts as a loss of numbers.
+        wanted, ours: Outputs `(num_examples, ...)`.
+    """
+    name, from_logits = kind_of(loss) if loss is not None else ("", False)
+    wanted, ours = wanted.astype(np.float64), ours.astype(np.float64)
+    if name in BINARY:
+        p, q = ((1 / (1 + np.exp(-y)) if from_logits else y) for y in (wanted, ours))
+        return float((_relative_entropy(p, q) + _relative_entropy(1 - p, 1 - q)).mean())
+    if name in CLASSES | ONE_HOT and wanted.shape[-1] > 1:
+        p, q = ((_softmax(y) if from_logits else y) for y in (wanted, ours))
+        return float(_relative_entropy(p, q).sum(-1).mean())
+    return float(np.square(ours - wanted).mean() / max(np.square(wanted).mean(), 1e-30))
+
+
+def _relative_entropy(p, q):
+    return p * np.log(np.maximum(p, 1e-12) / np.maximum(q, 1e-12))
+
+
+def _softmax(logits):
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def _turns_right(first, second, third):
+    """Whether the middle one of three points lies above the line through the others."""
+    (x0, y0, _), (x1, y1, _), (x2, y2, _) = first, second, third
+    return (y1 - y0) * (x2 - x0) >= (y2 - y0) * (x1 - x0)

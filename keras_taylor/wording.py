@@ -1,0 +1,57 @@
+"""What `compress` says of itself."""
+
+import numpy as np
+
+_UNITS = {"params": "parameters", "flops": "FLOPs"}
+
+
+def opening(model, info, num_rounds, scored, draws, repairs, carries, epochs):
+    """Lines before the first round.
+
+    Args:
+        model: The model to prune.
+        info: The run's `Info`, goal and costs filled in.
+        num_rounds: How many rounds there will be.
+        scored: Examples a scoring pass, at most; `None`: scores need no data.
+        draws: Whether labels are drawn from the model's own predictions.
+        repairs: Whether the layers that lose inputs are refitted.
+        carries: Whether the optimizer's state goes on.
+        epochs: Epochs of fine-tuning a round.
+    """
+    ((what, goal),) = info.goal.items()
+    trainable = sum(int(np.prod(w.shape)) for w in model.trainable_weights)
+    detail = f" ({trainable:,} trainable)" if what == "params" else ""
+    source = " without data" if scored is None else f" from at most {scored:,} examples"
+    steps = [
+        f"'{info.criterion}' scores{source}" + draws * " with labels drawn from the model's own predictions"
+    ]
+    steps += ["repair"] * bool(repairs)
+    if epochs:
+        steps.append(f"fine-tuning{'' if carries else ' with a new optimizer'}, epochs: {epochs}")
+    yield (
+        f"remove {100 * goal:.4g} % of {info.before[what]:,} {_UNITS[what]}{detail}; rounds: {num_rounds}; "
+        f"in each: {', then '.join(steps)}"
+    )
+    frozen = [layer.name for layer in model.layers if layer.weights and not layer.trainable]
+    if frozen:
+        names = ", ".join(frozen[:5]) + (", ..." if len(frozen) > 5 else "")
+        yield f"frozen, so pruned but not fine-tuned: {len(frozen)} layers ({names})"
+    if info.unknown:
+        yield f"without a rule, so what they read stays: {', '.join(info.unknown)}"
+
+
+def described(done, before):
+    """One line about a round that is done: a `Round`, and the costs before the run."""
+    parts = [f"{done.params:,} parameters left ({1 - done.params / before['params']:.1%} gone)"]
+    if done.flops is not None:
+        parts.append(f"{1 - done.flops / before['flops']:.1%} of FLOPs gone")
+    parts += [f"{name} {values[-1]:.4g}" for name, values in done.history.items() if values]
+    return ", ".join(parts) + f", {sum(done.seconds.values()):.1f} s"
+
+
+def as_call(**arguments):
+    """A call of `compress` as text, with those arguments that are short."""
+    short = {
+        k: v for k, v in arguments.items() if isinstance(v, (str, int, float, dict)) and len(repr(v)) < 80
+    }
+    return ", ".join(["keras_taylor.compress(model, ds", *(f"{k}={v!r}" for k, v in short.items())]) + ")"

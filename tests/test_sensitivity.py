@@ -1,0 +1,91 @@
+"""Sensitivity: what predictions lose when a share of a group goes, its readers refitted."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import NAMES, case, fingerprint, predict, targets_of
+from test_repair import inputs_for, redundant
+
+import keras_taylor
+from keras_taylor.datasets import Feed
+from keras_taylor.gates import GatedModel
+from keras_taylor.groups import read_channels
+from keras_taylor.least_squares import Moments
+from keras_taylor.sensitivity import Curve, curves, divergence
+
+ORDERS = np.array([3, 0, 2, 1])
+
+
+def test_slopes_follow_the_lower_convex_hull():
+    curve = Curve(ORDERS, np.array([0, 1, 2, 3]), np.array([0.0, 0.3, 0.4, 1.4]), np.array([0, 10, 20, 30]))
+    slopes = curve.slopes()
+    np.testing.assert_allclose(slopes[[3, 0]], 0.02, rtol=2e-3)  # 0.4 for 20: the first step alone is dearer
+    np.testing.assert_allclose(slopes[2], 0.1, rtol=2e-3)
+    assert np.argsort(slopes).tolist() == ORDERS.tolist() and slopes[1] > 0.5
+
+
+def test_what_costs_nothing_still_goes_in_order():
+    curve = Curve(ORDERS, np.array([0, 2, 3]), np.zeros(3), np.array([0, 5, 9]))
+    assert np.argsort(curve.slopes()).tolist() == ORDERS.tolist()
+
+
+def test_divergences_by_hand():
+    p, q = np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([[0.25, 0.75], [0.9, 0.1]])
+    wanted = (0.5 * np.log(2) + 0.5 * np.log(2 / 3)) / 2
+    assert divergence("sparse_categorical_crossentropy", p, q) == pytest.approx(wanted)
+    logits = keras.losses.CategoricalCrossentropy(from_logits=True)
+    assert divergence(logits, np.log(p) + 3, np.log(q) - 1) == pytest.approx(wanted)
+    both = (0.5 * np.log(0.5 / 0.2) + 0.5 * np.log(0.5 / 0.8)) / 1
+    assert divergence("binary_crossentropy", np.array([[0.5]]), np.array([[0.2]])) == pytest.approx(both)
+    assert divergence("mse", np.array([[3.0, 4.0]]), np.array([[3.0, 3.0]])) == pytest.approx(1 / 25)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_restricted_matrix_is_the_least_squares_solution(centred):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 6)) @ random.normal(size=(6, 6)) + 2
+    matrix, columns = random.normal(size=(6, 3)), np.array([1, 1, 0, 1, 0, 1], bool)
+    moments = Moments(6)
+    for part in np.array_split(x, 7):
+        moments.add(part)
+    ours = moments.restricted(matrix, columns, 1e-9, centred)
+    rows = x - x.mean(0) if centred else x
+    theirs = np.linalg.lstsq(rows[:, columns], rows @ matrix, rcond=None)[0]
+    np.testing.assert_allclose(ours[columns], theirs, rtol=1e-4)
+    assert not ours[~columns].any()
+    np.testing.assert_allclose(moments.mean, x.mean(0))
+
+
+def test_redundant_units_cost_nothing_once_their_readers_are_refitted():
+    """Two of eight filters are mixtures of the others: plain removal shows, refitted it does not."""
+    model = redundant()
+    model.compile("sgd", "mse")
+    x = inputs_for(model, 400)
+    channels = read_channels(model)
+    importance = np.ones(channels.num_units)
+    (group,) = [g for g in channels.groups if g.name == "conv1"]
+    importance[group.start + 6 : group.start + 8] = 0
+    gated = GatedModel(channels)
+    before, weights = predict(gated, x[:8]), fingerprint(model)["weights"]
+    curve = curves(channels, gated, Feed(x, model, targets=False), importance)["conv1"]
+    assert curve.order[:2].tolist() == [6, 7]
+    at_two = curve.divergence[curve.num_gone.tolist().index(2)]
+    assert at_two < 1e-6 < curve.divergence[curve.num_gone.tolist().index(4)]
+    mask = np.ones(channels.num_units)
+    mask[group.start + 6 : group.start + 8] = 0
+    for ours, theirs in zip(predict(gated, x[:8]), before, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # the copies were put back
+    gated.mask = mask
+    assert divergence("mse", before[0], predict(gated, x[:8])[0]) > 1e-4
+    assert fingerprint(model)["weights"] == weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_over_the_zoo(name):
+    model, x = case(name).model, case(name).x
+    before = fingerprint(model)
+    scores = keras_taylor.score(model, (x, targets_of(model, x)), criterion="sensitivity")
+    assert fingerprint(model) == before
+    assert set(scores) == {g.name for g in read_channels(model).groups}
+    assert all(np.isfinite(v).all() and (v >= 0).all() for v in scores.values())
+    keras_taylor.make_plan(model, scores, 0.1)
