@@ -83,8 +83,9 @@ def test_redundant_units_cost_nothing_once_their_readers_are_refitted():
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_over_the_zoo(name):
     model, x = case(name).model, case(name).x
+    y = targets_of(model, x)
     before = fingerprint(model)
-    scores = keras_taylor.score(model, (x, targets_of(model, x)), criterion="sensitivity")
+    scores = keras_taylor.score(model, (x, y), criterion="sensitivity")
     assert fingerprint(model) == before
     assert set(scores) == {g.name for g in read_channels(model).groups}
     assert all(np.isfinite(v).all() and (v >= 0).all() for v in scores.values())
