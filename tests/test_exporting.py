@@ -448,7 +448,7 @@ def test_what_is_accepted():
     lost = dataclasses.replace(exact, quantize="int8", relative_difference=np.inf)
     assert complaint(lost, 0.1, 0) != ""
     falls = dataclasses.replace(exact, metric=0.8, model_metric=0.9)
-    assert complaint(falls, 0.2, 0.05) == "the metric falls from 0.9 to 0.8; accepted is a drop of 0.05."
+    assert "the metric falls from 0.9 to 0.8; accepted is a drop of 0.05. " in complaint(falls, 0.2, 0.05)
     assert complaint(falls, 0.2, 0.11) == ""
 
 
