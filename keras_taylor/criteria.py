@@ -13,7 +13,7 @@ means over examples:
 | `batchnorm` | mean(abs(gamma)) | Liu et al. 2017 (arXiv 1708.06519) |
 | `random` | uniform | baseline |
 | `sensitivity` | measured divergence of the predictions a parameter saved, as a growing share of its
-  group goes and what reads it is refitted; within a group in the order of `taylor` | for `repair` |
+  group goes and what reads it is refitted; within a group by the error of that fit | for `repair` |
 | `oracle` | true change of the mean loss without the unit | the judge of all others |
 """
 

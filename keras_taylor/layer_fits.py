@@ -74,12 +74,16 @@ class LayerFit:
         ]
         targets = [self._target(batch, where) for batch, where in enumerate(positions)]
         num_rows = sum(map(len, targets))
-        regressions = [Regression(m, self._place is not None, num_rows) for m in self._view.matrix()]
+        weights = self._sequel.weights(targets[0].shape[1])
+        regressions = [
+            Regression(m, self._place is not None, num_rows, w)
+            for m, w in zip(self._view.matrix(), np.split(weights, self._view.num_blocks), strict=True)
+        ]
         for batch, blocks in self._rows(positions):
             for regression, x, y in zip(regressions, blocks, self._split(targets[batch]), strict=True):
                 regression.add(x, y, batch >= self._num_fit)
         solutions = [regression.solve() for regression in regressions]
-        power = np.mean([np.square(y).sum(1).mean() for y in targets[self._num_fit :]])
+        power = np.mean([(np.square(y) @ weights).mean() for y in targets[self._num_fit :]])
         before, after = (
             float(sum(getattr(s, name) for s in solutions) / max(power, np.finfo(np.float32).tiny))
             for name in ("error_before", "error_after")

@@ -38,10 +38,13 @@ class Regression:
         num_rows: How many rows will come. With fewer than columns the rows themselves are kept, and
             the equations that are solved have one unknown a row; else moments are summed up,
             so that memory does not grow with the rows.
+        weights: Array `(num_outputs,)`: what a squared error of each output counts; it matters only
+            for the choice of the ridge, and for the errors that are told.
     """
 
-    def __init__(self, start, constant, num_rows):
+    def __init__(self, start, constant, num_rows, weights=None):
         self._start = np.asarray(start, np.float32)
+        self._weights = np.ones(self._start.shape[1]) if weights is None else weights
         self._constant = constant
         make = _Rows if num_rows < len(self._start) else _Moments
         self._fit, self._held_out = make(self._start.shape), make(self._start.shape)
@@ -57,14 +60,55 @@ class Regression:
     def solve(self):
         """The `Solution` with the ridge that is best on the held-out rows, found from all rows."""
         nothing = np.zeros(self._start.shape), np.zeros(self._start.shape[1])
-        before = self._held_out.error(*nothing)
-        errors = {ridge: self._held_out.error(*self._fit.solve(ridge, self._constant)) for ridge in RIDGES}
+        before = self._error(*nothing)
+        errors = {ridge: self._error(*self._fit.solve(ridge, self._constant)) for ridge in RIDGES}
         best = min(errors, key=errors.get)
         num = max(self._held_out.num, 1)
         if not errors[best] < before:  # not `>=`: a NaN is no gain
             return Solution(*nothing, None, before / num, before / num)
         solution = self._fit.joined(self._held_out).solve(best, self._constant)
         return Solution(*solution, best, before / num, errors[best] / num)
+
+    def _error(self, change, constant):
+        return float(self._weights @ self._held_out.errors(change, constant))
+
+
+class Elimination:
+    """What the squared error of a regression grows by as blocks of columns leave, one after the other.
+
+    The columns that stay are refitted after each: the block formula of the optimal brain surgeon
+    (Hassibi and Stork, NIPS 1992) on the second moments.
+
+    Args:
+        products: Second moments of the columns, ridge included, `(num_columns, num_columns)`.
+        matrix: Array `(num_columns, num_outputs)`.
+        blocks: Indices of each block's columns, an int array `(num_blocks, size)`.
+        weights: What a squared error of each output counts.
+    """
+
+    def __init__(self, products, matrix, blocks, weights):
+        self._inverse = np.linalg.inv(products)
+        self._matrix = matrix * np.sqrt(weights)
+        self._blocks = blocks
+        self._scale = max(float((self._matrix * (products @ self._matrix)).sum()), 1e-30)
+
+    def costs(self):
+        """Growth for each block if it went next, relative to the mean square of what the matrix makes."""
+        inner = self._inverse[self._blocks[:, :, None], self._blocks[:, None, :]]
+        rows = self._matrix[self._blocks]
+        return (rows * np.linalg.solve(inner, rows)).sum((1, 2)) / self._scale
+
+    def remove(self, block):
+        """Lets a block go."""
+        columns = self._blocks[block]
+        across = self._inverse[:, columns]
+        inner = np.linalg.inv(across[columns])
+        self._matrix = self._matrix - across @ (inner @ self._matrix[columns])
+        self._inverse = self._inverse - across @ inner @ across.T
+        self._matrix[columns] = 0
+        # what has gone costs nothing more, and is touched no more
+        self._inverse[columns] = self._inverse[:, columns] = 0
+        self._inverse[columns, columns] = 1
 
 
 class Again:
@@ -100,6 +144,15 @@ class Moments:
         self._xx += x.T @ x
         self._x += x.sum(0, dtype=np.float64)
 
+    def elimination(self, matrix, blocks, ridge, centred, weights):
+        """An `Elimination` of blocks of columns; arguments as in `restricted`."""
+        return Elimination(self._products(ridge, centred), matrix, blocks, weights)
+
+    def _products(self, ridge, centred):
+        xx = self._xx - self._num * np.outer(self.mean, self.mean) if centred else self._xx.copy()
+        xx.flat[:: len(xx) + 1] += ridge * max(np.trace(xx) / len(xx), 1e-30)
+        return xx
+
     def restricted(self, matrix, columns, ridge, centred):
         """The matrix, zero outside some columns, that comes nearest to what another makes of the rows.
 
@@ -109,9 +162,8 @@ class Moments:
             ridge: As in `Regression`; it pulls towards `matrix`.
             centred: Whether there will be a constant.
         """
-        xx = self._xx - self._num * np.outer(self.mean, self.mean) if centred else self._xx
+        xx = self._products(ridge, centred)
         among = xx[np.ix_(columns, columns)]
-        among.flat[:: len(among) + 1] += ridge * max(np.trace(among) / len(among), 1e-30)
         fitted = np.zeros(matrix.shape)
         lost = xx[np.ix_(columns, ~columns)] @ matrix[~columns]
         fitted[columns] = matrix[columns] + np.linalg.solve(among, lost)
@@ -123,7 +175,7 @@ class _Moments:
 
     def __init__(self, shape):
         columns, outputs = shape
-        self.num, self._squares = 0, 0.0
+        self.num, self._squares = 0, np.zeros(outputs)
         self._xx, self._xr = np.zeros((columns, columns)), np.zeros((columns, outputs))
         self._x, self._r = np.zeros(columns), np.zeros(outputs)
 
@@ -136,7 +188,7 @@ class _Moments:
     def add_targets(self, x, r):
         self._xr += x.T @ r
         self._r += r.sum(0, dtype=np.float64)
-        self._squares += float(np.square(r, dtype=np.float64).sum())
+        self._squares += np.square(r, dtype=np.float64).sum(0)
 
     def joined(self, other):
         both = _Moments(self._xr.shape)
@@ -160,11 +212,11 @@ class _Moments:
         change = np.linalg.solve(xx, self._xr - num * np.outer(x, r))
         return change, r - x @ change
 
-    def error(self, change, constant):
-        """Sum of squared errors."""
-        mixed = (change * (self._xx @ change)).sum() - 2 * (change * self._xr).sum()
-        shifted = self.num * constant @ constant - 2 * constant @ (self._r - self._x @ change)
-        return float(self._squares + mixed + shifted)
+    def errors(self, change, constant):
+        """Sum of squared errors of each output."""
+        mixed = (change * (self._xx @ change)).sum(0) - 2 * (change * self._xr).sum(0)
+        shifted = self.num * np.square(constant) - 2 * constant * (self._r - self._x @ change)
+        return self._squares + mixed + shifted
 
 
 class _Rows:
@@ -206,7 +258,5 @@ class _Rows:
         change = x.T @ np.linalg.solve(gram, r - level)
         return change, level - middle @ change
 
-    def error(self, change, constant):
-        return float(
-            sum(np.square(r - x @ change - constant).sum() for x, r in zip(self._x, self._r, strict=True))
-        )
+    def errors(self, change, constant):
+        return sum(np.square(r - x @ change - constant).sum(0) for x, r in zip(self._x, self._r, strict=True))

@@ -63,6 +63,15 @@ class _Dense:
         *window, columns, outputs = self._in_order(full)
         return np.tile(columns, math.prod(map(len, window))), outputs
 
+    def along_columns(self, axes):
+        """Values along the kernel's input axis, spread over the columns of a block.
+
+        Args:
+            axes: For each axis of the kernel an array, or `None`.
+        """
+        *window, values, _ = self._in_order(list(zip(axes, self.kernel.shape, strict=True)))
+        return np.tile(values[0], math.prod(size for _, size in window))
+
     def _in_order(self, axes):
         """The kernel's axes: window, inputs, outputs."""
         return axes

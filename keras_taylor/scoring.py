@@ -1,5 +1,6 @@
 """Taylor importance of every channel."""
 
+import functools
 import warnings
 
 import keras
@@ -139,9 +140,13 @@ def score_channels(channels, feed, criterion, num_examples=None, class_weight=No
             _refuse_class_weight(class_weight)
             changes = _loss_changes(gated, channels, feed, num_examples)
         else:
-            totals = gate_statistics(gated, channels, feed, num_examples, class_weight, callbacks)
-        if criterion == "sensitivity":
-            slopes = _slopes(gated, channels, feed, totals)
+            gather = functools.partial(
+                gate_statistics, gated, channels, feed, num_examples, class_weight, callbacks
+            )
+            if criterion == "sensitivity":
+                slopes = _slopes(gated, channels, feed, gather)
+            else:
+                totals = gather()
     return scores_of(channels, criterion, totals, changes, slopes)
 
 
@@ -270,9 +275,10 @@ def _where_not_finite(gated, feed):
     )
 
 
-def _slopes(gated, channels, feed, totals):
-    """What the predictions lose a parameter, as a share of a group goes; units in the order of `taylor`."""
-    importance = totals[ROWS.index("square")]
+def _slopes(gated, channels, feed, gather):
+    """Slopes of each group's curve; `gather` gives statistics of gates, if they are needed."""
+    statistics = functools.cache(gather)
+    importance = lambda: statistics()[ROWS.index("square")]  # noqa: E731
     slopes = np.zeros(channels.num_units)
     for group, curve in zip(channels.groups, curves(channels, gated, feed, importance).values(), strict=True):
         slopes[group.start : group.start + group.num_units] = curve.slopes()

@@ -12,7 +12,7 @@ from keras_taylor.least_squares import Moments
 from keras_taylor.linear_views import linear_view, some_positions
 from keras_taylor.losses import BINARY, CLASSES, ONE_HOT, kind_of, losses_by_output
 from keras_taylor.plan import mask_of
-from keras_taylor.streams import constant_place
+from keras_taylor.streams import constant_place, gain_of
 from keras_taylor.walk import Walk, example_inputs
 
 NUM_EXAMPLES = 1024
@@ -62,15 +62,17 @@ class Curve:
 def curves(channels, gated, feed, importance):
     """A `Curve` for each group.
 
-    One walk over the examples gathers the second moments of what every mixing layer reads; then, for
-    each group and each of eight shares of it, the units that matter least go, the layers that read them
-    are refitted to do without, and the held-out examples go through the model.
+    One walk over the examples gathers the second moments of what every mixing layer reads. They order
+    the units of a group: the next to go is the one that the layers which read it miss least, once they
+    are refitted to do without all that have gone. For each of eight shares of the group the
+    readers are then refitted in a copy, and the held-out examples go through it.
 
     Args:
         channels: `groups.Channels`.
         gated: `gates.GatedModel` of it, frozen: its own copies of the layers take the refitted kernels.
         feed: `datasets.Feed`; labels are not used.
-        importance: Array `(num_units,)` that orders the units of each group.
+        importance: A function without arguments that gives an array `(num_units,)`; it orders the units
+            of groups whose readers cannot be refitted.
 
     Returns:
         A dict: group name -> `Curve`.
@@ -91,10 +93,25 @@ class _Curves:
     def all(self, importance):
         found = {}
         for group in self._channels.groups:
-            part = slice(group.start, group.start + group.num_units)
-            order = np.argsort(importance[part], kind="stable")
+            order = self._order(group)
+            if order is None:
+                order = np.argsort(importance()[group.start : group.start + group.num_units], kind="stable")
             found[group.name] = self._curve(group, order)
         return found
+
+    def _order(self, group):
+        """The group's units, those first that readers miss least; `None` where no reader can be refitted."""
+        eliminations = [e for reader in self._readers for e in reader.eliminations(group)]
+        if not eliminations:
+            return None
+        order, gone = [], np.zeros(group.num_units)
+        for _ in range(group.num_units):
+            costs = sum(e.costs() for e in eliminations) + gone
+            order.append(int(np.argmin(costs)))
+            gone[order[-1]] = np.inf
+            for e in eliminations:
+                e.remove(order[-1])
+        return np.array(order)
 
     def _gather(self, inputs):
         """A `_Reader` for each mixing layer that reads units, from one walk."""
@@ -168,6 +185,9 @@ class _Reader:
         self._place = constant_place(channels.graph, call)
         self._place_copy = self._place and gated.network.copy_of(self._place.operation)
         self._matrix = view.matrix()
+        self._weights = np.square(
+            gain_of(channels.graph, call, self._matrix.shape[0] * self._matrix.shape[2])
+        )
         self._constant = self._moments = None
 
     def gather(self, column, num_examples, random):
@@ -181,6 +201,20 @@ class _Reader:
             positions = some_positions(len(x), self._view.num_positions(x), take, random)
             for moments, rows in zip(self._moments, self._view.rows(x, positions), strict=True):
                 moments.add(rows)
+
+    def eliminations(self, group):
+        """An `Elimination` of the units for each block of the kernel; none if it does not read them."""
+        if self._moments is None:
+            return []
+        units = self._view.along_columns([None if a is None else self._channels.units(a) for a in self._axes])
+        found = [np.flatnonzero(units == group.start + k) for k in range(group.num_units)]
+        if len({len(columns) for columns in found}) != 1 or not len(found[0]):
+            return []
+        weights = np.split(self._weights, len(self._matrix))
+        return [
+            moments.elimination(matrix, np.stack(found), _RIDGE, self._place is not None, w)
+            for moments, matrix, w in zip(self._moments, self._matrix, weights, strict=True)
+        ]
 
     def refit(self, kept):
         """Fits the copy to do without some units, if it reads them; says whether it did."""

@@ -61,6 +61,13 @@ def constant_place(graph, call):
     return ConstantPlace(reader.operation, "moving_mean", -1) if _is_linear(layer) and used_once else None
 
 
+def gain_of(graph, call, num_outputs):
+    """By what the normalisation that reads a layer's output multiplies each channel; ones if none does."""
+    reader = _only_reader(graph, call.outputs[0])
+    affine = _affine(reader.operation) if reader is not None and _is_linear(call.operation) else None
+    return np.broadcast_to(np.ones(1) if affine is None else affine[0], num_outputs)
+
+
 class Sequel:
     """What follows on a layer's output: normalisations at inference, a residual sum, a rectifier.
 
@@ -85,6 +92,10 @@ class Sequel:
         self.rectified = _is_relu(getattr(call.operation, "activation", None))
         if _is_linear(call.operation):
             self._follow(call.outputs[0])
+
+    def weights(self, num_outputs):
+        """What a squared error of each output counts: the square of its gain."""
+        return np.broadcast_to(np.square(self._gain), num_outputs)
 
     def lost(self, batch, positions):
         """What the terms have lost, as something to add to y at some positions, or 0."""

@@ -62,22 +62,43 @@ def test_redundant_units_cost_nothing_once_their_readers_are_refitted():
     model.compile("sgd", "mse")
     x = inputs_for(model, 400)
     channels = read_channels(model)
-    importance = np.ones(channels.num_units)
     (group,) = [g for g in channels.groups if g.name == "conv1"]
-    importance[group.start + 6 : group.start + 8] = 0
     gated = GatedModel(channels)
     before, weights = predict(gated, x[:8]), fingerprint(model)["weights"]
-    curve = curves(channels, gated, Feed(x, model, targets=False), importance)["conv1"]
-    assert curve.order[:2].tolist() == [6, 7]
+    curve = curves(channels, gated, Feed(x, model, targets=False), None)["conv1"]
     at_two = curve.divergence[curve.num_gone.tolist().index(2)]
     assert at_two < 1e-6 < curve.divergence[curve.num_gone.tolist().index(4)]
     mask = np.ones(channels.num_units)
-    mask[group.start + 6 : group.start + 8] = 0
+    mask[group.start + curve.order[:2]] = 0
     for ours, theirs in zip(predict(gated, x[:8]), before, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # the copies were put back
     gated.mask = mask
     assert divergence("mse", before[0], predict(gated, x[:8])[0]) > 1e-4
     assert fingerprint(model)["weights"] == weights
+
+
+def test_elimination_tells_the_growth_of_the_squared_error():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(300, 8)) @ random.normal(size=(8, 8))
+    matrix, weights = random.normal(size=(8, 3)), np.array([1.0, 4.0, 0.25])
+    moments = Moments(8)
+    moments.add(x)
+    blocks = np.array([[0, 4], [1, 5], [2, 6], [3, 7]])
+    elimination = moments.elimination(matrix, blocks, 1e-12, False, weights)
+    wanted = x @ matrix
+
+    def error(columns):
+        found = np.linalg.lstsq(x[:, columns], wanted, rcond=None)[0]
+        return (np.square(wanted - x[:, columns] @ found) @ weights).sum() / (
+            np.square(wanted) @ weights
+        ).sum()
+
+    alone = [error([c for c in range(8) if c not in block]) for block in blocks.tolist()]
+    np.testing.assert_allclose(elimination.costs(), alone, rtol=1e-6)
+    elimination.remove(2)
+    for other in (0, 1, 3):
+        both = error([c for c in range(8) if c not in (2, 6, *blocks[other])])
+        np.testing.assert_allclose(elimination.costs()[other], both - alone[2], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
