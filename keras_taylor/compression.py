@@ -12,6 +12,7 @@ from keras_taylor import graph as graphs
 from keras_taylor.backups import Backups, capture, describe_call, rebuild
 from keras_taylor.costs import CostModel
 from keras_taylor.datasets import Feed
+from keras_taylor.distilling import check_trainable, distiller
 from keras_taylor.fine_tuning import Diverged, check_fit_arguments, evaluate, fine_tune
 from keras_taylor.groups import layer_names, read_channels
 from keras_taylor.optimizers import has_schedule
@@ -72,6 +73,7 @@ def compress(
     min_channels=1,
     repair=True,
     labels=None,
+    distill=False,
     backup_dir=None,
     return_info=False,
     verbose="auto",
@@ -100,6 +102,10 @@ def compress(
             `epochs=0` to the original.
         labels: What scores take for labels: "data" those of `ds`, "model" ones drawn from the model's
             own predictions in each round, `None` those of `ds` if it has some.
+        distill: Fine-tune with the given model as the teacher (`keras.distillation.Distiller`): `True`
+            for its outputs, or a `keras.distillation.DistillationLoss` or a list of such (features).
+            Half of the loss is the compiled one on the labels, all of it the teacher's where `ds`
+            has none. Weights of examples and classes are then refused: the distiller ignores them.
         backup_dir: Directory, made if missing, that keeps the state of the run after each
             round: the same call after a crash, a kill or Ctrl-C goes on with the round that
             was not completed, and after the last one returns the finished model at once.
@@ -141,11 +147,12 @@ def compress(
     check_fit_arguments(fit_kwargs)
     run = _Run(
         model, ds, goal, increment, criterion, score_examples, include, exclude,
-        round_to, min_channels, repair, labels, backup_dir, fit_kwargs,
+        round_to, min_channels, repair, labels, distill, backup_dir, fit_kwargs,
     )  # fmt: skip
     run.info.command = wording.as_call(
         goal=goal, increment=increment, criterion=run.info.criterion, include=include, exclude=exclude,
-        round_to=round_to, min_channels=min_channels, repair=repair, **fit_kwargs,
+        round_to=round_to, min_channels=min_channels, repair=repair,
+        distill=distill is not False, **fit_kwargs,
     )  # fmt: skip
     with Reporter(verbose) as reporter:
         small = run.until_done(reporter)
@@ -157,7 +164,7 @@ class _Run:
 
     def __init__(
         self, model, ds, goal, increment, criterion, score_examples, include, exclude,
-        round_to, min_channels, repair, labels, backup_dir, fit_kwargs,
+        round_to, min_channels, repair, labels, distill, backup_dir, fit_kwargs,
     ):  # fmt: skip
         what, fraction = parse_goal(goal)
         criteria.get(criterion)
@@ -185,12 +192,9 @@ class _Run:
             targets=check_labels(labels) == "data",
         )
         self._trains = self._fit_kwargs.get("epochs", 1) != 0
-        if self._trains and not self._feed.has_targets:
-            raise ValueError(
-                "The data set yields no labels to fine-tune with. Expected `(x, y)` pairs, or `epochs=0`: "
-                "then scores take labels that are drawn from the model's own predictions. "
-                f"Received: ds without labels, epochs={self._fit_kwargs.get('epochs', 1)}"
-            )
+        if self._trains:
+            check_trainable(self._feed, self._fit_kwargs, distill)
+        self._distill, self._teacher = distill, None
         self._repairs = repair
         self._draws = draws_labels(self._feed, labels) and needs_data(criterion, self._feed)
         self._score_examples = self._num_scored(score_examples)
@@ -253,6 +257,7 @@ class _Run:
             exclude=self._exclude,
             **self._limits,
             repair=self._repairs,
+            distill=self._distill is not False,
             labels="model" if self._draws else "data",
             score_examples=self._score_examples,
             epochs=self._fit_kwargs.get("epochs", 1),
@@ -360,7 +365,11 @@ class _Run:
         if not self._trains:
             return {}, []
         arguments = {**self._feed.fit_arguments(), **self._fit_kwargs}
-        return fine_tune(small, origin, arguments, callbacks)
+        trainer = None
+        if self._distill:
+            self._teacher = self._teacher or self._copy()
+            trainer = distiller(small, self._teacher, self._distill, self._feed.has_targets)
+        return fine_tune(small, origin, arguments, callbacks, trainer)
 
     def _examples(self):
         """What layers are refitted on; taken from the data once."""

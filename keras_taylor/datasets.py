@@ -22,7 +22,7 @@ class Feed:
     Attributes:
         num_examples: How many there are; for an iterable the number of batches times
             the size of the first one, `None` where it does not tell.
-        has_targets: Whether the first batch has some.
+        has_targets, has_weights: Whether the first batch has some.
     """
 
     def __init__(self, ds, model, batch_size=None, steps_per_epoch=None, sample_weight=None, targets=True):
@@ -92,8 +92,8 @@ class Feed:
                 _check_finite(what, part)
         else:
             first, self._batches = _peek(self._batches)
-        x, y, _ = first
-        self.has_targets = y is not None
+        x, y, weight = first
+        self.has_targets, self.has_weights = y is not None, weight is not None
         _check_inputs(x, model)
         if targets and y is None:
             raise ValueError(

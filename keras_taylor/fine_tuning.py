@@ -19,7 +19,7 @@ class Diverged(Exception):
         self.what, self.where = what, where
 
 
-def fine_tune(model, origin, arguments, callbacks):
+def fine_tune(model, origin, arguments, callbacks, trainer=None):
     """Trains a model with `fit`, and stops at the first loss that is not finite.
 
     Args:
@@ -28,6 +28,7 @@ def fine_tune(model, origin, arguments, callbacks):
             fault of the training.
         arguments: What `fit` is called with.
         callbacks: Callbacks besides those in `arguments`.
+        trainer: The model whose `fit` trains `model`, if that is another one (a distiller).
 
     Returns:
         A tuple of metrics by epoch (as `History.history`, floats), and the loss of every step.
@@ -37,7 +38,7 @@ def fine_tune(model, origin, arguments, callbacks):
     """
     losses = _StepLosses()
     callbacks = [*(arguments.get("callbacks") or []), *callbacks, losses]
-    history = model.fit(**{**arguments, "callbacks": callbacks, "verbose": 0}).history
+    history = (trainer or model).fit(**{**arguments, "callbacks": callbacks, "verbose": 0}).history
     if losses.bad is not None:
         raise Diverged(f"the loss became {_named(losses.bad)}", f"at fine-tuning step {len(losses.values)}")
     for new, old in zip(model.weights, origin.weights, strict=False):

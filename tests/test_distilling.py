@@ -1,0 +1,91 @@
+"""Fine-tuning with the original as the teacher."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import fingerprint
+from test_compress import small_model, stripes
+
+import keras_taylor
+from keras_taylor.distilling import distiller, output_imitation
+
+layers = keras.layers
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def heads(loss):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, [layers.Dense(4, name="a")(inputs), layers.Dense(4, name="b")(inputs)])
+    model.compile("sgd", loss)
+    return model
+
+
+def test_losses_by_hand():
+    """Classes from logits and from probabilities at temperature 3, numbers without one."""
+    random = np.random.default_rng(0)
+    teacher, student = random.normal(size=(2, 5, 4)).astype("float32")
+    p, q = softmax(teacher / 3), softmax(student / 3)
+    divergence = 9 * (p * np.log(p / q)).sum(-1).mean()
+    logits = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    found = output_imitation(heads([logits, "mse"])).compute_loss([teacher, teacher], [student, student])
+    squares = np.square(teacher - student).mean()
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(found), divergence + squares, rtol=1e-4)
+    classes = output_imitation(heads(["categorical_crossentropy", "mse"]))
+    found = classes.compute_loss([softmax(teacher), teacher], [softmax(student), teacher])
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(found), divergence, rtol=1e-3)
+
+
+def test_a_step_moves_the_student_alone():
+    teacher, student = small_model(), small_model()
+    x, y = stripes()
+    before, after = fingerprint(teacher)["weights"], fingerprint(student)["weights"]
+    trainer = distiller(student, teacher)
+    history = trainer.fit(x, y, epochs=2, batch_size=16, verbose=0).history
+    assert fingerprint(teacher)["weights"] == before and fingerprint(student)["weights"] != after
+    assert {"accuracy", "loss", "distillation_loss", "student_loss"} <= set(history)
+    assert trainer.optimizer is student.optimizer
+    assert int(keras.ops.convert_to_numpy(student.optimizer.iterations)) == 6
+
+
+def trained():
+    model, (x, y) = small_model(), stripes()
+    model.fit(x, y, epochs=10, batch_size=16, verbose=0)
+    return model, x, y
+
+
+def test_compress_by_distillation_alone():
+    model, x, _ = trained()
+    before = fingerprint(model)
+    arguments = {"goal": 0.8, "increment": 0.8, "batch_size": 16, "verbose": 0, "repair": False}
+    arguments["criterion"] = "magnitude"  # the same cut for both
+    small, info = keras_taylor.compress(model, x, distill=True, epochs=8, return_info=True, **arguments)
+    assert fingerprint(model) == before and type(small) is type(model)
+    history = info.rounds[0].history
+    assert history["loss"][-1] < history["loss"][0] and "accuracy" not in history
+    cut = keras_taylor.compress(model, x, epochs=0, **arguments)
+    wanted, ours, untrained = (m.predict(x, verbose=0) for m in (model, small, cut))
+    assert np.square(ours - wanted).mean() < np.square(untrained - wanted).mean()
+    assert small.evaluate(*stripes(), verbose=0, return_dict=True)["accuracy"] > 0.5
+
+
+def test_labels_and_validation_and_features():
+    model, x, y = trained()
+    features = keras.distillation.FeatureDistillation("mse", "head", "head")
+    small, info = keras_taylor.compress(
+        model, (x, y), 0.4, increment=0.4, distill=[features], epochs=2, batch_size=16,
+        validation_data=(x, y), verbose=0, return_info=True,
+    )  # fmt: skip
+    assert {"accuracy", "student_loss", "val_loss", "val_accuracy"} <= set(info.rounds[0].history)
+    assert "distill=True" in info.command and small.count_params() <= 0.6 * model.count_params()
+
+
+def test_weights_are_refused():
+    model, x, y = trained()
+    with pytest.raises(ValueError, match=r"`distill` and `class_weight` do not go together.*and distill$"):
+        keras_taylor.compress(model, (x, y), distill=True, class_weight={0: 2.0})
+    with pytest.raises(ValueError, match=r"`distill` and `sample_weight` do not go together"):
+        keras_taylor.compress(model, (x, y, np.ones(len(y))), distill=True)
