@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+# Rows for each column of a regression, and at least so many: more change little.
+_ROWS_PER_COLUMN, _ROWS = 20, 20_000
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
@@ -226,6 +228,11 @@ class _Transposed(_Windowed):
         windows = np.lib.stride_tricks.sliding_window_view(spread, sizes, axis=axes)
         taps = [slice(None, None, d) for d in layer.dilation_rate]
         return windows[(slice(None), *[slice(out) for out in outputs], slice(None), *taps)]
+
+
+def rows_an_example(num_columns, num_examples):
+    """How many rows of each example a regression on so many columns takes, where there are as many."""
+    return -(-max(_ROWS_PER_COLUMN * num_columns, _ROWS) // num_examples)
 
 
 def some_positions(num_examples, num_positions, take, random):

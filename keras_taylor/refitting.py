@@ -5,13 +5,11 @@ from keras import ops
 
 from keras_taylor import graph as graphs
 from keras_taylor.layer_fits import LayerFit, LayerRepair
-from keras_taylor.linear_views import linear_view
+from keras_taylor.linear_views import linear_view, rows_an_example
 from keras_taylor.plan import mask_of
-from keras_taylor.walk import Walk, outputs_of
+from keras_taylor.walk import Walk, in_batches, outputs_of
 
-# Rows for each column of a regression, and at least so many, if there are: more change little.
-_ROWS_PER_COLUMN, _ROWS = 20, 20_000
-_NUM_BATCHES, _NUM_HELD_OUT = 8, 2
+_NUM_HELD_OUT = 2  # batches
 
 
 def refit(channels, kept, small, inputs):
@@ -30,26 +28,21 @@ def refit(channels, kept, small, inputs):
         A list of `LayerRepair`.
     """
     batches = in_batches(inputs)
+    if len(batches) == 1:
+        batches *= 2  # of one example, which can only judge itself
     num_held_out = min(_NUM_HELD_OUT, len(batches) - 1)
     before = list(zip(*outputs_of(graphs.read(small), batches[-num_held_out:]), strict=True))
     weights = [np.array(ops.convert_to_numpy(w)) for w in small.weights]
     side_by_side = _SideBySide(channels, kept, small, batches, num_held_out)
     repairs = side_by_side.run()
     wanted, after = side_by_side.held_out_outputs()
-    if any(one.ridge is not None for one in repairs) and not _distance(after, wanted) < _distance(
-        before, wanted
-    ):
+    fitted = any(one.ridge is not None for one in repairs)
+    if fitted and not _distance(after, wanted) < _distance(before, wanted):
         for weight, value in zip(small.weights, weights, strict=True):
             weight.assign(value)
         reason = "the model's held-out outputs were nearer to the original's without"
         return [LayerRepair(one.name, reason=one.reason or reason) for one in repairs]
     return repairs
-
-
-def in_batches(inputs):
-    """Flattened inputs as a list of batches, each a list of arrays."""
-    size = -(-len(inputs[0]) // _NUM_BATCHES)
-    return [[x[k : k + size] for x in inputs] for k in range(0, len(inputs[0]), size)]
 
 
 class _SideBySide:
@@ -108,8 +101,7 @@ class _SideBySide:
         fit = LayerFit(self._old, self._new, old_call, call, outputs, self._num_fit)
         if not fit.is_understood():
             return LayerRepair(call.name, reason="its output is not its kernel times its input")
-        wanted = max(_ROWS_PER_COLUMN * fit.num_columns, _ROWS)
-        return fit.run(-(-wanted // self._num_examples), self._random)
+        return fit.run(rows_an_example(fit.num_columns, self._num_examples), self._random)
 
 
 def _before_a_mixing_layer(graph):

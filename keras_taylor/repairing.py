@@ -7,9 +7,9 @@ from keras_taylor.datasets import Feed
 from keras_taylor.groups import read_channels
 from keras_taylor.plan import kept_units, mask_of
 from keras_taylor.recalibration import reestimate
-from keras_taylor.refitting import in_batches, refit
+from keras_taylor.refitting import refit
 from keras_taylor.surgery import cut
-from keras_taylor.walk import example_inputs
+from keras_taylor.walk import example_inputs, in_batches
 
 
 def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_repairs=False):

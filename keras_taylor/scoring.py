@@ -277,10 +277,9 @@ def _where_not_finite(gated, feed):
 
 def _slopes(gated, channels, feed, gather):
     """Slopes of each group's curve; `gather` gives statistics of gates, if they are needed."""
-    statistics = functools.cache(gather)
-    importance = lambda: statistics()[ROWS.index("square")]  # noqa: E731
+    found = curves(channels, gated, feed, lambda: gather()[ROWS.index("square")])
     slopes = np.zeros(channels.num_units)
-    for group, curve in zip(channels.groups, curves(channels, gated, feed, importance).values(), strict=True):
+    for group, curve in zip(channels.groups, found.values(), strict=True):
         slopes[group.start : group.start + group.num_units] = curve.slopes()
     return slopes
 

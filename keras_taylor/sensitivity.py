@@ -1,6 +1,7 @@
 """What predictions lose when a part of one group goes and the layers that read it are refitted."""
 
 import dataclasses
+import functools
 import itertools
 
 import keras
@@ -9,15 +10,14 @@ from keras import ops
 
 from keras_taylor.costs import CostModel
 from keras_taylor.least_squares import Moments
-from keras_taylor.linear_views import linear_view, some_positions
+from keras_taylor.linear_views import linear_view, rows_an_example, some_positions
 from keras_taylor.losses import BINARY, CLASSES, ONE_HOT, kind_of, losses_by_output
 from keras_taylor.plan import mask_of
 from keras_taylor.streams import constant_place, gain_of
-from keras_taylor.walk import Walk, example_inputs
+from keras_taylor.walk import Walk, example_inputs, in_batches
 
 NUM_EXAMPLES = 1024
-_NUM_POINTS, _NUM_BATCHES = 8, 8
-_ROWS_PER_COLUMN, _ROWS = 20, 20_000
+_NUM_POINTS = 8
 # Layers with more columns are not refitted here: their moments would not fit in memory.
 _MOST_COLUMNS = 6000
 _RIDGE = 1e-3
@@ -91,7 +91,7 @@ class _Curves:
         self._costs = CostModel(channels)
 
     def all(self, importance):
-        found = {}
+        importance, found = functools.cache(importance), {}
         for group in self._channels.groups:
             order = self._order(group)
             if order is None:
@@ -115,9 +115,7 @@ class _Curves:
 
     def _gather(self, inputs):
         """A `_Reader` for each mixing layer that reads units, from one walk."""
-        size = -(-len(inputs[0]) // _NUM_BATCHES)
-        batches = [[x[k : k + size] for x in inputs] for k in range(0, len(inputs[0]), size)]
-        walk, graph = Walk(self._channels.graph, batches), self._channels.graph
+        walk, graph = Walk(self._channels.graph, in_batches(inputs)), self._channels.graph
         readers, random = [], np.random.default_rng(0)
         for number, (call, effect) in enumerate(zip(graph.calls, self._channels.effects, strict=True)):
             view = linear_view(call.operation)
@@ -155,12 +153,7 @@ class _Curves:
             for reader in changed:
                 reader.restore()
             self._gated.mask = np.ones_like(kept)
-        model = self._channels.graph.model
-        losses = (
-            losses_by_output(model, len(predicted))
-            if getattr(model, "loss", None)
-            else [None] * len(predicted)
-        )
+        losses = losses_by_output(self._channels.graph.model, len(predicted))
         pairs = zip(losses, self._wanted, predicted, strict=True)
         return float(np.mean([divergence(loss, wanted, ours) for loss, wanted, ours in pairs]))
 
@@ -195,7 +188,7 @@ class _Reader:
         num_columns = self._matrix.shape[1]
         if num_columns > _MOST_COLUMNS:
             return
-        take = -(-max(_ROWS_PER_COLUMN * num_columns, _ROWS) // num_examples)
+        take = rows_an_example(num_columns, num_examples)
         self._moments = [Moments(num_columns) for _ in self._matrix]
         for x in column:
             positions = some_positions(len(x), self._view.num_positions(x), take, random)

@@ -11,6 +11,7 @@ from keras_taylor.graph import Ref
 
 # Bytes of values that may be in memory, and the examples that are taken in any case.
 _MEMORY, _FEWEST = 2**30, 64
+_NUM_BATCHES = 8
 
 
 class Walk:
@@ -92,6 +93,12 @@ def example_inputs(feed, graph, num_examples=512):
     order = np.random.default_rng(0).permutation(len(inputs[0]))
     affordable = max(_MEMORY // max(2 * _peak(graph, inputs), 1), _FEWEST)
     return [x[order[:affordable]] for x in inputs]
+
+
+def in_batches(inputs):
+    """Flattened inputs as a list of at most eight batches, each a list of arrays."""
+    size = -(-len(inputs[0]) // _NUM_BATCHES)
+    return [[x[k : k + size] for x in inputs] for k in range(0, len(inputs[0]), size)]
 
 
 def _peak(graph, inputs):

@@ -65,7 +65,7 @@ def test_redundant_units_cost_nothing_once_their_readers_are_refitted():
     (group,) = [g for g in channels.groups if g.name == "conv1"]
     gated = GatedModel(channels)
     before, weights = predict(gated, x[:8]), fingerprint(model)["weights"]
-    curve = curves(channels, gated, Feed(x, model, targets=False), None)["conv1"]
+    curve = curves(channels, gated, Feed(x, model, targets=False), dict)["conv1"]
     at_two = curve.divergence[curve.num_gone.tolist().index(2)]
     assert at_two < 1e-6 < curve.divergence[curve.num_gone.tolist().index(4)]
     mask = np.ones(channels.num_units)
