@@ -100,6 +100,10 @@ def compress(
     criterion: Annotated[str, typer.Option(help="What makes a channel important.")] = "taylor",
     exclude: Exclude = None,
     round_to: Annotated[int, typer.Option(help="Keep multiples of so many channels.")] = 1,
+    repair: Annotated[bool, typer.Option(help="Refit the layers that lost inputs after each cut.")] = True,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Fine-tune with the given model as the teacher.")
+    ] = False,
     divide_by: DivideBy = 1.0,
     mean: Mean = "",
     std: Std = "",
@@ -129,6 +133,8 @@ def compress(
         criterion=criterion,
         exclude=exclude or (),
         round_to=round_to,
+        repair=repair,
+        distill=distill,
         epochs=epochs,
         batch_size=batch_size,
         validation_data=test,

@@ -29,7 +29,7 @@ def page(info):
             cards=_cards(info),
             layers=_layers(info),
             curves=plots.rounds_as_svg(info) if info.rounds else "",
-            tables=[_rounds(info), _artefacts(info), _locked(info)],
+            tables=[_rounds(info), _artefacts(info), _repairs(info), _locked(info)],
             command=info.command,
             environment=", ".join(f"{key} {value}" for key, value in info.environment.items()),
         )
@@ -112,6 +112,20 @@ def _artefacts(info):
     rows = [artefact_cells(one) for pair in info.exported() for one in pair]
     header = list(rows[0]) if rows else []
     return {"title": "Files", "header": header, "rows": [list(cells.values()) for cells in rows]}
+
+
+def _repairs(info):
+    done = info.rounds[-1].repairs if info.rounds else []
+    rows = [
+        [
+            one["name"],
+            *("" if one[e] is None else f"{one[e]:.2g}" for e in ("error_before", "error_after")),
+            one["reason"] or "",
+        ]
+        for one in done
+    ]
+    header = ["layer", "relative squared error, cut", "repaired", "left alone because"]
+    return {"title": "Repair in the last round", "header": header, "rows": rows, "wraps": True}
 
 
 def _locked(info):

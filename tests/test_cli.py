@@ -61,6 +61,7 @@ def test_compress_writes_model_state_and_report(run):
     assert info.metrics.keys() == {"before", "after"} and len(info.rounds[0].history["loss"]) == 2
     page = pathlib.Path("report.html").read_text()
     assert "keras-taylor compress model.keras" in page and "second" in page and "<svg" in page
+    assert "Repair in the last round" in page
     assert sorted(os.listdir()) == ["data.npz", "model.keras", "report.html", "small.json", "small.keras"]
     code, out, _ = run("report", "small.json")
     assert code == 0 and "removed from" in out
@@ -104,6 +105,12 @@ def test_json_for_machines(run):
 def test_analyze_prints_a_table(run):
     code, out, _ = run("analyze", "model.keras")
     assert code == 0 and "channels can leave" in out and "model output" in out
+
+
+def test_distillation_without_repair(run):
+    code, out, _ = run(*COMPRESS, "--json", "--epochs", "1", "--distill", "--no-repair")
+    (one,) = {len(r["repairs"]) for r in json.loads(out)["rounds"]}
+    assert code == 0 and one == 0 and "distillation_loss" in json.loads(out)["rounds"][0]["history"]
 
 
 def test_a_killed_run_goes_on(run, monkeypatch):
