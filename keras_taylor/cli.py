@@ -100,7 +100,14 @@ def compress(
     criterion: Annotated[str, typer.Option(help="What makes a channel important.")] = "taylor",
     exclude: Exclude = None,
     round_to: Annotated[int, typer.Option(help="Keep multiples of so many channels.")] = 1,
-    repair: Annotated[bool, typer.Option(help="Refit the layers that lost inputs after each cut.")] = True,
+    repair: Annotated[
+        bool | None,
+        typer.Option(
+            "--repair/--no-repair",
+            help="Refit the layers that lost inputs after each cut; else only with --epochs 0. With "
+            "--epochs pass a low --learning-rate then.",
+        ),
+    ] = None,
     distill: Annotated[
         bool, typer.Option("--distill", help="Fine-tune with the given model as the teacher.")
     ] = False,

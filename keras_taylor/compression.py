@@ -71,7 +71,7 @@ def compress(
     exclude=(),
     round_to=1,
     min_channels=1,
-    repair=True,
+    repair=None,
     labels=None,
     distill=False,
     backup_dir=None,
@@ -98,8 +98,10 @@ def compress(
         round_to: Every group of channels keeps a multiple of this many.
         min_channels: Every group keeps at least so many.
         repair: Refit the layers that lost inputs by least squares on at most 512 examples after each
-            cut, before fine-tuning (see `keras_taylor.repair`): to the model of the round before, with
-            `epochs=0` to the original.
+            cut (see `keras_taylor.repair`): with `epochs=0` to the original, else, before
+            fine-tuning, to the model of the round before. `None`: only with `epochs=0`. A repaired
+            model is nearly trained: fine-tune it with a learning rate that is much lower than that of
+            its training, a tenth say, or it is led away again.
         labels: What scores take for labels: "data" those of `ds`, "model" ones drawn from the model's
             own predictions in each round, `None` those of `ds` if it has some.
         distill: Fine-tune with the given model as the teacher (`keras.distillation.Distiller`): `True`
@@ -195,7 +197,7 @@ class _Run:
         if self._trains:
             check_trainable(self._feed, self._fit_kwargs, distill)
         self._distill, self._teacher = distill, None
-        self._repairs = repair
+        self._repairs = not self._trains if repair is None else repair
         self._draws = draws_labels(self._feed, labels) and needs_data(criterion, self._feed)
         self._score_examples = self._num_scored(score_examples)
         name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))

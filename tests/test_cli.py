@@ -52,7 +52,9 @@ def refused(typed, *words, code=1):
 
 
 def test_compress_writes_model_state_and_report(run):
-    code, out, _ = run(*COMPRESS, "--report", "report.html", "--epochs", "2", "--exclude", "first")
+    code, out, _ = run(
+        *COMPRESS, "--report", "report.html", "--epochs", "2", "--exclude", "first", "--repair"
+    )
     assert code == 0 and "goal reached" in out
     small = keras.models.load_model("small.keras")
     full = keras.models.load_model("model.keras").count_params()

@@ -66,6 +66,7 @@ def finished():
         (x, y),
         goal=0.3,
         increment=0.15,
+        repair=True,
         epochs=2,
         batch_size=20,
         validation_data=(x[:9], y[:9]),
@@ -85,6 +86,21 @@ def test_reaches_the_goal_with_a_plain_compiled_model(finished):
     assert info.after["params"] == small.count_params()
     assert small.output_shape == model.output_shape
     assert [layer.name for layer in small.layers] == [layer.name for layer in model.layers]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "repair", "repaired"), [(0, None, True), (1, None, False), (0, False, False)]
+)
+def test_repair_is_for_what_is_not_trained(epochs, repair, repaired):
+    _, info = keras_taylor.compress(
+        *(small_model(), stripes(), 0.3),
+        increment=0.3,
+        epochs=epochs,
+        repair=repair,
+        verbose=0,
+        return_info=True,
+    )
+    assert bool(info.rounds[0].repairs) == repaired
 
 
 def test_info_tells_every_round(finished):

@@ -52,8 +52,8 @@ def test_a_step_moves_the_student_alone():
 
 
 def trained():
-    model, (x, y) = small_model(), stripes()
-    model.fit(x, y, epochs=10, batch_size=16, verbose=0)
+    model, (x, y) = small_model(optimizer=keras.optimizers.Adam(0.005)), stripes()
+    model.fit(x, y, epochs=20, batch_size=16, verbose=0)
     return model, x, y
 
 
@@ -67,9 +67,8 @@ def test_compress_by_distillation_alone():
     history = info.rounds[0].history
     assert history["loss"][-1] < history["loss"][0] and "accuracy" not in history
     cut = keras_taylor.compress(model, x, epochs=0, **arguments)
-    wanted, ours, untrained = (m.predict(x, verbose=0) for m in (model, small, cut))
-    assert np.square(ours - wanted).mean() < np.square(untrained - wanted).mean()
-    assert small.evaluate(*stripes(), verbose=0, return_dict=True)["accuracy"] > 0.5
+    wanted, ours, untrained = (softmax(m.predict(x, verbose=0)) for m in (model, small, cut))
+    assert np.abs(ours - wanted).mean() < 0.5 * np.abs(untrained - wanted).mean()
 
 
 def test_labels_and_validation_and_features():
