@@ -5,7 +5,6 @@
 
 import argparse
 import pathlib
-import resource
 import sys
 import time
 
@@ -21,6 +20,12 @@ peak grows by in `repair`, the models and the images being there already.
 """
 
 
+def resident(what):
+    """KiB of this process's memory, now ("VmRSS") or at its peak ("VmHWM"); Linux only."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
 def measure(num, size):
     import keras
     import numpy as np
@@ -33,18 +38,19 @@ def measure(num, size):
     x = np.random.default_rng(0).standard_normal((num, *shape)).astype("float32")
     plan = keras_taylor.make_plan(model, keras_taylor.score(model, criterion="magnitude"), 0.3)
     small = keras_taylor.prune(model, plan)
+    before = resident("VmRSS")
+    start = time.perf_counter()
+    _, repairs = keras_taylor.repair(small, model, plan, x, num_examples=num, return_repairs=True)
+    seconds, peak = time.perf_counter() - start, resident("VmHWM")
     passes = []
     for _ in range(3):
         start = time.perf_counter()
         model.predict(x, batch_size=64, verbose=0)
         passes.append(time.perf_counter() - start)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    _, repairs = keras_taylor.repair(small, model, plan, x, num_examples=num, return_repairs=True)
     return {
         "pass": min(passes),
-        "repair": time.perf_counter() - start,
-        "memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        "repair": seconds,
+        "memory": (peak - before) / 1024,
         "layers": sum(one.ridge is not None for one in repairs),
         "alone": sum(one.ridge is None for one in repairs),
     }
