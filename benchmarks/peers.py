@@ -37,11 +37,8 @@ def torch_resnet(model):
     from torch import nn
     from torch.nn import functional
 
-    def tensor(weight):
-        return torch.tensor(weight.numpy() if hasattr(weight, "numpy") else weight)
-
     def conv(layer):
-        kernel = tensor(layer.get_weights()[0]).permute(3, 2, 0, 1).contiguous()
+        kernel = torch.tensor(layer.get_weights()[0]).permute(3, 2, 0, 1).contiguous()
         made = nn.Conv2d(kernel.shape[1], kernel.shape[0], 3, layer.strides[0], 1, bias=False)
         made.weight.data = kernel
         return made

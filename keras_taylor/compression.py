@@ -38,7 +38,7 @@ from keras_taylor.scoring import (
     needs_data,
     score_channels,
 )
-from keras_taylor.surgery import cut
+from keras_taylor.surgery import cut, whole_copy
 from keras_taylor.walk import example_inputs
 
 # Examples of a scoring pass where the caller does not say: more hardly move the ranking.
@@ -244,7 +244,9 @@ class _Run:
         """Loss and metrics on the validation data, unless they can be read only once."""
         data = self._fit_kwargs.get("validation_data")
         if data is not None and not isinstance(data, Iterator):
-            copy = self._copy() if model is self._original else model  # evaluating leaves traces
+            copy = (
+                whole_copy(self._original) if model is self._original else model
+            )  # evaluating leaves traces
             size = self._fit_kwargs.get("validation_batch_size") or self._feed.batch_size
             self.info.metrics[when] = evaluate(copy, data, size, self._fit_kwargs.get("validation_steps"))
 
@@ -307,12 +309,7 @@ class _Run:
         reporter.say(f"stopped: {self.info.stop_reason}")
         if self._plans:
             return last_good
-        return self._copy()
-
-    def _copy(self):
-        """The original, all of it, compiled as it is."""
-        channels = read_channels(self._original)
-        return cut(channels, np.ones(channels.num_units, bool))
+        return whole_copy(self._original)
 
     def _round(self, model, number, reporter):
         if self._backups is not None:
@@ -369,7 +366,7 @@ class _Run:
         arguments = {**self._feed.fit_arguments(), **self._fit_kwargs}
         trainer = None
         if self._distill:
-            self._teacher = self._teacher or self._copy()
+            self._teacher = self._teacher or whole_copy(self._original)
             trainer = distiller(small, self._teacher, self._distill, self._feed.has_targets)
         return fine_tune(small, origin, arguments, callbacks, trainer)
 

@@ -88,6 +88,10 @@ class Graph:
     structures: dict
     bindings: dict
 
+    def is_used_once(self, operation):
+        """Whether an operation has one call."""
+        return sum(call.operation is operation for call in self.calls) == 1
+
     def layers(self):
         """Names and layers that have a call, each layer once."""
         seen = {}

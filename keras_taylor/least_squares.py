@@ -127,29 +127,41 @@ class Again:
 
 
 class Moments:
-    """Means and second moments of rows that come in batches."""
+    """Means and second moments of rows that come in batches.
+
+    Attributes:
+        num: How many rows there were.
+        xx: Sum of the rows' outer products, `(num_columns, num_columns)`.
+    """
 
     def __init__(self, num_columns):
-        self._num, self._x = 0, np.zeros(num_columns)
-        self._xx = np.zeros((num_columns, num_columns))
+        self.num, self._x = 0, np.zeros(num_columns)
+        self.xx = np.zeros((num_columns, num_columns))
 
     @property
     def mean(self):
         """Mean of the rows."""
-        return self._x / max(self._num, 1)
+        return self._x / max(self.num, 1)
 
     def add(self, x):
         """Takes rows `(n, num_columns)`."""
-        self._num += len(x)
-        self._xx += x.T @ x
+        self.num += len(x)
+        self.xx += x.T @ x
         self._x += x.sum(0, dtype=np.float64)
+
+    def joined(self, other):
+        """Those of both sets of rows."""
+        both = Moments(len(self._x))
+        both.num, both.xx, both._x = self.num + other.num, self.xx + other.xx, self._x + other._x
+        return both
 
     def elimination(self, matrix, blocks, ridge, centred, weights):
         """An `Elimination` of blocks of columns; arguments as in `restricted`."""
-        return Elimination(self._products(ridge, centred), matrix, blocks, weights)
+        return Elimination(self.products(ridge, centred), matrix, blocks, weights)
 
-    def _products(self, ridge, centred):
-        xx = self._xx - self._num * np.outer(self.mean, self.mean) if centred else self._xx.copy()
+    def products(self, ridge, centred):
+        """The outer products with the ridge on their diagonal, less those of the mean if `centred`."""
+        xx = self.xx - self.num * np.outer(self.mean, self.mean) if centred else self.xx.copy()
         xx.flat[:: len(xx) + 1] += ridge * max(np.trace(xx) / len(xx), 1e-30)
         return xx
 
@@ -162,7 +174,7 @@ class Moments:
             ridge: As in `Regression`; it pulls towards `matrix`.
             centred: Whether there will be a constant.
         """
-        xx = self._products(ridge, centred)
+        xx = self.products(ridge, centred)
         among = xx[np.ix_(columns, columns)]
         fitted = np.zeros(matrix.shape)
         lost = xx[np.ix_(columns, ~columns)] @ matrix[~columns]
@@ -171,18 +183,19 @@ class Moments:
 
 
 class _Moments:
-    """Sums of products of rows, for more rows than columns."""
+    """Moments of rows and of what they should give, for more rows than columns."""
 
-    def __init__(self, shape):
+    def __init__(self, shape, rows=None):
         columns, outputs = shape
-        self.num, self._squares = 0, np.zeros(outputs)
-        self._xx, self._xr = np.zeros((columns, columns)), np.zeros((columns, outputs))
-        self._x, self._r = np.zeros(columns), np.zeros(outputs)
+        self._rows = rows or Moments(columns)
+        self._xr, self._r, self._squares = np.zeros(shape), np.zeros(outputs), np.zeros(outputs)
+
+    @property
+    def num(self):
+        return self._rows.num
 
     def add(self, x, r):
-        self.num += len(x)
-        self._xx += x.T @ x
-        self._x += x.sum(0, dtype=np.float64)
+        self._rows.add(x)
         self.add_targets(x, r)
 
     def add_targets(self, x, r):
@@ -191,31 +204,30 @@ class _Moments:
         self._squares += np.square(r, dtype=np.float64).sum(0)
 
     def joined(self, other):
-        both = _Moments(self._xr.shape)
-        for name, value in vars(self).items():
-            setattr(both, name, value + getattr(other, name))
+        both = _Moments(self._xr.shape, self._rows.joined(other._rows))
+        both._xr, both._r = self._xr + other._xr, self._r + other._r
+        both._squares = self._squares + other._squares
         return both
 
     def without_targets(self):
-        fresh = _Moments(self._xr.shape)
-        fresh.num, fresh._xx, fresh._x = self.num, self._xx, self._x
-        return fresh
+        return _Moments(self._xr.shape, self._rows)
 
     def solve(self, ridge, constant):
         """The change of the matrix, and the constant."""
-        num = max(self.num, 1)
-        x, r = (self._x / num, self._r / num) if constant else (0 * self._x, 0 * self._r)
+        level = constant * self._r / max(self.num, 1)
         if np.isinf(ridge):
-            return np.zeros(self._xr.shape), r
-        xx = self._xx - num * np.outer(x, x)
-        xx.flat[:: len(xx) + 1] += ridge * max(np.trace(xx) / len(xx), np.finfo(np.float32).tiny)
-        change = np.linalg.solve(xx, self._xr - num * np.outer(x, r))
-        return change, r - x @ change
+            return np.zeros(self._xr.shape), level
+        products = self._rows.products(ridge, constant)
+        change = np.linalg.solve(products, self._xr - self.num * np.outer(self._rows.mean, level))
+        return change, constant * (level - self._rows.mean @ change)
 
     def errors(self, change, constant):
         """Sum of squared errors of each output."""
-        mixed = (change * (self._xx @ change)).sum(0) - 2 * (change * self._xr).sum(0)
-        shifted = self.num * np.square(constant) - 2 * constant * (self._r - self._x @ change)
+        rows = self._rows
+        mixed = (change * (rows.xx @ change)).sum(0) - 2 * (change * self._xr).sum(0)
+        shifted = (
+            self.num * (np.square(constant) + 2 * constant * (rows.mean @ change)) - 2 * constant * self._r
+        )
         return self._squares + mixed + shifted
 
 
@@ -254,7 +266,7 @@ class _Rows:
             return np.zeros((x.shape[1], r.shape[1])), level
         x = x - middle
         gram = (x @ x.T).astype(np.float64)
-        gram.flat[:: len(gram) + 1] += ridge * max(np.trace(gram) / x.shape[1], np.finfo(np.float32).tiny)
+        gram.flat[:: len(gram) + 1] += ridge * max(np.trace(gram) / x.shape[1], 1e-30)
         change = x.T @ np.linalg.solve(gram, r - level)
         return change, level - middle @ change
 

@@ -17,19 +17,15 @@ def reestimate(model, batches):
     Args:
         model: A Functional or Sequential model.
         batches: For each batch a list of arrays, one an input of the model.
-
-    Returns:
-        Names of the layers.
     """
     walk = Walk(graphs.read(model), batches)
-    names = []
+    done = set()
     for number, call in enumerate(walk.graph.calls):
-        if isinstance(call.operation, keras.layers.BatchNormalization) and call.name not in names:
+        if isinstance(call.operation, keras.layers.BatchNormalization) and call.name not in done:
             _set_statistics(call.operation, walk.tensors[call.inputs[0]])
-            names.append(call.name)
+            done.add(call.name)
         walk.run(number)
         walk.forget(number)
-    return names
 
 
 def _set_statistics(layer, column):

@@ -94,7 +94,7 @@ class _SideBySide:
         return masks is not None and not masks[0].all()
 
     def _refit(self, number, call):
-        if sum(other.operation is call.operation for other in self._new.graph.calls) > 1:
+        if not self._new.graph.is_used_once(call.operation):
             return LayerRepair(call.name, reason="it is used at several places")
         _, outputs = self._masks(number)
         old_call = self._old.graph.calls[number]

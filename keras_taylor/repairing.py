@@ -8,7 +8,7 @@ from keras_taylor.groups import read_channels
 from keras_taylor.plan import kept_units, mask_of
 from keras_taylor.recalibration import reestimate
 from keras_taylor.refitting import refit
-from keras_taylor.surgery import cut
+from keras_taylor.surgery import whole_copy
 from keras_taylor.walk import example_inputs, in_batches
 
 
@@ -49,7 +49,7 @@ def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_
     _check_cut(small, channels, kept)
     feed = Feed(ds, model, batch_size, targets=False)
     inputs = example_inputs(feed, channels.graph, num_examples)
-    repaired = _copy(small)
+    repaired = whole_copy(small)
     repairs = refit(channels, kept, repaired, inputs)
     return (repaired, repairs) if return_repairs else repaired
 
@@ -75,14 +75,9 @@ def recalibrate(model, ds, *, num_examples=512, batch_size=None):
     """
     feed = Feed(ds, model, batch_size, targets=False)
     inputs = example_inputs(feed, graphs.read(model), num_examples)
-    copy = _copy(model)
+    copy = whole_copy(model)
     reestimate(copy, in_batches(inputs))
     return copy
-
-
-def _copy(model):
-    channels = read_channels(model)
-    return cut(channels, np.ones(channels.num_units, bool))
 
 
 def _check_cut(small, channels, kept):

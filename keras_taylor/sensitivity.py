@@ -119,8 +119,7 @@ class _Curves:
         readers, random = [], np.random.default_rng(0)
         for number, (call, effect) in enumerate(zip(graph.calls, self._channels.effects, strict=True)):
             view = linear_view(call.operation)
-            once = sum(other.operation is call.operation for other in graph.calls) == 1
-            if once and view is not None and effect.weights.get(view.weight):
+            if view is not None and graph.is_used_once(call.operation) and effect.weights.get(view.weight):
                 axes = effect.weights[view.weight]
                 if any(a is not None and (self._channels.units(a) >= 0).any() for a in axes):
                     readers.append(_Reader(self._channels, self._gated, call, view, axes))

@@ -57,8 +57,9 @@ def constant_place(graph, call):
     reader = _only_reader(graph, call.outputs[0])
     if reader is None or not isinstance(reader.operation, keras.layers.BatchNormalization):
         return None
-    used_once = sum(other.operation is reader.operation for other in graph.calls) == 1
-    return ConstantPlace(reader.operation, "moving_mean", -1) if _is_linear(layer) and used_once else None
+    if not (_is_linear(layer) and graph.is_used_once(reader.operation)):
+        return None
+    return ConstantPlace(reader.operation, "moving_mean", -1)
 
 
 def gain_of(graph, call, num_outputs):

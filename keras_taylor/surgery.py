@@ -3,6 +3,7 @@
 import contextlib
 
 import keras
+import numpy as np
 
 from keras_taylor import graph as graphs
 from keras_taylor.cloning import clone_operation, compile_settings, copy_weights, uninitialized
@@ -53,6 +54,12 @@ def cut(channels, kept, compiled_as=None, optimizer=None, carry=True):
         if carry and source is not None and small.optimizer is not None:
             carry_state(source, small.optimizer, small.trainable_variables, weights)
     return small
+
+
+def whole_copy(model):
+    """All of a model, compiled as it is."""
+    channels = read_channels(model)
+    return cut(channels, np.ones(channels.num_units, bool))
 
 
 def rebuild(channels, kept):

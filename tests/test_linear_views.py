@@ -31,11 +31,14 @@ if BACKEND != "tensorflow":  # which runs these on GPUs only
     ]
 
 
-@pytest.mark.parametrize(
+every_case = pytest.mark.parametrize(
     ("kind", "arguments", "options", "shape"),
     CASES,
     ids=[f"{c[0].__name__}-{i}" for i, c in enumerate(CASES)],
 )
+
+
+@every_case
 def test_rows_times_matrix_is_the_output(kind, arguments, options, shape):
     layer = kind(*arguments, **options)
     random = np.random.default_rng(0)
@@ -55,11 +58,7 @@ def test_rows_times_matrix_is_the_output(kind, arguments, options, shape):
     np.testing.assert_allclose(ours, view.at(y, positions), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("kind", "arguments", "options", "shape"),
-    CASES,
-    ids=[f"{c[0].__name__}-{i}" for i, c in enumerate(CASES)],
-)
+@every_case
 def test_a_matrix_put_back_is_the_kernel(kind, arguments, options, shape):
     layer = kind(*arguments, **options)
     layer.build((None, *shape))
