@@ -10,7 +10,7 @@ import numpy as np
 from keras_taylor import criteria, wording
 from keras_taylor import graph as graphs
 from keras_taylor.backups import Backups, capture, describe_call, rebuild
-from keras_taylor.costs import CostModel
+from keras_taylor.costs import CostModel, check_countable
 from keras_taylor.datasets import Feed
 from keras_taylor.distilling import check_trainable, distiller
 from keras_taylor.fine_tuning import Diverged, check_fit_arguments, evaluate, fine_tune
@@ -19,7 +19,6 @@ from keras_taylor.optimizers import has_schedule
 from keras_taylor.plan import (
     Plan,
     Removable,
-    check_countable,
     flat_scores,
     kept_units,
     parse_goal,
@@ -180,7 +179,7 @@ class _Run:
         channels = self._read(model)
         costs = CostModel(channels)
         self._before = costs()
-        check_countable(self._before, what, goal)
+        check_countable(self._before, what, f"goal={goal!r}")
         self._fractions = fractions(fraction, increment)
         self._ceilings = [self._before[what] * (1 - f) for f in self._fractions]
         # refused now if out of reach: which units go does not matter, how many can does
@@ -354,7 +353,9 @@ class _Run:
         if self._draws:
             feed = with_drawn_labels(feed, channels.graph, self._score_examples, len(self._plans))
         class_weight = self._fit_kwargs.get("class_weight")
-        return score_channels(channels, feed, self._criterion, self._score_examples, class_weight, callbacks)
+        return score_channels(
+            *(channels, feed, self._criterion, self._score_examples, class_weight, callbacks), cost=self._what
+        )
 
     def _kept(self, channels, costs, flat, ceiling):
         removable = Removable(channels, costs, flat, **self._limits)

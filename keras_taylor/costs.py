@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+COSTS = ("params", "flops")
+
 
 class CostModel:
     """Counts parameters and floating point operations of a model with some units gone.
@@ -71,6 +73,16 @@ class CostModel:
             self._index[key] = len(self._axes)
             self._axes.append(units)
         return self._index[key]
+
+
+def check_countable(costs, what, wanted):
+    """Refuses FLOPs where they are unknown; `wanted` is the argument that asks for them."""
+    if costs[what] is None:
+        raise ValueError(
+            "FLOPs are unknown because the model's input has axes of unknown size. Expected a model "
+            "made with a fixed input shape, or parameters in their place. "
+            f"Received: {wanted}"
+        )
 
 
 def _total(terms, widths):

@@ -12,8 +12,8 @@ means over examples:
 | `magnitude` | norm of the filters, relative to their group's mean | label-free baseline |
 | `batchnorm` | mean(abs(gamma)) | Liu et al. 2017 (arXiv 1708.06519) |
 | `random` | uniform | baseline |
-| `sensitivity` | measured divergence of the predictions a parameter saved, as a growing share of its
-  group goes and what reads it is refitted; within a group by the error of that fit | for `repair` |
+| `sensitivity` | measured divergence of the predictions a parameter (or FLOP) saved, as a growing share of
+  its group goes and what reads it is refitted; within a group by the error of that fit | for `repair` |
 | `oracle` | true change of the mean loss without the unit | the judge of all others |
 """
 
@@ -38,7 +38,7 @@ class GroupStatistics:
         filter_norms: Mean L2 norm of each unit's filters over the layers that make it.
         gammas: Mean absolute BatchNormalization scale, `None` without such a layer.
         loss_changes: Mean loss without the unit minus mean loss with it.
-        slopes: Divergence of the predictions a parameter (`sensitivity.Curve.slopes`).
+        slopes: Divergence of the predictions for what is saved (`sensitivity.Curve.slopes`).
     """
 
     name: str
@@ -96,7 +96,7 @@ def random(statistics):
 
 
 def sensitivity(statistics):
-    """Measured divergence of the predictions, a parameter saved, on the group's curve."""
+    """Measured divergence of the predictions for what is saved, on the group's curve."""
     return statistics.slopes
 
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 from rich.table import Table
 
-from keras_taylor.costs import CostModel
+from keras_taylor.costs import COSTS, CostModel, check_countable
 from keras_taylor.groups import read_channels
 from keras_taylor.tables import render
 
 _FORMAT = 1
-COSTS = ("params", "flops")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ def make_plan(model, scores, goal=0.3, *, round_to=1, min_channels=1, include=No
     what, fraction = parse_goal(goal)
     channels = read_channels(model, include, exclude)
     costs = CostModel(channels)
-    check_countable(costs(), what, goal)
+    check_countable(costs(), what, f"goal={goal!r}")
     removable = Removable(channels, costs, flat_scores(channels, scores), round_to, min_channels)
     kept = units_to_keep(channels, costs, removable, what, costs()[what] * (1 - fraction), goal)
     return plan_of(channels, costs, kept)
@@ -169,16 +168,6 @@ def parse_goal(goal):
             f"Received: goal={goal!r}"
         )
     return what, float(value)
-
-
-def check_countable(costs, what, goal):
-    """Refuses a goal of FLOPs where they are unknown."""
-    if costs[what] is None:
-        raise ValueError(
-            "FLOPs are unknown because the model's input has axes of unknown size. Expected a model "
-            "made with a fixed input shape, or a goal of parameters. "
-            f"Received: goal={goal!r}"
-        )
 
 
 def flat_scores(channels, scores):

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_taylor import criteria
 from keras_taylor.cloning import compile_arguments
+from keras_taylor.costs import COSTS, CostModel, check_countable
 from keras_taylor.datasets import Feed
 from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import read_channels
@@ -33,6 +34,7 @@ def score(
     batch_size=None,
     steps_per_epoch=None,
     class_weight=None,
+    cost="params",
 ):
     """Scores every channel unit that can be pruned.
 
@@ -53,6 +55,9 @@ def score(
             the same at every batch size.
         steps_per_epoch: Batches in a pass over an endless data set.
         class_weight: As in `model.fit`.
+        cost: What "sensitivity" holds against what predictions lose: the parameters ("params") or
+            the "flops" that go with a unit. The one that the plan's goal is about. Other criteria
+            score the units alone.
 
     Returns:
         A dict: group name (that of the first layer making its channels) -> float32
@@ -72,6 +77,7 @@ def score(
     """
     channels = read_channels(model, include, exclude)
     criteria.get(criterion)
+    check_cost(cost)
     feed = None
     if needs_data(criterion, ds):
         check_compiled(model, f"criterion={criterion!r}")
@@ -79,7 +85,7 @@ def score(
         if draws_labels(feed, labels):
             num_examples = min(num_examples or MAX_DRAWN, MAX_DRAWN)
             feed = with_drawn_labels(feed, channels.graph, num_examples)
-    return score_channels(channels, feed, criterion, num_examples, class_weight)
+    return score_channels(channels, feed, criterion, num_examples, class_weight, cost=cost)
 
 
 def check_labels(labels):
@@ -90,6 +96,15 @@ def check_labels(labels):
             f"(whichever there is). Received: labels={labels!r}"
         )
     return labels
+
+
+def check_cost(cost):
+    """Refuses what is no cost."""
+    if cost not in COSTS:
+        raise ValueError(
+            f"Expected one of {', '.join(map(repr, COSTS))}: what the removal of units saves. "
+            f"Received: cost={cost!r}"
+        )
 
 
 def draws_labels(feed, labels):
@@ -124,13 +139,15 @@ def check_compiled(model, wanted_by):
         )
 
 
-def score_channels(channels, feed, criterion, num_examples=None, class_weight=None, callbacks=()):
+def score_channels(
+    channels, feed, criterion, num_examples=None, class_weight=None, callbacks=(), cost="params"
+):
     """`score` for a model that was read and data that was checked.
 
     Args:
         channels: `groups.Channels`.
         feed: `datasets.Feed`, or `None` for criteria that need no data.
-        criterion, num_examples, class_weight: As in `score`.
+        criterion, num_examples, class_weight, cost: As in `score`.
         callbacks: Keras callbacks of the scoring pass.
     """
     totals = changes = slopes = None
@@ -144,7 +161,7 @@ def score_channels(channels, feed, criterion, num_examples=None, class_weight=No
                 gate_statistics, gated, channels, feed, num_examples, class_weight, callbacks
             )
             if criterion == "sensitivity":
-                slopes = _slopes(gated, channels, feed, gather)
+                slopes = _slopes(gated, channels, feed, gather, cost)
             else:
                 totals = gather()
     return scores_of(channels, criterion, totals, changes, slopes)
@@ -275,9 +292,10 @@ def _where_not_finite(gated, feed):
     )
 
 
-def _slopes(gated, channels, feed, gather):
+def _slopes(gated, channels, feed, gather, cost):
     """Slopes of each group's curve; `gather` gives statistics of gates, if they are needed."""
-    found = curves(channels, gated, feed, lambda: gather()[ROWS.index("square")])
+    check_countable(CostModel(channels)(), cost, f"cost={cost!r}")
+    found = curves(channels, gated, feed, lambda: gather()[ROWS.index("square")], cost)
     slopes = np.zeros(channels.num_units)
     for group, curve in zip(channels.groups, found.values(), strict=True):
         slopes[group.start : group.start + group.num_units] = curve.slopes()

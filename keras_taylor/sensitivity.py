@@ -32,7 +32,7 @@ class Curve:
         num_gone: How many are gone at each point, from 0 on.
         divergence: Mean over held-out examples of the divergence of the predictions from the whole
             model's: Kullback-Leibler in nats for classes, relative squared difference for numbers.
-        saved: Parameters that are saved.
+        saved: What is saved, in parameters or FLOPs.
     """
 
     order: np.ndarray
@@ -41,7 +41,7 @@ class Curve:
     saved: np.ndarray
 
     def slopes(self):
-        """Divergence a parameter of each unit, in the group's order, along the curve's lower convex hull."""
+        """Divergence for what is saved, unit by unit, along the curve's lower convex hull."""
         points = list(zip(self.saved.tolist(), self.divergence.tolist(), self.num_gone.tolist(), strict=True))
         hull = []
         for point in points:
@@ -59,7 +59,7 @@ class Curve:
         return ranked
 
 
-def curves(channels, gated, feed, importance):
+def curves(channels, gated, feed, importance, cost="params"):
     """A `Curve` for each group.
 
     One walk over the examples gathers the second moments of what every mixing layer reads. They order
@@ -73,16 +73,17 @@ def curves(channels, gated, feed, importance):
         feed: `datasets.Feed`; labels are not used.
         importance: A function without arguments that gives an array `(num_units,)`; it orders the units
             of groups whose readers cannot be refitted.
+        cost: What units save: "params" or "flops".
 
     Returns:
         A dict: group name -> `Curve`.
     """
-    return _Curves(channels, gated, feed).all(importance)
+    return _Curves(channels, gated, feed, cost).all(importance)
 
 
 class _Curves:
-    def __init__(self, channels, gated, feed):
-        self._channels, self._gated = channels, gated
+    def __init__(self, channels, gated, feed, cost):
+        self._channels, self._gated, self._cost = channels, gated, cost
         inputs = example_inputs(feed, channels.graph, NUM_EXAMPLES)
         num_held_out = max(len(inputs[0]) // 4, 1)
         self._held_out = [x[:num_held_out] for x in inputs]
@@ -137,7 +138,7 @@ class _Curves:
         for num in counts.tolist():
             kept = np.ones(self._channels.num_units, bool)
             kept[group.start + order[:num]] = False
-            saved = self._costs()["params"] - self._costs(kept)["params"]
+            saved = self._costs()[self._cost] - self._costs(kept)[self._cost]
             points.append((num, self._divergence(kept), saved))
         num_gone, divergence, saved = map(np.array, zip(*points, strict=True))
         return Curve(order, num_gone, divergence, saved)

@@ -5,12 +5,12 @@ import numpy as np
 
 from keras_taylor import criteria
 from keras_taylor.cloning import compile_settings
-from keras_taylor.costs import CostModel
+from keras_taylor.costs import CostModel, check_countable
 from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import layer_names, read_channels
 from keras_taylor.losses import averages_examples
 from keras_taylor.optimizers import StatisticsOptimizer, carry_state, with_batch
-from keras_taylor.plan import Removable, check_countable, flat_scores, parse_goal, plan_of, units_to_keep
+from keras_taylor.plan import Removable, flat_scores, parse_goal, plan_of, units_to_keep
 from keras_taylor.scoring import scores_of
 from keras_taylor.surgery import cut, rebuild
 
@@ -286,7 +286,7 @@ class _Pruning:
             _check_number(goal)
             return removable.mask(int((~kept).sum()) + goal)
         what, fraction = parse_goal(goal)
-        check_countable(self.costs(), what, goal)
+        check_countable(self.costs(), what, f"goal={goal!r}")
         ceiling = self.costs()[what] * (1 - fraction)
         if self.costs(kept)[what] <= ceiling:
             return kept

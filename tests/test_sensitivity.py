@@ -7,6 +7,7 @@ from helpers import NAMES, case, fingerprint, predict, targets_of
 from test_repair import inputs_for, redundant
 
 import keras_taylor
+from keras_taylor.costs import CostModel
 from keras_taylor.datasets import Feed
 from keras_taylor.gates import GatedModel
 from keras_taylor.groups import read_channels
@@ -111,3 +112,27 @@ def test_scores_over_the_zoo(name):
     assert set(scores) == {g.name for g in read_channels(model).groups}
     assert all(np.isfinite(v).all() and (v >= 0).all() for v in scores.values())
     keras_taylor.make_plan(model, scores, 0.1)
+
+
+def test_scores_for_flops_are_slopes_for_flops():
+    """The first convolution works on a map four times as large as the second, and is worth less a FLOP."""
+    inputs = keras.Input((8, 8, 4))
+    x = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="early")(inputs)
+    x = keras.layers.MaxPooling2D(2)(x)
+    x = keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="late")(x)
+    model = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.GlobalAveragePooling2D()(x)))
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(64, 8, 8, 4)).astype("float32")
+    params = keras_taylor.score(model, x, criterion="sensitivity")
+    flops = keras_taylor.score(model, x, criterion="sensitivity", cost="flops")
+    costs = CostModel(read_channels(model))
+    for group in read_channels(model).groups:
+        kept = np.arange(costs.num_units) != group.start
+        whole, less = costs(), costs(kept)
+        ratio = (whole["params"] - less["params"]) / (whole["flops"] - less["flops"])
+        np.testing.assert_allclose(flops[group.name], params[group.name] * ratio, rtol=1e-2)
+
+
+def test_a_cost_that_is_none():
+    with pytest.raises(ValueError, match=r"what the removal of units saves\. Received: cost='bytes'"):
+        keras_taylor.score(redundant(), criterion="magnitude", cost="bytes")
