@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_taylor.graph import UnsupportedModelError
-from keras_taylor.optimizers import kept_part
+from keras_taylor.optimizers import fresh_optimizer, kept_part
 
 
 def clone_operation(operation, name, changes=None):
@@ -109,8 +109,7 @@ def compile_settings(model):
         return None
     settings = compile_arguments(model)
     if model.optimizer is not None:
-        optimizer = settings["optimizer"]
-        settings["optimizer"] = type(optimizer).from_config(optimizer.get_config())
+        settings["optimizer"] = fresh_optimizer(settings["optimizer"])
     for key in ("metrics", "weighted_metrics"):
         settings[key] = keras.tree.map_structure(_fresh_metric, settings[key])
     return settings

@@ -1,6 +1,7 @@
 """Optimizers that leave gate statistics alone, and their state across a cut."""
 
 import contextlib
+import inspect
 
 import keras
 import numpy as np
@@ -126,6 +127,15 @@ def has_schedule(optimizer):
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return has_schedule(optimizer.inner_optimizer)
     return not isinstance(rate, (int, float))
+
+
+def fresh_optimizer(optimizer):
+    """A new optimizer of the same class and configuration; its schedule's class need not be registered."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    rate = getattr(inner, "_learning_rate", None)  # the public property gives its value now
+    maker = rate if inspect.isfunction(rate) else type(rate)
+    with keras.saving.custom_object_scope({maker.__name__: maker}):
+        return type(optimizer).from_config(optimizer.get_config())
 
 
 def carry_state(source, target, variables, weights):

@@ -9,7 +9,7 @@ from keras_taylor.costs import CostModel, check_countable
 from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import layer_names, read_channels
 from keras_taylor.losses import averages_examples
-from keras_taylor.optimizers import StatisticsOptimizer, carry_state, with_batch
+from keras_taylor.optimizers import StatisticsOptimizer, carry_state, fresh_optimizer, with_batch
 from keras_taylor.plan import Removable, flat_scores, parse_goal, plan_of, units_to_keep
 from keras_taylor.scoring import scores_of
 from keras_taylor.surgery import cut, rebuild
@@ -240,7 +240,7 @@ class PrunableModel(GatedModel):
         optimizer = getattr(optimizer, "wrapped", optimizer)
         small, weights = rebuild(channels, kept)
         settings = compile_settings(self) or {}
-        small.compile(**{**settings, "optimizer": type(optimizer).from_config(optimizer.get_config())})
+        small.compile(**{**settings, "optimizer": fresh_optimizer(optimizer)})
         if not carry_state(optimizer, small.optimizer, small.trainable_variables, weights):
             raise ValueError(
                 "The optimizer's state does not belong to this model. Expected a Keras optimizer that was "

@@ -217,6 +217,30 @@ def test_schedule_as_a_function():
     assert len(info.rounds) == 2 and info.rounds[0].params <= 0.8 * info.before["params"]
 
 
+class Halving(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule that nobody registered."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, step):
+        return self.rate / (1 + keras.ops.cast(step, "float32"))
+
+    def get_config(self):
+        return {"rate": self.rate}
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed"])
+def test_a_learning_rate_schedule_of_the_users_own(policy):
+    optimizer = keras.optimizers.SGD(Halving(0.125))
+    if policy == "mixed":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    small = keras_taylor.compress(small_model(optimizer=optimizer), stripes(), goal=0.3, verbose=0)
+    assert small.optimizer is not optimizer
+    inner = getattr(small.optimizer, "inner_optimizer", small.optimizer)
+    assert float(inner.learning_rate) == pytest.approx(0.125 / (1 + int(inner.iterations)))
+
+
 def test_criterion_as_a_function_and_its_name():
     def smallest_first(statistics):
         return np.arange(statistics.num_units)
