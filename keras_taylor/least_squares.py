@@ -1,11 +1,15 @@
 """Ridge regression on rows that come in batches, the ridge chosen on held-out ones."""
 
 import dataclasses
+import functools
 
 import numpy as np
+from scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 
-# Candidates, relative to the mean of the diagonal of X'X; infinity leaves the start, but for the constant.
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, np.inf)
+# Candidates, relative to the mean of the diagonal of X'X, and which is tried first. Infinity, which leaves
+# the start but for the constant, is always tried: it costs nothing.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_FIRST = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -13,7 +17,7 @@ class Solution:
     """What a `Regression` found.
 
     Attributes:
-        change: Array `(num_columns, num_outputs)` to add to the start, float64; zeros if nothing is won.
+        change: Array `(num_columns, num_outputs)` to add to the start; zeros if nothing is won.
         constant: Array `(num_outputs,)`.
         ridge: The one that was chosen; `None` if nothing is won.
         error_before, error_after: Mean squared error a held-out row, of the start and of the solution.
@@ -55,19 +59,26 @@ class Regression:
 
     def again(self):
         """The regression of the same rows, fit and held out, on other targets; see `Again`."""
-        return Again(self._fit.joined(self._held_out).without_targets(), self._start, self._constant)
+        return Again(self._all.without_targets(), self._start, self._constant)
+
+    @functools.cached_property
+    def _all(self):
+        return self._fit.joined(self._held_out)
 
     def solve(self):
         """The `Solution` with the ridge that is best on the held-out rows, found from all rows."""
         nothing = np.zeros(self._start.shape), np.zeros(self._start.shape[1])
         before = self._error(*nothing)
-        errors = {ridge: self._error(*self._fit.solve(ridge, self._constant)) for ridge in RIDGES}
-        best = min(errors, key=errors.get)
+
+        @functools.cache
+        def error(ridge):
+            return self._error(*self._fit.solve(ridge, self._constant))
+
+        best = min(np.inf, _downhill(RIDGES, error, _FIRST), key=error)
         num = max(self._held_out.num, 1)
-        if not errors[best] < before:  # not `>=`: a NaN is no gain
+        if not error(best) < before:  # not `>=`: a NaN is no gain
             return Solution(*nothing, None, before / num, before / num)
-        solution = self._fit.joined(self._held_out).solve(best, self._constant)
-        return Solution(*solution, best, before / num, errors[best] / num)
+        return Solution(*self._all.solve(best, self._constant), best, before / num, error(best) / num)
 
     def _error(self, change, constant):
         return float(self._weights @ self._held_out.errors(change, constant))
@@ -137,6 +148,7 @@ class Moments:
     def __init__(self, num_columns):
         self.num, self._x = 0, np.zeros(num_columns)
         self.xx = np.zeros((num_columns, num_columns))
+        self._solver = None
 
     @property
     def mean(self):
@@ -148,6 +160,13 @@ class Moments:
         self.num += len(x)
         self.xx += x.T @ x
         self._x += x.sum(0, dtype=np.float64)
+
+    def solve(self, products, ridge, centred):
+        """The inverse of `products(ridge, centred)` times an array; the last factorisation is kept."""
+        if self._solver is None or self._solver[0] != (ridge, centred):
+            self._solver = None  # let go of it before the next is there
+            self._solver = (ridge, centred), _solver(lambda: self.products(ridge, centred))
+        return self._solver[1](products)
 
     def joined(self, other):
         """Those of both sets of rows."""
@@ -217,8 +236,8 @@ class _Moments:
         level = constant * self._r / max(self.num, 1)
         if np.isinf(ridge):
             return np.zeros(self._xr.shape), level
-        products = self._rows.products(ridge, constant)
-        change = np.linalg.solve(products, self._xr - self.num * np.outer(self._rows.mean, level))
+        centred = self._xr - self.num * np.outer(self._rows.mean, level)
+        change = self._rows.solve(centred, ridge, constant)
         return change, constant * (level - self._rows.mean @ change)
 
     def errors(self, change, constant):
@@ -232,11 +251,12 @@ class _Moments:
 
 
 class _Rows:
-    """The rows themselves, for fewer of them than columns."""
+    """The rows themselves and what they should give, for fewer of them than columns."""
 
-    def __init__(self, shape):
+    def __init__(self, shape, kernel=None):
         columns, outputs = shape
         self._x, self._r = [np.zeros((0, columns), np.float32)], [np.zeros((0, outputs), np.float32)]
+        self._kernel = kernel
 
     @property
     def num(self):
@@ -252,7 +272,7 @@ class _Rows:
         return both
 
     def without_targets(self):
-        fresh = _Rows((self._x[0].shape[1], self._r[0].shape[1]))
+        fresh = _Rows((self._x[0].shape[1], self._r[0].shape[1]), self._kernel)
         fresh._x = [x for x in self._x if len(x)]
         return fresh
 
@@ -260,15 +280,63 @@ class _Rows:
         self._r.append(r)
 
     def solve(self, ridge, constant):
-        x, r = np.concatenate(self._x), np.concatenate(self._r).astype(np.float64)
-        middle, level = (x.mean(0), r.mean(0)) if constant else (0 * x[:1].sum(0), 0 * r[:1].sum(0))
-        if np.isinf(ridge) or not len(x):
-            return np.zeros((x.shape[1], r.shape[1])), level
-        x = x - middle
-        gram = (x @ x.T).astype(np.float64)
-        gram.flat[:: len(gram) + 1] += ridge * max(np.trace(gram) / x.shape[1], 1e-30)
-        change = x.T @ np.linalg.solve(gram, r - level)
-        return change, level - middle @ change
+        r = np.concatenate(self._r).astype(np.float64)
+        level = r.mean(0) if constant else 0 * r[:1].sum(0)
+        if np.isinf(ridge) or not len(r):
+            return np.zeros((self._x[0].shape[1], r.shape[1])), level
+        if self._kernel is None:
+            self._kernel = _Kernel(np.concatenate(self._x), constant)
+        change = self._kernel.solve(r - level, ridge)
+        return change, level - self._kernel.middle @ change
 
     def errors(self, change, constant):
+        change, constant = change.astype(np.float32), constant.astype(np.float32)
         return sum(np.square(r - x @ change - constant).sum(0) for x, r in zip(self._x, self._r, strict=True))
+
+
+class _Kernel:
+    """Rows, and the products of all pairs of them.
+
+    Attributes:
+        middle: The rows' mean if they are centred, else zeros.
+    """
+
+    def __init__(self, x, centred):
+        self.middle = x.mean(0) if centred else np.zeros(x.shape[1], x.dtype)
+        self._x = x - self.middle
+        self._products = (self._x @ self._x.T).astype(np.float64)
+        self._solver = None
+
+    def solve(self, r, ridge):
+        """The change of the matrix that makes `r` of the rows; the last factorisation is kept."""
+        if self._solver is None or self._solver[0] != ridge:
+            self._solver = None
+            self._solver = ridge, _solver(lambda: self._with(ridge))
+        return self._x.T @ self._solver[1](r).astype(self._x.dtype)
+
+    def _with(self, ridge):
+        products = self._products.copy()
+        mean = np.trace(products) / self._x.shape[1]
+        products.flat[:: len(products) + 1] += ridge * max(mean, 1e-30)
+        return products
+
+
+def _solver(make):
+    """A function that multiplies by the inverse of a symmetric matrix, which `make` makes."""
+    try:
+        factor = cho_factor(make().T, overwrite_a=True, check_finite=False)
+        return functools.partial(cho_solve, factor, check_finite=False)
+    except np.linalg.LinAlgError:  # sums of float32 products, and a ridge too small for their errors
+        factor = lu_factor(make().T, overwrite_a=True, check_finite=False)
+        return functools.partial(lu_solve, factor, check_finite=False)
+
+
+def _downhill(values, error, first):
+    """The value with the smallest error that is reached by steps to better neighbours."""
+    at = first
+    for step in (-1, 1):
+        while 0 <= at + step < len(values) and error(values[at + step]) < error(values[at]):
+            at += step
+        if at != first:
+            break
+    return values[at]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keras_taylor.least_squares import RIDGES, Regression
+from keras_taylor.least_squares import RIDGES, Moments, Regression, _downhill
 
 
 def problem(num_rows, columns=6, outputs=3, noise=0.0):
@@ -42,7 +42,7 @@ def test_the_solution_is_that_of_the_normal_equations(constant, num_rows):
     x, y, *_ = problem(200 if num_rows == 200 else 24, columns=6 if num_rows == 200 else 40, noise=0.3)
     start = np.random.default_rng(1).normal(size=(x.shape[1], 3)).astype("float32")
     solution = solved(x, y, start, constant)
-    assert solution.ridge in RIDGES[:-1]
+    assert solution.ridge in RIDGES
     change, level = by_hand(x, y, start, solution.ridge, constant)
     np.testing.assert_allclose(solution.change, change, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(solution.constant, level, rtol=1e-3, atol=1e-3)
@@ -86,3 +86,24 @@ def test_nan_is_no_gain():
     y[3] = np.nan
     solution = solved(x, y, np.ones((6, 3)))
     assert solution.ridge is None and not solution.change.any()
+
+
+def test_moments_that_are_not_positive_definite_are_solved_too():
+    """Sums of float32 products may have eigenvalues below zero that a small ridge does not lift."""
+    moments = Moments(3)
+    moments.num, moments.xx = 10, np.diag([4.0, 2.0, -1e-3])
+    products = np.array([[1.0], [2.0], [3.0]])
+    found = moments.solve(products, 1e-6, False)
+    np.testing.assert_allclose(moments.products(1e-6, False) @ found, products, rtol=1e-9)
+
+
+def test_the_best_ridge_is_reached_from_the_first():
+    tried = []
+
+    def error(value):
+        tried.append(value)
+        return abs(value - 3)
+
+    assert _downhill((0, 1, 2, 3, 4, 5), error, 1) == 3
+    assert 5 not in tried
+    assert _downhill((0, 1, 2, 3, 4, 5), error, 5) == 3

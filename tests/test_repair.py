@@ -111,10 +111,11 @@ def test_a_block_makes_up_for_what_the_stream_has_lost(monkeypatch):
     plan = Plan({"a1": LayerPlan(12, kept), "b1": LayerPlan(12, kept)})
     small, x = keras_taylor.prune(model, plan), inputs_for(model)
     wanted = predict(model, x)
+    monkeypatch.setattr("keras_taylor.layer_fits._NUM_EXCUSED", 0)  # which sees the stream as well
     ours = keras_taylor.repair(small, model, plan, x)
     monkeypatch.setattr("keras_taylor.streams._is_linear", lambda layer: False)
     apart = keras_taylor.repair(small, model, plan, x)
-    assert distance(predict(ours, x), wanted) < 0.95 * distance(predict(apart, x), wanted)
+    assert distance(predict(ours, x), wanted) < 0.97 * distance(predict(apart, x), wanted)
 
 
 def test_a_layer_used_twice_is_left_alone():
