@@ -9,6 +9,9 @@ means over examples:
 | `taylor_batch` | mean over mini-batches of (mean g)^2 | the same paper's published procedure |
 | `taylor_abs` | mean(abs(g)) | Molchanov et al. 2016 (arXiv 1611.06440), eq. 7 |
 | `taylor2` | -mean(g) + mean(g^2) / 2 | 2019 paper, second order, Gauss-Newton diagonal |
+| `log_odds` | mean of what the loss grows by if the log-odds of the true class are linear in the gate, and of
+  how the wrong classes spread | this project; `log_odds.OddsModel` |
+| `log_odds_probed` | the same, the curvature measured by four probes an example | this project |
 | `magnitude` | norm of the filters, relative to their group's mean | label-free baseline |
 | `batchnorm` | mean(abs(gamma)) | Liu et al. 2017 (arXiv 1708.06519) |
 | `random` | uniform | baseline |
@@ -35,6 +38,8 @@ class GroupStatistics:
         num_examples, num_batches: What the means are over.
         mean, mean_absolute, mean_square: Means over examples of g, abs(g), g^2.
         mean_batch_square: Mean over batches of (mean g)^2.
+        mean_log_odds: Mean over examples of the loss change that follows from the log-odds.
+        mean_probed_log_odds: The same with the curvature that probes measured; for `log_odds_probed` only.
         filter_norms: Mean L2 norm of each unit's filters over the layers that make it.
         gammas: Mean absolute BatchNormalization scale, `None` without such a layer.
         loss_changes: Mean loss without the unit minus mean loss with it.
@@ -51,6 +56,8 @@ class GroupStatistics:
     mean_batch_square: np.ndarray | None
     filter_norms: np.ndarray
     gammas: np.ndarray | None
+    mean_log_odds: np.ndarray | None = None
+    mean_probed_log_odds: np.ndarray | None = None
     loss_changes: np.ndarray | None = None
     slopes: np.ndarray | None = None
 
@@ -80,6 +87,16 @@ def taylor2(statistics):
     return -statistics.mean + statistics.mean_square / 2
 
 
+def log_odds(statistics):
+    """Loss change of removing a unit, if the log-odds of the true class are linear in its gate."""
+    return statistics.mean_log_odds
+
+
+def log_odds_probed(statistics):
+    """The same, with the curvature that probes measured, as far as it stands out of their noise."""
+    return statistics.mean_probed_log_odds
+
+
 def magnitude(statistics):
     """Norm of a unit's filters, relative to the mean of its group."""
     return statistics.filter_norms / max(statistics.filter_norms.mean(), 1e-30)
@@ -105,7 +122,8 @@ def oracle(statistics):
     return statistics.loss_changes
 
 
-WITH_DATA = {f.__name__: f for f in (taylor, taylor_batch, taylor_abs, taylor2, sensitivity, oracle)}
+_TAYLOR = (taylor, taylor_batch, taylor_abs, taylor2)
+WITH_DATA = {f.__name__: f for f in (*_TAYLOR, log_odds, log_odds_probed, sensitivity, oracle)}
 LABEL_FREE = {f.__name__: f for f in (magnitude, batchnorm, random)}
 
 

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_taylor.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.graph import Ref
+from keras_taylor.losses import example_losses
 
 # Rows of the statistics: sums over examples, or over batches, of functions of the
 # gate derivative g of each example.
@@ -32,6 +33,8 @@ class Gates(keras.layers.Layer):
             traced.
     """
 
+    rows = ROWS
+
     def __init__(self, num_units, **kwargs):
         super().__init__(dtype="float32", **kwargs)
         self.num_units = num_units
@@ -40,7 +43,7 @@ class Gates(keras.layers.Layer):
             shape=(num_units,), initializer="ones", trainable=False, autocast=False, name="mask"
         )
         self.statistics = self.add_weight(
-            shape=(len(ROWS), num_units),
+            shape=(len(self.rows), num_units),
             initializer="zeros",
             autocast=False,
             overwrite_with_gradient=True,
@@ -64,7 +67,7 @@ def _carrier(batch, num_units, averaged):
             derivative = arguments[0] if upstream is None else upstream
             if averaged:
                 derivative = derivative * ops.cast(batch, derivative.dtype)
-            update = _batch_statistics(derivative, batch, num_units)
+            update = batch_statistics(derivative, batch, num_units)
             return ops.zeros_like(mask), statistics + update
 
         return ops.broadcast_to(mask, (batch, num_units)), backward
@@ -72,7 +75,7 @@ def _carrier(batch, num_units, averaged):
     return carry
 
 
-def _batch_statistics(derivative, batch, num_units):
+def batch_statistics(derivative, batch, num_units):
     """The rows of `ROWS` for one batch of gate derivatives `(batch, num_units)`."""
     examples = ops.cast(batch, derivative.dtype)
     total = ops.sum(derivative, 0)
@@ -96,9 +99,10 @@ class GatedNetwork(keras.layers.Layer):
         frozen: Run a clone with weights of its own, none of them trainable, so that
             running, fitting and masking leaves the model as it is; otherwise run the
             model's own layers, and train them.
+        gates: `Gates`; `None`: plain ones.
     """
 
-    def __init__(self, channels, frozen=True, **kwargs):
+    def __init__(self, channels, frozen=True, gates=None, **kwargs):
         super().__init__(autocast=False, **kwargs)  # inputs reach the first layers as they are
         operations = {id(c.operation): c.operation for c in channels.graph.calls}
         if frozen:
@@ -106,7 +110,8 @@ class GatedNetwork(keras.layers.Layer):
             self.network_layers = [c for c in operations.values() if isinstance(c, keras.Layer)]
         else:
             self.model = channels.graph.model
-        self.gates = Gates(channels.num_units, name="gates")  # the last: its variables are the last ones
+        # the last: its variables are the last ones
+        self.gates = gates or Gates(channels.num_units, name="gates")
         self._plumbing = _Plumbing(channels, operations)
         self.built = True
 
@@ -181,14 +186,14 @@ class GatedModel(keras.Model):
 
     Args:
         channels: `groups.Channels` of the model.
-        frozen: As in `GatedNetwork`.
+        frozen, gates: As in `GatedNetwork`.
     """
 
-    def __init__(self, channels, frozen=True, **kwargs):
+    def __init__(self, channels, frozen=True, gates=None, **kwargs):
         policy = channels.graph.model.dtype_policy
         super().__init__(autocast=False, dtype=policy, **kwargs)
         self._frozen = frozen
-        self.network = GatedNetwork(channels, frozen, name="network", dtype=policy)
+        self.network = GatedNetwork(channels, frozen, gates, name="network", dtype=policy)
         self.output_names = list(getattr(channels.graph.model, "output_names", None) or [])
         if not self.output_names:
             del self.output_names
@@ -196,6 +201,10 @@ class GatedModel(keras.Model):
     def call(self, inputs, training=None):
         """The model's outputs; frozen, it is never in training mode, whatever `fit` asks for."""
         return self.network(inputs, training=False if self._frozen else training)
+
+    def example_losses(self, loss, mean=False):
+        """What to compile with for scoring, see `losses.example_losses`."""
+        return example_losses(loss, mean)
 
     @property
     def mask(self):
@@ -210,7 +219,7 @@ class GatedModel(keras.Model):
 
     @property
     def statistics(self):
-        """The rows of `ROWS`, a float64 array `(len(ROWS), num_units)`."""
+        """The gates' rows, a float64 array `(num_rows, num_units)`."""
         _synchronize(self)
         return ops.convert_to_numpy(self.network.gates.statistics).astype(np.float64)
 

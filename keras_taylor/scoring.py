@@ -12,7 +12,7 @@ from keras_taylor.costs import COSTS, CostModel, check_countable
 from keras_taylor.datasets import Feed
 from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import read_channels
-from keras_taylor.losses import example_losses
+from keras_taylor.log_odds import NUM_PROBES, ODDS_ROWS, OddsModel, shrunk
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.sensitivity import curves
 
@@ -152,7 +152,7 @@ def score_channels(
     """
     totals = changes = slopes = None
     if feed is not None:
-        gated = GatedModel(channels)
+        gated = _gated(channels, criterion)
         if criterion == "oracle":
             _refuse_class_weight(class_weight)
             changes = _loss_changes(gated, channels, feed, num_examples)
@@ -167,13 +167,20 @@ def score_channels(
     return scores_of(channels, criterion, totals, changes, slopes)
 
 
+def _gated(channels, criterion):
+    """The model that gathers what a criterion needs."""
+    if criterion in ("log_odds", "log_odds_probed"):
+        return OddsModel(channels, NUM_PROBES if criterion == "log_odds_probed" else 0)
+    return GatedModel(channels)
+
+
 def scores_of(channels, criterion, totals=None, changes=None, slopes=None):
     """Scores by group, from what was gathered.
 
     Args:
         channels: `groups.Channels`.
         criterion: As in `score`.
-        totals: Statistics, a float64 array `(len(gates.ROWS), num_units)`; `None`: none.
+        totals: Statistics as `gate_statistics` gives them; `None`: none.
         changes: Loss changes `(num_units,)`, for the criterion "oracle".
         slopes: Slopes `(num_units,)`, for the criterion "sensitivity".
     """
@@ -192,7 +199,7 @@ def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None,
     """Sums over one pass of the data, under plain `fit`.
 
     Returns:
-        A float64 array `(len(gates.ROWS), num_units)`.
+        A float64 array `(num_rows, num_units)`, rows as in `gates.ROWS` and perhaps `log_odds.ODDS_ROWS`.
     """
     compile_for_scoring(gated, channels.graph.model)
     fold = _Fold(gated)
@@ -220,7 +227,7 @@ def compile_for_scoring(gated, model, mean=False):
     """
     gated.compile(
         keras.optimizers.SGD(0.0),
-        loss=example_losses(model.loss, mean),
+        loss=gated.example_losses(model.loss, mean) if mean else gated.example_losses(model.loss),
         loss_weights=compile_arguments(model).get("loss_weights"),
         jit_compile=model.jit_compile,
         run_eagerly=model.run_eagerly,
@@ -233,7 +240,7 @@ class _Fold(keras.callbacks.Callback):
 
     def __init__(self, gated):
         super().__init__()
-        self.totals = np.zeros((len(ROWS), gated.network.gates.num_units))
+        self.totals = np.zeros(gated.statistics.shape)
 
     def on_train_batch_end(self, batch, logs=None):
         if batch % _FOLD_EVERY == _FOLD_EVERY - 1:
@@ -303,7 +310,9 @@ def _slopes(gated, channels, feed, gather, cost):
 
 
 def _statistics_of(group, part, totals, changes, slopes, norms, gammas):
-    rows = dict.fromkeys(ROWS) if totals is None else dict(zip(ROWS, totals[:, part], strict=True))
+    rows = dict.fromkeys(ROWS + ODDS_ROWS)
+    if totals is not None:
+        rows.update(zip(rows, totals[:, part], strict=False))
     examples = 0 if totals is None else rows["examples"][0]  # older ones may count in part
     batches = 0 if totals is None else rows["batches"][0]
 
@@ -311,6 +320,12 @@ def _statistics_of(group, part, totals, changes, slopes, norms, gammas):
         return None if rows[row] is None else rows[row] / num
 
     scales = gammas[part]
+    log_odds = probed = None
+    if rows["odds"] is not None:
+        log_odds = mean("odds", examples) + mean("spread", examples)
+        correction = mean("probe", examples) - mean("spread", examples)
+        noise = mean("probe_square", examples) - np.square(mean("probe", examples))
+        probed = log_odds + shrunk(correction, noise / (examples * NUM_PROBES), log_odds)
     return criteria.GroupStatistics(
         name=group.name,
         num_units=group.num_units,
@@ -320,6 +335,8 @@ def _statistics_of(group, part, totals, changes, slopes, norms, gammas):
         mean_absolute=mean("absolute", examples),
         mean_square=mean("square", examples),
         mean_batch_square=mean("batch_square", batches),
+        mean_log_odds=log_odds,
+        mean_probed_log_odds=probed,
         filter_norms=norms[part],
         gammas=None if np.isnan(scales).any() else scales,
         loss_changes=None if changes is None else changes[part],

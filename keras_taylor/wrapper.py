@@ -14,6 +14,8 @@ from keras_taylor.plan import Removable, flat_scores, parse_goal, plan_of, units
 from keras_taylor.scoring import scores_of
 from keras_taylor.surgery import cut, rebuild
 
+# Criteria that need passes of their own.
+_APART = ("oracle", "sensitivity", "log_odds", "log_odds_probed")
 # What a model's class may override, and a wrapper would not run.
 _TRAINING = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 
@@ -32,8 +34,8 @@ class PrunableModel(GatedModel):
         model: A built Sequential or Functional model. It is not changed, and not
             trained. If it is compiled, so is the wrapper, with a new optimizer that
             goes on where its own stands.
-        criterion: What makes a channel important, see `keras_taylor.criteria`; all but
-            "oracle".
+        criterion: What makes a channel important, see `keras_taylor.criteria`; those that
+            need no passes of their own.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: prune only the channels that these make / none of them.
         round_to: Every group of channels keeps a multiple of this many.
@@ -315,10 +317,10 @@ def _check_number(goal):
 
 def _check_arguments(model, criterion, loss_reduction):
     criteria.get(criterion)
-    if criterion == "oracle":
+    if criterion in _APART:
         raise ValueError(
-            "The true loss change of every unit cannot be gathered while training. Use another criterion, "
-            "or `keras_taylor.score(model, ds, criterion='oracle')`. Received: criterion='oracle'"
+            f"The scores '{criterion}' cannot be gathered while training. Use another criterion, or "
+            f"`keras_taylor.score(model, ds, criterion={criterion!r})`. Received: criterion={criterion!r}"
         )
     if loss_reduction not in ("auto", "mean", "sum"):
         raise ValueError(
