@@ -96,18 +96,16 @@ def compress(
     increment: Annotated[float, typer.Option(help="The fraction removed a round.")] = 0.1,
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning a round; 0: none.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Else the model's own, else 0.001.")] = 0.0,
+    learning_rate: Annotated[
+        float,
+        typer.Option(help="Else the model's own or 0.001; a tenth after a repair."),
+    ] = 0.0,
     criterion: Annotated[str, typer.Option(help="What makes a channel important.")] = "taylor",
     exclude: Exclude = None,
     round_to: Annotated[int, typer.Option(help="Keep multiples of so many channels.")] = 1,
     repair: Annotated[
-        bool | None,
-        typer.Option(
-            "--repair/--no-repair",
-            help="Refit the layers that lost inputs after each cut; else only with --epochs 0. With "
-            "--epochs pass a low --learning-rate then.",
-        ),
-    ] = None,
+        bool, typer.Option("--repair/--no-repair", help="Refit the layers that lost inputs after each cut.")
+    ] = True,
     distill: Annotated[
         bool, typer.Option("--distill", help="Fine-tune with the given model as the teacher.")
     ] = False,
@@ -131,7 +129,7 @@ def compress(
     keras.utils.set_random_seed(seed)
     original = _model(model, trust, modules)
     train, test = load_data(data, original, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
-    original = compiled_for(original, train[1], learning_rate or None)
+    original = compiled_for(original, train[1])
     small, info = keras_taylor.compress(
         original,
         train,
@@ -141,6 +139,7 @@ def compress(
         exclude=exclude or (),
         round_to=round_to,
         repair=repair,
+        learning_rate=learning_rate or None,
         distill=distill,
         epochs=epochs,
         batch_size=batch_size,

@@ -7,13 +7,20 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
-from keras_taylor import criteria, wording
 from keras_taylor import graph as graphs
+from keras_taylor import wording
 from keras_taylor.backups import Backups, capture, describe_call, rebuild
 from keras_taylor.costs import CostModel, check_countable
 from keras_taylor.datasets import Feed
 from keras_taylor.distilling import check_trainable, distiller
-from keras_taylor.fine_tuning import Diverged, check_fit_arguments, evaluate, fine_tune
+from keras_taylor.fine_tuning import (
+    Diverged,
+    check_fit_arguments,
+    evaluate,
+    fine_tune,
+    fine_tuning_rate,
+    learning_rate_of,
+)
 from keras_taylor.groups import layer_names, read_channels
 from keras_taylor.optimizers import has_schedule
 from keras_taylor.plan import (
@@ -28,20 +35,16 @@ from keras_taylor.plan import (
 from keras_taylor.progress import Clock, Reporter
 from keras_taylor.refitting import refit
 from keras_taylor.report import Info, Round
-from keras_taylor.sampling import with_drawn_labels
+from keras_taylor.round_scores import RoundScores
 from keras_taylor.schedule import fractions
 from keras_taylor.scoring import (
     check_compiled,
     check_labels,
-    draws_labels,
-    needs_data,
-    score_channels,
 )
 from keras_taylor.surgery import cut, whole_copy
 from keras_taylor.walk import example_inputs
 
 # Examples of a scoring pass where the caller does not say: more hardly move the ranking.
-_SCORE_EXAMPLES = 10_000
 
 
 class CompressionInterrupted(KeyboardInterrupt):
@@ -65,14 +68,16 @@ def compress(
     *,
     increment=0.05,
     criterion="taylor",
+    score_ds=None,
     score_examples=None,
     include=None,
     exclude=(),
     round_to=1,
     min_channels=1,
-    repair=None,
+    repair=True,
     labels=None,
     distill=False,
+    learning_rate=None,
     backup_dir=None,
     return_info=False,
     verbose="auto",
@@ -91,6 +96,8 @@ def compress(
         increment: Fraction of the original removed a round, or a function from the
             round's number to the fraction gone after it.
         criterion: What makes a channel important, see `keras_taylor.criteria`.
+        score_ds: Other data for the scores, in any form that `ds` may have: examples that the model
+            was not trained on, say, where those of `ds` are known by heart and tell little.
         score_examples: Examples a scoring pass; `None`: all, at most 10,000.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: prune only the channels that these make / none of them.
@@ -98,15 +105,17 @@ def compress(
         min_channels: Every group keeps at least so many.
         repair: Refit the layers that lost inputs by least squares on at most 512 examples after each
             cut (see `keras_taylor.repair`): with `epochs=0` to the original, else, before
-            fine-tuning, to the model of the round before. `None`: only with `epochs=0`. A repaired
-            model is nearly trained: fine-tune it with a learning rate that is much lower than that of
-            its training, a tenth say, or it is led away again.
+            fine-tuning, to the model of the round before.
         labels: What scores take for labels: "data" those of `ds`, "model" ones drawn from the model's
             own predictions in each round, `None` those of `ds` if it has some.
         distill: Fine-tune with the given model as the teacher (`keras.distillation.Distiller`): `True`
             for its outputs, or a `keras.distillation.DistillationLoss` or a list of such (features).
             Half of the loss is the compiled one on the labels, all of it the teacher's where `ds`
             has none. Weights of examples and classes are then refused: the distiller ignores them.
+        learning_rate: A float: that of the fine-tuning. `None`: the compiled one where `repair` is off,
+            a tenth of it after a repair, which leaves less to learn and more to lose. A schedule that
+            the optimizer was compiled with is kept; callbacks of yours that set the rate (cycles,
+            rewinding) have the last word. The result is compiled as `model`.
         backup_dir: Directory, made if missing, that keeps the state of the run after each
             round: the same call after a crash, a kill or Ctrl-C goes on with the round that
             was not completed, and after the last one returns the finished model at once.
@@ -122,9 +131,8 @@ def compress(
             only, "auto" whichever suits the output.
         **fit_kwargs: What `model.fit` takes: `epochs` (a round; 0: no fine-tuning),
             `batch_size`, `validation_data`, `callbacks`, `class_weight`, ... Each round
-            starts with the learning rate that `model` was compiled with, and with the momentum
-            and moments of the channels that stayed. A learning rate schedule starts anew,
-            and momentum with it, since both count the same steps.
+            starts with the same learning rate, and with the momentum and moments of the channels
+            that stayed. With a learning rate schedule both start anew: they count the same steps.
 
     Returns:
         A plain, smaller Keras model, fine-tuned, compiled as `model`; with
@@ -147,13 +155,13 @@ def compress(
     """
     check_fit_arguments(fit_kwargs)
     run = _Run(
-        model, ds, goal, increment, criterion, score_examples, include, exclude,
-        round_to, min_channels, repair, labels, distill, backup_dir, fit_kwargs,
+        model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude,
+        round_to, min_channels, repair, labels, distill, learning_rate, backup_dir, fit_kwargs,
     )  # fmt: skip
     run.info.command = wording.as_call(
         goal=goal, increment=increment, criterion=run.info.criterion, include=include, exclude=exclude,
         round_to=round_to, min_channels=min_channels, repair=repair,
-        distill=distill is not False, **fit_kwargs,
+        distill=distill is not False, learning_rate=learning_rate, **fit_kwargs,
     )  # fmt: skip
     with Reporter(verbose) as reporter:
         small = run.until_done(reporter)
@@ -164,14 +172,13 @@ class _Run:
     """One call of `compress`: everything checked when it is made, then round by round."""
 
     def __init__(
-        self, model, ds, goal, increment, criterion, score_examples, include, exclude,
-        round_to, min_channels, repair, labels, distill, backup_dir, fit_kwargs,
+        self, model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude,
+        round_to, min_channels, repair, labels, distill, learning_rate, backup_dir, fit_kwargs,
     ):  # fmt: skip
         what, fraction = parse_goal(goal)
-        criteria.get(criterion)
         check_compiled(model, "`compress`")
         self._original, self._goal, self._what = model, goal, what
-        self._criterion, self._fit_kwargs = criterion, dict(fit_kwargs)
+        self._fit_kwargs = dict(fit_kwargs)
         self._include = layer_names(model, include)
         self._exclude = layer_names(model, exclude)
         self._limits = {"round_to": round_to, "min_channels": min_channels}
@@ -196,9 +203,11 @@ class _Run:
         if self._trains:
             check_trainable(self._feed, self._fit_kwargs, distill)
         self._distill, self._teacher = distill, None
-        self._repairs = not self._trains if repair is None else repair
-        self._draws = draws_labels(self._feed, labels) and needs_data(criterion, self._feed)
-        self._score_examples = self._num_scored(score_examples)
+        self._repairs = repair
+        self._rate = fine_tuning_rate(model.optimizer, learning_rate, repair) if self._trains else None
+        self._scores = RoundScores(
+            model, self._feed, score_ds, criterion, labels, score_examples, what, self._fit_kwargs
+        )
         name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
         self.info = Info(
             goal={what: fraction},
@@ -231,7 +240,9 @@ class _Run:
             self.info.stop_reason = "interrupted"
             raise CompressionInterrupted(current, self.info) from interrupt
         except Exception as error:
-            error.add_note(self._what_is_kept())
+            error.add_note(
+                wording.what_is_kept(len(self._plans), len(self._ceilings), self._backups is not None)
+            )
             raise
         self.info.stop_reason = "goal reached"
         self._measure("after", current)
@@ -261,8 +272,9 @@ class _Run:
             **self._limits,
             repair=self._repairs,
             distill=self._distill is not False,
-            labels="model" if self._draws else "data",
-            score_examples=self._score_examples,
+            labels="model" if self._scores.draws else "data",
+            score_examples=self._scores.num_examples,
+            scores_apart=self._scores.apart,
             epochs=self._fit_kwargs.get("epochs", 1),
             batch_size=self._feed.batch_size,
             steps_per_epoch=self._feed.steps_per_epoch,
@@ -288,22 +300,10 @@ class _Run:
         if self._backups is not None:
             self._backups.write(capture(model, self._plans, self.info, self._seed))
 
-    def _what_is_kept(self):
-        done = f"`compress` had completed {len(self._plans)} of {len(self._ceilings)} rounds"
-        if self._backups is None:
-            return f"{done}. With `backup_dir` they would be kept, and the same call would go on from there."
-        return f"{done}; the same call, with the same `backup_dir`, goes on from there."
-
     def _undone(self, last_good, error, reporter):
         """The result where fine-tuning diverged: that of the round before."""
-        number = len(self._plans) + 1
-        rate = getattr(self._original.optimizer, "learning_rate", None)  # there may be several optimizers
-        now = "" if rate is None else f" ({float(keras.ops.convert_to_numpy(rate)):.4g} now)"
-        result = f"that of round {number - 1}" if self._plans else "an unpruned copy of the model"
-        self.info.stop_reason = (
-            f"{error.what} in round {number} {error.where}: lower the learning rate{now}; "
-            f"the result is {result}"
-        )
+        rate = self._rate or float(keras.ops.convert_to_numpy(self._original.optimizer.learning_rate))
+        self.info.stop_reason = wording.undone(error, len(self._plans), rate)
         warnings.warn(self.info.stop_reason, stacklevel=4)
         reporter.say(f"stopped: {self.info.stop_reason}")
         if self._plans:
@@ -318,7 +318,7 @@ class _Run:
         name = f"round {number}/{len(self._ceilings)}"
         with clock.phase("score"):
             channels = self._read(model)
-            scores = self._scores(channels, reporter.callback(f"{name}: scoring"))
+            scores = self._scores(channels, len(self._plans), reporter.callback(f"{name}: scoring"))
         with clock.phase("prune"):
             costs = CostModel(channels)
             kept = self._kept(channels, costs, flat_scores(channels, scores), self._ceilings[number - 1])
@@ -348,15 +348,6 @@ class _Run:
     def _read(self, model):
         return read_channels(model, self._include, self._exclude)
 
-    def _scores(self, channels, callbacks):
-        feed = self._feed if needs_data(self._criterion, self._feed) else None
-        if self._draws:
-            feed = with_drawn_labels(feed, channels.graph, self._score_examples, len(self._plans))
-        class_weight = self._fit_kwargs.get("class_weight")
-        return score_channels(
-            *(channels, feed, self._criterion, self._score_examples, class_weight, callbacks), cost=self._what
-        )
-
     def _kept(self, channels, costs, flat, ceiling):
         removable = Removable(channels, costs, flat, **self._limits)
         return units_to_keep(channels, costs, removable, self._what, ceiling, self._goal)
@@ -365,11 +356,12 @@ class _Run:
         if not self._trains:
             return {}, []
         arguments = {**self._feed.fit_arguments(), **self._fit_kwargs}
-        trainer = None
-        if self._distill:
-            self._teacher = self._teacher or whole_copy(self._original)
-            trainer = distiller(small, self._teacher, self._distill, self._feed.has_targets)
-        return fine_tune(small, origin, arguments, callbacks, trainer)
+        with learning_rate_of(small, self._rate):
+            trainer = None
+            if self._distill:
+                self._teacher = self._teacher or whole_copy(self._original)
+                trainer = distiller(small, self._teacher, self._distill, self._feed.has_targets)
+            return fine_tune(small, origin, arguments, callbacks, trainer)
 
     def _examples(self):
         """What layers are refitted on; taken from the data once."""
@@ -377,21 +369,16 @@ class _Run:
             self._inputs = example_inputs(self._feed, graphs.read(self._original))
         return self._inputs
 
-    def _num_scored(self, score_examples):
-        if score_examples is not None:
-            return score_examples
-        available = self._feed.num_examples or _SCORE_EXAMPLES
-        return min(_SCORE_EXAMPLES, int(available * (1 - (self._fit_kwargs.get("validation_split") or 0))))
-
     def _announce(self, reporter):
         lines = wording.opening(
             self._original,
             self.info,
             num_rounds=len(self._ceilings),
-            scored=self._score_examples if needs_data(self._criterion, self._feed) else None,
-            draws=self._draws,
+            scored=self._scores.num_examples,
+            draws=self._scores.draws,
             repairs=self._repairs,
             carries=self._carry,
+            rate=self._rate,
             epochs=self._fit_kwargs.get("epochs", 1),
         )
         for line in lines:

@@ -1,9 +1,15 @@
 """Fine-tunes a model that was cut, and sees when that goes wrong."""
 
+import contextlib
 import inspect
 
 import keras
 import numpy as np
+
+from keras_taylor.optimizers import has_schedule
+
+# Learning rate after a repair, as a share of the compiled one.
+_REPAIRED = 0.1
 
 
 class Diverged(Exception):
@@ -69,6 +75,38 @@ def check_fit_arguments(fit_kwargs):
             f"`compress`, or of `fit`: {', '.join(sorted(known))}. "
             f"Received: {unknown[0]}={fit_kwargs[unknown[0]]!r}"
         )
+
+
+def fine_tuning_rate(optimizer, wanted, repaired):
+    """The learning rate of every round: what is wanted; else of a repaired model's a tenth of the compiled.
+
+    A model that was repaired is nearly trained, and the rate that its training began with leads it away.
+
+    Returns:
+        A float; `None` where the optimizer keeps its own rate or schedule.
+    """
+    if wanted is not None:
+        number = isinstance(wanted, (int, float, np.floating)) and not isinstance(wanted, bool)
+        if not number or not 0 < wanted < np.inf:
+            raise ValueError(f"Expected a learning rate above 0. Received: learning_rate={wanted!r}")
+        return float(wanted)
+    if not repaired or has_schedule(optimizer):
+        return None
+    return _REPAIRED * float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+@contextlib.contextmanager
+def learning_rate_of(model, rate):
+    """A context in which a compiled model trains at another learning rate; `None`: its own."""
+    if rate is None:
+        yield
+        return
+    before = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+    model.optimizer.learning_rate = rate
+    try:
+        yield
+    finally:
+        model.optimizer.learning_rate = before
 
 
 class _StepLosses(keras.callbacks.Callback):

@@ -195,13 +195,12 @@ def _image(file, size, channels):
     return keras.utils.img_to_array(image, data_format="channels_last", dtype="float32")
 
 
-def compiled_for(model, targets, learning_rate=None):
+def compiled_for(model, targets):
     """The model, compiled for targets if it is not yet.
 
     Args:
         model: The model that `load_model` gave.
         targets: Integer classes `(num_examples,)`, or arrays like the outputs.
-        learning_rate: That of the optimizer; `None`: its own, 0.001 for a new one.
 
     Returns:
         The same model.
@@ -211,8 +210,6 @@ def compiled_for(model, targets, learning_rate=None):
     """
     if not getattr(model, "compiled", False) or getattr(model, "loss", None) is None:
         model.compile(keras.optimizers.Adam(1e-3), _loss_for(model, targets), metrics=["accuracy"])
-    if learning_rate is not None:
-        model.optimizer.learning_rate = learning_rate
     return model
 
 

@@ -5,7 +5,7 @@ import numpy as np
 _UNITS = {"params": "parameters", "flops": "FLOPs"}
 
 
-def opening(model, info, num_rounds, scored, draws, repairs, carries, epochs):
+def opening(model, info, num_rounds, scored, draws, repairs, carries, rate, epochs):
     """Lines before the first round.
 
     Args:
@@ -16,6 +16,7 @@ def opening(model, info, num_rounds, scored, draws, repairs, carries, epochs):
         draws: Whether labels are drawn from the model's own predictions.
         repairs: Whether the layers that lose inputs are refitted.
         carries: Whether the optimizer's state goes on.
+        rate: The learning rate of the fine-tuning; `None`: the compiled one.
         epochs: Epochs of fine-tuning a round.
     """
     ((what, goal),) = info.goal.items()
@@ -27,7 +28,9 @@ def opening(model, info, num_rounds, scored, draws, repairs, carries, epochs):
     ]
     steps += ["repair"] * bool(repairs)
     if epochs:
-        steps.append(f"fine-tuning{'' if carries else ' with a new optimizer'}, epochs: {epochs}")
+        how = "" if carries else " with a new optimizer"
+        how += "" if rate is None else f" at a learning rate of {rate:.3g}"
+        steps.append(f"fine-tuning{how}, epochs: {epochs}")
     yield (
         f"remove {100 * goal:.4g} % of {info.before[what]:,} {_UNITS[what]}{detail}; rounds: {num_rounds}; "
         f"in each: {', then '.join(steps)}"
@@ -47,6 +50,23 @@ def described(done, before):
         parts.append(f"{1 - done.flops / before['flops']:.1%} of FLOPs gone")
     parts += [f"{name} {values[-1]:.4g}" for name, values in done.history.items() if values]
     return ", ".join(parts) + f", {sum(done.seconds.values()):.1f} s"
+
+
+def what_is_kept(num_done, num_rounds, backed_up):
+    """What a run that failed leaves behind."""
+    done = f"`compress` had completed {num_done} of {num_rounds} rounds"
+    if not backed_up:
+        return f"{done}. With `backup_dir` they would be kept, and the same call would go on from there."
+    return f"{done}; the same call, with the same `backup_dir`, goes on from there."
+
+
+def undone(error, num_done, rate):
+    """Why a run stopped with a `Diverged`, what to change, and what the result is."""
+    result = f"that of round {num_done}" if num_done else "an unpruned copy of the model"
+    return (
+        f"{error.what} in round {num_done + 1} {error.where}: lower the learning rate ({rate:.4g} now); "
+        f"the result is {result}"
+    )
 
 
 def as_call(**arguments):

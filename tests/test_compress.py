@@ -88,19 +88,51 @@ def test_reaches_the_goal_with_a_plain_compiled_model(finished):
     assert [layer.name for layer in small.layers] == [layer.name for layer in model.layers]
 
 
+class Rates(keras.callbacks.Callback):
+    """Notes the learning rate of each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.values.append(float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)))
+
+
 @pytest.mark.parametrize(
-    ("epochs", "repair", "repaired"), [(0, None, True), (1, None, False), (0, False, False)]
+    ("arguments", "rate"),
+    [({}, 0.005), ({"repair": False}, 0.05), ({"learning_rate": 0.02}, 0.02), ({"distill": True}, 0.005)],
+    ids=str,
 )
-def test_repair_is_for_what_is_not_trained(epochs, repair, repaired):
-    _, info = keras_taylor.compress(
+def test_what_was_repaired_is_fine_tuned_at_a_tenth_of_the_learning_rate(arguments, rate):
+    rates = Rates()
+    small, info = keras_taylor.compress(
         *(small_model(), stripes(), 0.3),
-        increment=0.3,
-        epochs=epochs,
-        repair=repair,
-        verbose=0,
-        return_info=True,
+        **{"increment": 0.15, "callbacks": [rates], "verbose": 0, "return_info": True, **arguments},
     )
-    assert bool(info.rounds[0].repairs) == repaired
+    assert rates.values == pytest.approx([rate] * 2)
+    assert bool(info.rounds[0].repairs) == arguments.get("repair", True)
+    assert float(small.optimizer.learning_rate) == pytest.approx(0.05)
+
+
+def test_scores_from_other_data_than_the_training():
+    model, (x, y) = small_model(), stripes()
+    arguments = {"goal": 0.3, "epochs": 0, "repair": False, "verbose": 0, "return_info": True}
+    _, other = keras_taylor.compress(model, (np.zeros_like(x), y), score_ds=(x, y), **arguments)
+    _, same = keras_taylor.compress(model, (x, y), **arguments)
+    _, nothing = keras_taylor.compress(model, (np.zeros_like(x), y), **arguments)
+    assert other.plan == same.plan != nothing.plan
+
+
+def test_other_data_for_scores_that_do_not_fit():
+    with pytest.raises(ValueError, match="Received: "):
+        keras_taylor.compress(small_model(), stripes(), score_ds=(np.zeros((4, 5, 5, 1)), np.zeros(4)))
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, float("nan"), "fast", True])
+def test_a_learning_rate_that_is_none(rate):
+    with pytest.raises(ValueError, match=r"Expected a learning rate above 0. Received: learning_rate="):
+        keras_taylor.compress(small_model(), stripes(), learning_rate=rate)
 
 
 def test_info_tells_every_round(finished):
