@@ -62,9 +62,9 @@ def arguments():
     parser.add_argument("--data", required=True, help="an .npz file")
     parser.add_argument("--goal", type=float, default=0.3)
     parser.add_argument("--increment", type=float, default=0.1)
-    parser.add_argument("--criterion", default="taylor")
+    parser.add_argument("--criterion", help="else log_odds, while training taylor")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning, a round")
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--learning-rate", type=float, default=0.001, help="falls to 0 in each round")
     parser.add_argument("--while-training", action="store_true", help="prune inside one fit")
     parser.add_argument("--save", help="where to write the smaller model")
     return parser.parse_args()
@@ -87,7 +87,7 @@ def by_rounds(model, train, options):
 
 def while_training(model, train, options):
     """One `fit` of a wrapped model, pruned every 10 steps in the first three quarters of it."""
-    prunable = keras_taylor.PrunableModel(model, criterion=options.criterion)
+    prunable = keras_taylor.PrunableModel(model, criterion=options.criterion or "taylor")
     callback = keras_taylor.TaylorPruning(options.goal, frequency=10, momentum=0.9, verbose=1)
     prunable.fit(train, epochs=num_epochs(options), callbacks=[callback], verbose=2)
     return prunable.strip()

@@ -100,7 +100,9 @@ def compress(
         float,
         typer.Option(help="Else the model's own or 0.001; a tenth after a repair."),
     ] = 0.0,
-    criterion: Annotated[str, typer.Option(help="What makes a channel important.")] = "taylor",
+    criterion: Annotated[
+        str | None, typer.Option(help="What makes a channel important; else it depends on the model.")
+    ] = None,
     exclude: Exclude = None,
     round_to: Annotated[int, typer.Option(help="Keep multiples of so many channels.")] = 1,
     repair: Annotated[

@@ -35,7 +35,7 @@ from keras_taylor.plan import (
 from keras_taylor.progress import Clock, Reporter
 from keras_taylor.refitting import refit
 from keras_taylor.report import Info, Round
-from keras_taylor.round_scores import RoundScores
+from keras_taylor.round_scores import RoundScores, default_criterion
 from keras_taylor.schedule import fractions
 from keras_taylor.scoring import (
     check_compiled,
@@ -67,7 +67,7 @@ def compress(
     goal=0.3,
     *,
     increment=0.05,
-    criterion="taylor",
+    criterion=None,
     score_ds=None,
     score_examples=None,
     include=None,
@@ -95,7 +95,8 @@ def compress(
             `{"flops": 0.5}`.
         increment: Fraction of the original removed a round, or a function from the
             round's number to the fraction gone after it.
-        criterion: What makes a channel important, see `keras_taylor.criteria`.
+        criterion: What makes a channel important, see `keras_taylor.criteria`. `None`: "log_odds" for
+            a classifier with one output and a cross-entropy, where `repair` is on, else "taylor".
         score_ds: Other data for the scores, in any form that `ds` may have: examples that the model
             was not trained on, say, where those of `ds` are known by heart and tell little.
         score_examples: Examples a scoring pass; `None`: all, at most 10,000.
@@ -184,6 +185,7 @@ class _Run:
         self._limits = {"round_to": round_to, "min_channels": min_channels}
         self._carry = not has_schedule(model.optimizer)
         channels = self._read(model)
+        criterion = criterion or default_criterion(channels, repair)
         costs = CostModel(channels)
         self._before = costs()
         check_countable(self._before, what, f"goal={goal!r}")
@@ -374,7 +376,7 @@ class _Run:
             self._original,
             self.info,
             num_rounds=len(self._ceilings),
-            scored=self._scores.num_examples,
+            scored=self._scores.num_examples if self._scores.needs_data else None,
             draws=self._scores.draws,
             repairs=self._repairs,
             carries=self._carry,

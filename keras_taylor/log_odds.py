@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.gates import ROWS, GatedModel, Gates, batch_statistics
-from keras_taylor.losses import CLASSES, ONE_HOT, ExampleLoss, kind_of, losses_by_output
+from keras_taylor.losses import CLASSES, ExampleLoss, kind_of, losses_by_output
 
 # Rows of statistics after `gates.ROWS`: sums over examples, weighted as the examples are.
 ODDS_ROWS = ("odds", "spread", "probe", "probe_square")
@@ -14,6 +14,7 @@ NUM_PROBES = 4
 _STEP = 0.15
 _FLOOR, _CLAMP = 1e-6, 50.0
 _CROSS_ENTROPIES = CLASSES | {"categorical_crossentropy"}
+_BINARY_CROSS_ENTROPIES = {"binary_crossentropy", "crossentropy", "ce"}
 _NUM_SLOTS = 3  # what the loss tells of each example: q, the spread of the wrong classes, its weight
 
 
@@ -176,24 +177,35 @@ def _repeated(values, copies):
     )
 
 
+def has_odds(channels):
+    """Whether a model tells one class out of several, and is trained with a cross-entropy."""
+    return _kind(channels)[0] is not None
+
+
 def _check_loss(channels):
     """Refuses what has no odds; says whether there are but two classes."""
+    kind, name = _kind(channels)
+    if kind is None:
+        shapes = [tuple(channels.graph.shapes[i]) for i in channels.graph.outputs]
+        raise ValueError(
+            "The log-odds criteria are about one class out of several. Expected a model with one output of "
+            "shape (batch, classes), compiled with a cross-entropy; 'taylor2' takes any loss. "
+            f"Received: loss={name!r}, outputs of shapes {shapes}"
+        )
+    return kind == "binary"
+
+
+def _kind(channels):
+    """ "binary", "classes", or `None` where there are no odds; and the loss' name."""
     graph = channels.graph
     losses = losses_by_output(graph.model, len(graph.outputs))
     shape = graph.shapes[graph.outputs[0]]
     name = kind_of(losses[0])[0] if losses[0] is not None else "None"
-    binary = name == "binary_crossentropy" or (name in ("crossentropy", "ce") and shape[-1] == 1)
-    classes = (
-        name in CLASSES | ONE_HOT - {"kl_divergence", "categorical_focal_crossentropy"} and shape[-1] != 1
-    )
-    fits = len(graph.outputs) == 1 and len(shape) == 2 and (classes or (binary and shape[-1] == 1))
-    if not fits:
-        raise ValueError(
-            "The log-odds criteria are about one class out of several. Expected a model with one output of "
-            "shape (batch, classes), compiled with a cross-entropy; 'taylor2' takes any loss. "
-            f"Received: loss={name!r}, outputs of shapes {[tuple(graph.shapes[i]) for i in graph.outputs]}"
-        )
-    return binary
+    if len(graph.outputs) != 1 or len(shape) != 2:
+        return None, name
+    if shape[-1] == 1:
+        return ("binary" if name in _BINARY_CROSS_ENTROPIES else None), name
+    return ("classes" if name in _CROSS_ENTROPIES else None), name
 
 
 def shrunk(correction, noise, size):

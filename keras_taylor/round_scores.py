@@ -2,10 +2,21 @@
 
 from keras_taylor import criteria
 from keras_taylor.datasets import Feed
+from keras_taylor.log_odds import has_odds
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.scoring import check_labels, draws_labels, needs_data, score_channels
 
 _MOST = 10_000  # examples a pass, unless more are asked for
+
+
+def default_criterion(channels, repaired):
+    """The criterion that leaves most accuracy for one pass, by `benchmarks/results/criteria.md`.
+
+    Args:
+        channels: `groups.Channels` of a compiled model.
+        repaired: Whether cuts are repaired.
+    """
+    return "log_odds" if repaired and has_odds(channels) else "taylor"
 
 
 class RoundScores:
@@ -23,7 +34,8 @@ class RoundScores:
     Attributes:
         apart: Whether scores come from other data than the training's.
         draws: Whether labels are drawn from the model's own predictions.
-        num_examples: Examples a pass, at most; `None`: the criterion needs no data.
+        num_examples: Examples a pass, at most.
+        needs_data: Whether the criterion needs any.
     """
 
     def __init__(self, model, feed, score_ds, criterion, labels, num_examples, cost, fit_kwargs):
@@ -34,11 +46,10 @@ class RoundScores:
         if self.apart:
             feed = Feed(score_ds, model, feed.batch_size, targets=check_labels(labels) == "data")
             split = 0
-        self._feed = feed if needs_data(criterion, feed) else None
-        self.draws = self._feed is not None and draws_labels(feed, labels)
-        self.num_examples = None
-        if self._feed is not None:
-            self.num_examples = num_examples or _available(feed, split)
+        self.needs_data = needs_data(criterion, feed)
+        self._feed = feed if self.needs_data else None
+        self.draws = self.needs_data and draws_labels(feed, labels)
+        self.num_examples = num_examples or _available(feed, split)
 
     def __call__(self, channels, number, callbacks):
         """Scores by group in the round after `number` others.

@@ -115,6 +115,22 @@ def test_what_was_repaired_is_fine_tuned_at_a_tenth_of_the_learning_rate(argumen
     assert float(small.optimizer.learning_rate) == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize(
+    ("loss", "arguments", "criterion"),
+    [
+        ("sparse_categorical_crossentropy", {}, "log_odds"),
+        ("sparse_categorical_crossentropy", {"repair": False}, "taylor"),
+        ("sparse_categorical_crossentropy", {"criterion": "magnitude"}, "magnitude"),
+        ("mse", {}, "taylor"),
+    ],
+)
+def test_the_default_criterion(loss, arguments, criterion):
+    model, (x, y) = small_model(loss=loss, metrics=[]), stripes()
+    y = np.eye(3)[y] if loss == "mse" else y
+    _, info = keras_taylor.compress(model, (x, y), epochs=0, verbose=0, return_info=True, **arguments)
+    assert info.criterion == criterion
+
+
 def test_scores_from_other_data_than_the_training():
     model, (x, y) = small_model(), stripes()
     arguments = {"goal": 0.3, "epochs": 0, "repair": False, "verbose": 0, "return_info": True}
@@ -397,7 +413,7 @@ def test_first_line_says_where_scores_come_from(capsys):
     keras_taylor.compress(small_model(), stripes(), increment=0.3, criterion="magnitude", epochs=0)
     assert "in each: 'magnitude' scores without data, then" in capsys.readouterr().out
     keras_taylor.compress(small_model(), stripes(), increment=0.3, score_examples=32, epochs=0)
-    assert "in each: 'taylor' scores from at most 32 examples, then" in capsys.readouterr().out
+    assert "in each: 'log_odds' scores from at most 32 examples, then" in capsys.readouterr().out
 
 
 def test_silence(capfd):

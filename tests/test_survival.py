@@ -521,7 +521,7 @@ def test_a_first_round_that_diverges_gives_an_unpruned_copy(capsys):
     model = tiny_model()
     before = values(model.weights)
     words = (
-        r"the loss became NaN in round 1 at fine-tuning step 3: lower the learning rate \(0\.01 now\); "
+        r"the loss became NaN in round 1 at fine-tuning step 3: lower the learning rate \(0\.001 now\); "
         r"the result is an unpruned copy of the model"
     )
     spoil = Spoil(in_round=1, step=3)
@@ -538,7 +538,7 @@ def test_a_first_round_that_diverges_gives_an_unpruned_copy(capsys):
 
 def test_a_later_round_that_diverges_gives_the_model_of_the_one_before(tmp_path):
     words = (
-        r"the loss became NaN in round 2 at fine-tuning step 5: lower the learning rate \(0\.01 now\); "
+        r"the loss became NaN in round 2 at fine-tuning step 5: lower the learning rate \(0\.001 now\); "
         r"the result is that of round 1"
     )
     small, info = diverged(words, callbacks=[Spoil(in_round=2, step=5)], backup_dir=tmp_path)
@@ -565,7 +565,7 @@ def test_weights_that_the_last_step_spoils():
 
 
 def test_a_learning_rate_that_is_far_too_high():
-    words = r"the loss became (NaN|infinite) in round 1 at fine-tuning step \d: lower .*\(1e\+30 now\); .*"
+    words = r"the loss became (NaN|infinite) in round 1 at fine-tuning step \d: lower .*\(1e\+29 now\); .*"
     model = tiny_model(optimizer=keras.optimizers.SGD(1e30))
     before = values(model.weights)
     diverged(words, model=model)
