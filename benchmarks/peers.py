@@ -91,7 +91,7 @@ def _images(x, layout):
     return images if layout == "nhwc" else images.permute(0, 3, 1, 2)
 
 
-def theirs(model, goals, data, judge):
+def theirs(model, options, data, judge):
     """Rows of Torch-Pruning's criteria."""
     import torch_peer
 
@@ -99,10 +99,8 @@ def theirs(model, goals, data, judge):
     few, again = (slice(None, None, len(x) // n) for n in (NUM_SCORED, NUM_REPAIRED))
     network = torch_peer.torch_resnet(model)
     print("the same network in PyTorch:", judge.accuracy(network, "nchw"), file=sys.stderr)
-    peers = {
-        name: torch_peer.Peer(network, name, _images(x[few], "nchw"), y[few]) for name in torch_peer.NAMES
-    }
-    for what, share in goals:
+    peers = {name: torch_peer.Peer(network, name, _images(x[few], "nchw"), y[few]) for name in options.theirs}
+    for what, share in options.goals:
         for name, peer in peers.items():
             small = peer.pruned(what, share)
             renewed = torch_peer.renewed(small, _images(x[again], "nchw"))
@@ -112,15 +110,15 @@ def theirs(model, goals, data, judge):
             yield [what, f"Torch-Pruning, {name}", *gone, *accuracies, None, fine_tuned, peer.seconds, None]
 
 
-def ours(model, goals, data, judge):
+def ours(model, options, data, judge):
     """Rows of our criteria."""
     import keras_taylor
 
     x = data[0]
     few, again = (x[:: len(x) // n] for n in (NUM_SCORED, NUM_REPAIRED))
     before = keras_taylor.analyze(model).costs
-    for what, share in goals:
-        for criterion in ("taylor", "sensitivity"):
+    for what, share in options.goals:
+        for criterion in options.ours:
             start = time.perf_counter()
             scores = keras_taylor.score(model, few, criterion=criterion, cost=what)
             scoring = time.perf_counter() - start
@@ -156,6 +154,8 @@ def main():
     parser.add_argument("--models", nargs="+", default=["resnet20", "resnet56"])
     parser.add_argument("--goals", type=goal_of, nargs="+", default=[("params", 0.3), ("params", 0.5)])
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning")
+    parser.add_argument("--theirs", nargs="+", default=["LAMP", "magnitude", "Taylor", "Hessian"])
+    parser.add_argument("--ours", nargs="+", default=["taylor", "log_odds", "sensitivity"])
     arguments = parser.parse_args()
     import keras
     import resnet_cifar
@@ -169,7 +169,7 @@ def main():
         model = keras.models.load_model(DATA / f"{name}_cifar10.keras", compile=False)
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         for found in (theirs, ours):
-            for row in found(model, arguments.goals, data, judge):
+            for row in found(model, arguments, data, judge):
                 rows.append(texts(name, row))
                 print(*rows[-1], file=sys.stderr, flush=True)
     epochs = arguments.epochs or "no"
