@@ -33,7 +33,7 @@ class Gates(keras.layers.Layer):
             traced.
     """
 
-    rows = ROWS
+    rows: tuple = ROWS
 
     def __init__(self, num_units, **kwargs):
         super().__init__(dtype="float32", **kwargs)
