@@ -187,7 +187,8 @@ def test_info_plan_leads_from_the_original_to_the_result_in_one_cut(finished):
 def test_info_prints_and_goes_to_json(finished):
     _, _, info, _ = finished
     text = str(info)
-    assert "30." in text and f"{info.after['params']:,}" in text and "val_accuracy" in text
+    assert f"{info.reduction['params']:.1%} of params" in text
+    assert f"{info.after['params']:,}" in text and "val_accuracy" in text
     content = json.loads(info.to_json())
     assert content["rounds"][1]["params"] == info.after["params"]
     assert content["plan"] == json.loads(info.plan.to_json())
