@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.cloning import compile_arguments
 from keras_taylor.gates import ROWS, GatedModel, Gates, batch_statistics
 from keras_taylor.losses import CLASSES, ExampleLoss, kind_of, losses_by_output
 
@@ -55,8 +56,10 @@ class OddsModel(GatedModel):
         """The outputs for each example and, after all of these, for its probes."""
         return super().call(_repeated(inputs, self._copies), training)
 
-    def example_losses(self, loss):
-        """The losses to compile with, which tell the gates of each example."""
+    def example_losses(self, loss, mean=False):
+        """The losses to compile with; if they add up, they tell the gates of each example."""
+        if mean:
+            return super().example_losses(loss, mean)
         gates, copies, binary = self.network.gates, self._copies, self._binary
         return keras.tree.map_structure(lambda one: _OddsLoss(one, gates, copies, binary), loss)
 
@@ -189,7 +192,8 @@ def _check_loss(channels):
         shapes = [tuple(channels.graph.shapes[i]) for i in channels.graph.outputs]
         raise ValueError(
             "The log-odds criteria are about one class out of several. Expected a model with one output of "
-            "shape (batch, classes), compiled with a cross-entropy; 'taylor2' takes any loss. "
+            "shape (batch, classes), compiled with a cross-entropy without a weight of its own; 'taylor2' "
+            "takes any loss. "
             f"Received: loss={name!r}, outputs of shapes {shapes}"
         )
     return kind == "binary"
@@ -201,7 +205,8 @@ def _kind(channels):
     losses = losses_by_output(graph.model, len(graph.outputs))
     shape = graph.shapes[graph.outputs[0]]
     name = kind_of(losses[0])[0] if losses[0] is not None else "None"
-    if len(graph.outputs) != 1 or len(shape) != 2:
+    weighted = compile_arguments(graph.model).get("loss_weights") is not None
+    if len(graph.outputs) != 1 or len(shape) != 2 or weighted:
         return None, name
     if shape[-1] == 1:
         return ("binary" if name in _BINARY_CROSS_ENTROPIES else None), name

@@ -227,7 +227,7 @@ def compile_for_scoring(gated, model, mean=False):
     """
     gated.compile(
         keras.optimizers.SGD(0.0),
-        loss=gated.example_losses(model.loss, mean) if mean else gated.example_losses(model.loss),
+        loss=gated.example_losses(model.loss, mean),
         loss_weights=compile_arguments(model).get("loss_weights"),
         jit_compile=model.jit_compile,
         run_eagerly=model.run_eagerly,

@@ -146,6 +146,15 @@ def test_what_has_no_odds_is_refused(make, loss):
         keras_taylor.score(model, np.zeros((4, *model.input_shape[1:])), criterion="log_odds")
 
 
+def test_a_loss_with_a_weight_is_refused():
+    model = linear(3)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), loss_weights=[2.0])
+    with pytest.raises(ValueError, match="without a weight of its own"):
+        keras_taylor.score(model, (images(), labels(3)), criterion="log_odds")
+    _, info = keras_taylor.compress(model, (images(), labels(3)), epochs=0, verbose=0, return_info=True)
+    assert info.criterion == "taylor"
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_not_while_training(criterion):
     model = compiled(linear(3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
