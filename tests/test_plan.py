@@ -173,7 +173,7 @@ def test_flops_are_refused_where_the_size_is_unknown():
     model = zoo.classified(inputs, zoo.conv(x, 6, "conv1"))
     assert message_of(keras_taylor.make_plan, model, random_scores(model), {"flops": 0.3}) == (
         "FLOPs are unknown because the model's input has axes of unknown size. Expected a model made with a "
-        "fixed input shape, or a goal of parameters. Received: goal={'flops': 0.3}"
+        "fixed input shape, or parameters in their place. Received: goal={'flops': 0.3}"
     )
     assert keras_taylor.make_plan(model, random_scores(model), 0.3).after["flops"] is None
 
