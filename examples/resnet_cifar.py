@@ -118,7 +118,7 @@ def main():
     costs = [keras_taylor.analyze(m).costs for m in (model, small)]
     result = {
         "backend": keras.backend.backend(),
-        "criterion": options.criterion,
+        "criterion": options.criterion or "default",
         "accuracy": [round(before, 4), round(after, 4)],
         "reduction": {what: round(1 - costs[1][what] / full, 4) for what, full in costs[0].items()},
         "seconds": round(seconds),
