@@ -40,6 +40,7 @@ from keras_taylor.schedule import fractions
 from keras_taylor.scoring import (
     check_compiled,
     check_labels,
+    draws_labels,
 )
 from keras_taylor.surgery import cut, whole_copy
 from keras_taylor.walk import example_inputs
@@ -96,7 +97,7 @@ def compress(
         increment: Fraction of the original removed a round, or a function from the
             round's number to the fraction gone after it.
         criterion: What makes a channel important, see `keras_taylor.criteria`. `None`: "log_odds" for
-            a classifier with one output and a cross-entropy, where `repair` is on, else "taylor".
+            a classifier with one output, a cross-entropy and labels, where `repair` is on; else "taylor".
         score_ds: Other data for the scores, in any form that `ds` may have: examples that the model
             was not trained on, say, where those of `ds` are known by heart and tell little.
         score_examples: Examples a scoring pass; `None`: all, at most 10,000.
@@ -185,7 +186,6 @@ class _Run:
         self._limits = {"round_to": round_to, "min_channels": min_channels}
         self._carry = not has_schedule(model.optimizer)
         channels = self._read(model)
-        criterion = criterion or default_criterion(channels, repair)
         costs = CostModel(channels)
         self._before = costs()
         check_countable(self._before, what, f"goal={goal!r}")
@@ -201,6 +201,7 @@ class _Run:
             self._fit_kwargs.pop("sample_weight", None),
             targets=check_labels(labels) == "data",
         )
+        criterion = criterion or default_criterion(channels, repair, draws_labels(self._feed, labels))
         self._trains = self._fit_kwargs.get("epochs", 1) != 0
         if self._trains:
             check_trainable(self._feed, self._fit_kwargs, distill)

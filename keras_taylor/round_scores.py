@@ -9,14 +9,15 @@ from keras_taylor.scoring import check_labels, draws_labels, needs_data, score_c
 _MOST = 10_000  # examples a pass, unless more are asked for
 
 
-def default_criterion(channels, repaired):
+def default_criterion(channels, repaired, draws):
     """The criterion that leaves most accuracy for one pass, by `benchmarks/results/criteria.md`.
 
     Args:
         channels: `groups.Channels` of a compiled model.
         repaired: Whether cuts are repaired.
+        draws: Whether labels are drawn: what depends on the sign of derivatives is then noise.
     """
-    return "log_odds" if repaired and has_odds(channels) else "taylor"
+    return "log_odds" if repaired and not draws and has_odds(channels) else "taylor"
 
 
 class RoundScores:

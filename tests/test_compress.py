@@ -120,6 +120,7 @@ def test_what_was_repaired_is_fine_tuned_at_a_tenth_of_the_learning_rate(argumen
     [
         ("sparse_categorical_crossentropy", {}, "log_odds"),
         ("sparse_categorical_crossentropy", {"repair": False}, "taylor"),
+        ("sparse_categorical_crossentropy", {"labels": "model"}, "taylor"),
         ("sparse_categorical_crossentropy", {"criterion": "magnitude"}, "magnitude"),
         ("mse", {}, "taylor"),
     ],
