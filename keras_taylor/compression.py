@@ -257,9 +257,8 @@ class _Run:
         """Loss and metrics on the validation data, unless they can be read only once."""
         data = self._fit_kwargs.get("validation_data")
         if data is not None and not isinstance(data, Iterator):
-            copy = (
-                whole_copy(self._original) if model is self._original else model
-            )  # evaluating leaves traces
+            # evaluating leaves traces
+            copy = whole_copy(self._original) if model is self._original else model
             size = self._fit_kwargs.get("validation_batch_size") or self._feed.batch_size
             self.info.metrics[when] = evaluate(copy, data, size, self._fit_kwargs.get("validation_steps"))
 

@@ -89,6 +89,11 @@ def fine_tuning_rate(optimizer, wanted, repaired):
         number = isinstance(wanted, (int, float, np.floating)) and not isinstance(wanted, bool)
         if not number or not 0 < wanted < np.inf:
             raise ValueError(f"Expected a learning rate above 0. Received: learning_rate={wanted!r}")
+        if has_schedule(optimizer):
+            raise ValueError(
+                "The model is compiled with a learning rate schedule, which each round follows. Compile it "
+                f"with a number, or leave `learning_rate` out. Received: learning_rate={wanted!r}"
+            )
         return float(wanted)
     if not repaired or has_schedule(optimizer):
         return None

@@ -146,6 +146,12 @@ def test_other_data_for_scores_that_do_not_fit():
         keras_taylor.compress(small_model(), stripes(), score_ds=(np.zeros((4, 5, 5, 1)), np.zeros(4)))
 
 
+def test_a_learning_rate_beside_a_schedule_is_refused():
+    model = small_model(optimizer=keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 20)))
+    with pytest.raises(ValueError, match=r"compiled with a learning rate schedule.*learning_rate=0\.01"):
+        keras_taylor.compress(model, stripes(), learning_rate=0.01)
+
+
 @pytest.mark.parametrize("rate", [0, -0.1, float("nan"), "fast", True])
 def test_a_learning_rate_that_is_none(rate):
     with pytest.raises(ValueError, match=r"Expected a learning rate above 0. Received: learning_rate="):
