@@ -28,8 +28,8 @@ repair and statistics from {repaired} of them, accuracy on 1000 test images, {ep
 tuning. Torch-Pruning gets the same network in plain PyTorch and prunes the inner channels of the blocks
 (the padded shortcuts left alone); its criteria are ranked globally, in one shot, the ratio found by
 bisection; Taylor and Hessian with labels (Hessian with the mean of the squared gradients of 200
-examples: its own accumulation keeps the last example only). Ours choose among all channels, without
-labels. "Statistics": BatchNorm re-estimated, exactly, for both. "Fine-tuned": SGD with Nesterov momentum
+examples: its own accumulation keeps the last example only). Ours choose among all channels, with labels too;
+repair and statistics need none. "Statistics": BatchNorm re-estimated, exactly, for both. "Fine-tuned": SGD with Nesterov momentum
 on the 4000 images, one cycle to 0.02, weight decay 5e-4, flips and shifts of 4, by one and the same
 loop; ours after repair, theirs from the cut model. Seconds: scores; repair. FLOPs are those of
 convolutions and dense layers.
@@ -114,8 +114,9 @@ def ours(model, options, data, judge):
     """Rows of our criteria."""
     import keras_taylor
 
-    x = data[0]
-    few, again = (x[:: len(x) // n] for n in (NUM_SCORED, NUM_REPAIRED))
+    x, y = data[:2]
+    few = (x[:: len(x) // NUM_SCORED], y[:: len(x) // NUM_SCORED])
+    again = x[:: len(x) // NUM_REPAIRED]
     before = keras_taylor.analyze(model).costs
     for what, share in options.goals:
         for criterion in options.ours:
@@ -155,7 +156,7 @@ def main():
     parser.add_argument("--goals", type=goal_of, nargs="+", default=[("params", 0.3), ("params", 0.5)])
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning")
     parser.add_argument("--theirs", nargs="+", default=["LAMP", "magnitude", "Taylor", "Hessian"])
-    parser.add_argument("--ours", nargs="+", default=["taylor", "log_odds", "sensitivity"])
+    parser.add_argument("--ours", nargs="+", default=["taylor", "log_odds", "fisher", "sensitivity"])
     arguments = parser.parse_args()
     import keras
     import resnet_cifar

@@ -17,7 +17,7 @@ def measure(image_size=96, batch_size=16, steps=2, repetitions=7, model_name="Re
 
     from keras_taylor.gates import GatedModel
     from keras_taylor.groups import read_channels
-    from keras_taylor.scoring import compile_for_scoring
+    from keras_taylor.passes import compile_for_scoring
 
     keras.utils.set_random_seed(0)
     model = getattr(keras.applications, model_name)(weights=None, input_shape=(image_size, image_size, 3))

@@ -75,6 +75,17 @@ class CostModel:
         return self._index[key]
 
 
+def unit_savings(channels, what):
+    """What each unit saves if it goes alone, of "params" or "flops": a float64 array `(num_units,)`."""
+    costs, savings = CostModel(channels), np.ones(channels.num_units)
+    whole = costs()[what]
+    for group in channels.groups:
+        kept = np.ones(channels.num_units, bool)
+        kept[group.start] = False
+        savings[group.start : group.start + group.num_units] = max(whole - costs(kept)[what], 1)
+    return savings
+
+
 def check_countable(costs, what, wanted):
     """Refuses FLOPs where they are unknown; `wanted` is the argument that asks for them."""
     if costs[what] is None:

@@ -12,6 +12,8 @@ means over examples:
 | `log_odds` | mean of what the loss grows by if the log-odds of the true class are linear in the gate, and of
   how the wrong classes spread | this project; `log_odds.OddsModel` |
 | `log_odds_probed` | the same, the curvature measured by four probes an example | this project |
+| `fisher` | rank in a greedy removal: the next unit is the one that adds least to mean((sum of g of all
+  that have gone)^2) / 2 a parameter (or FLOP) saved | this project, after the 2019 paper's second order |
 | `magnitude` | norm of the filters, relative to their group's mean | label-free baseline |
 | `batchnorm` | mean(abs(gamma)) | Liu et al. 2017 (arXiv 1708.06519) |
 | `random` | uniform | baseline |
@@ -44,6 +46,7 @@ class GroupStatistics:
         gammas: Mean absolute BatchNormalization scale, `None` without such a layer.
         loss_changes: Mean loss without the unit minus mean loss with it.
         slopes: Divergence of the predictions for what is saved (`sensitivity.Curve.slopes`).
+        ranks: When each unit goes in a greedy removal (`fisher.removal_ranks`).
     """
 
     name: str
@@ -60,6 +63,7 @@ class GroupStatistics:
     mean_probed_log_odds: np.ndarray | None = None
     loss_changes: np.ndarray | None = None
     slopes: np.ndarray | None = None
+    ranks: np.ndarray | None = None
 
 
 def taylor(statistics):
@@ -117,13 +121,18 @@ def sensitivity(statistics):
     return statistics.slopes
 
 
+def fisher(statistics):
+    """Rank in a greedy removal of units that are looked at together."""
+    return statistics.ranks
+
+
 def oracle(statistics):
     """True change of the mean loss without the unit."""
     return statistics.loss_changes
 
 
 _TAYLOR = (taylor, taylor_batch, taylor_abs, taylor2)
-WITH_DATA = {f.__name__: f for f in (*_TAYLOR, log_odds, log_odds_probed, sensitivity, oracle)}
+WITH_DATA = {f.__name__: f for f in (*_TAYLOR, log_odds, log_odds_probed, fisher, sensitivity, oracle)}
 LABEL_FREE = {f.__name__: f for f in (magnitude, batchnorm, random)}
 
 

@@ -26,6 +26,7 @@ class Gates(keras.layers.Layer):
 
     Args:
         num_units: Number of gates.
+        rows: Names of the rows of the statistics.
 
     Attributes:
         averaged: Whether the loss is the mean over the batch, so that what arrives is
@@ -33,9 +34,7 @@ class Gates(keras.layers.Layer):
             traced.
     """
 
-    rows: tuple = ROWS
-
-    def __init__(self, num_units, **kwargs):
+    def __init__(self, num_units, rows=ROWS, **kwargs):
         super().__init__(dtype="float32", **kwargs)
         self.num_units = num_units
         self.averaged = False
@@ -43,7 +42,7 @@ class Gates(keras.layers.Layer):
             shape=(num_units,), initializer="ones", trainable=False, autocast=False, name="mask"
         )
         self.statistics = self.add_weight(
-            shape=(len(self.rows), num_units),
+            shape=(len(rows), num_units),
             initializer="zeros",
             autocast=False,
             overwrite_with_gradient=True,

@@ -72,10 +72,8 @@ class OddsGates(Gates):
         num_probes: Probes an example.
     """
 
-    rows = ROWS + ODDS_ROWS
-
     def __init__(self, num_units, num_probes, **kwargs):
-        super().__init__(num_units, **kwargs)
+        super().__init__(num_units, rows=ROWS + ODDS_ROWS, **kwargs)
         self._copies = 1 + num_probes
         self._seed = keras.random.SeedGenerator(0)
         self._slots = None

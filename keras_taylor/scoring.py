@@ -1,23 +1,23 @@
 """Taylor importance of every channel."""
 
 import functools
-import warnings
 
 import keras
 import numpy as np
 
 from keras_taylor import criteria
-from keras_taylor.cloning import compile_arguments
-from keras_taylor.costs import COSTS, CostModel, check_countable
+from keras_taylor.costs import COSTS, CostModel, check_countable, unit_savings
 from keras_taylor.datasets import Feed
+from keras_taylor.fisher import FisherGates, removal_ranks
 from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import read_channels
 from keras_taylor.log_odds import NUM_PROBES, ODDS_ROWS, OddsModel, shrunk
+from keras_taylor.passes import gate_statistics, loss_changes, refuse_class_weight
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.sensitivity import curves
 
-# Steps between two transfers of the float32 statistics to float64 on the host.
-_FOLD_EVERY = 256
+# Criteria that hold what is lost against what is saved.
+BY_COST = ("sensitivity", "fisher")
 # Examples whose labels are drawn, at most: they are held in memory.
 MAX_DRAWN = 10_000
 
@@ -55,9 +55,9 @@ def score(
             the same at every batch size.
         steps_per_epoch: Batches in a pass over an endless data set.
         class_weight: As in `model.fit`.
-        cost: What "sensitivity" holds against what predictions lose: the parameters ("params") or
-            the "flops" that go with a unit. The one that the plan's goal is about. Other criteria
-            score the units alone.
+        cost: What "sensitivity" and "fisher" hold against what is lost: the parameters ("params")
+            or the "flops" that go with a unit. The one that the plan's goal is about. Other
+            criteria score the units alone.
 
     Returns:
         A dict: group name (that of the first layer making its channels) -> float32
@@ -150,158 +150,58 @@ def score_channels(
         criterion, num_examples, class_weight, cost: As in `score`.
         callbacks: Keras callbacks of the scoring pass.
     """
-    totals = changes = slopes = None
+    totals, apart = None, {}
     if feed is not None:
+        if criterion in BY_COST:
+            check_countable(CostModel(channels)(), cost, f"cost={cost!r}")
         gated = _gated(channels, criterion)
+        gather = functools.partial(
+            gate_statistics, gated, channels, feed, num_examples, class_weight, callbacks
+        )
         if criterion == "oracle":
-            _refuse_class_weight(class_weight)
-            changes = _loss_changes(gated, channels, feed, num_examples)
+            refuse_class_weight(class_weight)
+            apart["loss_changes"] = loss_changes(gated, channels, feed, num_examples)
+        elif criterion == "sensitivity":
+            apart["slopes"] = _slopes(gated, channels, feed, gather, cost)
         else:
-            gather = functools.partial(
-                gate_statistics, gated, channels, feed, num_examples, class_weight, callbacks
-            )
-            if criterion == "sensitivity":
-                slopes = _slopes(gated, channels, feed, gather, cost)
-            else:
-                totals = gather()
-    return scores_of(channels, criterion, totals, changes, slopes)
+            totals = gather()
+        if criterion == "fisher":
+            apart["ranks"] = removal_ranks(totals, unit_savings(channels, cost))
+            totals = totals[: len(ROWS)]
+    return scores_of(channels, criterion, totals, apart)
 
 
 def _gated(channels, criterion):
     """The model that gathers what a criterion needs."""
     if criterion in ("log_odds", "log_odds_probed"):
         return OddsModel(channels, NUM_PROBES if criterion == "log_odds_probed" else 0)
+    if criterion == "fisher":
+        return GatedModel(channels, gates=FisherGates(channels.num_units, name="gates"))
     return GatedModel(channels)
 
 
-def scores_of(channels, criterion, totals=None, changes=None, slopes=None):
+def scores_of(channels, criterion, totals=None, apart=None):
     """Scores by group, from what was gathered.
 
     Args:
         channels: `groups.Channels`.
         criterion: As in `score`.
         totals: Statistics as `gate_statistics` gives them; `None`: none.
-        changes: Loss changes `(num_units,)`, for the criterion "oracle".
-        slopes: Slopes `(num_units,)`, for the criterion "sensitivity".
+        apart: What single criteria need, by attribute of `GroupStatistics`: arrays `(num_units,)`.
     """
     function = criteria.get(criterion)
     norms, gammas = _filter_norms(channels), _gammas(channels)
     scores = {}
     for group in channels.groups:
         part = slice(group.start, group.start + group.num_units)
-        values = function(_statistics_of(group, part, totals, changes, slopes, norms, gammas))
+        values = function(_statistics_of(group, part, totals, apart or {}, norms, gammas))
         if values is not None:
             scores[group.name] = _checked(values, group, criterion)
     return scores
 
 
-def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None, callbacks=()):
-    """Sums over one pass of the data, under plain `fit`.
-
-    Returns:
-        A float64 array `(num_rows, num_units)`, rows as in `gates.ROWS` and perhaps `log_odds.ODDS_ROWS`.
-    """
-    compile_for_scoring(gated, channels.graph.model)
-    fold = _Fold(gated)
-    arguments = feed.fit_arguments(num_examples)
-    with warnings.catch_warnings():
-        # Keras warns of every iterable that ends before it says how long it is
-        warnings.filterwarnings("ignore", message="Your input ran out of data")
-        history = gated.fit(
-            **arguments,
-            class_weight=class_weight,
-            epochs=1,
-            verbose=0,
-            shuffle=False,
-            callbacks=[fold, *callbacks],
-        )
-    if not (np.isfinite(fold.totals).all() and np.isfinite(history.history["loss"]).all()):
-        raise ValueError(_where_not_finite(gated, feed))
-    return fold.totals
-
-
-def compile_for_scoring(gated, model, mean=False):
-    """Compiles so that `fit` collects statistics: each example's own loss, a step that moves nothing.
-
-    With `mean`, `evaluate` gives the mean loss of the examples.
-    """
-    gated.compile(
-        keras.optimizers.SGD(0.0),
-        loss=gated.example_losses(model.loss, mean),
-        loss_weights=compile_arguments(model).get("loss_weights"),
-        jit_compile=model.jit_compile,
-        run_eagerly=model.run_eagerly,
-        auto_scale_loss=False,
-    )
-
-
-class _Fold(keras.callbacks.Callback):
-    """Moves the float32 statistics into float64 every so many steps."""
-
-    def __init__(self, gated):
-        super().__init__()
-        self.totals = np.zeros(gated.statistics.shape)
-
-    def on_train_batch_end(self, batch, logs=None):
-        if batch % _FOLD_EVERY == _FOLD_EVERY - 1:
-            self.totals += self.model.take_statistics()
-
-    def on_train_end(self, logs=None):
-        self.totals += self.model.take_statistics()
-
-
-def _refuse_class_weight(class_weight):
-    if class_weight is not None:
-        raise ValueError(
-            "The criterion 'oracle' evaluates the loss, which knows no class weights. Pass weights of the "
-            f"examples instead: `ds=(x, y, sample_weight)`. Received: class_weight={class_weight!r}"
-        )
-
-
-def _loss_changes(gated, channels, feed, num_examples):
-    """True change of the mean loss when one unit's gate is closed, unit by unit."""
-    compile_for_scoring(gated, channels.graph.model, mean=True)
-
-    def loss_with(mask):
-        gated.mask = mask
-        arguments = feed.fit_arguments(num_examples)
-        if "steps_per_epoch" in arguments:
-            arguments["steps"] = arguments.pop("steps_per_epoch")
-        return gated.evaluate(**arguments, verbose=0, return_dict=True)["loss"]
-
-    everything = np.ones(channels.num_units)
-    base = loss_with(everything)
-    if not np.isfinite(base):
-        raise ValueError(_where_not_finite(gated, feed))
-    changes = np.zeros(channels.num_units)
-    for unit in range(channels.num_units):
-        mask = everything.copy()
-        mask[unit] = 0
-        changes[unit] = loss_with(mask) - base
-    return changes
-
-
-def _where_not_finite(gated, feed):
-    for number, (x, _, _) in enumerate(feed.batches()):
-        for part in keras.tree.flatten(x):
-            if not np.isfinite(keras.ops.convert_to_numpy(part)).all():
-                return f"The data holds NaN or infinity. Received: ds with the first in batch {number}"
-        layer = gated.network.first_not_finite(x)
-        if layer is not None:
-            return (
-                f"The output of layer '{layer}' is NaN or infinite: its weights are, or its values "
-                "overflow. The model was not changed. "
-                f"Received: ds, whose batch {number} shows it first"
-            )
-    return (
-        "The loss or its gradient is NaN or infinite although every layer's output is finite: the "
-        "targets do not suit the loss. The model was not changed. Received: ds"
-    )
-
-
 def _slopes(gated, channels, feed, gather, cost):
     """Slopes of each group's curve; `gather` gives statistics of gates, if they are needed."""
-    check_countable(CostModel(channels)(), cost, f"cost={cost!r}")
     found = curves(channels, gated, feed, lambda: gather()[ROWS.index("square")], cost)
     slopes = np.zeros(channels.num_units)
     for group, curve in zip(channels.groups, found.values(), strict=True):
@@ -309,7 +209,7 @@ def _slopes(gated, channels, feed, gather, cost):
     return slopes
 
 
-def _statistics_of(group, part, totals, changes, slopes, norms, gammas):
+def _statistics_of(group, part, totals, apart, norms, gammas):
     rows = dict.fromkeys(ROWS + ODDS_ROWS)
     if totals is not None:
         rows.update(zip(rows, totals[:, part], strict=False))
@@ -339,8 +239,7 @@ def _statistics_of(group, part, totals, changes, slopes, norms, gammas):
         mean_probed_log_odds=probed,
         filter_norms=norms[part],
         gammas=None if np.isnan(scales).any() else scales,
-        loss_changes=None if changes is None else changes[part],
-        slopes=None if slopes is None else slopes[part],
+        **{name: values[part] for name, values in apart.items()},
     )
 
 

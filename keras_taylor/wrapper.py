@@ -15,7 +15,7 @@ from keras_taylor.scoring import scores_of
 from keras_taylor.surgery import cut, rebuild
 
 # Criteria that need passes of their own.
-_APART = ("oracle", "sensitivity", "log_odds", "log_odds_probed")
+_APART = ("oracle", "sensitivity", "fisher", "log_odds", "log_odds_probed")
 # What a model's class may override, and a wrapper would not run.
 _TRAINING = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 

@@ -659,8 +659,8 @@ def test_targets_that_do_not_suit_the_loss():
 
 def test_an_unknown_criterion():
     refused(
-        "Unknown criterion. Expected one of batchnorm, log_odds, log_odds_probed, magnitude, oracle, random, "
-        "sensitivity, taylor, taylor2, taylor_abs, taylor_batch, or a callable that takes a "
+        "Unknown criterion. Expected one of batchnorm, fisher, log_odds, log_odds_probed, magnitude, oracle, "
+        "random, sensitivity, taylor, taylor2, taylor_abs, taylor_batch, or a callable that takes a "
         "`GroupStatistics` and returns an array `(num_units,)`. Received: criterion='tailor'",
         Net().model,
         criterion="tailor",
