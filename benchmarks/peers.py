@@ -29,10 +29,10 @@ tuning. Torch-Pruning gets the same network in plain PyTorch and prunes the inne
 (the padded shortcuts left alone); its criteria are ranked globally, in one shot, the ratio found by
 bisection; Taylor and Hessian with labels (Hessian with the mean of the squared gradients of 200
 examples: its own accumulation keeps the last example only). Ours choose among all channels, with labels too;
-repair and statistics need none. "Statistics": BatchNorm re-estimated, exactly, for both. "Fine-tuned": SGD with Nesterov momentum
-on the 4000 images, one cycle to 0.02, weight decay 5e-4, flips and shifts of 4, by one and the same
-loop; ours after repair, theirs from the cut model. Seconds: scores; repair. FLOPs are those of
-convolutions and dense layers.
+repair and statistics need none. "Statistics": BatchNorm re-estimated, exactly, for both. "Fine-tuned":
+SGD with Nesterov momentum on the 4000 images, one cycle to 0.02, weight decay 5e-4, flips and shifts of
+4, by one and the same loop; ours after repair, theirs from the cut model. Seconds: scores; repair. FLOPs
+are those of convolutions and dense layers.
 """
 
 

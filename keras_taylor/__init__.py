@@ -5,7 +5,7 @@ from keras_taylor.artefacts import Artefact, ExportError
 from keras_taylor.callbacks import TaylorPruning
 from keras_taylor.compression import CompressionInterrupted, compress
 from keras_taylor.exporting import export, measure_artefacts
-from keras_taylor.graph import UnsupportedModelError
+from keras_taylor.opening import UnsupportedModelError
 from keras_taylor.plan import Plan, make_plan
 from keras_taylor.repairing import recalibrate, repair
 from keras_taylor.report import Info

@@ -6,7 +6,7 @@ import copy
 import keras
 import numpy as np
 
-from keras_taylor.graph import UnsupportedModelError
+from keras_taylor.opening import UnsupportedModelError
 from keras_taylor.optimizers import fresh_optimizer, kept_part
 
 

@@ -22,6 +22,7 @@ from keras_taylor.fine_tuning import (
     learning_rate_of,
 )
 from keras_taylor.groups import layer_names, read_channels
+from keras_taylor.opening import view_to_train
 from keras_taylor.optimizers import has_schedule
 from keras_taylor.plan import (
     Plan,
@@ -178,6 +179,7 @@ class _Run:
         round_to, min_channels, repair, labels, distill, learning_rate, backup_dir, fit_kwargs,
     ):  # fmt: skip
         what, fraction = parse_goal(goal)
+        model = view_to_train(model)
         check_compiled(model, "`compress`")
         self._original, self._goal, self._what = model, goal, what
         self._fit_kwargs = dict(fit_kwargs)

@@ -1,15 +1,20 @@
 """Reads any Keras model into one flat list of operations."""
 
 import dataclasses
-import functools
-import itertools
 from typing import Any
 
 import keras
 
-
-class UnsupportedModelError(ValueError):
-    """A model that cannot be read, with the layer's name and the way out."""
+from keras_taylor.opening import (
+    Closed,
+    UnsupportedModelError,
+    functional_view,
+    is_functional,
+    may_open,
+    nodes,
+    opened,
+    record,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Call:
         args, kwargs: Call arguments, with a `Ref` in the place of each tensor.
         inputs: Indices of the tensors among the arguments, in flattened order.
         outputs: Indices of the tensors that come out, in flattened order.
+        closed: Why a layer could not be opened, `None` where nobody tried.
     """
 
     name: str
@@ -40,6 +46,7 @@ class Call:
     kwargs: dict
     inputs: tuple
     outputs: tuple
+    closed: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,10 +64,10 @@ class Site:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
-    """The nodes of one functional (sub-)model, not looking into sub-models."""
+    """The nodes of one functional (sub-)model or opened layer, not looking into those inside."""
 
     model: Any
-    inputs: Any  # structure of KerasTensors, as the model was made with
+    inputs: Any  # structure of KerasTensors, as the model was made with; of an opened layer a flat list
     outputs: Any
     input_layers: tuple
     sites: tuple
@@ -75,7 +82,9 @@ class Graph:
         calls: List of `Call`, sub-models inlined, producers before consumers.
         shapes: Shape of every tensor, batch axis first, `None` where unknown.
         inputs, outputs: Tensor indices, in the model's flattened order.
-        structures: `Structure` of the model and of every sub-model, by `id`.
+        structures: `Structure` of the model and of every functional sub-model, by `id`.
+        inside: `Structure` of what is applied at a site, by the site's `id`, for sub-models and opened
+            layers.
         bindings: For each input of a sub-model (by `id` of its `KerasTensor`) the
             tensors that it stands for, one a call of the sub-model.
     """
@@ -86,6 +95,7 @@ class Graph:
     inputs: tuple
     outputs: tuple
     structures: dict
+    inside: dict
     bindings: dict
 
     def is_used_once(self, operation):
@@ -102,30 +112,42 @@ class Graph:
 
 
 def read(model):
-    """Reads a built Sequential or Functional model, sub-models inlined.
+    """Reads a built model, sub-models inlined, composite layers opened.
 
     Args:
-        model: A built `keras.Model`.
+        model: A built `keras.Model`; of a subclassed one its `opening.functional_view` is read.
 
     Returns:
         A `Graph`.
 
     Raises:
-        UnsupportedModelError: if the model, or a model used as a layer in it, is
-            neither Sequential nor Functional.
+        UnsupportedModelError: if the model is neither Sequential nor Functional, and cannot be opened.
         ValueError: if the model is not built.
     """
+    model = functional_view(model)
     if not isinstance(model, keras.Model):
         raise ValueError(
             f"Expected a `keras.Model`. Received: model={model!r} (of type {type(model).__name__})"
         )
-    reader = _Reader()
+    several_ways = set()
+    while True:
+        try:
+            return _read(model, several_ways)
+        except _SeveralWays as error:
+            several_ways.add(id(error.layer))
+
+
+def _read(model, several_ways):
+    reader = _Reader(several_ways)
     structure = reader.structure(model, model.name)
     shapes = [tuple(t.shape) for t in keras.tree.flatten(structure.inputs)]
     reader.shapes.extend(shapes)
     inputs = tuple(range(len(shapes)))
     outputs = reader.inline(structure, inputs, prefix="")
-    return Graph(model, reader.calls, reader.shapes, inputs, outputs, reader.structures, reader.bindings)
+    return Graph(
+        *(model, reader.calls, reader.shapes, inputs, outputs),
+        *(reader.structures, reader.inside, reader.bindings),
+    )
 
 
 def tensor_positions(call):
@@ -134,22 +156,28 @@ def tensor_positions(call):
     return [i for i, x in enumerate(flat) if isinstance(x, Ref)]
 
 
-def is_container(operation):
-    """Whether this operation is a model made of other operations."""
-    return isinstance(operation, keras.Model)
-
-
 def num_inbound_nodes(layer):
     """How often a layer was called symbolically (a law counts it before and after)."""
     return len(layer._inbound_nodes)
 
 
+class _SeveralWays(Exception):
+    """A layer does other things at one call than at another: no one sub-model stands for it."""
+
+    def __init__(self, layer):
+        super().__init__(layer.name)
+        self.layer = layer
+
+
 class _Reader:
-    def __init__(self):
+    def __init__(self, several_ways):
         self.calls = []
         self.shapes = []
         self.structures = {}
+        self.inside = {}
         self.bindings = {}
+        self._several_ways = several_ways  # ids of layers
+        self._opened, self._ways = {}, {}
 
     def structure(self, model, name):
         if id(model) not in self.structures:
@@ -163,24 +191,52 @@ class _Reader:
         for placeholder, index in tensors.items():
             self.bindings.setdefault(placeholder, []).append(index)
         for site in structure.sites:
-            operation, name = site.operation, prefix + site.operation.name
+            name = prefix + site.operation.name
             args, kwargs = keras.tree.map_structure(
                 lambda x: Ref(tensors[id(x)]) if isinstance(x, keras.KerasTensor) else x,
                 (site.args, site.kwargs),
             )
-            taken = _taken(args, kwargs)
-            if is_container(operation):
-                inner = self.structure(operation, name)
-                outputs = self.inline(inner, taken, name + "/")
+            inner, closed = self._inside(site, name)
+            if inner is None:
+                outputs = self._append(name, site, args, kwargs, closed)
             else:
-                outputs = self._append(name, site, args, kwargs, taken)
+                self.inside[id(site)] = inner
+                # a sub-model makes its masks itself
+                taken = _taken(args[:1], {}) if is_functional(inner.model) and args else _taken(args, kwargs)
+                outputs = self.inline(inner, taken, name + "/")
             tensors.update(zip(map(id, site.outputs), outputs, strict=True))
         return tuple(tensors[id(t)] for t in keras.tree.flatten(structure.outputs))
 
-    def _append(self, name, site, args, kwargs, taken):
+    def _inside(self, site, name):
+        """The structure of what is applied at a site; `None` for a single operation; why it stays one."""
+        operation = site.operation
+        if isinstance(operation, keras.Model) and is_functional(operation):
+            return self.structure(operation, name), None
+        if not may_open(operation):
+            return None, None
+        if id(operation) in self._several_ways:
+            return None, "it is called in several ways"
+        key = (id(operation), *map(_signature, keras.tree.flatten((site.args, site.kwargs))))
+        if key not in self._opened:
+            self._opened[key] = self._open(operation, site)
+        return self._opened[key]
+
+    def _open(self, operation, site):
+        try:
+            function = opened(operation, site.args, site.kwargs)
+        except Closed as reason:
+            return None, str(reason)
+        way = record(function)
+        first, structure = self._ways.setdefault(id(operation), (way, _structure_of(operation, function)))
+        if first != way:
+            raise _SeveralWays(operation)
+        return structure, None
+
+    def _append(self, name, site, args, kwargs, closed):
+        taken = _taken(args, kwargs)
         outputs = tuple(range(len(self.shapes), len(self.shapes) + len(site.outputs)))
         self.shapes.extend(self._output_shapes(site, args, kwargs, taken))
-        self.calls.append(Call(name, site.operation, site, args, kwargs, taken, outputs))
+        self.calls.append(Call(name, site.operation, site, args, kwargs, taken, outputs, closed))
         return outputs
 
     def _output_shapes(self, site, args, kwargs, taken):
@@ -208,7 +264,10 @@ def _taken(args, kwargs):
 
 
 def _read_structure(model, name):
-    function = _function_of(model, name)
+    return _structure_of(model, _function_of(model, name))
+
+
+def _structure_of(model, function):
     inputs, outputs = function._inputs_struct, function._outputs_struct
     input_layers = tuple(t._keras_history.operation for t in keras.tree.flatten(inputs))
     return Structure(model, inputs, outputs, input_layers, tuple(_sites(function)))
@@ -224,32 +283,22 @@ def _function_of(model, name):
                 f"Received: model={model!r}"
             )
         return model._functional
-    if isinstance(model, keras.Function) and type(model).call is functional_class().call:
+    if is_functional(model):
         return model
     raise UnsupportedModelError(
-        f"Model '{name}' is a subclassed model (class `{type(model).__name__}`), whose layers "
-        "can only be seen by running it. Expected a Sequential or Functional model. Build it "
-        "with the functional API: `x = keras.Input(shape); keras.Model(x, <the layers called "
-        f"on x>)`. Received: {name}={model!r}"
+        f"Expected a Sequential or Functional model. Received: {name}={model!r} of class "
+        f"`{type(model).__name__}`"
     )
 
 
-@functools.cache
-def functional_class():
-    """The class that `keras.Model(inputs, outputs)` makes; it has no public name."""
-    inputs = keras.Input((1,))
-    return type(keras.Model(inputs, inputs))
+def _signature(argument):
+    if isinstance(argument, keras.KerasTensor):
+        return tuple(argument.shape), argument.dtype
+    return repr(argument) if isinstance(argument, (int, float, str, bool, type(None))) else id(argument)
 
 
 def _sites(function):
-    """A function's nodes in the order of execution.
-
-    Keras has no public way to ask for them; its private node records are read
-    here and nowhere else.
-    """
-    by_depth = function._nodes_by_depth
-    nodes = itertools.chain.from_iterable(by_depth[depth] for depth in sorted(by_depth, reverse=True))
-    for node in nodes:
-        if not node.is_input:
-            arguments = node.arguments
-            yield Site(node.operation, arguments.args, arguments.kwargs, tuple(node.outputs))
+    return [
+        Site(node.operation, node.arguments.args, node.arguments.kwargs, tuple(node.outputs))
+        for node in nodes(function)
+    ]

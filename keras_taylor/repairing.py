@@ -5,6 +5,7 @@ import numpy as np
 from keras_taylor import graph as graphs
 from keras_taylor.datasets import Feed
 from keras_taylor.groups import read_channels
+from keras_taylor.opening import functional_view
 from keras_taylor.plan import kept_units, mask_of
 from keras_taylor.recalibration import reestimate
 from keras_taylor.refitting import refit
@@ -44,6 +45,7 @@ def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_
     >>> small = keras_taylor.prune(model, plan)
     >>> small = keras_taylor.repair(small, model, plan, images)
     """
+    small, model = functional_view(small), functional_view(model)
     channels = read_channels(model)
     kept = kept_units(channels, plan)
     _check_cut(small, channels, kept)
@@ -73,6 +75,7 @@ def recalibrate(model, ds, *, num_examples=512, batch_size=None):
 
     >>> small = keras_taylor.recalibrate(keras_taylor.prune(model, plan), images)
     """
+    model = functional_view(model)
     feed = Feed(ds, model, batch_size, targets=False)
     inputs = example_inputs(feed, graphs.read(model), num_examples)
     copy = whole_copy(model)

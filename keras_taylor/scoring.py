@@ -12,6 +12,7 @@ from keras_taylor.fisher import FisherGates, removal_ranks
 from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import read_channels
 from keras_taylor.log_odds import NUM_PROBES, ODDS_ROWS, OddsModel, shrunk
+from keras_taylor.opening import functional_view
 from keras_taylor.passes import gate_statistics, loss_changes, refuse_class_weight
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.sensitivity import curves
@@ -75,6 +76,7 @@ def score(
     >>> scores["conv1"].shape
     (32,)
     """
+    model = functional_view(model)
     channels = read_channels(model, include, exclude)
     criteria.get(criterion)
     check_cost(cost)

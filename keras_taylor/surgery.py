@@ -5,9 +5,10 @@ import contextlib
 import keras
 import numpy as np
 
-from keras_taylor import graph as graphs
+from keras_taylor.attention import head_counts, inner_layers, is_attention
 from keras_taylor.cloning import clone_operation, compile_settings, copy_weights, uninitialized
 from keras_taylor.groups import read_channels
+from keras_taylor.opening import functional_class, is_functional
 from keras_taylor.optimizers import carry_state
 from keras_taylor.plan import kept_units, mask_of
 
@@ -70,7 +71,7 @@ def rebuild(channels, kept):
         from and a tuple with a bool array, or `None`, for each axis.
     """
     surgeon = _Surgeon(channels, kept)
-    small = surgeon.model(channels.graph.model)
+    small = surgeon.container(channels.graph.structures[id(channels.graph.model)])
     weights = surgeon.copy_all_weights()
     surgeon.set_trainable_flags()
     return small, weights
@@ -79,27 +80,44 @@ def rebuild(channels, kept):
 class _Surgeon:
     def __init__(self, channels, kept):
         self._channels, self._kept = channels, kept
-        self._structures = channels.graph.structures
+        self._inside = channels.graph.inside
         calls = channels.graph.calls
         pairs = list(zip(calls, channels.effects, strict=True))
         self._names = {id(c.operation): c.name for c in calls}
         self._effect_of_operation = {id(c.operation): e for c, e in reversed(pairs)}
         self._effect_of_site = {id(c.site): e for c, e in reversed(pairs)}
         self._made = {}  # id of an operation -> (it, its successor)
+        self._containers = {}  # id of a structure -> (model or opened layer, its successor)
 
-    def model(self, model):
-        """The successor of a model or sub-model, made once however often it is used."""
-        if id(model) not in self._made:
-            structure = self._structures[id(model)]
-            sequential = isinstance(model, keras.Sequential)
-            new = self._sequential(structure) if sequential else self._functional(structure)
-            if new.dtype_policy != model.dtype_policy:
-                new.dtype_policy = model.dtype_policy
-            self._made[id(model)] = (model, new)
-        return self._made[id(model)][1]
+    def container(self, structure):
+        """The successor of a model, sub-model or opened layer, made once however often it is used."""
+        if id(structure) not in self._containers:
+            model = structure.model
+            if is_attention(model):
+                new = self._attention(model)
+            else:
+                sequential = isinstance(model, keras.Sequential)
+                new = self._sequential(structure) if sequential else self._functional(structure)
+                if new.dtype_policy != model.dtype_policy:
+                    new.dtype_policy = model.dtype_policy
+            self._containers[id(structure)] = (model, new)
+        return self._containers[id(structure)][1]
+
+    def _attention(self, layer):
+        """An attention layer with as many heads as are kept; its inner layers succeed the old ones'."""
+        if id(layer) not in self._made:
+            kept = {name: self._num_heads(part) for name, part in head_counts(layer).items()}
+            new = clone_operation(layer, layer.name, kept)
+            self._made[id(layer)] = (layer, new)
+        return self._made[id(layer)][1]
+
+    def _num_heads(self, projection):
+        axes = self._effect_of_operation[id(projection)].weights.get("kernel")
+        heads = axes and axes[1]
+        return projection.kernel.shape[1] if heads is None else int(self._mask(heads).sum())
 
     def _sequential(self, structure):
-        layers = [self._input(structure, 0)] + [self._operation(s.operation) for s in structure.sites]
+        layers = [self._input(structure, 0), *(self._successor(site) for site in structure.sites)]
         with contextlib.ExitStack() as stack:
             for layer in filter(_will_be_built, layers):
                 stack.enter_context(uninitialized(layer))
@@ -109,30 +127,48 @@ class _Surgeon:
         placeholders = keras.tree.flatten(structure.inputs)
         tensors = {id(t): self._input(structure, k).output for k, t in enumerate(placeholders)}
         for site in structure.sites:
-            args, kwargs = self._arguments(site, tensors)
-            operation = self._operation(site.operation)
-            with uninitialized(operation) if _will_be_built(operation) else contextlib.nullcontext():
-                outputs = operation(*args, **kwargs)
+            outputs = self._applied(site, tensors)
             tensors.update(zip(map(id, site.outputs), keras.tree.flatten(outputs), strict=True))
         inputs, outputs = keras.tree.map_structure(
             lambda t: tensors[id(t)], (structure.inputs, structure.outputs)
         )
-        return type(structure.model)(inputs=inputs, outputs=outputs, name=structure.model.name)
+        return _class_of(structure.model)(inputs=inputs, outputs=outputs, name=structure.model.name)
+
+    def _applied(self, site, tensors):
+        """What comes out when the successor of what a site applies is applied."""
+        args, kwargs = self._arguments(site, tensors)
+        operation, inner = self._successor(site), self._inside.get(id(site))
+        if inner is not None and not is_functional(inner.model) and not is_attention(inner.model):
+            flat = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
+            training = {} if kwargs.get("training") is None else {"training": kwargs["training"]}
+            return operation(flat if len(flat) > 1 else flat[0], **training)
+        with uninitialized(operation) if _will_be_built(operation) else contextlib.nullcontext():
+            outputs = operation(*args, **kwargs)
+        if inner is not None and is_attention(inner.model):
+            pairs = zip(inner_layers(inner.model), inner_layers(operation), strict=True)
+            self._made.update({id(old): (old, new) for old, new in pairs})
+        return outputs
 
     def _input(self, structure, number):
         layer = structure.input_layers[number]
         placeholder = keras.tree.flatten(structure.inputs)[number]
-        index = self._channels.graph.bindings[id(placeholder)][0]
-        labels, shape = self._channels.labels[index], list(placeholder.shape)
+        graph = self._channels.graph
+        bound = graph.bindings[id(placeholder)]
+        labels, shape = self._channels.labels[bound[0]], list(placeholder.shape)
+        if not is_functional(structure.model):  # an opened layer may be called on maps of several sizes
+            sizes = zip(*(graph.shapes[index] for index in bound), strict=True)
+            shape = [several[0] if len(set(several)) == 1 else None for several in sizes]
         for axis, size in enumerate(labels.shape):
             if size > 1:
                 shape[axis] = int(self._mask(labels).sum())
         return clone_operation(layer, layer.name, {"batch_shape": tuple(shape)})
 
+    def _successor(self, site):
+        """The successor of a layer, an operation, a sub-model or an opened layer."""
+        inner = self._inside.get(id(site))
+        return self._operation(site.operation) if inner is None else self.container(inner)
+
     def _operation(self, operation):
-        """The successor of a layer, an operation or a sub-model."""
-        if graphs.is_container(operation):
-            return self.model(operation)
         if id(operation) not in self._made:
             edits = self._effect_of_operation[id(operation)].config
             changes = {key: self._value(edit) for key, edit in edits.items() if self._touched(edit)}
@@ -163,7 +199,7 @@ class _Surgeon:
     def copy_all_weights(self):
         weights = {}
         for old, new in self._made.values():
-            if isinstance(old, keras.Layer) and not graphs.is_container(old):
+            if isinstance(old, keras.Layer) and id(old) in self._effect_of_operation:
                 axes_of = self._effect_of_operation[id(old)].weights
                 masks = {
                     id(getattr(old, name)): tuple(None if a is None else self._mask(a) for a in axes)
@@ -177,11 +213,16 @@ class _Surgeon:
 
     def set_trainable_flags(self):
         """Containers first: setting one's flag sets those of all its layers."""
-        pairs = [(o, n) for o, n in self._made.values() if isinstance(o, keras.Layer)]
-        containers = [(o, n) for o, n in pairs if graphs.is_container(o)]
-        for old, new in containers[::-1] + [p for p in pairs if p not in containers]:
+        layers = [(o, n) for o, n in self._made.values() if isinstance(o, keras.Layer)]
+        for old, new in [*reversed(self._containers.values()), *layers]:
             if new.trainable != old.trainable:
                 new.trainable = old.trainable
+
+
+def _class_of(model):
+    """What to make in a model's place: its class if Functional models are made like it, else a plain one."""
+    is_made_so = is_functional(model) and type(model).__init__ is functional_class().__init__
+    return type(model) if is_made_so else keras.Model
 
 
 def _will_be_built(operation):

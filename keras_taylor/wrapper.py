@@ -9,6 +9,7 @@ from keras_taylor.costs import CostModel, check_countable
 from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import layer_names, read_channels
 from keras_taylor.losses import averages_examples
+from keras_taylor.opening import functional_view, own_training
 from keras_taylor.optimizers import StatisticsOptimizer, carry_state, fresh_optimizer, with_batch
 from keras_taylor.plan import Removable, flat_scores, parse_goal, plan_of, units_to_keep
 from keras_taylor.scoring import scores_of
@@ -16,8 +17,6 @@ from keras_taylor.surgery import cut, rebuild
 
 # Criteria that need passes of their own.
 _APART = ("oracle", "sensitivity", "fisher", "log_odds", "log_odds_probed")
-# What a model's class may override, and a wrapper would not run.
-_TRAINING = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 
 
 @keras.saving.register_keras_serializable("keras_taylor")
@@ -72,6 +71,7 @@ class PrunableModel(GatedModel):
         name=None,
     ):
         _check_arguments(model, criterion, loss_reduction)
+        model = functional_view(model)
         original = read_channels(model)
         own, weights = rebuild(original, np.ones(original.num_units, bool))
         include, exclude = layer_names(model, include), layer_names(model, exclude)
@@ -329,12 +329,12 @@ def _check_arguments(model, criterion, loss_reduction):
         )
     if isinstance(model, GatedModel):
         raise ValueError(f"The model is wrapped already. Received: model={model.name!r}, a PrunableModel")
-    for name in _TRAINING:
-        if isinstance(model, keras.Model) and getattr(type(model), name) is not getattr(keras.Model, name):
-            raise ValueError(
-                f"The model's class overrides `{name}`, which a wrapper does not run. Override it in a "
-                f"subclass of PrunableModel: `class Prunable(keras_taylor.PrunableModel): {name} = "
-                f"{type(model).__name__}.{name}`, and wrap a plain model: `Prunable(keras.Model("
-                f"model.inputs, model.outputs))`. Received: model={model.name!r} of class "
-                f"`{type(model).__name__}`"
-            )
+    name = own_training(model)
+    if name is not None:
+        raise ValueError(
+            f"The model's class overrides `{name}`, which a wrapper does not run. Override it in a "
+            f"subclass of PrunableModel: `class Prunable(keras_taylor.PrunableModel): {name} = "
+            f"{type(model).__name__}.{name}`, and wrap a plain model: `Prunable(keras.Model("
+            f"model.inputs, model.outputs))`. Received: model={model.name!r} of class "
+            f"`{type(model).__name__}`"
+        )

@@ -11,11 +11,13 @@ import zoo
 
 import keras_taylor
 from keras_taylor.costs import CostModel
-from keras_taylor.graph import num_inbound_nodes
+from keras_taylor.graph import num_inbound_nodes, read
 from keras_taylor.groups import read_channels
 from keras_taylor.plan import Removable, plan_of
 
 BACKEND = keras.backend.backend()
+# Models with insides that are opened: what is made of them is Functional.
+OPENED = ("subclassed", "composite_layers", "unknown_layer")
 EAGER = BACKEND != "jax"  # JAX compiles single operations for longer than whole models
 NAMES = [
     pytest.param(
@@ -63,7 +65,8 @@ def targets_of(model, x, seed=2):
     """Random targets in the structure of the model's outputs."""
     random = np.random.default_rng(seed)
     arrays = [random.random(y.shape).astype("float32") for y in predict(model, x)]
-    return keras.tree.pack_sequence_as(getattr(model, "_outputs_struct", arrays[0]), arrays)
+    structure = arrays[0] if len(arrays) == 1 else read(model).model._outputs_struct
+    return keras.tree.pack_sequence_as(structure, arrays)
 
 
 def relative_difference(first, second):
@@ -92,11 +95,11 @@ def case(name):
 
 
 def all_layers(model):
-    """Layers of a model and of its sub-models, by path, the model itself first."""
+    """Layers of a model and of all that is made of layers in it, by path, the model itself first."""
     found = {model.name: model}
-    for layer in model.layers:
-        inner = all_layers(layer) if isinstance(layer, keras.Model) else {layer.name: layer}
-        found.update({f"{model.name}/{path}": value for path, value in inner.items()})
+    insides = model.layers if isinstance(model, keras.Model) else model._layers
+    for layer in insides:
+        found.update({f"{model.name}/{path}": value for path, value in all_layers(layer).items()})
     return found
 
 

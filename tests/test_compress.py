@@ -482,22 +482,6 @@ def test_model_that_is_not_built():
     refused(ValueError, r"is not built: its weights do not exist yet\. .*Received: model=", model=model)
 
 
-def test_subclassed_model():
-    class Mine(keras.Model):
-        def __init__(self):
-            super().__init__(name="mine")
-            self.head = keras.layers.Dense(3)
-
-        def call(self, x):
-            return self.head(keras.ops.reshape(x, (-1, 64)))
-
-    model = Mine()
-    model.compile("sgd", "mse")
-    model(stripes()[0])
-    words = r"Model 'mine' is a subclassed model \(class `Mine`\).*keras\.Model\(x, .*Received: mine="
-    refused(keras_taylor.UnsupportedModelError, words, model=model)
-
-
 def test_names_that_match_nothing():
     words = r"`exclude` names a layer that the model does not have\. .*Received: exclude='third'$"
     refused(ValueError, words, exclude=["third"])

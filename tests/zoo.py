@@ -61,6 +61,8 @@ def inputs_of(network, num=4, seed=1):
     def array(tensor):
         return random.normal(size=(num, *tensor.shape[1:])).astype("float32")
 
+    if not hasattr(network, "inputs"):
+        return random.normal(size=(num, *SIZE)).astype("float32")
     return keras.tree.map_structure(array, getattr(network, "_inputs_struct", network.inputs[0]))
 
 
@@ -503,3 +505,89 @@ def unknown_layer():
     x = conv(conv(x, 6, "conv1"), 5, "conv2")
     x = Reversed(name="reversed")(x)
     return classified(inputs, conv(x, 6, "conv3"))
+
+
+@keras.saving.register_keras_serializable("zoo")
+class Block(layers.Layer):
+    """A residual block; where widths differ, with a convolution on the shortcut."""
+
+    def __init__(self, filters, strides=1, project=False, **kwargs):
+        super().__init__(**kwargs)
+        self.filters, self.strides, self.project = filters, strides, project
+        self.first = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False, name="first")
+        self.norm = layers.BatchNormalization(name="norm")
+        self.drop = layers.Dropout(0.2, name="drop")
+        self.second = layers.Conv2D(filters, 3, padding="same", name="second")
+        self.shortcut = layers.Conv2D(filters, 1, strides, name="shortcut") if project else None
+
+    def build(self, shape):
+        self.first.build(shape)
+        inner = self.first.compute_output_shape(shape)
+        self.norm.build(inner)
+        self.second.build(inner)
+        if self.project:
+            self.shortcut.build(shape)
+
+    def call(self, x, training=None, scale=1.0):
+        y = self.drop(ops.relu(self.norm(self.first(x), training=training)), training=training)
+        return ops.relu(self.second(y) * scale + (self.shortcut(x) if self.project else x))
+
+    def get_config(self):
+        own = {"filters": self.filters, "strides": self.strides, "project": self.project}
+        return {**super().get_config(), **own}
+
+
+@keras.saving.register_keras_serializable("zoo")
+class Subclassed(keras.Model):
+    """A model that is known by its `call` only."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.stem = layers.Conv2D(6, 3, padding="same", name="stem")
+        self.blocks = [Block(6, name="block0"), Block(8, 2, True, name="block1")]
+        self.head = layers.Dense(3, name="head")
+
+    def call(self, x, training=None):
+        x = ops.relu(self.stem(x))
+        for block in self.blocks:
+            x = block(x, training=training)
+        return {"logits": self.head(ops.mean(x, (1, 2))), "features": ops.max(x, (1, 2, 3))}
+
+
+@model
+def subclassed():
+    network = Subclassed(name="subclassed")
+    network.build((None, *SIZE))
+    return network
+
+
+@model
+def composite_layers():
+    x = inputs = keras.Input(SIZE)
+    x = conv(x, 6, "conv1")
+    twice = Block(6, name="twice")
+    x = twice(layers.MaxPooling2D(name="down2")(twice(twice(x, scale=0.5), scale=0.5)), scale=0.5)
+    x = Block(8, 2, True, name="down")(x)
+    return classified(inputs, conv(x, 5, "conv2"))
+
+
+@keras.saving.register_keras_serializable("zoo")
+class Branching(layers.Layer):
+    """Takes a way that depends on values: nobody can see it without them."""
+
+    def __init__(self, filters, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.inner = layers.Conv2D(filters, 1, name="inner")
+
+    def build(self, shape):
+        self.inner.build(shape)
+
+    def call(self, x):
+        return self.inner(x) if isinstance(x, keras.KerasTensor) or x.shape[0] > 0 else x
+
+    def compute_output_shape(self, shape):
+        return (*shape[:-1], self.filters)
+
+    def get_config(self):
+        return {**super().get_config(), "filters": self.filters}

@@ -111,7 +111,7 @@ def apply(space, call, labels, shapes, positions):
 
     Args:
         space: `LabelSpace` that collects unions and locks.
-        call: Object with `name`, `operation`, `args`, `kwargs`, `inputs`, `outputs`.
+        call: Object with `name`, `operation`, `args`, `kwargs`, `inputs`, `outputs`, perhaps `closed`.
         labels: Label array of every tensor seen so far, by index.
         shapes: Shape of every tensor.
         positions: Where tensors stand among the call's flattened arguments.
@@ -130,5 +130,6 @@ def apply(space, call, labels, shapes, positions):
         args=call.args,
         kwargs=call.kwargs,
         output_shapes=[shapes[i] for i in call.outputs],
+        closed=getattr(call, "closed", None),
     )
     return rule_for(call.operation)(context)

@@ -97,6 +97,7 @@ class Context:
     args: tuple
     kwargs: dict
     output_shapes: list
+    closed: str | None = None  # why a layer could not be opened
 
     def fresh(self, num):
         """Labels of channels that this call makes."""

@@ -42,8 +42,9 @@ def locked(ctx, why="read by an operation that mixes channels"):
 
 def unknown(ctx):
     """No rule knows the operation: it stays as it is, and the report names it."""
+    why = f"stays closed: {ctx.closed}" if ctx.closed else "has no rule"
     for tensor in ctx.inputs:
-        ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, which has no rule")
+        ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, which {why}")
     outputs = [ctx.fixed(k) for k in range(len(ctx.output_shapes))]
     return Effect(outputs=outputs, known=False)
 

@@ -1,0 +1,256 @@
+"""Opens models and layers whose insides can only be seen by running them."""
+
+import contextlib
+import functools
+import inspect
+
+import keras
+
+# What a model's class may override, and another model would not run.
+_TRAINING = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+_PLAIN = (int, float, str, bool, slice, type(None))
+_SETTINGS = (*_PLAIN, tuple, list)
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be read, with the layer's name and the way out."""
+
+
+class Closed(Exception):
+    """A layer whose insides cannot be seen; the message says why."""
+
+
+def functional_view(model):
+    """A Functional model over the layers of a subclassed one: the same weights, compiled alike.
+
+    Sequential and Functional models are returned as they are.
+
+    Args:
+        model: A built `keras.Model`. It is not changed.
+
+    Raises:
+        UnsupportedModelError: if its `call` cannot be traced; the message says why.
+        ValueError: if it is not built.
+    """
+    if not isinstance(model, keras.Model) or is_functional(model):
+        return model
+    shapes = model.get_build_config() or {}
+    if not model.built or not shapes:
+        raise ValueError(
+            f"Model '{model.name}' is not built: its weights do not exist yet. Call it once on a batch of "
+            f"data. Received: model={model!r}"
+        )
+    shape = shapes["input_shape"] if "input_shape" in shapes else next(iter(shapes["shapes_dict"].values()))
+    try:
+        view = _traced(model, _inputs_of_shape(shape, "float32"), make=keras.Model)
+        if _only_looked_up(view):
+            view = _traced(model, _inputs_of_shape(shape, "int32"), make=keras.Model)
+    except Closed as reason:
+        raise UnsupportedModelError(
+            f"Model '{model.name}' is a subclassed model (class `{type(model).__name__}`) that cannot be "
+            f"opened: {reason}. Build it with the functional API: `x = keras.Input(shape); keras.Model(x, "
+            f"<the layers called on x>)`. Received: {model.name}={model!r}"
+        ) from reason
+    view.name = model.name
+    if view.dtype_policy != model.dtype_policy:
+        view.dtype_policy = model.dtype_policy
+    if getattr(model, "compiled", False):
+        view.compile(**model._compile_config.config)
+        view.optimizer = model.optimizer
+    return view
+
+
+def view_to_train(model):
+    """`functional_view`, refused for a subclassed model that is trained in its own way."""
+    view = functional_view(model)
+    name = own_training(model)
+    if view is not model and name is not None:
+        raise ValueError(
+            f"The model's class overrides `{name}`, and the smaller model is a plain Functional one, which "
+            "would be trained without it. Prune with `score`, `make_plan` and `prune`, and train the result "
+            f"in your own loop. Received: model={model.name!r} of class `{type(model).__name__}`"
+        )
+    return view
+
+
+def own_training(model):
+    """Name of a method of training that a model's class overrides, `None` if it trains as Keras does."""
+    if not isinstance(model, keras.Model):
+        return None
+    return next((n for n in _TRAINING if getattr(type(model), n) is not getattr(keras.Model, n)), None)
+
+
+def is_functional(model):
+    """Whether a model's layers and the way between them are on record."""
+    if isinstance(model, keras.Sequential):
+        return True
+    return isinstance(model, keras.Function) and type(model).call is functional_class().call
+
+
+@functools.cache
+def functional_class():
+    """The class that `keras.Model(inputs, outputs)` makes; it has no public name."""
+    inputs = keras.Input((1,))
+    return type(keras.Model(inputs, inputs))
+
+
+def may_open(operation):
+    """Whether to look into a layer: the user's own ones, and attention."""
+    if not isinstance(operation, keras.Layer) or is_functional(operation):
+        return False
+    if type(operation).__module__.split(".")[0] == "keras":
+        return type(operation) in (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+    return True
+
+
+def opened(layer, args, kwargs):
+    """What a layer does with its arguments, as a `keras.Function` of the tensors among them.
+
+    Args:
+        layer: A built layer. It is not changed.
+        args, kwargs: Call arguments, `KerasTensor`s among them.
+
+    Returns:
+        The function; its inputs are a list, one for each tensor in the order of the flattened arguments.
+
+    Raises:
+        Closed: if that cannot be found out; the message says why.
+    """
+    inputs = []
+
+    def stand_in(x):
+        if not isinstance(x, keras.KerasTensor):
+            return x
+        inputs.append(keras.Input(batch_shape=x.shape, dtype=x.dtype, name=f"{layer.name}_{len(inputs)}"))
+        return inputs[-1]
+
+    args, kwargs = keras.tree.map_structure(stand_in, (args, kwargs))
+    if getattr(layer, "quantization_mode", None):
+        raise Closed("it is quantized")
+    return _traced(layer, inputs, args, kwargs)
+
+
+def _traced(layer, inputs, args=None, kwargs=None, make=keras.Function):
+    """The `keras.Function` of a layer's `call`, checked to be the same while training."""
+    args = (inputs,) if args is None else args
+    _refuse_own_weights(layer)
+    function = _run(layer, inputs, args, kwargs or {}, make)
+    if "training" in inspect.signature(layer.call).parameters and "training" not in (kwargs or {}):
+        training = _run(layer, inputs, args, {**(kwargs or {}), "training": True})
+        if record(training) != record(function):
+            raise Closed("its `call` takes another way while training")
+    return function
+
+
+def _run(layer, inputs, args, kwargs, make=keras.Function):
+    num_losses = len(layer._losses)
+    with _unchanged(layer):
+        try:
+            outputs = layer.call(*_computed_in(layer, args), **_computed_in(layer, kwargs))
+            function = make(inputs, outputs)
+        except Exception as error:
+            text = str(error).strip().splitlines() or [""]
+            raise Closed(f"{type(error).__name__}: {text[0]}") from error
+    if len(layer._losses) != num_losses:
+        del layer._losses[num_losses:]
+        raise Closed("its `call` adds losses")
+    if any(not isinstance(y, keras.KerasTensor) for y in keras.tree.flatten(outputs)):
+        raise Closed("its `call` returns something that is no tensor")
+    for number, node in enumerate(nodes(function)):
+        arguments = [list(node.arguments.args), node.arguments.kwargs]
+        if any(isinstance(x, keras.Variable) for x in keras.tree.flatten(arguments)):
+            raise Closed("its `call` uses weights outside of layers")
+        if not isinstance(node.operation, keras.Layer):
+            # made by this call, with a name that counts all operations so far; plans go by names
+            node.operation.name = f"{type(node.operation).__name__.lower()}_{number}"
+    return function
+
+
+def _refuse_own_weights(layer):
+    # there is no public way to ask for the layers inside one
+    inside = {id(w) for inner in layer._flatten_layers(include_self=False) for w in inner.weights}
+    own = [w for w in layer.weights if id(w) not in inside]
+    if own:
+        raise Closed(f"it has weights of its own ('{own[0].name}')")
+
+
+def _computed_in(layer, arguments):
+    """Arguments cast as the layer casts its inputs."""
+    wanted = layer.compute_dtype
+
+    def cast(x):
+        is_other = isinstance(x, keras.KerasTensor) and "float" in x.dtype and x.dtype != wanted
+        return keras.ops.cast(x, wanted) if is_other else x
+
+    return keras.tree.map_structure(cast, arguments) if layer.autocast and wanted else arguments
+
+
+@contextlib.contextmanager
+def _unchanged(layer):
+    """Takes back what calls within it leave in the records of a layer's insides."""
+    # Keras keeps each symbolic call in private lists; a law of ours is that they stay as they were
+    lists = [
+        records
+        for inner in layer._flatten_layers()
+        for records in (inner._inbound_nodes, inner._outbound_nodes)
+    ]
+    lengths = [len(records) for records in lists]
+    try:
+        yield
+    finally:
+        for records, length in zip(lists, lengths, strict=True):
+            del records[length:]
+
+
+def nodes(function):
+    """Records of a function's calls in the order of execution; Keras has no public way to ask for them."""
+    by_depth = function._nodes_by_depth
+    return [n for depth in sorted(by_depth, reverse=True) for n in by_depth[depth] if not n.is_input]
+
+
+def record(function):
+    """What is called in what order, whatever `training` is."""
+    numbers = {}
+
+    def known(x):
+        if isinstance(x, keras.KerasTensor):
+            return ("tensor", numbers.setdefault(id(x), len(numbers)))
+        return repr(x) if isinstance(x, _PLAIN) else type(x).__name__
+
+    steps = []
+    for x in keras.tree.flatten(function._inputs_struct):
+        known(x)
+    for node in nodes(function):
+        operation = node.operation
+        if isinstance(operation, keras.Layer):
+            what = id(operation)
+        else:
+            settings = {k: v for k, v in vars(operation).items() if k not in ("name", "_name")}
+            flat = keras.tree.flatten({k: v for k, v in settings.items() if isinstance(v, _SETTINGS)})
+            what = type(operation).__name__, [known(x) for x in flat]
+        kwargs = {k: v for k, v in node.arguments.kwargs.items() if k != "training"}
+        arguments = [known(x) for x in keras.tree.flatten([list(node.arguments.args), kwargs])]
+        steps.append((what, arguments))
+        for y in node.outputs:
+            known(y)
+    return steps, [known(y) for y in keras.tree.flatten(function._outputs_struct)]
+
+
+def _inputs_of_shape(shape, dtype, name="input"):
+    """`keras.Input`s in the structure of recorded shapes, any number of examples."""
+    if isinstance(shape, dict):
+        return {key: _inputs_of_shape(one, dtype, key) for key, one in shape.items()}
+    if all(isinstance(size, (int, type(None))) for size in shape):
+        return keras.Input(batch_shape=(None, *shape[1:]), dtype=dtype, name=name)
+    return [_inputs_of_shape(one, dtype, f"{name}_{k}") for k, one in enumerate(shape)]
+
+
+def _only_looked_up(function):
+    """Whether all that reads the inputs are embeddings, which take whole numbers."""
+    inputs = {id(x) for x in keras.tree.flatten(function._inputs_struct)}
+    readers = [
+        node.operation
+        for node in nodes(function)
+        if any(id(x) in inputs for x in node.arguments.keras_tensors)
+    ]
+    return bool(readers) and all(isinstance(o, keras.layers.Embedding) for o in readers)

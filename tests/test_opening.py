@@ -1,0 +1,240 @@
+"""Subclassed models and composite layers: opened where that can be done, else closed with the reason."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import zoo
+from helpers import case, fingerprint, predict
+from keras import layers, ops
+
+import keras_taylor
+from keras_taylor.groups import read_channels
+
+IMAGES = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype("float32")
+
+
+def around(layer):
+    """A model with a layer between two convolutions."""
+    x = inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(6, 3, padding="same", name="before")(x)
+    return zoo.classified(inputs, layers.Conv2D(5, 3, name="after")(layer(x)))
+
+
+class Inner(layers.Layer):
+    """A layer with a layer inside; `run` is its `call`."""
+
+    def __init__(self, run, **kwargs):
+        super().__init__(name="inner", **kwargs)
+        self.run = run
+        self.conv = layers.Conv2D(6, 1, name="conv")
+
+    def build(self, shape):
+        self.conv.build(shape)
+        self.scale = self.add_weight(shape=(6,), name="scale") if self.run is scaled else None
+
+    def call(self, x, training=None):
+        return self.run(self, x, training)
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def get_config(self):
+        return {**super().get_config(), "run": self.run.__name__}
+
+
+def scaled(layer, x, training):
+    return layer.conv(x) * layer.scale
+
+
+def with_branch(layer, x, training):
+    return layer.conv(x) if ops.sum(x) > 0 else x
+
+
+def with_own_training(layer, x, training):
+    return layer.conv(2 * x if training else x)
+
+
+def with_loss(layer, x, training):
+    layer.add_loss(ops.mean(x))
+    return layer.conv(x)
+
+
+def with_constant(layer, x, training):
+    return layer.conv(ops.concatenate([x[:, :4], x[:, 4:]], axis=1)) + ops.ones((6,))
+
+
+REASONS = {
+    scaled: "it has weights of its own ('scale')",
+    with_branch: "TypeError: ",
+    with_own_training: "its `call` takes another way while training",
+    with_loss: "its `call` adds losses",
+}
+
+
+@pytest.mark.parametrize("run", REASONS, ids=lambda f: f.__name__)
+def test_what_cannot_be_seen_stays_closed_and_says_why(run):
+    model = around(Inner(run))
+    model.compile("sgd", "mse")
+    before = fingerprint(model)
+    analysis = keras_taylor.analyze(model)
+    assert fingerprint(model) == before
+    assert analysis.unknown == ("inner",)
+    (locked,) = (g for g in analysis.groups if g.name == "before")
+    assert locked.reason.startswith(f"read by Inner, which stays closed: {REASONS[run]}")
+    assert locked.reason.endswith("('inner')")
+    assert not model.get_layer("inner").losses or run is with_loss
+
+
+def test_what_can_be_seen_is_pruned_inside():
+    model = around(Inner(with_constant))
+    channels = read_channels(model)
+    assert [g.name for g in channels.groups] == ["before", "inner/conv", "after"]
+    plan = keras_taylor.make_plan(model, keras_taylor.score(model, criterion="magnitude"), 0.3)
+    small = keras_taylor.prune(model, plan)
+    assert small.count_params() <= 0.7 * model.count_params()
+    assert isinstance(small.get_layer("inner"), keras.Model)
+    assert small.get_layer("inner").get_layer("conv").filters < 6
+
+
+def test_a_layer_that_is_called_in_several_ways_stays_closed():
+    x = inputs = keras.Input((8, 8, 3))
+    block = zoo.Block(3, name="block")
+    model = zoo.classified(inputs, block(block(x), scale=0.5))
+    analysis = keras_taylor.analyze(model)
+    assert analysis.unknown == ("block",)
+
+
+def test_a_layer_on_maps_of_several_sizes_is_one_sub_model():
+    small = case("composite_layers").small
+    assert [layer.name for layer in small.layers].count("twice") == 1
+    assert small.get_layer("twice").input_shape == (None, None, None, 4)
+
+
+def test_a_pruned_subclassed_model_loads_without_its_classes(tmp_path):
+    small, x = case("subclassed").small, case("subclassed").x
+    small.save(tmp_path / "small.keras")
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import sys, keras, numpy as np; folder = sys.argv[1]; "
+        "model = keras.models.load_model(folder + '/small.keras'); "
+        "outputs = model.predict(np.load(folder + '/x.npy'), verbose=0); "
+        "np.savez(folder + '/y.npz', **outputs); assert 'zoo' not in sys.modules"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+    found = np.load(tmp_path / "y.npz")
+    ours = small.predict(x, verbose=0)
+    for key in ("logits", "features"):
+        np.testing.assert_allclose(found[key], ours[key], rtol=1e-5, atol=1e-6)
+
+
+class Classifier(keras.Model):
+    """A subclassed model as users write it."""
+
+    def __init__(self):
+        super().__init__(name="classifier")
+        self.blocks = [layers.Conv2D(8, 3, activation="relu"), layers.Conv2D(6, 3, activation="relu")]
+        self.pool, self.head = layers.GlobalAveragePooling2D(), layers.Dense(3)
+
+    def call(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.pool(x))
+
+
+class OwnStep(Classifier):
+    """The same, trained in its own way."""
+
+    def compute_loss(self, *arguments, **named):
+        return 2 * super().compute_loss(*arguments, **named)
+
+
+def trained(model):
+    labels = np.arange(16) % 3
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    model.fit(IMAGES, labels, verbose=0)
+    return model, labels
+
+
+def test_compress_a_subclassed_model():
+    model, labels = trained(Classifier())
+    weights = [np.array(w) for w in model.get_weights()]
+    small, info = keras_taylor.compress(model, (IMAGES, labels), 0.4, return_info=True, verbose=0)
+    assert type(small).__name__ == "Functional" and small.name == "classifier"
+    assert small.count_params() <= 0.6 * model.count_params() == 0.6 * info.before["params"]
+    assert small.optimizer is not model.optimizer
+    assert int(small.optimizer.iterations) > int(model.optimizer.iterations)  # goes on where that stood
+    for before, after in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(after, before)
+    assert small.evaluate(IMAGES, labels, verbose=0, return_dict=True).keys() == {"accuracy", "loss"}
+
+
+def test_a_wrapper_around_a_subclassed_model():
+    model, labels = trained(Classifier())
+    prunable = keras_taylor.PrunableModel(model)
+    np.testing.assert_allclose(predict(prunable, IMAGES)[0], predict(model, IMAGES)[0], atol=1e-5)
+    prunable.fit(IMAGES, labels, verbose=0)
+    prunable.prune(0.4)
+    assert prunable.strip().count_params() <= 0.6 * model.count_params()
+
+
+def test_own_training_would_be_lost():
+    model, labels = trained(OwnStep())
+    with pytest.raises(ValueError) as error:
+        keras_taylor.compress(model, (IMAGES, labels), 0.4)
+    assert str(error.value) == (
+        "The model's class overrides `compute_loss`, and the smaller model is a plain Functional one, which "
+        "would be trained without it. Prune with `score`, `make_plan` and `prune`, and train the result in "
+        "your own loop. Received: model='classifier' of class `OwnStep`"
+    )
+
+
+def test_a_model_that_is_not_built_is_refused():
+    with pytest.raises(ValueError) as error:
+        keras_taylor.analyze(Classifier())
+    assert str(error.value) == (
+        "Model 'classifier' is not built: its weights do not exist yet. Call it once on a batch of data. "
+        "Received: model=<Classifier name=classifier, built=False>"
+    )
+
+
+def test_a_model_that_cannot_be_opened_is_refused_with_the_reason():
+    class Mine(Classifier):
+        def call(self, x):
+            return super().call(x if ops.max(x) > 0 else -x)
+
+    model = Mine()
+    model(IMAGES)
+    with pytest.raises(keras_taylor.UnsupportedModelError) as error:
+        keras_taylor.analyze(model)
+    text = str(error.value)
+    start = "Model 'classifier' is a subclassed model (class `Mine`) that cannot be opened: TypeError: "
+    assert text.startswith(start)
+    assert "Build it with the functional API: `x = keras.Input(shape); keras.Model(x, " in text
+    assert text.endswith("Received: classifier=<Mine name=classifier, built=True>")
+
+
+def test_tokens_and_several_inputs_of_a_subclassed_model():
+    class Pair(keras.Model):
+        def __init__(self):
+            super().__init__(name="pair")
+            self.embed, self.mix = layers.Embedding(20, 6), layers.Dense(8, activation="relu")
+            self.head = layers.Dense(2)
+
+        def call(self, inputs):
+            text = ops.mean(self.embed(inputs["text"]), axis=1)
+            return {"out": self.head(self.mix(ops.concatenate([text, inputs["numbers"]], axis=-1)))}
+
+    data = {"text": np.arange(40).reshape(8, 5) % 20, "numbers": IMAGES.reshape(16, -1)[:8, :4]}
+    model = Pair()
+    model(data)
+    plan = keras_taylor.make_plan(model, keras_taylor.score(model, criterion="magnitude"), 0.2)
+    small = keras_taylor.prune(model, plan)
+    assert {t.name for t in small.inputs} == {"text", "numbers"}
+    assert predict(small, data)[0].shape == (8, 2)
+    same = keras_taylor.prune(model, keras_taylor.Plan())
+    np.testing.assert_array_equal(predict(same, data)[0], predict(model, data)[0])
