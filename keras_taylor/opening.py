@@ -34,14 +34,13 @@ def functional_view(model):
     """
     if not isinstance(model, keras.Model) or is_functional(model):
         return model
-    shapes = model.get_build_config() or {}
-    if not model.built or not shapes:
+    if not model.built:
         raise ValueError(
             f"Model '{model.name}' is not built: its weights do not exist yet. Call it once on a batch of "
             f"data. Received: model={model!r}"
         )
-    shape = shapes["input_shape"] if "input_shape" in shapes else next(iter(shapes["shapes_dict"].values()))
     try:
+        shape = _built_with(model)
         view = _traced(model, _inputs_of_shape(shape, "float32"), make=keras.Model)
         if _only_looked_up(view):
             view = _traced(model, _inputs_of_shape(shape, "int32"), make=keras.Model)
@@ -71,6 +70,17 @@ def view_to_train(model):
             f"in your own loop. Received: model={model.name!r} of class `{type(model).__name__}`"
         )
     return view
+
+
+def _built_with(model):
+    """The input shapes that Keras has on record for a subclassed model."""
+    config = model.get_build_config() or {}
+    shapes = (
+        [config["input_shape"]] if "input_shape" in config else list(config.get("shapes_dict", {}).values())
+    )
+    if not shapes:
+        raise Closed("Keras has no input shapes on record; its `call` may not run on symbolic inputs")
+    return shapes[0]
 
 
 def own_training(model):
@@ -143,7 +153,6 @@ def _traced(layer, inputs, args=None, kwargs=None, make=keras.Function):
 
 
 def _run(layer, inputs, args, kwargs, make=keras.Function):
-    num_losses = len(layer._losses)
     with _unchanged(layer):
         try:
             outputs = layer.call(*_computed_in(layer, args), **_computed_in(layer, kwargs))
@@ -151,9 +160,6 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
         except Exception as error:
             text = str(error).strip().splitlines() or [""]
             raise Closed(f"{type(error).__name__}: {text[0]}") from error
-    if len(layer._losses) != num_losses:
-        del layer._losses[num_losses:]
-        raise Closed("its `call` adds losses")
     if any(not isinstance(y, keras.KerasTensor) for y in keras.tree.flatten(outputs)):
         raise Closed("its `call` returns something that is no tensor")
     for number, node in enumerate(nodes(function)):

@@ -71,7 +71,7 @@ REASONS = {
     scaled: "it has weights of its own ('scale')",
     with_branch: "TypeError: ",
     with_own_training: "its `call` takes another way while training",
-    with_loss: "its `call` adds losses",
+    with_loss: "ValueError: `add_loss()` can only be called",
 }
 
 
@@ -212,8 +212,8 @@ def test_a_model_that_cannot_be_opened_is_refused_with_the_reason():
     with pytest.raises(keras_taylor.UnsupportedModelError) as error:
         keras_taylor.analyze(model)
     text = str(error.value)
-    start = "Model 'classifier' is a subclassed model (class `Mine`) that cannot be opened: TypeError: "
-    assert text.startswith(start)
+    start = "Model 'classifier' is a subclassed model (class `Mine`) that cannot be opened: "
+    assert text.startswith((start + "TypeError: ", start + "Keras has no input shapes on record"))
     assert "Build it with the functional API: `x = keras.Input(shape); keras.Model(x, " in text
     assert text.endswith("Received: classifier=<Mine name=classifier, built=True>")
 
