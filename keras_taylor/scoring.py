@@ -13,6 +13,7 @@ from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.groups import read_channels
 from keras_taylor.log_odds import NUM_PROBES, ODDS_ROWS, OddsModel, shrunk
 from keras_taylor.passes import gate_statistics, loss_changes, refuse_class_weight
+from keras_taylor.rules.base import weight_of
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.sensitivity import curves
 
@@ -273,7 +274,7 @@ def _per_unit(channels, select, reduce):
             continue
         seen.add(id(call.operation))
         for name, axis, labels in select(call, effect):
-            weight = keras.ops.convert_to_numpy(getattr(call.operation, name)).astype(np.float64)
+            weight = keras.ops.convert_to_numpy(weight_of(call.operation, name)).astype(np.float64)
             values = reduce(np.moveaxis(weight, axis, 0).reshape(labels.size, -1))
             units = channels.units(labels)
             np.add.at(total, units[units >= 0], values[units >= 0])
@@ -284,7 +285,9 @@ def _per_unit(channels, select, reduce):
 
 def _made_by_kernels(call, effect):
     """Kernels with their output axis: name, axis, labels."""
-    made = [edit.labels[0] for key, edit in effect.config.items() if key in ("filters", "units")]
+    made = [
+        edit.labels[0] for key, edit in effect.config.items() if key.split(".")[-1] in ("filters", "units")
+    ]
     for name, axes in effect.weights.items():
         for axis, labels in enumerate(axes):
             if len(axes) > 1 and any(labels is m for m in made):

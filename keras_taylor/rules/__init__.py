@@ -6,8 +6,13 @@ looks at one call (`base.Context`) and returns a `base.Effect`.
 
 import keras
 
-from keras_taylor.rules import conv, dense, elementwise, norm, shape
+from keras_taylor.rules import conv, dense, elementwise, norm, recurrent, shape
 from keras_taylor.rules.base import Context, Tensor
+
+
+def _time_distributed(ctx):
+    """What its layer does to one step; time stays."""
+    return recurrent.time_distributed(ctx, rule_for(ctx.operation.layer))
 
 
 def _table(rows):
@@ -21,6 +26,9 @@ LAYERS = _table(
         ("DepthwiseConv1D DepthwiseConv2D", conv.depthwise),
         ("SeparableConv1D SeparableConv2D", conv.separable),
         ("Dense", dense.dense),
+        ("RNN LSTM GRU SimpleRNN ConvLSTM1D ConvLSTM2D ConvLSTM3D", recurrent.recurrent),
+        ("Bidirectional", recurrent.bidirectional),
+        ("TimeDistributed", _time_distributed),
         ("BatchNormalization", norm.batch_normalization),
         ("LayerNormalization RMSNormalization", norm.layer_normalization),
         ("GroupNormalization", norm.group_normalization),
