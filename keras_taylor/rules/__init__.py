@@ -6,13 +6,18 @@ looks at one call (`base.Context`) and returns a `base.Effect`.
 
 import keras
 
-from keras_taylor.rules import conv, dense, elementwise, norm, recurrent, shape
+from keras_taylor.rules import conv, dense, elementwise, norm, products, recurrent, shape
 from keras_taylor.rules.base import Context, Tensor
 
 
 def _time_distributed(ctx):
     """What its layer does to one step; time stays."""
     return recurrent.time_distributed(ctx, rule_for(ctx.operation.layer))
+
+
+def _spectral_normalization(ctx):
+    """At inference it is the layer that it wraps."""
+    return recurrent.spectral_normalization(ctx, rule_for(ctx.operation.layer))
 
 
 def _table(rows):
@@ -29,14 +34,16 @@ LAYERS = _table(
         ("RNN LSTM GRU SimpleRNN ConvLSTM1D ConvLSTM2D ConvLSTM3D", recurrent.recurrent),
         ("Bidirectional", recurrent.bidirectional),
         ("TimeDistributed", _time_distributed),
+        ("SpectralNormalization", _spectral_normalization),
         ("BatchNormalization", norm.batch_normalization),
-        ("LayerNormalization RMSNormalization", norm.layer_normalization),
+        ("LayerNormalization RMSNormalization UnitNormalization", norm.layer_normalization),
         ("GroupNormalization", norm.group_normalization),
         ("Normalization", norm.normalization),
         ("Rescaling", norm.rescaling),
         ("PReLU", norm.prelu),
         ("LayerScale", norm.layer_scale),
         ("ReLU LeakyReLU ELU", elementwise.unary),
+        ("Masking", elementwise.masking),
         ("Activation", elementwise.activation),
         ("Softmax", elementwise.softmax),
         (
@@ -48,6 +55,7 @@ LAYERS = _table(
             "Add Subtract Multiply Average Maximum Minimum CustomScaleLayer",
             elementwise.merge,
         ),
+        ("Dot", products.dot),
         ("Concatenate", shape.concatenate),
         ("Reshape", shape.reshape),
         ("Flatten", shape.flatten),

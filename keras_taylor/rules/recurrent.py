@@ -1,4 +1,4 @@
-"""Recurrent layers, and layers applied step by step."""
+"""Recurrent layers, and layers around another one."""
 
 import dataclasses
 import math
@@ -32,15 +32,34 @@ def time_distributed(ctx, rule):
         inputs=[Tensor(tensor.labels[:, 0], _without_time(tensor.shape))],
         output_shapes=[_without_time(shape) for shape in ctx.output_shapes],
     )
-    effect = rule(inner)
-    ease = effect.ease
+    effect = _of_inner(rule(inner))
     return dataclasses.replace(
         effect,
         outputs=[labels[:, None] for labels in effect.outputs],
-        weights={f"layer.{name}": axes for name, axes in effect.weights.items()},
-        config={f"layer.config.{key}": edit for key, edit in effect.config.items()},
         reads={number: axis + 1 for number, axis in effect.reads.items()},
         work=tuple(Work(steps * work.factor, work.axes) for work in effect.work),
+    )
+
+
+def spectral_normalization(ctx, rule):
+    """What `rule`, that of its layer, does: at inference it is that layer."""
+    layer = ctx.operation
+    effect = rule(dataclasses.replace(ctx, operation=layer.layer))
+    name = "kernel" if hasattr(layer.layer, "kernel") else "embeddings"
+    if name not in effect.weights:
+        return elementwise.unknown(ctx)
+    inner = _of_inner(effect)
+    weights = {**inner.weights, "vector_u": (None, effect.weights[name][-1])}
+    return dataclasses.replace(inner, weights=weights)
+
+
+def _of_inner(effect):
+    """The effect of a layer as that of the wrapper around it."""
+    ease = effect.ease
+    return dataclasses.replace(
+        effect,
+        weights={f"layer.{name}": axes for name, axes in effect.weights.items()},
+        config={f"layer.config.{key}": edit for key, edit in effect.config.items()},
         ease=ease and (lambda layer: ease(layer.layer)),
     )
 
