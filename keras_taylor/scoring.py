@@ -285,9 +285,8 @@ def _per_unit(channels, select, reduce):
 
 def _made_by_kernels(call, effect):
     """Kernels with their output axis: name, axis, labels."""
-    made = [
-        edit.labels[0] for key, edit in effect.config.items() if key.split(".")[-1] in ("filters", "units")
-    ]
+    made = [m for edit in effect.config.values() for m in edit.labels]
+    made = [m for m in made if np.array_equal(m, effect.outputs[0].reshape(-1))]
     for name, axes in effect.weights.items():
         for axis, labels in enumerate(axes):
             if len(axes) > 1 and any(labels is m for m in made):

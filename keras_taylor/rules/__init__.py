@@ -8,6 +8,7 @@ import keras
 
 from keras_taylor.rules import conv, dense, elementwise, norm, products, recurrent, shape
 from keras_taylor.rules.base import Context, Tensor
+from keras_taylor.rules.registry import REGISTERED
 
 
 def _time_distributed(ctx):
@@ -112,17 +113,20 @@ OPERATIONS = _table(
 def rule_for(operation):
     """The rule of an operation; `elementwise.unknown` where there is none.
 
-    Only Keras' own classes have rules: a user's subclass may do anything in `call`.
+    Only Keras' own classes have rules, and those that were registered: a user's
+    subclass may do anything in `call`.
     """
     own = type(operation).__module__.split(".")[0] == "keras"
     table = LAYERS if isinstance(operation, keras.Layer) else OPERATIONS
     altered = getattr(operation, "quantization_mode", None) or getattr(operation, "lora_enabled", False)
+    if type(operation) in REGISTERED and not altered:
+        return REGISTERED[type(operation)]
     if altered or not own:
         return elementwise.unknown
     return table.get(type(operation).__name__, elementwise.unknown)
 
 
-def apply(space, call, labels, shapes, positions):
+def apply(space, call, labels, shapes, positions, rule=None):
     """Applies its rule to one call.
 
     Args:
@@ -131,6 +135,7 @@ def apply(space, call, labels, shapes, positions):
         labels: Label array of every tensor seen so far, by index.
         shapes: Shape of every tensor.
         positions: Where tensors stand among the call's flattened arguments.
+        rule: `None`: that of `rule_for`.
 
     Returns:
         A `base.Effect`.
@@ -147,4 +152,4 @@ def apply(space, call, labels, shapes, positions):
         kwargs=call.kwargs,
         output_shapes=[shapes[i] for i in call.outputs],
     )
-    return rule_for(call.operation)(context)
+    return (rule or rule_for(call.operation))(context)
