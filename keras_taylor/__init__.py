@@ -9,6 +9,7 @@ from keras_taylor.opening import UnsupportedModelError
 from keras_taylor.plan import Plan, make_plan
 from keras_taylor.repairing import recalibrate, repair
 from keras_taylor.report import Info
+from keras_taylor.rules.registry import register_rule
 from keras_taylor.scoring import score
 from keras_taylor.surgery import prune
 from keras_taylor.version import VERSION
@@ -31,6 +32,7 @@ __all__ = [
     "measure_artefacts",
     "prune",
     "recalibrate",
+    "register_rule",
     "repair",
     "score",
 ]

@@ -16,7 +16,7 @@ def clone_operation(operation, name, changes=None):
     Args:
         operation: A layer or a `keras.ops` operation.
         name: Path of the operation, for messages.
-        changes: Configuration values that differ, by key.
+        changes: Configuration values that differ, by key; dots lead into dicts.
 
     Returns:
         The copy, not built.
@@ -25,8 +25,10 @@ def clone_operation(operation, name, changes=None):
         UnsupportedModelError: if it cannot be made from its configuration.
     """
     try:
-        config = operation.get_config()
-        return type(operation).from_config({**config, **(changes or {})})
+        config = _not_built(operation) if _is_keras_own(operation) else operation.get_config()
+        for path, value in (changes or {}).items():
+            config = _changed(config, path.split("."), value)
+        return type(operation).from_config(config)
     except Exception as error:
         if not changes and not isinstance(operation, keras.Layer):
             return _bare_copy(operation)
@@ -37,22 +39,61 @@ def clone_operation(operation, name, changes=None):
         ) from error
 
 
+def _is_keras_own(operation):
+    return type(operation).__module__.split(".")[0] == "keras"
+
+
+def _not_built(operation):
+    """The configuration of one of Keras' own; inner layers are built with the outer one, not before."""
+
+    def without_shapes(config):
+        return {
+            key: without_shapes(value) if isinstance(value, dict) else value
+            for key, value in config.items()
+            if key != "build_config"
+        }
+
+    return without_shapes(operation.get_config())
+
+
+def _changed(config, path, value):
+    """A dict in which one value, at the end of a path of keys, is another."""
+    key, *rest = path
+    return {**config, key: _changed(config[key], rest, value) if rest else value}
+
+
 @contextlib.contextmanager
 def uninitialized(layer):
     """Within it, the layer's new weights are zeros: they get their values by copying.
 
     Random initializers would be wasted, and JAX compiles one for every shape.
     """
-    add_weight = layer.add_weight
-
-    def add_zeros(shape=None, initializer=None, **arguments):
-        return add_weight(shape, initializer=_zeros, **arguments)
-
-    vars(layer)["add_weight"] = add_zeros
+    layers = _with_inner_layers(layer)
+    for each in layers:
+        vars(each)["add_weight"] = _adding_zeros(each.add_weight)
     try:
         yield
     finally:
-        vars(layer).pop("add_weight")
+        for each in layers:
+            vars(each).pop("add_weight")
+
+
+def _adding_zeros(add_weight):
+    def add_zeros(shape=None, initializer=None, **arguments):
+        return add_weight(shape, initializer=_zeros, **arguments)
+
+    return add_zeros
+
+
+def _with_inner_layers(layer):
+    """A layer, and the layers that it keeps as attributes: cells, what a wrapper wraps."""
+    found, queue = {}, [layer]
+    while queue:
+        each = queue.pop()
+        if id(each) not in found:
+            found[id(each)] = each
+            queue += [value for value in vars(each).values() if isinstance(value, keras.Layer)]
+    return list(found.values())
 
 
 def _zeros(shape, dtype=None):

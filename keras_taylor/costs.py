@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from keras_taylor.rules.base import weight_of
+
 COSTS = ("params", "flops")
 
 
@@ -48,7 +50,7 @@ class CostModel:
             if id(call.operation) in seen or not hasattr(call.operation, "weights"):
                 continue
             seen.add(id(call.operation))
-            cut = {id(getattr(call.operation, name, None)): axes for name, axes in effect.weights.items()}
+            cut = {id(weight_of(call.operation, name)): axes for name, axes in effect.weights.items()}
             for weight in call.operation.weights:
                 axes = cut.get(id(weight), (None,) * len(weight.shape))
                 factor = math.prod(d for d, a in zip(weight.shape, axes, strict=True) if a is None)

@@ -9,6 +9,7 @@ import numpy as np
 from keras_taylor import graph as graphs
 from keras_taylor import rules
 from keras_taylor.labels import FIXED, LabelSpace
+from keras_taylor.trials import check_registered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Channels:
         self.effects = []
         self._first = {}  # first effect of each operation, and of each site
         for call in graph.calls:
+            check_registered(call, self.labels, graph.shapes)
             effect = rules.apply(self.space, call, self.labels, graph.shapes, graphs.tensor_positions(call))
             for index, labels in zip(call.outputs, effect.outputs, strict=True):
                 self.labels[index] = labels

@@ -14,6 +14,7 @@ from keras_taylor.groups import read_channels
 from keras_taylor.log_odds import NUM_PROBES, ODDS_ROWS, OddsModel, shrunk
 from keras_taylor.opening import functional_view
 from keras_taylor.passes import gate_statistics, loss_changes, refuse_class_weight
+from keras_taylor.rules.base import weight_of
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.sensitivity import curves
 
@@ -275,7 +276,7 @@ def _per_unit(channels, select, reduce):
             continue
         seen.add(id(call.operation))
         for name, axis, labels in select(call, effect):
-            weight = keras.ops.convert_to_numpy(getattr(call.operation, name)).astype(np.float64)
+            weight = keras.ops.convert_to_numpy(weight_of(call.operation, name)).astype(np.float64)
             values = reduce(np.moveaxis(weight, axis, 0).reshape(labels.size, -1))
             units = channels.units(labels)
             np.add.at(total, units[units >= 0], values[units >= 0])
@@ -286,7 +287,8 @@ def _per_unit(channels, select, reduce):
 
 def _made_by_kernels(call, effect):
     """Kernels with their output axis: name, axis, labels."""
-    made = [edit.labels[0] for key, edit in effect.config.items() if key in ("filters", "units")]
+    made = [m for edit in effect.config.values() for m in edit.labels]
+    made = [m for m in made if np.array_equal(m, effect.outputs[0].reshape(-1))]
     for name, axes in effect.weights.items():
         for axis, labels in enumerate(axes):
             if len(axes) > 1 and any(labels is m for m in made):

@@ -11,6 +11,7 @@ from keras_taylor.groups import read_channels
 from keras_taylor.opening import functional_class, is_functional
 from keras_taylor.optimizers import carry_state
 from keras_taylor.plan import kept_units, mask_of
+from keras_taylor.rules.base import weight_of
 
 
 def prune(model, plan):
@@ -202,9 +203,9 @@ class _Surgeon:
             if isinstance(old, keras.Layer) and id(old) in self._effect_of_operation:
                 axes_of = self._effect_of_operation[id(old)].weights
                 masks = {
-                    id(getattr(old, name)): tuple(None if a is None else self._mask(a) for a in axes)
+                    id(weight): tuple(None if a is None else self._mask(a) for a in axes)
                     for name, axes in axes_of.items()
-                    if getattr(old, name, None) is not None
+                    if (weight := weight_of(old, name)) is not None
                 }
                 copy_weights(old, new, masks)
                 pairs = zip(old.weights, new.weights, strict=True)

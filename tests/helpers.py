@@ -11,9 +11,10 @@ import zoo
 
 import keras_taylor
 from keras_taylor.costs import CostModel
+from keras_taylor.gates import GatedModel
 from keras_taylor.graph import num_inbound_nodes, read
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import Removable, plan_of
+from keras_taylor.plan import Removable, kept_units, plan_of
 
 BACKEND = keras.backend.backend()
 # Models with insides that are opened: what is made of them is Functional.
@@ -127,3 +128,18 @@ def _hash(variables):
     for variable in variables:
         digest.update(keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32")).tobytes())
     return digest.hexdigest()
+
+
+def check_law_two(model, x, tolerance=1e-5):
+    """Gates at zero equal the pruned model, for a random plan; returns that one."""
+    channels = read_channels(model)
+    plan = random_plan(model)
+    kept = kept_units(channels, plan)
+    assert not kept.all()
+    gated = GatedModel(channels)
+    assert relative_difference(predict(gated, x), predict(model, x)) <= 1e-6
+    gated.mask = kept
+    small = keras_taylor.prune(model, plan)
+    assert small.count_params() == plan.after["params"]
+    assert relative_difference(predict(small, x), predict(gated, x)) <= tolerance
+    return small

@@ -24,6 +24,7 @@ def test_public_names():
         "measure_artefacts",
         "prune",
         "recalibrate",
+        "register_rule",
         "repair",
         "score",
     ]

@@ -491,6 +491,42 @@ def dictionaries():
     return keras.Model(inputs, outputs)
 
 
+@model
+def lstm_tagger():
+    x = inputs = keras.Input((6, 4))
+    x = x * np.array([1, 1, 1, 0, 1, 0], "float32")[:, None]  # steps of zeros, which are masked
+    x = layers.Masking(name="masking")(x)
+    x = layers.Dense(6, activation="tanh", name="embed")(x)
+    lstm = layers.LSTM(3, return_sequences=True, name="lstm")
+    x = layers.Bidirectional(lstm, name="both_ways")(x)
+    x = layers.Dense(5, activation="relu", name="hidden")(x)
+    last, state = layers.GRU(4, return_state=True, go_backwards=True, name="gru")(x)
+    x = layers.TimeDistributed(layers.Dense(4, activation="relu"), name="each_step")(x)
+    x = layers.Concatenate(name="join")([x, layers.RepeatVector(6)(last * state)])
+    return keras.Model(inputs, layers.Dense(3, name="tags")(x))
+
+
+@model
+def conv_lstm():
+    x = inputs = keras.Input((3, 6, 6, 2))
+    x = layers.TimeDistributed(layers.Conv2D(5, 3, activation="relu"), name="frames")(x)
+    x = layers.TimeDistributed(layers.BatchNormalization(), name="frames_bn")(x)
+    x = layers.ConvLSTM2D(3, 2, return_sequences=True, padding="same", name="video")(x)
+    x = layers.TimeDistributed(layers.Conv2D(4, 1), name="again")(x)
+    x = layers.ConvLSTM2D(4, 2, strides=2, name="last")(x)
+    return classified(inputs, conv(x, 5, "conv"))
+
+
+@model
+def gru_after_conv1d():
+    x = inputs = keras.Input((8, 3))
+    x = layers.Conv1D(6, 3, activation="relu", name="conv")(x)
+    x = layers.MaxPooling1D(2, name="down")(x)
+    x = layers.GRU(4, return_sequences=True, dropout=0.2, name="gru")(x)
+    x = layers.SimpleRNN(5, name="simple")(layers.Dense(6, name="between")(x))
+    return keras.Model(inputs, layers.Dense(2, name="head")(x))
+
+
 @keras.saving.register_keras_serializable("zoo")
 class Reversed(layers.Layer):
     """Something that no rule knows: channels in reverse order."""

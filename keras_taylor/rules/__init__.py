@@ -6,8 +6,19 @@ looks at one call (`base.Context`) and returns a `base.Effect`.
 
 import keras
 
-from keras_taylor.rules import conv, dense, elementwise, norm, shape
+from keras_taylor.rules import conv, dense, elementwise, norm, products, recurrent, shape
 from keras_taylor.rules.base import Context, Tensor
+from keras_taylor.rules.registry import REGISTERED
+
+
+def _time_distributed(ctx):
+    """What its layer does to one step; time stays."""
+    return recurrent.time_distributed(ctx, rule_for(ctx.operation.layer))
+
+
+def _spectral_normalization(ctx):
+    """At inference it is the layer that it wraps."""
+    return recurrent.spectral_normalization(ctx, rule_for(ctx.operation.layer))
 
 
 def _table(rows):
@@ -21,14 +32,19 @@ LAYERS = _table(
         ("DepthwiseConv1D DepthwiseConv2D", conv.depthwise),
         ("SeparableConv1D SeparableConv2D", conv.separable),
         ("Dense", dense.dense),
+        ("RNN LSTM GRU SimpleRNN ConvLSTM1D ConvLSTM2D ConvLSTM3D", recurrent.recurrent),
+        ("Bidirectional", recurrent.bidirectional),
+        ("TimeDistributed", _time_distributed),
+        ("SpectralNormalization", _spectral_normalization),
         ("BatchNormalization", norm.batch_normalization),
-        ("LayerNormalization RMSNormalization", norm.layer_normalization),
+        ("LayerNormalization RMSNormalization UnitNormalization", norm.layer_normalization),
         ("GroupNormalization", norm.group_normalization),
         ("Normalization", norm.normalization),
         ("Rescaling", norm.rescaling),
         ("PReLU", norm.prelu),
         ("LayerScale", norm.layer_scale),
         ("ReLU LeakyReLU ELU", elementwise.unary),
+        ("Masking", elementwise.masking),
         ("Activation", elementwise.activation),
         ("Softmax", elementwise.softmax),
         (
@@ -40,6 +56,7 @@ LAYERS = _table(
             "Add Subtract Multiply Average Maximum Minimum CustomScaleLayer",
             elementwise.merge,
         ),
+        ("Dot", products.dot),
         ("Concatenate", shape.concatenate),
         ("Reshape", shape.reshape),
         ("Flatten", shape.flatten),
@@ -96,17 +113,20 @@ OPERATIONS = _table(
 def rule_for(operation):
     """The rule of an operation; `elementwise.unknown` where there is none.
 
-    Only Keras' own classes have rules: a user's subclass may do anything in `call`.
+    Only Keras' own classes have rules, and those that were registered: a user's
+    subclass may do anything in `call`.
     """
     own = type(operation).__module__.split(".")[0] == "keras"
     table = LAYERS if isinstance(operation, keras.Layer) else OPERATIONS
     altered = getattr(operation, "quantization_mode", None) or getattr(operation, "lora_enabled", False)
+    if type(operation) in REGISTERED and not altered:
+        return REGISTERED[type(operation)]
     if altered or not own:
         return elementwise.unknown
     return table.get(type(operation).__name__, elementwise.unknown)
 
 
-def apply(space, call, labels, shapes, positions):
+def apply(space, call, labels, shapes, positions, rule=None):
     """Applies its rule to one call.
 
     Args:
@@ -115,6 +135,7 @@ def apply(space, call, labels, shapes, positions):
         labels: Label array of every tensor seen so far, by index.
         shapes: Shape of every tensor.
         positions: Where tensors stand among the call's flattened arguments.
+        rule: `None`: that of `rule_for`.
 
     Returns:
         A `base.Effect`.
@@ -132,4 +153,4 @@ def apply(space, call, labels, shapes, positions):
         output_shapes=[shapes[i] for i in call.outputs],
         closed=getattr(call, "closed", None),
     )
-    return rule_for(call.operation)(context)
+    return (rule or rule_for(call.operation))(context)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,9 +63,9 @@ class Effect:
 
     Attributes:
         outputs: Label array of each output tensor.
-        weights: For each weight (attribute name), the labels along each of its
-            axes, `None` for an axis that stays whole.
-        config: Edits of configuration values, by key.
+        weights: For each weight (attribute path, `"cell.kernel"`), the labels along
+            each of its axes, `None` for an axis that stays whole.
+        config: Edits of configuration values, by key (a path: `"layer.config.units"`).
         arguments: Edits of call arguments, by position in the flattened call.
         reads: For each input (by number) that is contracted: the axis. A gate
             belongs on this edge.
@@ -153,6 +154,14 @@ class Context:
                 self.union(labels, np.broadcast_to(first, labels.shape))
                 labels = np.maximum(first, labels.max(other, keepdims=True))
         return labels
+
+
+def weight_of(operation, path):
+    """The weight of an operation at an attribute path (`"cell.kernel"`), `None` if it has none."""
+    try:
+        return operator.attrgetter(path)(operation)
+    except AttributeError:
+        return None
 
 
 def count(labels):

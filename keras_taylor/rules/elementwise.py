@@ -32,6 +32,11 @@ def softmax(ctx):
     return Effect(outputs=[tensor.labels], work=elements(tensor.labels, tensor.shape, 3.0))
 
 
+def masking(ctx):
+    """Channels stay: whether a step is masked depends on all of them."""
+    return locked(ctx, "decides with others whether a step is masked")
+
+
 def locked(ctx, why="read by an operation that mixes channels"):
     """Mixes channels in a way that no channel may leave."""
     for tensor in ctx.inputs:

@@ -1,0 +1,135 @@
+"""Recurrent layers read channels that can leave; their own units stay."""
+
+import keras
+import numpy as np
+import pytest
+import zoo
+from helpers import case, check_law_two, predict
+from keras import layers, ops
+
+from keras_taylor.costs import CostModel
+from keras_taylor.groups import read_channels
+
+SEQUENCE, VIDEO = (4, 3), (3, 5, 5, 2)
+
+
+def model_of(layer, shape=SEQUENCE):
+    """The layer behind a dense one, and something that reads it."""
+    x = inputs = keras.Input(shape)
+    x = layers.Dense(6, activation="relu", name="before")(x)
+    outputs = keras.tree.flatten(layer(x))
+    outputs = [layers.Flatten()(y) for y in outputs]
+    x = layers.Concatenate()(outputs) if len(outputs) > 1 else outputs[0]
+    return zoo.randomized(keras.Model(inputs, layers.Dense(2, name="head")(x)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: layers.LSTM(3), SEQUENCE),
+        (lambda: layers.LSTM(3, return_state=True, return_sequences=True, use_bias=False), SEQUENCE),
+        (lambda: layers.GRU(3, reset_after=False, go_backwards=True), SEQUENCE),
+        (lambda: layers.GRU(3, unroll=True), SEQUENCE),
+        (lambda: layers.SimpleRNN(3, return_sequences=True), SEQUENCE),
+        (lambda: layers.RNN(layers.LSTMCell(3)), SEQUENCE),
+        (lambda: layers.Bidirectional(layers.LSTM(3, return_sequences=True), merge_mode="ave"), SEQUENCE),
+        (lambda: layers.Bidirectional(layers.GRU(3, return_state=True), merge_mode=None), SEQUENCE),
+        (
+            lambda: layers.Bidirectional(
+                layers.SimpleRNN(3), backward_layer=layers.LSTM(3, go_backwards=True)
+            ),
+            SEQUENCE,
+        ),
+        (lambda: layers.ConvLSTM1D(3, 2), (3, 5, 2)),
+        (lambda: layers.ConvLSTM2D(3, 2, return_state=True, dilation_rate=2), VIDEO),
+        (lambda: layers.ConvLSTM3D(2, 2, return_sequences=True), (2, 3, 3, 3, 2)),
+        (lambda: layers.TimeDistributed(layers.LSTM(3)), (2, *SEQUENCE)),
+        (lambda: layers.TimeDistributed(layers.Flatten()), VIDEO),
+        (lambda: layers.TimeDistributed(layers.TimeDistributed(layers.Dense(4))), VIDEO),
+    ],
+)
+def test_what_a_recurrent_layer_reads_can_leave(layer, shape):
+    model = model_of(layer(), shape)
+    small = check_law_two(model, zoo.inputs_of(model))
+    assert small.get_layer("before").units < 6
+
+
+def test_units_stay_because_they_feed_back_and_so_does_what_meets_them():
+    x = inputs = keras.Input(SEQUENCE)
+    lstm = layers.LSTM(3, name="lstm", return_sequences=True)(layers.Dense(5, name="before")(x))
+    met = layers.Add()([lstm, layers.Dense(3, name="met")(x)])
+    channels = read_channels(keras.Model(inputs, layers.Dense(2, name="head")(met)))
+    assert [g.name for g in channels.groups] == ["before"]
+    reasons = {g.name: g.reason for g in channels.locked}
+    assert "met" not in reasons
+    assert reasons["lstm"] == "feeds back into itself ('lstm')"
+    assert channels.unknown == []
+
+
+@pytest.mark.parametrize("name", ["initial_state", "stateful"])
+def test_states_stay_where_they_are(name):
+    inputs = keras.Input(batch_shape=(4, *SEQUENCE))
+    x = layers.Dense(6, name="before")(inputs)
+    if name == "stateful":
+        x = layers.LSTM(3, stateful=True)(x)
+    else:
+        states = [layers.Dense(3, name=f"state{k}")(inputs[:, 0]) for k in range(2)]
+        x = layers.LSTM(3)(x, initial_state=states)
+    model = zoo.randomized(keras.Model(inputs, layers.Dense(2)(layers.Dense(4, name="after")(x))))
+    assert [g.name for g in read_channels(model).groups] == (["before"] * (name != "stateful") + ["after"])
+    if name != "stateful":  # what comes out depends on what came before
+        check_law_two(model, zoo.inputs_of(model))
+
+
+def test_a_time_axis_of_unknown_length():
+    x = inputs = keras.Input((None, 3))
+    x = layers.LSTM(3)(layers.Dense(5)(x))
+    model = zoo.randomized(keras.Model(inputs, layers.Dense(2)(x)))
+    assert CostModel(read_channels(model))()["flops"] is None
+    check_law_two(model, np.random.default_rng(0).normal(size=(4, 7, 3)).astype("float32"))
+
+
+def test_flops():
+    x = inputs = keras.Input(SEQUENCE)
+    model = keras.Model(inputs, layers.LSTM(5)(x))
+    assert CostModel(read_channels(model))()["flops"] == 4 * 2 * (3 + 5) * 4 * 5
+    x = inputs = keras.Input(VIDEO)
+    model = keras.Model(inputs, layers.ConvLSTM2D(5, 2, return_sequences=True)(x))
+    assert CostModel(read_channels(model))()["flops"] == 3 * 16 * 2 * 4 * (2 + 5) * 4 * 5
+
+
+def test_masks_survive():
+    """Steps that are masked have no part in the result, before and after."""
+    for name in ("masking", "embedding"):
+        if name == "masking":
+            x = inputs = keras.Input((None, 3))
+            x = layers.Masking()(x)
+            data = np.random.default_rng(0).normal(size=(4, *SEQUENCE)).astype("float32")
+            data[:, 2:] = 0
+        else:
+            x = inputs = keras.Input((None,), dtype="int32")
+            x = layers.Embedding(7, 5, mask_zero=True)(x)
+            data = np.array([[1, 2, 0, 0], [3, 6, 0, 0], [5, 5, 0, 0], [1, 6, 0, 0]], "int32")
+        x = layers.Dropout(0.1)(layers.Dense(6, use_bias=True)(x))
+        x = layers.Bidirectional(layers.LSTM(3, return_sequences=True))(x)
+        x = layers.TimeDistributed(layers.Dense(4))(x)
+        model = zoo.randomized(keras.Model(inputs, layers.Dense(2)(layers.GRU(3)(x))))
+        small = check_law_two(model, data)
+        (whole,), (short,) = predict(small, data), predict(small, np.ascontiguousarray(data[:, :2]))
+        np.testing.assert_allclose(whole, short, rtol=1e-4, atol=1e-6)
+
+
+def test_channels_that_a_masking_layer_looks_at_stay():
+    x = inputs = keras.Input(SEQUENCE)
+    x = layers.Masking()(layers.Dense(5, activation="relu", name="looked_at")(x))
+    channels = read_channels(keras.Model(inputs, layers.Dense(2)(layers.LSTM(3)(x))))
+    assert channels.groups == []
+
+
+def test_what_a_wrapper_wraps_keeps_its_rule_and_its_name():
+    channels = read_channels(case("conv_lstm").model)
+    assert [(g.name, g.num_units) for g in channels.groups] == [("frames", 5), ("again", 4), ("conv", 5)]
+    x = inputs = keras.Input(VIDEO)
+    x = layers.TimeDistributed(layers.Lambda(lambda x: ops.flip(x, -1)), name="wrapped")(layers.Dense(4)(x))
+    channels = read_channels(keras.Model(inputs, layers.Dense(2)(x)))
+    assert channels.unknown == ["wrapped"]
