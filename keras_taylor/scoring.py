@@ -284,7 +284,8 @@ def _per_unit(channels, select, reduce):
 
 def _made_by_kernels(call, effect):
     """Kernels with their output axis: name, axis, labels."""
-    made = [edit.labels[0] for key, edit in effect.config.items() if key in ("filters", "units")]
+    keys = ("filters", "units", "output_shape", "output_dim")
+    made = [edit.labels[0] for key, edit in effect.config.items() if key in keys]
     for name, axes in effect.weights.items():
         for axis, labels in enumerate(axes):
             if len(axes) > 1 and any(labels is m for m in made):

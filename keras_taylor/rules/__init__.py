@@ -6,7 +6,7 @@ looks at one call (`base.Context`) and returns a `base.Effect`.
 
 import keras
 
-from keras_taylor.rules import conv, dense, elementwise, norm, shape
+from keras_taylor.rules import along, conv, dense, einsum, elementwise, embedding, norm, shape
 from keras_taylor.rules.base import Context, Tensor
 
 
@@ -21,6 +21,9 @@ LAYERS = _table(
         ("DepthwiseConv1D DepthwiseConv2D", conv.depthwise),
         ("SeparableConv1D SeparableConv2D", conv.separable),
         ("Dense", dense.dense),
+        ("EinsumDense", einsum.einsum_dense),
+        ("Embedding", embedding.embedding),
+        ("ReversibleEmbedding", embedding.reversible_embedding),
         ("BatchNormalization", norm.batch_normalization),
         ("LayerNormalization RMSNormalization", norm.layer_normalization),
         ("GroupNormalization", norm.group_normalization),
@@ -68,7 +71,7 @@ OPERATIONS = _table(
             "Squareplus LogSigmoid LeakyRelu HardSigmoid HardSilu Elu Selu Gelu Celu TanhShrink "
             "HardTanh HardShrink Threshold Absolute Exp Expm1 Log Log1p Log2 Log10 Negative "
             "Reciprocal Rsqrt Sqrt Square Sin Cos Tan Sinh Cosh Tanh Arctan Arcsinh Sign Floor "
-            "Ceil Round Erf Clip NanToNum",
+            "Ceil Round Erf Clip NanToNum LogicalNot Isfinite Isinf Isnan OnesLike ZerosLike",
             elementwise.unary,
         ),
         ("Cast SaturateCast StopGradient Copy Identity", elementwise.identity),
@@ -76,7 +79,7 @@ OPERATIONS = _table(
         (
             "Add Subtract Multiply Divide DivideNoNan TrueDivide FloorDivide Power Maximum "
             "Minimum Mod Where Logaddexp Arctan2 Greater GreaterEqual Less LessEqual Equal "
-            "NotEqual LogicalAnd LogicalOr",
+            "NotEqual LogicalAnd LogicalOr LogicalXor BitwiseAnd BitwiseOr",
             elementwise.merge,
         ),
         ("Concatenate", shape.concatenate),
@@ -85,10 +88,20 @@ OPERATIONS = _table(
         ("Swapaxes", shape.swapaxes),
         ("ExpandDims", shape.expand_dims),
         ("Squeeze", shape.squeeze),
-        ("Mean Max Min Amax Amin Sum Var Std Prod Logsumexp", shape.reduce),
+        ("Mean Max Min Amax Amin Sum Var Std Prod Logsumexp Any All", shape.reduce),
         ("Pad", shape.pad),
         ("Split", shape.split),
         ("GetItem", shape.get_item),
+        ("Einsum", einsum.einsum),
+        ("Matmul", einsum.matmul),
+        ("Dot", einsum.dot),
+        ("DotProductAttention", einsum.dot_product_attention),
+        ("Repeat", along.repeat),
+        ("Tile", along.tile),
+        ("Roll Flip Cumsum Cumprod", along.beside),
+        ("Tril Triu", along.triangle),
+        ("Stack", along.stack),
+        ("Unstack", along.unstack),
     ]
 )
 
