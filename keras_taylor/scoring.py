@@ -288,7 +288,7 @@ def _made_by_kernels(call, effect):
     made = [edit.labels[0] for key, edit in effect.config.items() if key in keys]
     for name, axes in effect.weights.items():
         for axis, labels in enumerate(axes):
-            if len(axes) > 1 and any(labels is m for m in made):
+            if name != "bias" and len(axes) > 1 and any(labels is m for m in made):
                 yield name, axis, labels
 
 

@@ -107,8 +107,8 @@ def _product(ctx, subscripts):
     read = next(p for p in met if p in tensors and tensors[p].channel_axis is not None)
     vector = tensors[read].along(met[read])
     for p in met.keys() & tensors.keys():
-        mine = tensors[p].along(met[p]) if shapes[p][met[p]] else np.full(1, FIXED)
-        ctx.union(vector, mine)
+        mine = tensors[p].along(met[p])
+        ctx.union(vector, mine if mine.size else np.full(1, FIXED))
     return Effect(
         outputs=[ctx.placed(vector, made.index(along)) if along in made else ctx.fixed()],
         arguments={p: _cut(ctx.arguments[p], axis, vector) for p, axis in met.items() if p not in tensors},
