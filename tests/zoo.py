@@ -527,7 +527,7 @@ def grouped_query_parts():
 @model
 def fused_attention():
     x = inputs = keras.Input((5, 8))
-    y = ops.dot_product_attention(heads(x, 6, "query"), heads(x, 3, "key"), heads(x, 3, "value"))
+    y = ops.dot_product_attention(heads(x, 8, "query"), heads(x, 4, "key"), heads(x, 4, "value"))
     y = layers.EinsumDense("abcd,cde->abe", (None, 8), name="output")(y)
     y = heads(layers.LayerNormalization(name="norm")(x + y), 4, "again", length=5)
     y = ops.dot_product_attention(y, y, y, is_causal=True)

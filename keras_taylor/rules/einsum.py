@@ -62,7 +62,10 @@ def dot(ctx):
 
 
 def dot_product_attention(ctx):
-    """Heads of queries, keys and values leave together; queries that share a key are one unit."""
+    """Heads of queries, keys and values leave together; queries that share a key are one unit.
+
+    Where they share, two keys stay: Keras on TensorFlow cannot run a single one for several queries.
+    """
     query, key, value, *masks = ctx.inputs
     heads = 2
     if any(t.channel_axis not in (None, heads) for t in (query, key, value)):
@@ -73,6 +76,10 @@ def dot_product_attention(ctx):
         shared = np.repeat(np.maximum(shared, value.along(heads)), made.size // shared.size)
         ctx.union(made, shared)
         made = np.maximum(made, shared)
+    if key.shape[heads] != query.shape[heads]:
+        ctx.lock(
+            key.along(heads)[:2], "several queries share a key, and a single one does not run everywhere"
+        )
     for mask in masks:
         if mask.rank != 4 or mask.channel_axis not in (None, 1):
             ctx.lock(mask.labels, "combined with channels on another axis")
