@@ -247,7 +247,7 @@ class _Reader:
             if isinstance(t, keras.KerasTensor)
         ]
         if recorded == [self.shapes[i] for i in taken]:
-            return [tuple(t.shape) for t in site.outputs]
+            return _completed(site.operation, recorded, [tuple(t.shape) for t in site.outputs])
         args, kwargs = keras.tree.map_structure(
             lambda new, old: (
                 keras.KerasTensor(self.shapes[new.index], dtype=old.dtype) if isinstance(new, Ref) else new
@@ -256,7 +256,19 @@ class _Reader:
             (site.args, site.kwargs),
         )
         spec = site.operation.compute_output_spec(*args, **kwargs)
-        return [tuple(t.shape) for t in keras.tree.flatten(spec)]
+        shapes = [self.shapes[i] for i in taken]
+        return _completed(site.operation, shapes, [tuple(t.shape) for t in keras.tree.flatten(spec)])
+
+
+def _completed(operation, inputs, outputs):
+    """Shapes with the sizes that an `EinsumDense` layer leaves open though its input has them."""
+    if type(operation) is not keras.layers.EinsumDense:
+        return outputs
+    read, made = operation.equation.partition(",")[0], operation.equation.partition("->")[2]
+    if "..." in read or len(read) != len(inputs[0]):
+        return outputs
+    sizes = dict(zip(read, inputs[0], strict=True))
+    return [tuple(sizes.get(c) if d is None else d for c, d in zip(made, outputs[0], strict=True))]
 
 
 def _taken(args, kwargs):

@@ -6,6 +6,8 @@ import inspect
 
 import keras
 
+from keras_taylor.rules.registry import REGISTERED
+
 # What a model's class may override, and another model would not run.
 _TRAINING = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 _PLAIN = (int, float, str, bool, slice, type(None))
@@ -105,8 +107,8 @@ def functional_class():
 
 
 def may_open(operation):
-    """Whether to look into a layer: the user's own ones, and attention."""
-    if not isinstance(operation, keras.Layer) or is_functional(operation):
+    """Whether to look into a layer: the user's own ones without a registered rule, and attention."""
+    if not isinstance(operation, keras.Layer) or is_functional(operation) or type(operation) in REGISTERED:
         return False
     if type(operation).__module__.split(".")[0] == "keras":
         return type(operation) in (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)

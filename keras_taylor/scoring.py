@@ -291,7 +291,7 @@ def _made_by_kernels(call, effect):
     made = [m for m in made if np.array_equal(m, effect.outputs[0].reshape(-1))]
     for name, axes in effect.weights.items():
         for axis, labels in enumerate(axes):
-            if len(axes) > 1 and any(labels is m for m in made):
+            if name != "bias" and len(axes) > 1 and any(labels is m for m in made):
                 yield name, axis, labels
 
 

@@ -51,8 +51,8 @@ def check_registered(call, labels, shapes):
             _Trial(call, shapes, axes, rule, seed).run()
     except _NotHeldError as error:
         raise ValueError(
-            f"The rule that was registered for `{classes[registered[0] is None].__name__}` does not hold for layer "
-            f"'{call.name}': {error}. Register another one (`register_rule`), or none. "
+            f"The rule that was registered for `{classes[registered[0] is None].__name__}` does not hold "
+            f"for layer '{call.name}': {error}. Register another one (`register_rule`), or none. "
             f"Received: {call.name}={call.operation!r}"
         ) from error.__cause__
     _passed.add(key)

@@ -131,8 +131,8 @@ def test_what_is_normalised_over_channels_is_locked_with_a_reason():
 
 def test_an_operation_without_a_rule_locks_what_it_touches_and_is_named():
     channels = read_channels(case("unknown_layer").model)
-    assert channels.unknown == ["reversed/flip_0"]
-    assert locked_of(channels)["conv2"] == (5, "read by Flip, which has no rule ('reversed/flip_0')")
+    assert channels.unknown == ["reversed/take_0"]
+    assert locked_of(channels)["conv2"] == (5, "read by Take, which has no rule ('reversed/take_0')")
     assert {g.name for g in channels.groups} == {"conv1", "conv3"}
 
 

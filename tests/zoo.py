@@ -13,6 +13,7 @@ from keras import layers, ops
 
 BUILDERS = {}
 SIZE = (8, 8, 3)
+VOCABULARY = 11
 
 
 def model(builder):
@@ -55,10 +56,12 @@ def randomized(network, seed=0):
 
 
 def inputs_of(network, num=4, seed=1):
-    """Random inputs in the model's own structure."""
+    """Random inputs in the model's own structure; numbers below the vocabulary where it embeds them."""
     random = np.random.default_rng(seed)
 
     def array(tensor):
+        if "int" in tensor.dtype:
+            return random.integers(0, VOCABULARY, (num, *tensor.shape[1:])).astype(tensor.dtype)
         return random.normal(size=(num, *tensor.shape[1:])).astype("float32")
 
     if not hasattr(network, "inputs"):
@@ -527,12 +530,88 @@ def gru_after_conv1d():
     return keras.Model(inputs, layers.Dense(2, name="head")(x))
 
 
+def heads(x, num, name, length=None, **arguments):
+    """Projection to heads of size 3; Keras' own layers leave the sequence's length open too."""
+    return layers.EinsumDense("abc,cde->abde", (length, num, 3), bias_axes="de", name=name, **arguments)(x)
+
+
+@model
+def attention_parts():
+    x = inputs = keras.Input((5, 8))
+    q, k, v = (heads(x, 4, name) for name in ("query", "key", "value"))
+    scores = ops.einsum("aecd,abcd->acbe", k, q * 0.6)
+    scores = layers.Dropout(0.1)(layers.Softmax((3,))(scores))
+    y = ops.einsum("acbe,aecd->abcd", scores, v)
+    y = layers.EinsumDense("abcd,cde->abe", (None, 8), bias_axes="e", name="output")(y)
+    x = layers.LayerNormalization(name="norm")(layers.Add()([x, y]))
+    y = layers.EinsumDense("...x,xy->...y", 7, bias_axes="y", activation="gelu", name="expand")(x)
+    x = layers.Add()([x, layers.Dense(8, name="project")(y)])
+    return keras.Model(inputs, layers.Dense(3, name="head")(x[:, 0]))
+
+
+@model
+def grouped_query_parts():
+    inputs = keras.Input((5, 4))
+    x = layers.Dense(8, name="stem")(inputs)
+    q, k, v = heads(x, 6, "query"), heads(x, 3, "key"), heads(x, 3, "value", activation="tanh")
+    k, v = ops.repeat(k, 2, axis=2), ops.repeat(v, 2, axis=2)
+    causal = np.tril(np.ones((1, 1, 5, 5), "bool"))
+    scores = layers.Softmax()(ops.einsum("bquh,bkuh->buqk", q, k) / 1.7, mask=causal)
+    y = ops.einsum("buqk,bkuh->bquh", scores, v) * ops.sigmoid(heads(x, 6, "gate"))
+    y = layers.EinsumDense("bquh,uhm->bqm", (None, 8), name="output")(y)
+    return keras.Model(inputs, layers.Dense(3, name="head")(ops.max(x + y, axis=1)))
+
+
+@model
+def fused_attention():
+    x = inputs = keras.Input((5, 8))
+    y = ops.dot_product_attention(heads(x, 8, "query"), heads(x, 4, "key"), heads(x, 4, "value"))
+    y = layers.EinsumDense("abcd,cde->abe", (None, 8), name="output")(y)
+    y = heads(layers.LayerNormalization(name="norm")(x + y), 4, "again", length=5)
+    y = ops.dot_product_attention(y, y, y, is_causal=True)
+    return keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(y)))
+
+
+@model
+def embedding():
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(VOCABULARY, 8, mask_zero=True, name="tokens")(inputs)
+    x = layers.Add()([x, layers.Dense(8, name="project")(layers.Dense(5, "relu", name="expand")(x))])
+    x = layers.GlobalAveragePooling1D(name="pool")(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+@model
+def mlp_mixer():
+    x = inputs = keras.Input((6, 4))
+    x = layers.Dense(7, name="stem")(x)
+    y = layers.Dense(9, "gelu", name="tokens1")(layers.Permute((2, 1))(layers.LayerNormalization()(x)))
+    x = layers.Add()([x, layers.Permute((2, 1))(layers.Dense(6, name="tokens2")(y))])
+    y = layers.Dense(8, "gelu", name="channels1")(x)
+    x = layers.Add()([x, layers.Dense(7, name="channels2")(y)])
+    return keras.Model(inputs, layers.Dense(3, name="head")(layers.GlobalAveragePooling1D()(x)))
+
+
+@model
+def vit_parts():
+    x = inputs = keras.Input(SIZE)
+    x = layers.Reshape((4, 8))(layers.Conv2D(8, 4, strides=4, name="patches")(x))
+    qkv = layers.Reshape((4, 3, 2, 4))(layers.Dense(24, name="qkv")(layers.LayerNormalization()(x)))
+    q, k, v = ops.unstack(ops.transpose(qkv, (0, 2, 3, 1, 4)), axis=1)
+    scores = ops.softmax(ops.matmul(q, ops.swapaxes(k, -1, -2)) * 0.5)
+    y = layers.Reshape((4, 8))(ops.transpose(ops.matmul(scores, v), (0, 2, 1, 3)))
+    x = layers.Add()([x, layers.Dense(8, name="output")(y)])
+    y = layers.Dense(9, "gelu", name="expand")(layers.LayerNormalization()(x))
+    x = layers.Add()([x, layers.Dense(8, name="project")(y)])
+    return keras.Model(inputs, layers.Dense(3, name="head")(ops.mean(x, axis=1)))
+
+
 @keras.saving.register_keras_serializable("zoo")
 class Reversed(layers.Layer):
-    """Something that no rule knows: channels in reverse order."""
+    """Something that no rule knows: channels in another order."""
 
     def call(self, x):
-        return ops.flip(x, axis=-1)
+        return ops.take(x, np.arange(x.shape[-1])[::-1].copy(), axis=-1)
 
 
 @model

@@ -6,7 +6,18 @@ looks at one call (`base.Context`) and returns a `base.Effect`.
 
 import keras
 
-from keras_taylor.rules import conv, dense, elementwise, norm, products, recurrent, shape
+from keras_taylor.rules import (
+    along,
+    conv,
+    dense,
+    einsum,
+    elementwise,
+    embedding,
+    norm,
+    products,
+    recurrent,
+    shape,
+)
 from keras_taylor.rules.base import Context, Tensor
 from keras_taylor.rules.registry import REGISTERED
 
@@ -36,6 +47,9 @@ LAYERS = _table(
         ("Bidirectional", recurrent.bidirectional),
         ("TimeDistributed", _time_distributed),
         ("SpectralNormalization", _spectral_normalization),
+        ("EinsumDense", einsum.einsum_dense),
+        ("Embedding", embedding.embedding),
+        ("ReversibleEmbedding", embedding.reversible_embedding),
         ("BatchNormalization", norm.batch_normalization),
         ("LayerNormalization RMSNormalization UnitNormalization", norm.layer_normalization),
         ("GroupNormalization", norm.group_normalization),
@@ -85,7 +99,7 @@ OPERATIONS = _table(
             "Squareplus LogSigmoid LeakyRelu HardSigmoid HardSilu Elu Selu Gelu Celu TanhShrink "
             "HardTanh HardShrink Threshold Absolute Exp Expm1 Log Log1p Log2 Log10 Negative "
             "Reciprocal Rsqrt Sqrt Square Sin Cos Tan Sinh Cosh Tanh Arctan Arcsinh Sign Floor "
-            "Ceil Round Erf Clip NanToNum",
+            "Ceil Round Erf Clip NanToNum LogicalNot Isfinite Isinf Isnan OnesLike ZerosLike",
             elementwise.unary,
         ),
         ("Cast SaturateCast StopGradient Copy Identity", elementwise.identity),
@@ -93,7 +107,7 @@ OPERATIONS = _table(
         (
             "Add Subtract Multiply Divide DivideNoNan TrueDivide FloorDivide Power Maximum "
             "Minimum Mod Where Logaddexp Arctan2 Greater GreaterEqual Less LessEqual Equal "
-            "NotEqual LogicalAnd LogicalOr",
+            "NotEqual LogicalAnd LogicalOr LogicalXor BitwiseAnd BitwiseOr",
             elementwise.merge,
         ),
         ("Concatenate", shape.concatenate),
@@ -102,10 +116,20 @@ OPERATIONS = _table(
         ("Swapaxes", shape.swapaxes),
         ("ExpandDims", shape.expand_dims),
         ("Squeeze", shape.squeeze),
-        ("Mean Max Min Amax Amin Sum Var Std Prod Logsumexp", shape.reduce),
+        ("Mean Max Min Amax Amin Sum Var Std Prod Logsumexp Any All", shape.reduce),
         ("Pad", shape.pad),
         ("Split", shape.split),
         ("GetItem", shape.get_item),
+        ("Einsum", einsum.einsum),
+        ("Matmul", einsum.matmul),
+        ("Dot", einsum.dot),
+        ("DotProductAttention", einsum.dot_product_attention),
+        ("Repeat", along.repeat),
+        ("Tile", along.tile),
+        ("Roll Flip Cumsum Cumprod", along.beside),
+        ("Tril Triu", along.triangle),
+        ("Stack", along.stack),
+        ("Unstack", along.unstack),
     ]
 )
 

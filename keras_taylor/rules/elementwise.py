@@ -23,13 +23,17 @@ def activation(ctx):
 
 
 def softmax(ctx):
-    """What is normalised together stays together."""
+    """What is normalised together stays together; a mask may go with it."""
     tensor, axis = ctx.inputs[0], getattr(ctx.operation, "axis", -1)
     axes = range(tensor.rank) if axis is None else [k % tensor.rank for k in np.atleast_1d(axis)]
-    if tensor.channel_axis in axes:
-        ctx.lock(tensor.labels, "normalised together")
+    if any(_raised(t, tensor.rank).channel_axis in axes for t in ctx.inputs):
+        for mixed in ctx.inputs:
+            ctx.lock(mixed.labels, "normalised together")
         return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), tensor.shape, 3.0))
-    return Effect(outputs=[tensor.labels], work=elements(tensor.labels, tensor.shape, 3.0))
+    labels = merged(ctx, ctx.inputs, tensor.rank)
+    return Effect(
+        outputs=[labels], arguments=_constants(ctx, labels), work=elements(labels, tensor.shape, 3.0)
+    )
 
 
 def masking(ctx):

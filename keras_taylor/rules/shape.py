@@ -14,7 +14,7 @@ def concatenate(ctx):
     rank = len(ctx.output_shapes[0])
     axis = ctx.operation.axis % rank
     if axis == 0:
-        return _on_batch(ctx)
+        return on_batch(ctx)
     if all(t.channel_axis != axis for t in ctx.inputs):
         return Effect(outputs=[merged(ctx, ctx.inputs, rank)])
     for tensor in ctx.inputs:
@@ -46,7 +46,7 @@ def reshape(ctx):
     """The elements keep their order; where it splits channels, those of one slice become one unit."""
     tensor, shape = ctx.inputs[0], ctx.output_shapes[0]
     if not _keeps_batch(ctx.operation, tensor.shape, shape):
-        return _on_batch(ctx)
+        return on_batch(ctx)
     labels = _reshaped(ctx, tensor, shape)
     out = Tensor(labels, shape)
     axis = out.channel_axis
@@ -83,7 +83,7 @@ def expand_dims(ctx):
     """New axes of size 1."""
     axes = tuple(np.atleast_1d(ctx.operation.axis) % len(ctx.output_shapes[0]))
     if 0 in axes:
-        return _on_batch(ctx)
+        return on_batch(ctx)
     return Effect(outputs=[np.expand_dims(ctx.inputs[0].labels, axes)])
 
 
@@ -92,7 +92,7 @@ def squeeze(ctx):
     tensor, axis = ctx.inputs[0], ctx.operation.axis
     axes = [k for k, d in enumerate(tensor.shape) if d == 1] if axis is None else np.atleast_1d(axis)
     if 0 in np.mod(axes, tensor.rank):
-        return _on_batch(ctx)
+        return on_batch(ctx)
     return Effect(outputs=[np.squeeze(tensor.labels, tuple(axes))])
 
 
@@ -119,7 +119,7 @@ def pad(ctx):
     widths = widths * tensor.rank if len(widths) == 1 else widths
     axis = tensor.channel_axis
     if widths[0] != (0, 0):
-        return _on_batch(ctx)
+        return on_batch(ctx)
     if axis is None or widths[axis] == (0, 0):
         return Effect(outputs=[tensor.labels])
     if operation.mode != "constant":
@@ -144,7 +144,7 @@ def split(ctx):
     axis = operation.axis % tensor.rank
     num = len(ctx.output_shapes)
     if axis == 0:
-        return _on_batch(ctx)
+        return on_batch(ctx)
     if tensor.channel_axis != axis:
         return Effect(outputs=[tensor.labels] * num)
     stops = np.cumsum([shape[axis] for shape in ctx.output_shapes])
@@ -166,7 +166,7 @@ def get_item(ctx):
     if not all(e is None or e is Ellipsis or isinstance(e, (int, slice)) for e in entries):
         return locked(ctx)
     if entries[0] not in (slice(None), Ellipsis):
-        return _on_batch(ctx)
+        return on_batch(ctx)
     axes = _axes_of(entries, tensor.rank)
     labels = tensor.labels[tuple(_on_labels(e, a, tensor) for e, a in zip(entries, axes, strict=True))]
     mine = next((i for i, a in enumerate(axes) if a is not None and a == tensor.channel_axis), None)
@@ -182,7 +182,7 @@ def get_item(ctx):
     return Effect(outputs=[ctx.regular(labels)], arguments={_position(ctx, mine): edit})
 
 
-def _on_batch(ctx):
+def on_batch(ctx):
     """What adds, removes or moves examples: a gate must know the example of each row."""
     return locked(ctx, f"read by an operation on the batch axis ('{ctx.name}')")
 
@@ -218,7 +218,7 @@ def _on_labels(entry, axis, tensor):
 
 def _transposed(ctx, axes):
     if axes[0] != 0:
-        return _on_batch(ctx)
+        return on_batch(ctx)
     return Effect(outputs=[np.transpose(ctx.inputs[0].labels, axes)])
 
 
