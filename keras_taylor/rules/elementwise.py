@@ -83,6 +83,7 @@ def merged(ctx, tensors, rank):
         if tensor.channel_axis is None and tensor.shape[axis] == 1:
             continue  # broadcast: it meets every channel and belongs to none
         labels = tensor.along(axis)
+        labels = labels if labels.size else np.full(1, FIXED)  # of unknown size
         if result is not None:
             ctx.union(result, labels)
         result = labels if result is None else np.maximum(result, labels)
