@@ -21,12 +21,15 @@ class Analysis:
         reachable: The largest fraction of "params" and "flops" that can be removed
             when every group keeps one channel.
         unknown: Names of operations that have no rule; channels that they read stay.
+        probed: Names of operations without a rule, or with an activation of the user's,
+            that let channels through: run on random numbers, each channel stood for itself.
     """
 
     groups: tuple
     costs: Mapping[str, int | None]
     reachable: Mapping[str, float]
     unknown: tuple
+    probed: tuple = ()
 
     def __str__(self):
         table = Table(title=self._headline())
@@ -42,7 +45,8 @@ class Analysis:
         can_go = ", ".join(f"{share:.1%} of {what}" for what, share in self.reachable.items())
         free = sum(group.num_units for group in self.groups if group.prunable)
         total = sum(group.num_units for group in self.groups)
-        return f"{free:,} of {total:,} channels can leave: up to {can_go}"
+        tried = f"; probed with random numbers: {', '.join(self.probed)}" if self.probed else ""
+        return f"{free:,} of {total:,} channels can leave: up to {can_go}{tried}"
 
 
 def analyze(model, *, include=None, exclude=()):
@@ -77,4 +81,5 @@ def analyze(model, *, include=None, exclude=()):
         costs=before,
         reachable={what: 1 - after[what] / before[what] for what in before if before[what]},
         unknown=tuple(channels.unknown),
+        probed=tuple(channels.probed),
     )

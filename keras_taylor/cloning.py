@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 
 import keras
 import numpy as np
@@ -25,7 +26,11 @@ def clone_operation(operation, name, changes=None):
         UnsupportedModelError: if it cannot be made from its configuration.
     """
     try:
+        if type(operation) is keras.layers.Lambda:
+            return _lambda_copy(operation)
         config = _not_built(operation) if _is_keras_own(operation) else operation.get_config()
+        if _is_own_function(getattr(operation, "activation", None)) and "activation" in config:
+            config["activation"] = operation.activation  # its name need not be registered
         for path, value in (changes or {}).items():
             config = _changed(config, path.split("."), value)
         return type(operation).from_config(config)
@@ -37,6 +42,23 @@ def clone_operation(operation, name, changes=None):
             f"({type(error).__name__}: {error}). Give its class a `get_config` that returns all "
             f"arguments of `__init__`. Received: {name}={operation!r}"
         ) from error
+
+
+def _lambda_copy(layer):
+    """A Lambda with the same function: from a configuration Keras makes it only in unsafe mode."""
+    return keras.layers.Lambda(
+        layer.function,
+        output_shape=layer._output_shape,
+        mask=layer.mask,
+        arguments=layer.arguments,
+        name=layer.name,
+        dtype=layer.dtype_policy,
+        trainable=layer.trainable,
+    )
+
+
+def _is_own_function(activation):
+    return inspect.isfunction(activation) and activation.__module__.split(".")[0] != "keras"
 
 
 def _is_keras_own(operation):

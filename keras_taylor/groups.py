@@ -9,7 +9,7 @@ import numpy as np
 from keras_taylor import graph as graphs
 from keras_taylor import rules
 from keras_taylor.labels import FIXED, LabelSpace
-from keras_taylor.trials import check_registered
+from keras_taylor.trials import check_registered, probed_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Channels:
         locked: Groups of which no unit can leave.
         num_units: Number of prunable units.
         unknown: Names of operations without a rule that lock channels.
+        probed: Names of operations that let channels through since running them on
+            random numbers showed that each channel stands for itself.
     """
 
     def __init__(self, graph, include=None, exclude=()):
@@ -63,11 +65,15 @@ class Channels:
 
     def _label(self, graph):
         self.labels = [np.full((1,) * len(shape), FIXED) for shape in graph.shapes]
-        self.effects = []
+        self.effects, self.probed = [], []
         self._first = {}  # first effect of each operation, and of each site
         for call in graph.calls:
             check_registered(call, self.labels, graph.shapes)
-            effect = rules.apply(self.space, call, self.labels, graph.shapes, graphs.tensor_positions(call))
+            rule = probed_rule(call, self.labels, graph.shapes)
+            positions = graphs.tensor_positions(call)
+            effect = rules.apply(self.space, call, self.labels, graph.shapes, positions, rule)
+            if rule is not None or rules.base.is_probed_activation(call.operation):
+                self.probed.append(call.name)
             for index, labels in zip(call.outputs, effect.outputs, strict=True):
                 self.labels[index] = labels
             self.effects.append(effect)
@@ -75,6 +81,7 @@ class Channels:
         self._join_bindings(graph)
         for index in graph.outputs:
             self.space.lock(self.labels[index], "model output")
+        self.probed = sorted(set(self.probed))
         self.unknown = sorted({c.name for c, e in zip(graph.calls, self.effects, strict=True) if not e.known})
 
     def _join(self, call, effect):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import weakref
 
 import keras
 import numpy as np
@@ -11,13 +12,16 @@ from keras_taylor import rules
 from keras_taylor.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.graph import Ref, tensor_positions
 from keras_taylor.labels import FIXED, LabelSpace
+from keras_taylor.rules import elementwise
 from keras_taylor.rules.base import Tensor, weight_of
+from keras_taylor.rules.probing import is_channelwise
 from keras_taylor.rules.registry import REGISTERED
 
 _BATCH, _UNKNOWN_SIZE = 2, 5  # of random inputs: examples, and axes of unknown size
 _NUM_DRAWS, _NUM_TRIES = 2, 20
 _TOLERANCE = {"float32": 1e-4, "float64": 1e-4}  # relative; other types are less exact
 _passed: set = set()
+_probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def check_registered(call, labels, shapes):
@@ -56,6 +60,56 @@ def check_registered(call, labels, shapes):
             f"Received: {call.name}={call.operation!r}"
         ) from error.__cause__
     _passed.add(key)
+
+
+def probed_rule(call, labels, shapes):
+    """The rule of an operation that has none and no weights, found by running it; `None` if it has one.
+
+    Where each channel stands for itself, also with fewer channels, it is let through.
+
+    Args:
+        call: A `graph.Call`.
+        labels: Label array of every tensor seen so far, by index.
+        shapes: Shape of every tensor.
+    """
+    operation = call.operation
+    if rules.rule_for(operation) is not elementwise.unknown or not _is_probed(operation):
+        return None
+    if len(call.inputs) != 1 or len(call.outputs) != 1:
+        return None
+    (index,) = call.inputs
+    axis = Tensor(labels[index], shapes[index]).channel_axis
+    if axis in (None, 0) or shapes[index] != shapes[call.outputs[0]] or "float" not in dtype_of(call, index):
+        return None
+    found = _probed.setdefault(operation, {})
+    if (shapes[index], axis) not in found:
+        found[shapes[index], axis] = _stands_for_itself(call, shapes[index], axis)
+    return elementwise.unary if found[shapes[index], axis] else None
+
+
+def _is_probed(operation):
+    """Keras' own layers without a rule lock on purpose; what has weights is never guessed."""
+    if not isinstance(operation, keras.Layer):
+        return True
+    own = type(operation).__module__.split(".")[0] == "keras" and type(operation) is not keras.layers.Lambda
+    return not own and not operation.weights and not hasattr(operation, "reset_state")
+
+
+def _stands_for_itself(call, shape, axis):
+    (index,), operation = call.inputs, call.operation
+
+    def run_anew(x):
+        return run_call(call, clone_operation(operation, call.name), {index: x})[0]
+
+    def run(x):
+        return run_call(call, copy, {index: x})[0]
+
+    try:
+        copy = clone_operation(operation, call.name)
+    except ValueError:
+        return False
+    shape = (_BATCH, *(_UNKNOWN_SIZE if d is None else d for d in shape[1:]))
+    return is_channelwise(run, run_anew, shape, axis, getattr(operation, "compute_dtype", "float32"))
 
 
 class _NotHeldError(Exception):

@@ -39,7 +39,7 @@ KINDS = {
 REASONS = {
     "no rule yet": "AdditiveAttention Attention GroupQueryAttention MultiHeadAttention EinsumDense Embedding "
     "ReversibleEmbedding",
-    "any function": "Lambda",
+    "unless run on random numbers it leaves each channel to itself": "Lambda",
     "what it wraps cannot be seen": "FlaxLayer JaxLayer TFSMLayer TorchModuleWrapper Pipeline",
     "a part of `RNN`, see there": "GRUCell LSTMCell SimpleRNNCell StackedRNNCells",
     "preprocessing: what goes in is text, or numbers of categories": "HashedCrossing Hashing IntegerLookup "

@@ -614,6 +614,35 @@ class Reversed(layers.Layer):
         return ops.take(x, np.arange(x.shape[-1])[::-1].copy(), axis=-1)
 
 
+@keras.saving.register_keras_serializable("zoo")
+def doubled(x):
+    return 2 * ops.relu(x) - 0.5
+
+
+@model
+def lambda_layer():
+    x = inputs = keras.Input(SIZE)
+    x = layers.Lambda(doubled, name="doubled")(conv(x, 6, "conv1"))
+    x = layers.Conv2D(5, 3, activation=doubled, name="conv2")(x)
+    return classified(inputs, layers.Activation(doubled, name="again")(x))
+
+
+@keras.saving.register_keras_serializable("zoo")
+class Normalised(layers.Layer):
+    """Something that no rule knows: each channel divided by its largest value, and noise in training."""
+
+    def call(self, x, training=False):
+        x = x / (1 + ops.max(ops.abs(x), axis=(1, 2), keepdims=True))
+        return x + keras.random.normal(ops.shape(x)) if training else x
+
+
+@model
+def custom_elementwise():
+    x = inputs = keras.Input(SIZE)
+    x = Normalised(name="normalised")(conv(conv(x, 6, "conv1"), 5, "conv2"))
+    return classified(inputs, conv(x, 6, "conv3"))
+
+
 @model
 def unknown_layer():
     x = inputs = keras.Input(SIZE)

@@ -1,6 +1,7 @@
 """What a rule is: the effect of one operation on labels, and how it shrinks."""
 
 import dataclasses
+import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ import keras
 import numpy as np
 
 from keras_taylor.labels import FIXED
+from keras_taylor.rules.probing import is_valuewise
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -204,4 +206,17 @@ def is_elementwise(activation):
         return is_elementwise(activation.activation)
     if isinstance(activation, keras.Layer):
         return type(activation) in (keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.ELU)
-    return any(activation is getattr(keras.activations, name, None) for name in _ELEMENTWISE)
+    if any(activation is getattr(keras.activations, name, None) for name in _ELEMENTWISE):
+        return True
+    return _is_custom(activation) and is_valuewise(activation)
+
+
+def is_probed_activation(operation):
+    """Whether a layer's activation is the user's, and was found to look at one value at a time."""
+    activation = vars(operation).get("activation")
+    return _is_custom(activation) and is_valuewise(activation)
+
+
+def _is_custom(activation):
+    """Functions only: what has a state could change its mind."""
+    return inspect.isfunction(activation) and activation.__module__.split(".")[0] != "keras"
