@@ -4,7 +4,7 @@ import keras
 
 _COUNTS = {
     "MultiHeadAttention": {"num_heads": "query_dense"},
-    "GroupQueryAttention": {"num_query_heads": "query_dense", "num_key_value_heads": "key_dense"},
+    "GroupedQueryAttention": {"num_query_heads": "query_dense", "num_key_value_heads": "key_dense"},
 }
 
 

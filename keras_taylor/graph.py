@@ -1,10 +1,12 @@
 """Reads any Keras model into one flat list of operations."""
 
 import dataclasses
+import re
 from typing import Any
 
 import keras
 
+from keras_taylor.attention import is_attention
 from keras_taylor.opening import (
     Closed,
     UnsupportedModelError,
@@ -191,7 +193,7 @@ class _Reader:
         for placeholder, index in tensors.items():
             self.bindings.setdefault(placeholder, []).append(index)
         for site in structure.sites:
-            name = prefix + site.operation.name
+            name = prefix + _local_name(structure, site.operation)
             args, kwargs = keras.tree.map_structure(
                 lambda x: Ref(tensors[id(x)]) if isinstance(x, keras.KerasTensor) else x,
                 (site.args, site.kwargs),
@@ -301,6 +303,11 @@ def _function_of(model, name):
         f"Expected a Sequential or Functional model. Received: {name}={model!r} of class "
         f"`{type(model).__name__}`"
     )
+
+
+def _local_name(structure, operation):
+    """Its own name; inside attention, some layers are named by how many there have been in the process."""
+    return re.sub(r"_\d+$", "", operation.name) if is_attention(structure.model) else operation.name
 
 
 def _signature(argument):

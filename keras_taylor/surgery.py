@@ -146,8 +146,9 @@ class _Surgeon:
         with uninitialized(operation) if _will_be_built(operation) else contextlib.nullcontext():
             outputs = operation(*args, **kwargs)
         if inner is not None and is_attention(inner.model):
-            pairs = zip(inner_layers(inner.model), inner_layers(operation), strict=True)
-            self._made.update({id(old): (old, new) for old, new in pairs})
+            for old, new in zip(inner_layers(inner.model), inner_layers(operation), strict=True):
+                new.name = old.name
+                self._made[id(old)] = (old, new)
         return outputs
 
     def _input(self, structure, number):

@@ -573,6 +573,49 @@ def fused_attention():
 
 
 @model
+def transformer():
+    x = inputs = keras.Input((5, 8))
+    y = layers.LayerNormalization(name="norm1")(x)
+    y, scores = layers.MultiHeadAttention(4, 3, dropout=0.1, name="attention")(
+        y, y, return_attention_scores=True
+    )
+    x = layers.Add()([x, y])
+    y = layers.Dense(9, "gelu", name="expand")(layers.LayerNormalization(name="norm2")(x))
+    x = layers.Add()([x, layers.Dense(8, name="project")(y)])
+    heat = ops.mean(scores, axis=(1, 2))
+    return keras.Model(inputs, [layers.Dense(3, name="head")(layers.GlobalAveragePooling1D()(x)), heat])
+
+
+@model
+def causal_transformer():
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(VOCABULARY, 8, name="tokens")(inputs)
+    for k in range(2):
+        y = layers.RMSNormalization(name=f"norm{k}")(x)
+        attention = layers.GroupQueryAttention(3, 4, 2, name=f"attention{k}")
+        x = x + attention(y, y, use_causal_mask=True)
+        y = layers.Dense(10, "silu", name=f"up{k}")(x) * layers.Dense(10, name=f"gate{k}")(x)
+        x = x + layers.Dense(8, name=f"down{k}")(y)
+    return keras.Model(inputs, layers.Dense(VOCABULARY, name="head")(x))
+
+
+@model
+def detector():
+    x = inputs = keras.Input((16, 16, 3))
+    low = conv(x, 5, "stage1", strides=2)
+    middle = conv(low, 6, "stage2", strides=2)
+    high = conv(middle, 7, "stage3", strides=2)
+    levels = [layers.Conv2D(6, 1, name=f"lateral{k}")(x) for k, x in enumerate((low, middle, high))]
+    for k in (1, 0):
+        levels[k] = layers.Add()([levels[k], layers.UpSampling2D(2)(levels[k + 1])])
+    tower = [layers.Conv2D(5, 3, padding="same", activation="relu", name="tower"), layers.Conv2D(4, 1)]
+    boxes = [layers.Reshape((-1, 4))(tower[1](tower[0](level))) for level in reversed(levels)]
+    classes = layers.Conv2D(3, 1, name="classes")(conv(levels[0], 6, "class_tower"))
+    counts = layers.Dense(2, name="counts")(layers.GlobalMaxPooling2D()(levels[2]))
+    return keras.Model(inputs, {"boxes": ops.concatenate(boxes, 1), "classes": classes, "counts": counts})
+
+
+@model
 def embedding():
     inputs = keras.Input((6,), dtype="int32")
     x = layers.Embedding(VOCABULARY, 8, mask_zero=True, name="tokens")(inputs)
