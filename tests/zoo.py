@@ -550,9 +550,13 @@ def lambda_layer():
 class Normalised(layers.Layer):
     """Something that no rule knows: each channel divided by its mean size, and noise in training."""
 
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.seed_generator = keras.random.SeedGenerator(1)
+
     def call(self, x, training=False):
         x = x / (1 + ops.mean(ops.abs(x), axis=(1, 2), keepdims=True))
-        return x + keras.random.normal(ops.shape(x)) if training else x
+        return x + keras.random.normal(ops.shape(x), seed=self.seed_generator) if training else x
 
 
 @model
