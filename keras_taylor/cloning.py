@@ -33,7 +33,11 @@ def clone_operation(operation, name, changes=None):
             config["activation"] = operation.activation  # its name need not be registered
         for path, value in (changes or {}).items():
             config = _changed(config, path.split("."), value)
-        return type(operation).from_config(config)
+        new = _made_from(type(operation), config)
+        wanted = (changes or {}).get("name", operation.name)
+        if isinstance(new, keras.Layer) and new.name != wanted:
+            new.name = wanted  # a class may forget it
+        return new
     except Exception as error:
         if not changes and not isinstance(operation, keras.Layer):
             return _bare_copy(operation)
@@ -42,6 +46,19 @@ def clone_operation(operation, name, changes=None):
             f"({type(error).__name__}: {error}). Give its class a `get_config` that returns all "
             f"arguments of `__init__`. Received: {name}={operation!r}"
         ) from error
+
+
+def _made_from(cls, config):
+    """A new one, also where `get_config` tells more than `__init__` takes."""
+    try:
+        return cls.from_config(config)
+    except TypeError:
+        parameters = inspect.signature(cls.__init__).parameters
+        of_layers = {"name", "trainable", "dtype"} if "kwargs" in parameters else set()
+        taken = {*parameters, *of_layers}
+        if taken.issuperset(config):
+            raise
+        return cls.from_config({key: value for key, value in config.items() if key in taken})
 
 
 def _lambda_copy(layer):
@@ -129,6 +146,8 @@ def build_like(clone, layer, name):
         if config is not None:
             with uninitialized(clone):
                 clone.build_from_config(config)
+                if len(clone.weights) != len(layer.weights) and "input_shape" in config:
+                    clone(keras.KerasTensor(config["input_shape"]))  # layers inside are built when called
     if len(clone.weights) != len(layer.weights):
         raise UnsupportedModelError(
             f"Layer '{name}' has {len(layer.weights)} weights, its copy has {len(clone.weights)}. "

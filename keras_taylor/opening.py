@@ -128,15 +128,13 @@ def opened(layer, args, kwargs):
     Raises:
         Closed: if that cannot be found out; the message says why.
     """
-    inputs = []
-
-    def stand_in(x):
-        if not isinstance(x, keras.KerasTensor):
-            return x
-        inputs.append(keras.Input(batch_shape=x.shape, dtype=x.dtype, name=f"{layer.name}_{len(inputs)}"))
-        return inputs[-1]
-
-    args, kwargs = keras.tree.map_structure(stand_in, (args, kwargs))
+    # flattened, packed and flattened: mapping would take dicts in another order than flattening does
+    flat = keras.tree.flatten((args, kwargs))
+    for place, x in enumerate(flat):
+        if isinstance(x, keras.KerasTensor):
+            flat[place] = keras.Input(batch_shape=x.shape, dtype=x.dtype, name=f"{layer.name}_{place}")
+    args, kwargs = keras.tree.pack_sequence_as((args, kwargs), flat)
+    inputs = [x for x in flat if isinstance(x, keras.KerasTensor)]
     if getattr(layer, "quantization_mode", None):
         raise Closed("it is quantized")
     return _traced(layer, inputs, args, kwargs)
@@ -158,10 +156,15 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
     with _unchanged(layer):
         try:
             outputs = layer.call(*_computed_in(layer, args), **_computed_in(layer, kwargs))
+            given = {id(x) for x in keras.tree.flatten(inputs)}
+            # a sub-model that hands its input through would put out a tensor that has been made already
+            outputs = keras.tree.map_structure(lambda y: keras.ops.copy(y) if id(y) in given else y, outputs)
             function = make(inputs, outputs)
         except Exception as error:
-            text = str(error).strip().splitlines() or [""]
-            raise Closed(f"{type(error).__name__}: {text[0]}") from error
+            text = (str(error).strip().splitlines() or [""])[0]
+            open_ended = any(None in x.shape[1:] for x in keras.tree.flatten(inputs))
+            hint = "; an input axis of unknown size may be why" if open_ended else ""
+            raise Closed(f"{type(error).__name__}: {text}{hint}") from error
     if any(not isinstance(y, keras.KerasTensor) for y in keras.tree.flatten(outputs)):
         raise Closed("its `call` returns something that is no tensor")
     for number, node in enumerate(nodes(function)):
@@ -171,7 +174,18 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
         if not isinstance(node.operation, keras.Layer):
             # made by this call, with a name that counts all operations so far; plans go by names
             node.operation.name = f"{type(node.operation).__name__.lower()}_{number}"
+            _settle_shape(node)
     return function
+
+
+def _settle_shape(node):
+    """Puts what is known in the place of sizes that the code asked for and that were not known to it."""
+    settings = {k: v for k, v in vars(node.operation).items() if isinstance(v, (tuple, list)) and None in v}
+    if "newshape" in settings and node.outputs[0].shape.count(None) <= 1:
+        node.operation.newshape = tuple(-1 if d is None else d for d in node.outputs[0].shape)
+        del settings["newshape"]
+    if {"newshape", "shape", "size"} & settings.keys():
+        raise Closed(f"its `call` needs a size that is not known ('{node.operation.name}')")
 
 
 def _refuse_own_weights(layer):
