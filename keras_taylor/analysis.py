@@ -20,6 +20,8 @@ class Analysis:
         costs: "params" and "flops" of the model as it is.
         reachable: The largest fraction of "params" and "flops" that can be removed
             when every group keeps one channel.
+        behind: For each prunable group, by name, the "params" and "flops" that go when all of its
+            channels but one leave.
         unknown: Names of operations that have no rule; channels that they read stay.
         probed: Names of operations without a rule, or with an activation of the user's,
             that let channels through: run on random numbers, each channel stood for itself.
@@ -30,15 +32,20 @@ class Analysis:
     reachable: Mapping[str, float]
     unknown: tuple
     probed: tuple = ()
+    behind: Mapping[str, Mapping[str, int | None]] = dataclasses.field(default_factory=dict)
 
     def __str__(self):
         table = Table(title=self._headline())
-        for column in ("group", "channels", "made by", "stays because"):
-            table.add_column(column, justify="right" if column == "channels" else "left", overflow="fold")
+        for column in ("group", "channels", "parameters", "FLOPs"):
+            table.add_column(column, justify="left" if column == "group" else "right", overflow="fold")
+        for column in ("made by", "stays because"):
+            table.add_column(column, overflow="fold")
         for group in self.groups:
             others = len(group.producers) - 1
             makers = group.producers[0] + (f" and {others} more" if others else "")
-            table.add_row(group.name, str(group.num_units), makers, group.reason or "")
+            behind = self.behind.get(group.name, {}) if group.prunable else {}
+            costs = ["" if behind.get(what) is None else f"{behind[what]:,}" for what in ("params", "flops")]
+            table.add_row(group.name, str(group.num_units), *costs, makers, group.reason or "")
         return render(table)
 
     def _headline(self):
@@ -53,7 +60,7 @@ def analyze(model, *, include=None, exclude=()):
     """Finds the groups of channels of a model, and how far it could shrink.
 
     Args:
-        model: A built Sequential or Functional model. It is not changed.
+        model: A built Keras model. It is not changed.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: only the channels that these make may leave / none of them may.
 
@@ -72,14 +79,25 @@ def analyze(model, *, include=None, exclude=()):
     """
     channels = read_channels(model, include, exclude)
     costs = CostModel(channels)
-    least = np.ones(channels.num_units, bool)
-    for group in channels.groups:
-        least[group.start + 1 : group.start + group.num_units] = False
-    before, after = costs(), costs(least)
+    before, after = costs(), costs(_with_one_each(channels, channels.groups))
+    alone = {group.name: costs(_with_one_each(channels, [group])) for group in channels.groups}
     return Analysis(
         groups=tuple(channels.groups + channels.locked),
         costs=before,
         reachable={what: 1 - after[what] / before[what] for what in before if before[what]},
         unknown=tuple(channels.unknown),
         probed=tuple(channels.probed),
+        behind={name: _saved(before, without) for name, without in alone.items()},
     )
+
+
+def _with_one_each(channels, groups):
+    """The mask of kept units when these groups keep one channel each."""
+    kept = np.ones(channels.num_units, bool)
+    for group in groups:
+        kept[group.start + 1 : group.start + group.num_units] = False
+    return kept
+
+
+def _saved(before, after):
+    return {what: None if before[what] is None else before[what] - after[what] for what in before}

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import warnings
 
 import keras
 import numpy as np
@@ -58,6 +59,12 @@ def _made_from(cls, config):
         taken = {*parameters, *of_layers}
         if taken.issuperset(config):
             raise
+        warnings.warn(
+            f"The class `{cls.__name__}` does not take what its `get_config` gives: "
+            f"{', '.join(sorted(config.keys() - taken))}. A model with such a layer can be used and trained, "
+            "but not loaded from a file.",
+            stacklevel=4,
+        )
         return cls.from_config({key: value for key, value in config.items() if key in taken})
 
 

@@ -123,7 +123,8 @@ def read(model):
         A `Graph`.
 
     Raises:
-        UnsupportedModelError: if the model is neither Sequential nor Functional, and cannot be opened.
+        UnsupportedModelError: if the model is neither Sequential nor Functional, and cannot be opened; if
+            its layers are quantized, have LoRA weights, or share single weights.
         ValueError: if the model is not built.
     """
     model = functional_view(model)
@@ -134,9 +135,38 @@ def read(model):
     several_ways = set()
     while True:
         try:
-            return _read(model, several_ways)
+            graph = _read(model, several_ways)
         except _SeveralWays as error:
             several_ways.add(id(error.layer))
+        else:
+            _refuse_other_forms(graph)
+            return graph
+
+
+def _refuse_other_forms(graph):
+    """Refuses weights that are not plain: quantized, with low-rank changes, in two layers at once."""
+    owners = {}
+    for name, layer in graph.layers():
+        mode = getattr(layer, "quantization_mode", None)
+        if mode:
+            raise UnsupportedModelError(
+                f"Layer '{name}' is quantized. Prune the model as it was before, and quantize the "
+                f"smaller one. Received: {name}={layer!r} with quantization_mode={mode!r}"
+            )
+        if getattr(layer, "lora_enabled", False):
+            raise UnsupportedModelError(
+                f"Layer '{name}' has LoRA weights. Merge them first: `save_weights` writes the merged "
+                f"ones; load these into a model without LoRA. Received: {name}={layer!r} with "
+                "lora_enabled=True"
+            )
+        for weight in layer.weights:
+            other = owners.setdefault(id(weight), name)
+            if other != name:
+                raise UnsupportedModelError(
+                    f"Layers '{other}' and '{name}' share the weight '{weight.name}', and the smaller model "
+                    "would have two of it. Use one layer at both places (`ReversibleEmbedding` reads its "
+                    f"weight in both directions). Received: {name}={layer!r}"
+                )
 
 
 def _read(model, several_ways):
@@ -248,7 +278,9 @@ class _Reader:
             for t in keras.tree.flatten((site.args, site.kwargs))
             if isinstance(t, keras.KerasTensor)
         ]
-        if recorded == [self.shapes[i] for i in taken]:
+        # a reshape in an opened layer may know more by now
+        is_settled = not hasattr(site.operation, "newshape")
+        if is_settled and recorded == [self.shapes[i] for i in taken]:
             return _completed(site.operation, recorded, [tuple(t.shape) for t in site.outputs])
         args, kwargs = keras.tree.map_structure(
             lambda new, old: (

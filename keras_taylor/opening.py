@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import math
 
 import keras
 
@@ -171,6 +172,11 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
         arguments = [list(node.arguments.args), node.arguments.kwargs]
         if any(isinstance(x, keras.Variable) for x in keras.tree.flatten(arguments)):
             raise Closed("its `call` uses weights outside of layers")
+        if isinstance(node.operation, keras.layers.Resizing) and None in (
+            node.operation.height,
+            node.operation.width,
+        ):
+            raise Closed(f"its `call` needs a size that is not known ('{node.operation.name}')")
         if not isinstance(node.operation, keras.Layer):
             # made by this call, with a name that counts all operations so far; plans go by names
             node.operation.name = f"{type(node.operation).__name__.lower()}_{number}"
@@ -180,12 +186,27 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
 
 def _settle_shape(node):
     """Puts what is known in the place of sizes that the code asked for and that were not known to it."""
-    settings = {k: v for k, v in vars(node.operation).items() if isinstance(v, (tuple, list)) and None in v}
-    if "newshape" in settings and node.outputs[0].shape.count(None) <= 1:
-        node.operation.newshape = tuple(-1 if d is None else d for d in node.outputs[0].shape)
-        del settings["newshape"]
+    operation = node.operation
+    settings = {k: v for k, v in vars(operation).items() if isinstance(v, (tuple, list)) and None in v}
+    if "newshape" in settings:
+        wanted = _reshaped(node.arguments.keras_tensors[0].shape, operation.newshape)
+        if wanted.count(None) == 1:
+            operation.newshape = tuple(-1 if size is None else size for size in wanted)
+            # one that was made so: copies are made from what an operation was made with
+            node.operation = type(operation)(operation.newshape)
+            node.operation.name = operation.name
+            del settings["newshape"]
     if {"newshape", "shape", "size"} & settings.keys():
-        raise Closed(f"its `call` needs a size that is not known ('{node.operation.name}')")
+        raise Closed(f"its `call` needs a size that is not known ('{operation.name}')")
+
+
+def _reshaped(old, new):
+    """A new shape of which the first size is that of the batch, with what follows for a -1."""
+    new = [None if size in (None, -1) else size for size in new]
+    if old[0] is None and new[0] is None and None not in old[1:] and new[1:].count(None) == 1:
+        rest = math.prod(old[1:]) // math.prod(size for size in new[1:] if size is not None)
+        new = [None, *(rest if size is None else size for size in new[1:])]
+    return new
 
 
 def _refuse_own_weights(layer):

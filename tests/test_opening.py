@@ -238,3 +238,47 @@ def test_tokens_and_several_inputs_of_a_subclassed_model():
     assert predict(small, data)[0].shape == (8, 2)
     same = keras_taylor.prune(model, keras_taylor.Plan())
     np.testing.assert_array_equal(predict(same, data)[0], predict(model, data)[0])
+
+
+def with_dense():
+    x = inputs = keras.Input((4,))
+    first, second = layers.Dense(4, name="first"), layers.Dense(4, name="second")
+    return keras.Model(inputs, second(first(x))), first, second
+
+
+def test_quantized_layers_are_refused():
+    model, first, _ = with_dense()
+    first.quantize("int8")
+    with pytest.raises(keras_taylor.UnsupportedModelError) as error:
+        keras_taylor.analyze(model)
+    assert str(error.value).startswith(
+        "Layer 'first' is quantized. Prune the model as it was before, and quantize the smaller one. "
+    )
+
+
+def test_low_rank_changes_are_refused():
+    model, _, second = with_dense()
+    second.enable_lora(2)
+    with pytest.raises(keras_taylor.UnsupportedModelError) as error:
+        keras_taylor.analyze(model)
+    assert str(error.value).startswith("Layer 'second' has LoRA weights. Merge them first: `save_weights` ")
+    assert str(error.value).endswith("with lora_enabled=True")
+
+
+def test_a_weight_in_two_layers_is_refused():
+    model, first, second = with_dense()
+    second._tracker.unlock()  # as if `build` had done it
+    second.bias = first.bias
+    second._tracker.lock()
+    with pytest.raises(keras_taylor.UnsupportedModelError) as error:
+        keras_taylor.analyze(model)
+    assert str(error.value).startswith(
+        "Layers 'first' and 'second' share the weight 'bias', and the smaller "
+    )
+
+
+def test_the_analysis_says_what_is_behind_each_group():
+    model, _, _ = with_dense()
+    analysis = keras_taylor.analyze(model)
+    assert analysis.behind == {"first": {"params": 3 * (4 + 1 + 4), "flops": 3 * (2 * 4 + 2 * 4)}}
+    assert "27" in str(analysis).split("first", 1)[1]
