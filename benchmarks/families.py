@@ -89,7 +89,7 @@ def backbones():
     }
     deep_lab = {
         **{"low_level_feature_key": "P2", "spatial_pyramid_pooling_key": "P3", "projection_filters": 8},
-        **{"dilation_rates": [2, 3, 4], "upsampling_size": 4, **image},
+        **{"dilation_rates": [2, 3, 4], "upsampling_size": 2, **image},
     }
     vit = {"patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32, **image}
     xception = {"stackwise_conv_filters": [[8, 8], [16, 16]], "stackwise_pooling": [True, False], **image}

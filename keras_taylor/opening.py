@@ -145,6 +145,8 @@ def _traced(layer, inputs, args=None, kwargs=None, make=keras.Function):
     """The `keras.Function` of a layer's `call`, checked to be the same while training."""
     args = (inputs,) if args is None else args
     _refuse_own_weights(layer)
+    if layer.activity_regularizer is not None:
+        raise Closed("it has an activity regularizer of its own")
     function = _run(layer, inputs, args, kwargs or {}, make)
     if "training" in inspect.signature(layer.call).parameters and "training" not in (kwargs or {}):
         training = _run(layer, inputs, args, {**(kwargs or {}), "training": True})
@@ -172,6 +174,8 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
         arguments = [list(node.arguments.args), node.arguments.kwargs]
         if any(isinstance(x, keras.Variable) for x in keras.tree.flatten(arguments)):
             raise Closed("its `call` uses weights outside of layers")
+        if any(callable(x) for x in keras.tree.flatten(arguments)):
+            raise Closed("its `call` branches or loops by functions, whose insides are not seen")
         if isinstance(node.operation, keras.layers.Resizing) and None in (
             node.operation.height,
             node.operation.width,

@@ -18,7 +18,7 @@ from keras_taylor.plan import Removable, kept_units, plan_of
 
 BACKEND = keras.backend.backend()
 # Models with insides that are opened: what is made of them is Functional.
-OPENED = ("subclassed", "composite_layers", "unknown_layer")
+OPENED = ("subclassed", "composite_layers", "unknown_layer", "custom_elementwise")
 EAGER = BACKEND != "jax"  # JAX compiles single operations for longer than whole models
 NAMES = [
     pytest.param(

@@ -89,6 +89,17 @@ def test_what_cannot_be_seen_stays_closed_and_says_why(run):
     assert not model.get_layer("inner").losses or run is with_loss
 
 
+def test_control_flow_stays_closed():
+    channels = read_channels(case("branching").model)
+    assert channels.unknown == ["branching"]
+    (locked,) = (g for g in channels.locked if g.name == "conv2")
+    assert locked.reason == (
+        "read by Branching, which stays closed: its `call` branches or loops by functions, whose insides are "
+        "not seen ('branching')"
+    )
+    assert [g.name for g in channels.groups] == ["conv1", "conv3"]
+
+
 def test_what_can_be_seen_is_pruned_inside():
     model = around(Inner(with_constant))
     channels = read_channels(model)

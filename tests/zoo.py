@@ -770,10 +770,24 @@ class Branching(layers.Layer):
         self.inner.build(shape)
 
     def call(self, x):
-        return self.inner(x) if isinstance(x, keras.KerasTensor) or x.shape[0] > 0 else x
-
-    def compute_output_shape(self, shape):
-        return (*shape[:-1], self.filters)
+        return ops.cond(ops.mean(x) > 0, lambda: self.inner(x), lambda: 2 * self.inner(x))
 
     def get_config(self):
         return {**super().get_config(), "filters": self.filters}
+
+
+@model
+def branching():
+    x = inputs = keras.Input(SIZE)
+    x = conv(conv(x, 6, "conv1"), 5, "conv2")
+    x = Branching(5, name="branching")(x)
+    return classified(inputs, conv(x, 6, "conv3"))
+
+
+@model
+def tied_embedding():
+    inputs = keras.Input((6,), dtype="int32")
+    tokens = layers.ReversibleEmbedding(VOCABULARY, 8, tie_weights=True, name="tokens")
+    x = tokens(inputs)
+    x = x + layers.Dense(8, name="project")(layers.Dense(5, "relu", name="expand")(x))
+    return keras.Model(inputs, tokens(x, reverse=True))

@@ -1,0 +1,44 @@
+"""Backbones of KerasHub at small sizes, where it is installed (extra `hub`)."""
+
+import pathlib
+import sys
+
+import pytest
+import zoo
+
+import keras_taylor
+
+pytest.importorskip("keras_hub")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
+import families
+
+# The share of the parameters that can go, at least; of the others nothing is known inside their decoders.
+REACHABLE = {
+    **{"ResNet": 0.95, "ResNet, bottleneck": 0.95, "EfficientNet": 0.95, "MobileNet": 0.9, "DenseNet": 0.9},
+    **{"CSPNet": 0.9, "VGG": 0.95, "Xception": 0.9, "ViT": 0.3, "SegFormer": 0.2, "DeepLabV3": 0.5},
+    **{"MiT": 0.2, "BERT": 0.5, "RoBERTa": 0.5, "DistilBERT": 0.5, "ALBERT": 0.4, "Whisper": 0.3},
+}
+CLOSED = ["GPT-2", "Gemma", "Llama"]
+
+
+@pytest.mark.filterwarnings("ignore:The class .* does not take what its `get_config` gives")
+@pytest.mark.parametrize("name", REACHABLE)
+def test_pruned_backbones_obey_the_laws(name):
+    model = zoo.randomized(families.backbones()[name]())
+    reachable = keras_taylor.analyze(model).reachable["params"]
+    assert reachable >= REACHABLE[name]
+    gone, law2, loaded, trains = families.laws(model, reachable)
+    assert float(gone.rstrip("%")) / 100 >= min(families.GOAL, 0.9 * reachable) - 1e-3
+    assert float(law2) <= 1e-5 and trains == "yes"
+    assert loaded == "no" or float(loaded) <= 1e-5
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_decoders_of_any_length_stay_closed_and_say_why(name):
+    analysis = keras_taylor.analyze(families.backbones()[name]())
+    assert analysis.unknown
+    assert any("stays closed: " in group.reason for group in analysis.groups if not group.prunable)
+
+
+def test_every_backbone_is_tested():
+    assert {*REACHABLE, *CLOSED} == set(families.backbones())
