@@ -1,5 +1,6 @@
 """Runs a model call by call over batches that stay in memory."""
 
+import contextlib
 import inspect
 
 import keras
@@ -41,7 +42,8 @@ class Walk:
         options = {}
         if "training" in inspect.signature(call.operation.call).parameters:
             options["training"] = False
-        columns = [self._run(call, batch, options) for batch in range(self._num_batches)]
+        with _seeds_kept(call.operation):
+            columns = [self._run(call, batch, options) for batch in range(self._num_batches)]
         for index, column in zip(call.outputs, zip(*columns, strict=True), strict=True):
             self.tensors[index] = list(column)
 
@@ -66,6 +68,17 @@ class Walk:
         )
         outputs = keras.tree.flatten(call.operation(*args, **{**kwargs, **options}))
         return [_detached(y) for y in outputs]
+
+
+@contextlib.contextmanager
+def _seeds_kept(operation):
+    """Within it a layer may draw: on TensorFlow recurrent ones draw dropout masks at inference, too."""
+    weights = {id(w) for w in getattr(operation, "weights", ())}
+    seeds = [v for v in getattr(operation, "variables", ()) if id(v) not in weights]
+    values = [ops.convert_to_numpy(v) for v in seeds]
+    yield
+    for seed, value in zip(seeds, values, strict=True):
+        seed.assign(value)
 
 
 def outputs_of(graph, batches):
