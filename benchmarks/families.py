@@ -274,7 +274,7 @@ def main():
     import keras
 
     backend = keras.backend.backend()
-    print(HEAD.format(backend=backend), machine([backend]), "## `keras.applications`", sep="\n", end="\n\n")
+    print(HEAD.format(backend=backend), machine([backend]), "\n## `keras.applications`\n", sep="\n")
     header = ["network", "parameters", "unlocked", "reachable", "analysis s", "channels stay because"]
     print(markdown_table(header, list(_reported(application_rows(arguments.applications)))), end="\n\n")
     print(HUB.format(goal=GOAL))
