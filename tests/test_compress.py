@@ -142,7 +142,7 @@ def test_scores_from_other_data_than_the_training():
 
 
 def test_other_data_for_scores_that_do_not_fit():
-    words = r"^The data does not fit the model.s inputs\. .*Received: ds with x of shapes \[\(4, 5, 5, 1\)\]$"
+    words = r"^The data does not fit the model.s inputs\. .*Received: ds with x of shapes \[\(2, 5, 5, 1\)\]$"
     with pytest.raises(ValueError, match=words):
         keras_taylor.compress(small_model(), stripes(), score_ds=(np.zeros((4, 5, 5, 1)), np.zeros(4)))
 
