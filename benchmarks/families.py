@@ -10,6 +10,7 @@ and loaded (law 4), and trained for a step (law 5).
 
 import argparse
 import collections
+import math
 import os
 import pathlib
 import sys
@@ -155,14 +156,8 @@ def unlocked(model):
         for name, axes in effect.weights.items():
             weight = weight_of(call.operation, name)
             if weight is not None and any(a is not None and (channels.units(a) >= 0).any() for a in axes):
-                free += weight.size if hasattr(weight, "size") else _size(weight)
+                free += math.prod(weight.shape)
     return free / model.count_params()
-
-
-def _size(weight):
-    import math
-
-    return math.prod(weight.shape)
 
 
 def laws(model, reachable):

@@ -8,8 +8,9 @@ import warnings
 import keras
 import numpy as np
 
-from keras_taylor.opening import UnsupportedModelError
+from keras_taylor.opening import UnsupportedModelError, compile_arguments
 from keras_taylor.optimizers import fresh_optimizer, kept_part
+from keras_taylor.rules.base import is_keras_own
 
 
 def clone_operation(operation, name, changes=None):
@@ -29,7 +30,7 @@ def clone_operation(operation, name, changes=None):
     try:
         if type(operation) is keras.layers.Lambda:
             return _lambda_copy(operation)
-        config = _not_built(operation) if _is_keras_own(operation) else operation.get_config()
+        config = _not_built(operation) if is_keras_own(type(operation)) else operation.get_config()
         if _is_own_function(getattr(operation, "activation", None)) and "activation" in config:
             config["activation"] = operation.activation  # its name need not be registered
         for path, value in (changes or {}).items():
@@ -82,11 +83,7 @@ def _lambda_copy(layer):
 
 
 def _is_own_function(activation):
-    return inspect.isfunction(activation) and activation.__module__.split(".")[0] != "keras"
-
-
-def _is_keras_own(operation):
-    return type(operation).__module__.split(".")[0] == "keras"
+    return inspect.isfunction(activation) and not is_keras_own(activation)
 
 
 def _not_built(operation):
@@ -177,15 +174,6 @@ def copy_weights(source, target, masks=None):
         new.assign(np.array(value))
     if hasattr(target, "finalize_state"):  # layers with `adapt` compute with values made from their weights
         target.finalize_state()
-
-
-def compile_arguments(model):
-    """What `model.compile` was called with, a dict.
-
-    `get_compile_config()`, the public way, serialises it, which functions and
-    lambdas do not survive; so the record behind it is read here, and only here.
-    """
-    return dict(model._compile_config.config)
 
 
 def compile_settings(model):

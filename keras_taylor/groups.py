@@ -227,7 +227,7 @@ def read_channels(model, include=None, exclude=()):
     """Reads a model and finds its groups.
 
     Args:
-        model: A built Sequential or Functional model.
+        model: A built Keras model.
         include: Prune only these: layer names, regular expressions that match whole
             names, or layers. `None`: all. A unit that several layers make is pruned
             only if all of them are included.

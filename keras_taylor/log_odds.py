@@ -4,9 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor.cloning import compile_arguments
 from keras_taylor.gates import ROWS, GatedModel, Gates, batch_statistics
 from keras_taylor.losses import CLASSES, ExampleLoss, kind_of, losses_by_output
+from keras_taylor.opening import compile_arguments
 
 # Rows of statistics after `gates.ROWS`: sums over examples, weighted as the examples are.
 ODDS_ROWS = ("odds", "spread", "probe", "probe_square")

@@ -7,6 +7,8 @@ import math
 
 import keras
 
+from keras_taylor.attention import is_attention
+from keras_taylor.rules.base import is_keras_own
 from keras_taylor.rules.registry import REGISTERED
 
 # What a model's class may override, and another model would not run.
@@ -57,9 +59,18 @@ def functional_view(model):
     if view.dtype_policy != model.dtype_policy:
         view.dtype_policy = model.dtype_policy
     if getattr(model, "compiled", False):
-        view.compile(**model._compile_config.config)
+        view.compile(**compile_arguments(model))
         view.optimizer = model.optimizer
     return view
+
+
+def compile_arguments(model):
+    """What `model.compile` was called with, a dict.
+
+    `get_compile_config()`, the public way, serialises it, which functions and
+    lambdas do not survive; so the record behind it is read here, and only here.
+    """
+    return dict(model._compile_config.config)
 
 
 def view_to_train(model):
@@ -111,9 +122,7 @@ def may_open(operation):
     """Whether to look into a layer: the user's own ones without a registered rule, and attention."""
     if not isinstance(operation, keras.Layer) or is_functional(operation) or type(operation) in REGISTERED:
         return False
-    if type(operation).__module__.split(".")[0] == "keras":
-        return type(operation) in (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
-    return True
+    return is_attention(operation) or not is_keras_own(type(operation))
 
 
 def opened(layer, args, kwargs):
@@ -176,22 +185,19 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
             raise Closed("its `call` uses weights outside of layers")
         if any(callable(x) for x in keras.tree.flatten(arguments)):
             raise Closed("its `call` branches or loops by functions, whose insides are not seen")
-        if isinstance(node.operation, keras.layers.Resizing) and None in (
-            node.operation.height,
-            node.operation.width,
-        ):
-            raise Closed(f"its `call` needs a size that is not known ('{node.operation.name}')")
         if not isinstance(node.operation, keras.Layer):
             # made by this call, with a name that counts all operations so far; plans go by names
             node.operation.name = f"{type(node.operation).__name__.lower()}_{number}"
-            _settle_shape(node)
+        _settle_shape(node)
     return function
 
 
 def _settle_shape(node):
     """Puts what is known in the place of sizes that the code asked for and that were not known to it."""
     operation = node.operation
-    settings = {k: v for k, v in vars(operation).items() if isinstance(v, (tuple, list)) and None in v}
+    settings = {}
+    if not isinstance(operation, keras.Layer):  # those that take sizes infer them when they run
+        settings = {k: v for k, v in vars(operation).items() if isinstance(v, (tuple, list)) and None in v}
     if "newshape" in settings:
         wanted = _reshaped(node.arguments.keras_tensors[0].shape, operation.newshape)
         if wanted.count(None) == 1:
@@ -200,7 +206,10 @@ def _settle_shape(node):
             node.operation = type(operation)(operation.newshape)
             node.operation.name = operation.name
             del settings["newshape"]
-    if {"newshape", "shape", "size"} & settings.keys():
+    is_resizing = isinstance(operation, keras.layers.Resizing)
+    if {"newshape", "shape", "size"} & settings.keys() or (
+        is_resizing and None in (operation.height, operation.width)
+    ):
         raise Closed(f"its `call` needs a size that is not known ('{operation.name}')")
 
 

@@ -5,7 +5,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_taylor.cloning import compile_arguments
+from keras_taylor.opening import compile_arguments
 
 # Steps between two transfers of the float32 statistics to float64 on the host.
 _FOLD_EVERY = 256

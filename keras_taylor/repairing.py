@@ -65,7 +65,7 @@ def recalibrate(model, ds, *, num_examples=512, batch_size=None):
     which fits to the original's statistics, it does more harm than good.
 
     Args:
-        model: A built Sequential or Functional model. It is not changed.
+        model: A built Keras model. It is not changed.
         ds, num_examples, batch_size: As in `repair`.
 
     Returns:

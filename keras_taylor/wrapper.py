@@ -30,7 +30,7 @@ class PrunableModel(GatedModel):
     in a subclass, as of any Keras model.
 
     Args:
-        model: A built Sequential or Functional model. It is not changed, and not
+        model: A built Keras model. It is not changed, and not
             trained. If it is compiled, so is the wrapper, with a new optimizer that
             goes on where its own stands.
         criterion: What makes a channel important, see `keras_taylor.criteria`; those that

@@ -18,7 +18,7 @@ from keras_taylor.rules import (
     recurrent,
     shape,
 )
-from keras_taylor.rules.base import Context, Tensor
+from keras_taylor.rules.base import Context, Tensor, is_keras_own
 from keras_taylor.rules.registry import REGISTERED
 
 
@@ -140,7 +140,7 @@ def rule_for(operation):
     Only Keras' own classes have rules, and those that were registered: a user's
     subclass may do anything in `call`.
     """
-    own = type(operation).__module__.split(".")[0] == "keras"
+    own = is_keras_own(type(operation))
     table = LAYERS if isinstance(operation, keras.Layer) else OPERATIONS
     altered = getattr(operation, "quantization_mode", None) or getattr(operation, "lora_enabled", False)
     if type(operation) in REGISTERED and not altered:

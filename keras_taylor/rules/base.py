@@ -166,6 +166,11 @@ def weight_of(operation, path):
         return None
 
 
+def is_keras_own(cls):
+    """Whether a class or function is one of Keras' own: a user's subclass may do anything."""
+    return cls.__module__.split(".")[0] == "keras"
+
+
 def count(labels):
     """An edit: as many as are kept of these labels."""
     return Edit((labels,), lambda kept: int(kept.sum()))

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_taylor.labels import FIXED
 from keras_taylor.rules.base import Edit, Effect, Work, is_elementwise
-from keras_taylor.rules.elementwise import locked
+from keras_taylor.rules.elementwise import cut_constant, locked
 
 
 def einsum_dense(ctx):
@@ -118,7 +118,9 @@ def _product(ctx, subscripts):
         ctx.union(vector, mine if mine.size else np.full(1, FIXED))
     return Effect(
         outputs=[ctx.placed(vector, made.index(along)) if along in made else ctx.fixed()],
-        arguments={p: _cut(ctx.arguments[p], axis, vector) for p, axis in met.items() if p not in tensors},
+        arguments={
+            p: cut_constant(ctx.arguments[p], axis, vector) for p, axis in met.items() if p not in tensors
+        },
         reads={} if along in made else {ctx.positions.index(read): met[read]},
         work=_work(sizes, made[0], {along: vector}),
     )
@@ -200,7 +202,3 @@ def _output_shape(layer, terms, along, vector):
         return {}
     edit = Edit((vector,), lambda kept: (*shape[:entry], int(kept.sum()), *shape[entry + 1 :]))
     return {"output_shape": edit}
-
-
-def _cut(value, axis, vector):
-    return Edit((vector,), lambda kept: np.compress(kept, np.asarray(value), axis))

@@ -106,9 +106,10 @@ def _constants(ctx, labels):
             continue
         from_end = labels.ndim - axis
         if len(value.shape) >= from_end and value.shape[-from_end] > 1:
-            edits[position] = _cut_constant(value, len(value.shape) - from_end, labels.reshape(-1))
+            edits[position] = cut_constant(value, len(value.shape) - from_end, labels.reshape(-1))
     return edits
 
 
-def _cut_constant(value, axis, vector):
+def cut_constant(value, axis, vector):
+    """An edit: a constant with what is kept along one of its axes."""
     return Edit((vector,), lambda kept: np.compress(kept, np.asarray(value), axis))

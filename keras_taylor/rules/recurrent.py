@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from keras_taylor.rules import elementwise
-from keras_taylor.rules.base import Effect, Tensor, Work, size
+from keras_taylor.rules.base import Effect, Tensor, Work, is_keras_own, size
 
 CELLS = ("LSTMCell", "GRUCell", "SimpleRNNCell", "ConvLSTMCell")
 
@@ -95,7 +95,7 @@ def _recurrent(ctx, layers):
 def _is_understood(layer):
     cell = getattr(layer, "cell", None)
     types = [type(layer), type(cell)]
-    own = all(t.__module__.split(".")[0] == "keras" for t in types) and type(cell).__name__ in CELLS
+    own = all(map(is_keras_own, types)) and type(cell).__name__ in CELLS
     return own and cell.built and not layer.stateful and not getattr(cell, "quantization_mode", None)
 
 
