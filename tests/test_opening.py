@@ -256,35 +256,46 @@ def with_dense():
     return keras.Model(inputs, second(first(x))), first, second
 
 
-def test_quantized_layers_are_refused():
-    model, first, _ = with_dense()
+def quantized(first, second):
     first.quantize("int8")
-    with pytest.raises(keras_taylor.UnsupportedModelError) as error:
-        keras_taylor.analyze(model)
-    assert str(error.value).startswith(
-        "Layer 'first' is quantized. Prune the model as it was before, and quantize the smaller one. "
-    )
 
 
-def test_low_rank_changes_are_refused():
-    model, _, second = with_dense()
+def low_rank(first, second):
     second.enable_lora(2)
-    with pytest.raises(keras_taylor.UnsupportedModelError) as error:
-        keras_taylor.analyze(model)
-    assert str(error.value).startswith("Layer 'second' has LoRA weights. Merge them first: `save_weights` ")
-    assert str(error.value).endswith("with lora_enabled=True")
 
 
-def test_a_weight_in_two_layers_is_refused():
-    model, first, second = with_dense()
+def shared(first, second):
     second._tracker.unlock()  # as if `build` had done it
     second.bias = first.bias
     second._tracker.lock()
+
+
+@pytest.mark.parametrize(
+    ("change", "start", "end"),
+    [
+        (
+            quantized,
+            "Layer 'first' is quantized. Prune the model as it was before, and quantize the smaller one. ",
+            "with quantization_mode='int8'",
+        ),
+        (
+            low_rank,
+            "Layer 'second' has LoRA weights. Merge them first: `save_weights` ",
+            "with lora_enabled=True",
+        ),
+        (
+            shared,
+            "Layers 'first' and 'second' share the weight 'bias', and the smaller ",
+            "Received: second=<Dense name=second, built=True>",
+        ),
+    ],
+)
+def test_weights_that_are_not_plain_are_refused_with_what_to_do_first(change, start, end):
+    model, *both = with_dense()
+    change(*both)
     with pytest.raises(keras_taylor.UnsupportedModelError) as error:
         keras_taylor.analyze(model)
-    assert str(error.value).startswith(
-        "Layers 'first' and 'second' share the weight 'bias', and the smaller "
-    )
+    assert str(error.value).startswith(start) and str(error.value).endswith(end)
 
 
 def test_the_analysis_says_what_is_behind_each_group():
