@@ -49,7 +49,7 @@ class LayerFit:
         self._old_inputs, self._inputs = old.tensors[old_call.inputs[0]], new.tensors[call.inputs[0]]
         self._old_outputs = old.tensors[old_call.outputs[0]]
         self._sequel = Sequel(old, new, call, self._old_view, self._view, outputs)
-        self._place = constant_place(new.graph, call)
+        self._place = constant_place(new.graph, call, self._view)
 
     @property
     def num_columns(self):
@@ -61,7 +61,7 @@ class LayerFit:
         x = self._old_inputs[0]
         places = np.arange(min(self._old_view.num_positions(x), 64))
         positions = np.zeros_like(places), places
-        ours = self._original(0, positions) + _bias(self._old_layer)
+        ours = self._original(0, positions) + self._old_view.bias()
         ours = ops.convert_to_numpy(self._old_layer.activation(ops.convert_to_tensor(ours)))
         output = self._old_view.at(self._old_outputs[0], positions)
         exact = self._old_layer.compute_dtype == "float32"
@@ -100,7 +100,7 @@ class LayerFit:
 
     def _relaxed(self, regressions, solutions, found, positions, targets):
         """Solutions for targets that ask for no more than a rectifier shows."""
-        matrix, bias = self._view.matrix(), _bias(self._layer)
+        matrix, bias = self._view.matrix(), self._view.bias()
         new = [regression.again() for regression in regressions]
         for batch, blocks in self._rows(positions):
             given = [x @ (m + c) + k for x, m, (c, k) in zip(blocks, matrix, found, strict=True)]
@@ -115,8 +115,8 @@ class LayerFit:
 
     def _target(self, batch, positions):
         """What the layer should put out before its bias, `(num_rows, num_outputs)`."""
-        y = (self._original(batch, positions) + _bias(self._old_layer))[:, self._outputs]
-        return y - _bias(self._layer) + self._sequel.lost(batch, positions)
+        y = (self._original(batch, positions) + self._old_view.bias())[:, self._outputs]
+        return y - self._view.bias() + self._sequel.lost(batch, positions)
 
     def _original(self, batch, positions):
         view = self._old_view
@@ -129,8 +129,3 @@ class LayerFit:
 
     def _split(self, y):
         return np.split(y, self._view.num_blocks, axis=1)
-
-
-def _bias(layer):
-    bias = getattr(layer, "bias", None)
-    return np.float32(0) if bias is None else np.asarray(ops.convert_to_numpy(bias), np.float32)

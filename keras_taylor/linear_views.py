@@ -1,28 +1,37 @@
 """Mixing layers as matrices: the rows that their kernel multiplies."""
 
+import functools
 import math
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.rules.einsum import terms_of
+
 # Rows for each column of a regression, and at least so many: more change little.
 _ROWS_PER_COLUMN, _ROWS = 20, 20_000
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
 def linear_view(layer):
     """How a layer is a matrix product, `None` if it is none that is known here.
 
-    Only layers that mix channels: `Conv`, transposed, separable, `Dense`.
+    Layers that mix channels, `Conv`, transposed, separable, `Dense`, `EinsumDense`, and depthwise
+    convolutions, which are one small product for each channel.
     """
+    if type(layer) is keras.layers.EinsumDense and _letters(layer) is None:
+        return None
     for classes, view in (
         (_CONVOLUTIONS, _Convolution),
         (_TRANSPOSED, _Transposed),
         (_SEPARABLE, _Separable),
+        (_DEPTHWISE, _Depthwise),
         ((keras.layers.Dense,), _Dense),
+        ((keras.layers.EinsumDense,), _Einsum),
     ):
         if type(layer) in classes and not getattr(layer, "quantization_mode", None):
             return view(layer)
@@ -43,6 +52,12 @@ class _Dense:
         """The weight, a Keras variable."""
         return getattr(self.layer, self.weight)
 
+    @property
+    def num_outputs(self):
+        """How many outputs there are at each position."""
+        blocks, _, outputs = self.matrix().shape
+        return blocks * outputs
+
     def matrix(self):
         """The kernel as an array `(num_blocks, num_columns, num_outputs)`, float32."""
         return _to_numpy(self.kernel)[None]
@@ -50,6 +65,15 @@ class _Dense:
     def assign(self, matrix):
         """Puts a matrix back into the kernel."""
         self.kernel.assign(matrix[0])
+
+    def bias(self):
+        """What is added to each output, a float32 array `(num_outputs,)` or 0."""
+        bias = getattr(self.layer, "bias", None)
+        return np.float32(0) if bias is None else _to_numpy(bias)
+
+    def has_bias_for_each(self):
+        """Whether each output has a bias of its own."""
+        return getattr(self.layer, "bias", None) is not None
 
     def kept(self, masks):
         """Which columns and which outputs a cut left.
@@ -66,13 +90,14 @@ class _Dense:
         return np.tile(columns, math.prod(map(len, window))), outputs
 
     def along_columns(self, axes):
-        """Values along the kernel's input axis, spread over the columns of a block.
+        """Numbers along the kernel's input axis, spread over the columns of a block.
 
         Args:
-            axes: For each axis of the kernel an array, or `None`.
+            axes: For each axis of the kernel an int array, or `None`, which counts as -1.
         """
-        *window, values, _ = self._in_order(list(zip(axes, self.kernel.shape, strict=True)))
-        return np.tile(values[0], math.prod(size for _, size in window))
+        full = [np.full(n, -1) if a is None else a for n, a in zip(self.kernel.shape, axes, strict=True)]
+        *window, columns, _ = self._in_order(full)
+        return np.tile(columns, math.prod(map(len, window)))
 
     def _in_order(self, axes):
         """The kernel's axes: window, inputs, outputs."""
@@ -102,6 +127,66 @@ class _Dense:
         """Values of a tensor shaped like the layer's output at some positions, `(num_rows, num_outputs)`."""
         y = _to_numpy(y)
         return y.reshape(len(y), -1, y.shape[-1])[positions]
+
+
+class _Einsum(_Dense):
+    """A row is what the axes hold that are summed over; several may be, and several may be made."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self._read, self._kernel_letters, self._made = _letters(layer)
+        self._summed = [c for c in self._kernel_letters if c in self._read]
+        self._out = [c for c in self._made if c in self._kernel_letters]
+        self._order = [self._kernel_letters.index(c) for c in (*self._summed, *self._out)]
+
+    def matrix(self):
+        kernel = _to_numpy(self.kernel).transpose(self._order)
+        return kernel.reshape(1, math.prod(kernel.shape[: len(self._summed)]), -1)
+
+    def assign(self, matrix):
+        shape = [self.kernel.shape[axis] for axis in self._order]
+        self.kernel.assign(matrix[0].reshape(shape).transpose(np.argsort(self._order)))
+
+    def bias(self):
+        if self.layer.bias is None:
+            return super().bias()
+        bias = _to_numpy(self.layer.bias)  # from its first letter on it has all axes of what is made
+        sizes = dict(zip(reversed(self._made), reversed(bias.shape), strict=False))
+        sizes_made = [self.kernel.shape[self._kernel_letters.index(c)] for c in self._out]
+        bias = bias.reshape([sizes.get(c, 1) for c in self._out])
+        return np.broadcast_to(bias, sizes_made).reshape(-1)
+
+    def has_bias_for_each(self):
+        return self.layer.bias is not None and set(self.layer.bias_axes) == set(self._out)
+
+    def kept(self, masks):
+        shape = self.kernel.shape
+        full = [np.ones(shape[a], bool) if masks[a] is None else masks[a] for a in self._order]
+        num = len(self._summed)
+        return tuple(_every_pair(np.logical_and, part) for part in (full[:num], full[num:]))
+
+    def along_columns(self, axes):
+        summed = self._order[: len(self._summed)]
+        full = [np.full(self.kernel.shape[a], -1) if axes[a] is None else axes[a] for a in summed]
+        return _every_pair(np.maximum, full)
+
+    def num_positions(self, x):
+        return math.prod(x.shape[self._read.index(c)] for c in self._places())
+
+    def rows(self, x, positions):
+        return self._flat(x, self._read, self._summed)[positions][None]
+
+    def at(self, y, positions):
+        return self._flat(y, self._made, self._out)[positions]
+
+    def _places(self):
+        """The axes that the kernel does not have, without that of the examples."""
+        return [c for c in self._made[1:] if c in self._read]
+
+    def _flat(self, x, letters, last):
+        order = [letters.index(c) for c in (letters[0], *self._places(), *last)]
+        x = _to_numpy(x).transpose(order)
+        return x.reshape(len(x), -1, math.prod(x.shape[-len(last) :]))
 
 
 class _Windowed(_Dense):
@@ -177,6 +262,36 @@ class _Convolution(_Windowed):
         return np.moveaxis(blocks, 2, 0).reshape(self.num_blocks, len(rows), -1)
 
 
+class _Depthwise(_Windowed):
+    """Each channel is a block: its window makes its own outputs."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.num_blocks = self.kernel.shape[-2]
+
+    def matrix(self):
+        kernel = _to_numpy(self.kernel)  # (*window, channels, multiplier)
+        return np.moveaxis(kernel, -2, 0).reshape(self.num_blocks, -1, kernel.shape[-1])
+
+    def assign(self, matrix):
+        *window, channels, multiplier = self.kernel.shape
+        blocks = matrix.reshape(channels, *window, multiplier)
+        self.kernel.assign(np.moveaxis(blocks, 0, -2))
+
+    def kept(self, masks):
+        """All of a block's columns stay as long as it does."""
+        *window, channels, multiplier = self.kernel.shape
+        outputs = np.ones(channels, bool) if masks[-2] is None else masks[-2]
+        return np.ones(math.prod(window), bool), np.repeat(outputs, multiplier)
+
+    def along_columns(self, axes):
+        return np.full(math.prod(self.kernel.shape[:-2]), -1)
+
+    def rows(self, x, positions):
+        rows = super().rows(x, positions)[0]
+        return np.moveaxis(rows.reshape(len(rows), -1, self.num_blocks), 2, 0)
+
+
 class _Separable(_Windowed):
     """Its pointwise kernel, which reads what the depthwise one makes."""
 
@@ -228,6 +343,26 @@ class _Transposed(_Windowed):
         windows = np.lib.stride_tricks.sliding_window_view(spread, sizes, axis=axes)
         taps = [slice(None, None, d) for d in layer.dilation_rate]
         return windows[(slice(None), *[slice(out) for out in outputs], slice(None), *taps)]
+
+
+def _letters(layer):
+    """The letters of what an `EinsumDense` layer reads, of its kernel and of what it makes.
+
+    `None` if that is no matrix product for each position of each example.
+    """
+    built_for = layer.get_build_config()["input_shape"]
+    terms = terms_of(layer.equation, (len(built_for), len(layer.kernel.shape)))
+    if terms is None:
+        return None
+    read, kernel, made = (set(term) for term in terms)
+    is_product = kernel <= read ^ made and read - kernel == made - kernel and terms[0][0] == terms[2][0]
+    has_own = layer.bias is None or set(layer.bias_axes) <= kernel
+    return terms if is_product and has_own and kernel & read and terms[0][0] not in kernel else None
+
+
+def _every_pair(combine, axes):
+    """Values of all combinations of positions along some axes, flattened."""
+    return functools.reduce(lambda a, b: combine.outer(a, b).reshape(-1), axes)
 
 
 def rows_an_example(num_columns, num_examples):

@@ -121,10 +121,10 @@ class _Curves:
         for number, (call, effect) in enumerate(zip(graph.calls, self._channels.effects, strict=True)):
             view = linear_view(call.operation)
             if view is not None and graph.is_used_once(call.operation) and effect.weights.get(view.weight):
-                axes = effect.weights[view.weight]
-                if any(a is not None and (self._channels.units(a) >= 0).any() for a in axes):
-                    readers.append(_Reader(self._channels, self._gated, call, view, axes))
-                    readers[-1].gather(walk.tensors[call.inputs[0]], len(inputs[0]), random)
+                reader = _Reader(self._channels, self._gated, call, view, effect.weights[view.weight])
+                if (reader.units >= 0).any():
+                    readers.append(reader)
+                    reader.gather(walk.tensors[call.inputs[0]], len(inputs[0]), random)
             walk.run(number)
             walk.forget(number)
         return readers
@@ -175,13 +175,13 @@ class _Reader:
     def __init__(self, channels, gated, call, view, axes):
         self._channels, self._axes, self._view = channels, axes, view
         self._copy = linear_view(gated.network.copy_of(call.operation))
-        self._place = constant_place(channels.graph, call)
+        self._place = constant_place(channels.graph, call, view)
         self._place_copy = self._place and gated.network.copy_of(self._place.operation)
         self._matrix = view.matrix()
-        self._weights = np.square(
-            gain_of(channels.graph, call, self._matrix.shape[0] * self._matrix.shape[2])
-        )
+        self._weights = np.square(gain_of(channels.graph, call, view.num_outputs))
         self._constant = self._moments = None
+        # the unit that each column of a block reads, -1 for none
+        self.units = view.along_columns([None if a is None else channels.units(a) for a in axes])
 
     def gather(self, column, num_examples, random):
         """Takes the second moments of what it reads: the values of a tensor for each batch."""
@@ -199,8 +199,7 @@ class _Reader:
         """An `Elimination` of the units for each block of the kernel; none if it does not read them."""
         if self._moments is None:
             return []
-        units = self._view.along_columns([None if a is None else self._channels.units(a) for a in self._axes])
-        found = [np.flatnonzero(units == group.start + k) for k in range(group.num_units)]
+        found = [np.flatnonzero(self.units == group.start + k) for k in range(group.num_units)]
         if len({len(columns) for columns in found}) != 1 or not len(found[0]):
             return []
         weights = np.split(self._weights, len(self._matrix))

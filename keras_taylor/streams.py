@@ -38,26 +38,28 @@ class ConstantPlace:
     def add(self, constant, operation=None):
         """Adds an array `(num_outputs,)` in place, to the layer or to a copy of it."""
         weight = getattr(operation or self.operation, self.attribute)
-        weight.assign(_array(weight) + self.sign * constant)
+        weight.assign(_array(weight) + self.sign * np.reshape(constant, weight.shape))
 
 
-def constant_place(graph, call):
+def constant_place(graph, call, view):
     """The layer's bias, or the mean of the one BatchNormalization that reads its output.
 
     Args:
         graph: `graph.Graph`.
         call: The layer's call in it; the only one.
+        view: The layer's `linear_views`.
 
     Returns:
         A `ConstantPlace`, or `None` if there is neither.
     """
     layer = call.operation
     if getattr(layer, "bias", None) is not None:
-        return ConstantPlace(layer, "bias", 1)
+        return ConstantPlace(layer, "bias", 1) if view.has_bias_for_each() else None
     reader = _only_reader(graph, call.outputs[0])
     if reader is None or not isinstance(reader.operation, keras.layers.BatchNormalization):
         return None
-    if not (_is_linear(layer) and graph.is_used_once(reader.operation)):
+    fits = reader.operation.moving_mean.shape == (view.num_outputs,)
+    if not (fits and _is_linear(layer) and graph.is_used_once(reader.operation)):
         return None
     return ConstantPlace(reader.operation, "moving_mean", -1)
 
@@ -65,7 +67,8 @@ def constant_place(graph, call):
 def gain_of(graph, call, num_outputs):
     """By what the normalisation that reads a layer's output multiplies each channel; ones if none does."""
     reader = _only_reader(graph, call.outputs[0])
-    affine = _affine(reader.operation) if reader is not None and _is_linear(call.operation) else None
+    is_read = reader is not None and _is_linear(call.operation)
+    affine = _affine(reader.operation, num_outputs) if is_read else None
     return np.broadcast_to(np.ones(1) if affine is None else affine[0], num_outputs)
 
 
@@ -132,7 +135,7 @@ class Sequel:
                 self.rectified = True
                 return
             else:
-                affine = _affine(operation)
+                affine = _affine(operation, self._view.num_outputs)
                 if affine is None or self._terms:
                     return
                 self._gain, self._offset = self._gain * affine[0], self._offset * affine[0] + affine[1]
@@ -168,9 +171,11 @@ def _is_relu(operation):
     return getattr(operation, "__name__", type(operation).__name__) in names
 
 
-def _affine(operation):
-    """Gain and offset of each channel at inference, `None` where it does more than that."""
+def _affine(operation, num_outputs):
+    """Gain and offset of each output at inference, `None` where it does more than that."""
     if isinstance(operation, keras.layers.BatchNormalization):
+        if operation.moving_mean.shape != (num_outputs,):
+            return None
         gamma = _array(operation.gamma) if operation.scale else 1.0
         beta = _array(operation.beta) if operation.center else 0.0
         gain = gamma / np.sqrt(_array(operation.moving_variance) + operation.epsilon)

@@ -18,6 +18,12 @@ CASES = [
     (layers.Conv3D, (4, 2), {"padding": "same"}, (5, 6, 7, 3)),
     (layers.SeparableConv1D, (6, 3), {}, (8, 3)),
     (layers.SeparableConv2D, (6, 3), {"strides": 2, "padding": "same", "depth_multiplier": 2}, (8, 8, 3)),
+    (layers.DepthwiseConv1D, (3,), {"strides": 2, "depth_multiplier": 2}, (11, 3)),
+    (layers.DepthwiseConv2D, ((3, 2),), {"dilation_rate": 2, "padding": "same"}, (9, 8, 3)),
+    (layers.EinsumDense, ("abc,cde->abde", (None, 2, 5)), {"bias_axes": "de"}, (6, 4)),
+    (layers.EinsumDense, ("abde,dec->abc", (None, 5)), {"bias_axes": "c", "activation": "relu"}, (6, 2, 3)),
+    (layers.EinsumDense, ("abc,ecd->adbe", (5, None, 4)), {"bias_axes": "d"}, (6, 3)),
+    (layers.EinsumDense, ("...x,xy->...y", (7,)), {"bias_axes": "y"}, (3, 2, 4)),
     (layers.Conv1DTranspose, (5, 2), {"strides": 3, "padding": "same"}, (6, 4)),
     (layers.Conv2DTranspose, (5, 3), {"strides": 2, "padding": "same"}, (6, 7, 4)),
     (layers.Conv2DTranspose, (5, 4), {"strides": 2}, (6, 7, 4)),
@@ -52,8 +58,7 @@ def test_rows_times_matrix_is_the_output(kind, arguments, options, shape):
     positions = random.integers(0, 3, 20), places
     blocks = zip(view.rows(x, positions), view.matrix(), strict=True)
     ours = np.concatenate([rows @ matrix for rows, matrix in blocks], axis=1)
-    if layer.use_bias:
-        ours += keras.ops.convert_to_numpy(layer.bias)
+    ours += view.bias()
     ours = keras.ops.convert_to_numpy(layer.activation(keras.ops.convert_to_tensor(ours)))
     np.testing.assert_allclose(ours, view.at(y, positions), rtol=1e-4, atol=1e-4)
 
@@ -69,10 +74,26 @@ def test_a_matrix_put_back_is_the_kernel(kind, arguments, options, shape):
 
 
 def test_what_does_not_mix_channels_has_no_view():
-    assert linear_view(layers.DepthwiseConv2D(3)) is None
+    assert linear_view(layers.UpSampling2D(3)) is None
     assert linear_view(layers.BatchNormalization()) is None
 
     class Custom(layers.Conv2D):
         pass
 
     assert linear_view(Custom(3, 3)) is None
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "options"),
+    [
+        ("abc,bcd->abd", (6, 4), {}),
+        ("abc,bd->abcd", (6, 4, 3), {}),
+        ("abc,cd->abd", (6, 5), {"bias_axes": "b"}),
+        ("ab,cd->abcd", (4, 3, 2), {}),
+    ],
+    ids=["each position its own matrix", "nothing summed over", "a bias for each position", "no shared axis"],
+)
+def test_an_einsum_that_is_no_matrix_product_has_no_view(equation, shape, options):
+    layer = layers.EinsumDense(equation, shape, **options)
+    layer.build((2, 6, 4) if "abc," in equation else (2, 4))
+    assert linear_view(layer) is None

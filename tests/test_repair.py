@@ -7,8 +7,9 @@ from helpers import BACKEND, NAMES, case, fingerprint, predict, random_plan, rel
 from zoo import build, inputs_of
 
 import keras_taylor
+from keras_taylor.costs import CostModel
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import LayerPlan, Plan, kept_units
+from keras_taylor.plan import LayerPlan, Plan, kept_units, plan_of
 
 layers = keras.layers
 
@@ -88,6 +89,52 @@ def test_repair_is_never_worse_over_the_zoo(name):
     fitted = [one for one in repairs if one.ridge is not None]
     assert all(one.error_after < one.error_before for one in fitted)
     assert all(one.reason for one in repairs if one.ridge is None)
+
+
+def without_units(model, group, gone):
+    """The plan that takes some units of the one group of this name."""
+    channels = read_channels(model)
+    (start,) = [g.start for g in channels.groups if g.name == group]
+    kept = np.ones(channels.num_units, bool)
+    kept[start + np.array(gone)] = False
+    return plan_of(channels, CostModel(channels), kept)
+
+
+def test_a_head_that_another_can_stand_for_is_made_up_for():
+    inputs = keras.Input((6, 8))
+    outputs = layers.MultiHeadAttention(4, 3, name="attention")(inputs, inputs)
+    model = keras.Model(inputs, layers.GlobalAveragePooling1D()(outputs))
+    random = np.random.default_rng(0)
+    for weight in model.weights:
+        value = random.normal(0, 0.5, weight.shape)
+        if weight.shape[-2:] == (4, 3):
+            value[..., 3, :] = value[..., 2, :]
+        weight.assign(value)
+    plan = without_units(model, "attention/query", [3])
+    small, x = keras_taylor.prune(model, plan), inputs_for(model)
+    wanted = predict(model, x)
+    repaired, repairs = keras_taylor.repair(small, model, plan, x, return_repairs=True)
+    assert relative_difference(predict(small, x), wanted) > 0.05
+    assert relative_difference(predict(repaired, x), wanted) < 2e-3
+    (done,) = repairs
+    assert done.name == "attention/attention_output" and done.ridge is not None
+
+
+def test_a_depthwise_layer_is_refitted_where_what_it_reads_has_changed():
+    x = inputs = keras.Input((8, 8, 2))
+    x = layers.Conv2D(8, 3, activation="relu", name="first")(x)
+    x = layers.Conv2D(6, 1, activation="relu", name="changed")(x)
+    x = layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(x)
+    x = layers.Conv2D(5, 1, name="last")(x)
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+    random = np.random.default_rng(0)
+    for weight in model.weights:
+        weight.assign(random.normal(0.1, 0.5, weight.shape))
+    plan = without_units(model, "first", [0, 5, 6])
+    small, x = keras_taylor.prune(model, plan), inputs_for(model)
+    repairs = {r.name: r for r in keras_taylor.repair(small, model, plan, x, return_repairs=True)[1]}
+    assert repairs.keys() == {"changed", "depthwise"}
+    assert repairs["depthwise"].error_after < repairs["depthwise"].error_before
 
 
 def residual_with_pruned_branch():

@@ -18,7 +18,7 @@ def einsum_dense(ctx):
     axis that is not summed over go through, and the layer's own units stay.
     """
     layer, tensor = ctx.operation, ctx.inputs[0]
-    terms = _terms(layer.equation, (tensor.rank, len(layer.kernel.shape)))
+    terms = terms_of(layer.equation, (tensor.rank, len(layer.kernel.shape)))
     if terms is None or terms[0][0] != terms[2][0] or terms[0][0] in terms[1]:
         return locked(ctx)
     read, kernel, made = terms
@@ -96,7 +96,7 @@ def dot_product_attention(ctx):
 def _product(ctx, subscripts):
     """A product of tensors and constants over named axes."""
     shapes = _operand_shapes(ctx)
-    terms = None if shapes is None else _terms(subscripts, [len(shape) for shape in shapes])
+    terms = None if shapes is None else terms_of(subscripts, [len(shape) for shape in shapes])
     if terms is None:
         return locked(ctx)
     tensors = dict(zip(ctx.positions, ctx.inputs, strict=True))
@@ -138,7 +138,7 @@ def _operand_shapes(ctx):
     return found
 
 
-def _terms(subscripts, ranks):
+def terms_of(subscripts, ranks):
     """The letters of each operand and of the result, one for each axis; `None` for what has no rule.
 
     Axes behind `...` get letters of their own, counted from the last one.
