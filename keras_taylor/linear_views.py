@@ -14,14 +14,12 @@ _ROWS_PER_COLUMN, _ROWS = 20, 20_000
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
-_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
 def linear_view(layer):
     """How a layer is a matrix product, `None` if it is none that is known here.
 
-    Layers that mix channels, `Conv`, transposed, separable, `Dense`, `EinsumDense`, and depthwise
-    convolutions, which are one small product for each channel.
+    Only layers that mix channels: `Conv`, transposed, separable, `Dense`, `EinsumDense`.
     """
     if type(layer) is keras.layers.EinsumDense and _letters(layer) is None:
         return None
@@ -29,7 +27,6 @@ def linear_view(layer):
         (_CONVOLUTIONS, _Convolution),
         (_TRANSPOSED, _Transposed),
         (_SEPARABLE, _Separable),
-        (_DEPTHWISE, _Depthwise),
         ((keras.layers.Dense,), _Dense),
         ((keras.layers.EinsumDense,), _Einsum),
     ):
@@ -260,36 +257,6 @@ class _Convolution(_Windowed):
         rows = super().rows(x, positions)[0]
         blocks = rows.reshape(len(rows), -1, self.num_blocks, self.kernel.shape[-2])
         return np.moveaxis(blocks, 2, 0).reshape(self.num_blocks, len(rows), -1)
-
-
-class _Depthwise(_Windowed):
-    """Each channel is a block: its window makes its own outputs."""
-
-    def __init__(self, layer):
-        super().__init__(layer)
-        self.num_blocks = self.kernel.shape[-2]
-
-    def matrix(self):
-        kernel = _to_numpy(self.kernel)  # (*window, channels, multiplier)
-        return np.moveaxis(kernel, -2, 0).reshape(self.num_blocks, -1, kernel.shape[-1])
-
-    def assign(self, matrix):
-        *window, channels, multiplier = self.kernel.shape
-        blocks = matrix.reshape(channels, *window, multiplier)
-        self.kernel.assign(np.moveaxis(blocks, 0, -2))
-
-    def kept(self, masks):
-        """All of a block's columns stay as long as it does."""
-        *window, channels, multiplier = self.kernel.shape
-        outputs = np.ones(channels, bool) if masks[-2] is None else masks[-2]
-        return np.ones(math.prod(window), bool), np.repeat(outputs, multiplier)
-
-    def along_columns(self, axes):
-        return np.full(math.prod(self.kernel.shape[:-2]), -1)
-
-    def rows(self, x, positions):
-        rows = super().rows(x, positions)[0]
-        return np.moveaxis(rows.reshape(len(rows), -1, self.num_blocks), 2, 0)
 
 
 class _Separable(_Windowed):

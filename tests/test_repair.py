@@ -120,23 +120,6 @@ def test_a_head_that_another_can_stand_for_is_made_up_for():
     assert done.name == "attention/attention_output" and done.ridge is not None
 
 
-def test_a_depthwise_layer_is_refitted_where_what_it_reads_has_changed():
-    x = inputs = keras.Input((8, 8, 2))
-    x = layers.Conv2D(8, 3, activation="relu", name="first")(x)
-    x = layers.Conv2D(6, 1, activation="relu", name="changed")(x)
-    x = layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(x)
-    x = layers.Conv2D(5, 1, name="last")(x)
-    model = keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
-    random = np.random.default_rng(0)
-    for weight in model.weights:
-        weight.assign(random.normal(0.1, 0.5, weight.shape))
-    plan = without_units(model, "first", [0, 5, 6])
-    small, x = keras_taylor.prune(model, plan), inputs_for(model)
-    repairs = {r.name: r for r in keras_taylor.repair(small, model, plan, x, return_repairs=True)[1]}
-    assert repairs.keys() == {"changed", "depthwise"}
-    assert repairs["depthwise"].error_after < repairs["depthwise"].error_before
-
-
 def residual_with_pruned_branch():
     """Two blocks; the second can make up for what the first one's stream has lost."""
     x = inputs = keras.Input((8, 8, 3))
