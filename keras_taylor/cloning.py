@@ -8,6 +8,7 @@ import warnings
 import keras
 import numpy as np
 
+from keras_taylor.attention import inner_layers
 from keras_taylor.opening import UnsupportedModelError, compile_arguments
 from keras_taylor.optimizers import fresh_optimizer, kept_part
 from keras_taylor.rules.base import is_keras_own
@@ -129,14 +130,8 @@ def _adding_zeros(add_weight):
 
 
 def _with_inner_layers(layer):
-    """A layer, and the layers that it keeps as attributes: cells, what a wrapper wraps."""
-    found, queue = {}, [layer]
-    while queue:
-        each = queue.pop()
-        if id(each) not in found:
-            found[id(each)] = each
-            queue += [value for value in vars(each).values() if isinstance(value, keras.Layer)]
-    return list(found.values())
+    """A layer and those inside, each once: cells, what a wrapper wraps."""
+    return list({id(each): each for each in (layer, *inner_layers(layer))}.values())
 
 
 def _zeros(shape, dtype=None):

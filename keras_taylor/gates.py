@@ -1,5 +1,6 @@
 """The gate layer, and the wrapper model that carries gates."""
 
+import contextlib
 import inspect
 
 import keras
@@ -147,7 +148,8 @@ class GatedNetwork(keras.layers.Layer):
             args, kwargs = plumbing.arguments(call, tensors, gated, carrier)
             if training is not None and id(call.operation) in plumbing.takes_training:
                 kwargs["training"] = training
-            outputs = keras.tree.flatten(operation(*args, **kwargs))
+            with plumbing.gated_past(call, carrier):
+                outputs = keras.tree.flatten(operation(*args, **kwargs))
             tensors.update(zip(call.outputs, outputs, strict=True))
             yield call
 
@@ -161,7 +163,7 @@ class _Plumbing:
         self.takes_training = {
             key for key, o in operations.items() if "training" in inspect.signature(o.call).parameters
         }
-        self._edges = _edges(channels)
+        self._edges, self._pasts = _edges(channels), _pasts(channels)
 
     def arguments(self, call, tensors, gated, carrier):
         """The arguments of a call, tensors in their places; `gated` keeps what was gated before."""
@@ -178,6 +180,13 @@ class _Plumbing:
             return gated[key]
 
         return keras.tree.map_structure(value, (call.args, dict(call.kwargs)))
+
+    def gated_past(self, call, carrier):
+        """A context within which what a call reads of its own past is gated."""
+        if id(call) not in self._pasts:
+            return contextlib.nullcontext()
+        feedback, edge = self._pasts[id(call)]
+        return feedback.gated(self.operations[id(call.operation)], edge.gate(carrier))
 
 
 class GatedModel(keras.Model):
@@ -260,17 +269,21 @@ class _Edge:
 
     def apply(self, x, carrier):
         """`x` times the gate of each of its channels."""
+        gated = x * ops.cast(self.gate(carrier), x.dtype)
+        mask = getattr(x, "_keras_mask", None)
+        if mask is not None:
+            gated._keras_mask = mask
+        return gated
+
+    def gate(self, carrier):
+        """The gates as a tensor that broadcasts to what they are for."""
         if self.start is None:
             gate = ops.take(carrier, np.where(self.units < 0, carrier.shape[1] - 1, self.units), axis=1)
         else:
             gate = carrier[:, self.start : self.start + len(self.units)]
         if self.repeats > 1:
             gate = ops.tile(gate, (1, self.repeats))
-        gated = x * ops.reshape(ops.cast(gate, x.dtype), (-1, *self.shape[1:]))
-        mask = getattr(x, "_keras_mask", None)
-        if mask is not None:
-            gated._keras_mask = mask
-        return gated
+        return ops.reshape(gate, (-1, *self.shape[1:]))
 
 
 def _period(units):
@@ -295,6 +308,18 @@ def _edges(channels):
                     shared[key] = _Edge(units.reshape(-1), axis, units.ndim)
                 edges[id(call), index] = shared[key]
     return edges
+
+
+def _pasts(channels):
+    """For each call that reads its own past through gates: its `Feedback`, and what takes the gates."""
+    pasts = {}
+    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+        if effect.feedback is not None:
+            units = channels.units(effect.feedback.labels)
+            if (units >= 0).any():
+                axis = int(np.argmax(units.shape))
+                pasts[id(call)] = effect.feedback, _Edge(units.reshape(-1), axis, units.ndim)
+    return pasts
 
 
 def _clone_operations(channels):

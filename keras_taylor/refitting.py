@@ -64,7 +64,7 @@ class _SideBySide:
             lost = self._lost_inputs(number)
             if self._to_refit(number, call, lost) and call.name not in repairs:
                 repairs[call.name] = self._refit(number, call)
-            if lost or self._changed.intersection(call.inputs):
+            if self._puts_out_other_values(number) or self._changed.intersection(call.inputs):
                 self._changed.update(call.outputs)
             self._new.run(number)
             for walk in (self._old, self._new):
@@ -92,6 +92,14 @@ class _SideBySide:
     def _lost_inputs(self, number):
         masks = self._masks(number)
         return masks is not None and not masks[0].all()
+
+    def _puts_out_other_values(self, number):
+        """Whether what is left of a layer read units that are gone: from before, or from its own past."""
+        call, effect = self._channels.graph.calls[number], self._channels.effects[number]
+        read = [self._channels.labels[call.inputs[k]] for k in effect.reads]
+        if effect.feedback is not None:
+            read.append(effect.feedback.labels)
+        return not all(mask_of(self._channels, labels, self._kept).all() for labels in read)
 
     def _refit(self, number, call):
         if not self._new.graph.is_used_once(call.operation):

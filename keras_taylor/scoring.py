@@ -288,11 +288,17 @@ def _per_unit(channels, select, reduce):
 def _made_by_kernels(call, effect):
     """Kernels with their output axis: name, axis, labels."""
     made = [m for edit in effect.config.values() for m in edit.labels]
-    made = [m for m in made if np.array_equal(m, effect.outputs[0].reshape(-1))]
+    made = [m for m in made if _repeats(effect.outputs[0].reshape(-1), m)]
     for name, axes in effect.weights.items():
-        for axis, labels in enumerate(axes):
-            if name != "bias" and len(axes) > 1 and any(labels is m for m in made):
-                yield name, axis, labels
+        found = [k for k, a in enumerate(axes) if a is not None and any(_repeats(a, m) for m in made)]
+        if found and not name.endswith("bias") and len(axes) > 1:
+            yield name, found[-1], axes[found[-1]]  # recurrent kernels read, before, what they make
+
+
+def _repeats(labels, once):
+    """Whether labels are these, once or several times: the units of a layer with several gates."""
+    times = labels.size // max(once.size, 1)
+    return times > 0 and np.array_equal(labels, np.tile(once, times))
 
 
 def _scaled_by_gammas(call, effect):

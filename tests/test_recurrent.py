@@ -1,4 +1,4 @@
-"""Recurrent layers read channels that can leave; their own units stay."""
+"""Recurrent layers lose channels that they read, and units that they make."""
 
 import keras
 import numpy as np
@@ -21,6 +21,10 @@ def model_of(layer, shape=SEQUENCE):
     outputs = [layers.Flatten()(y) for y in outputs]
     x = layers.Concatenate()(outputs) if len(outputs) > 1 else outputs[0]
     return zoo.randomized(keras.Model(inputs, layers.Dense(2, name="head")(x)))
+
+
+def recurrent_kernels(layer):
+    return [w for w in layer.weights if w.name == "recurrent_kernel"]
 
 
 @pytest.mark.parametrize(
@@ -48,37 +52,90 @@ def model_of(layer, shape=SEQUENCE):
         (lambda: layers.TimeDistributed(layers.TimeDistributed(layers.Dense(4))), VIDEO),
     ],
 )
-def test_what_a_recurrent_layer_reads_can_leave(layer, shape):
-    model = model_of(layer(), shape)
+def test_what_a_recurrent_layer_reads_and_makes_can_leave(layer, shape):
+    layer = layer()
+    model = model_of(layer, shape)
     small = check_law_two(model, zoo.inputs_of(model))
     assert small.get_layer("before").units < 6
+    pairs = zip(recurrent_kernels(small), recurrent_kernels(layer), strict=True)
+    assert all(new.shape[-2] < old.shape[-2] for new, old in pairs)
 
 
-def test_units_stay_because_they_feed_back_and_so_does_what_meets_them():
+def test_units_are_one_with_what_they_meet():
     x = inputs = keras.Input(SEQUENCE)
     lstm = layers.LSTM(3, name="lstm", return_sequences=True)(layers.Dense(5, name="before")(x))
     met = layers.Add()([lstm, layers.Dense(3, name="met")(x)])
-    channels = read_channels(keras.Model(inputs, layers.Dense(2, name="head")(met)))
+    model = zoo.randomized(keras.Model(inputs, layers.Dense(2, name="head")(met)))
+    channels = read_channels(model)
+    assert [(g.name, g.producers) for g in channels.groups] == [
+        ("before", ("before",)),
+        ("lstm", ("lstm", "met")),
+    ]
+    small = check_law_two(model, zoo.inputs_of(model))
+    assert small.get_layer("lstm").units == small.get_layer("met").units == 2
+
+
+def with_states(states):
+    inputs = keras.Input(SEQUENCE)
+    x = layers.LSTM(3, name="lstm")(
+        layers.Dense(6, name="before")(inputs), initial_state=states(inputs[:, 0])
+    )
+    return zoo.randomized(keras.Model(inputs, layers.Dense(2)(layers.Dense(4, name="after")(x))))
+
+
+def test_states_that_are_given_leave_with_the_units_whose_past_they_are():
+    model = with_states(lambda x: [layers.Dense(3, name=name)(x) for name in ("h", "c")])
+    assert [(g.name, g.producers) for g in read_channels(model).groups] == [
+        ("before", ("before",)),
+        ("h", ("h", "c", "lstm")),
+        ("after", ("after",)),
+    ]
+    small = check_law_two(model, zoo.inputs_of(model))
+    assert [small.get_layer(name).units for name in ("h", "c", "lstm")] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("states", "reason"),
+    [
+        (lambda x: [layers.Dense(3)(x), x], "meets values that are no channels in 'lstm'"),
+        (lambda x: [np.ones((4, 3), "float32")] * 2, "begins with values that are no channels ('lstm')"),
+    ],
+)
+def test_units_stay_where_their_first_past_does(states, reason):
+    model = with_states(states)
+    channels = read_channels(model)
+    assert [g.name for g in channels.groups] == ["before", "after"]
+    assert [g.reason for g in channels.locked if g.num_units == 3] == [reason]
+    check_law_two(model, zoo.inputs_of(model))
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (lambda: layers.LSTM(3, activation="softmax"), "goes through an activation that may mix channels"),
+        (lambda: layers.GRU(3, recurrent_activation=ops.softmax), "goes through an activation that may mix"),
+        (
+            lambda: layers.Bidirectional(
+                layers.GRU(3), merge_mode=None, backward_layer=layers.GRU(4, go_backwards=True)
+            ),
+            "the two directions have different numbers of units",
+        ),
+    ],
+)
+def test_units_that_stay_say_why(layer, reason):
+    inputs = keras.Input(SEQUENCE)
+    x = keras.tree.flatten(layer()(layers.Dense(6, name="before")(inputs)))[0]
+    channels = read_channels(keras.Model(inputs, layers.Dense(2)(x)))
     assert [g.name for g in channels.groups] == ["before"]
-    reasons = {g.name: g.reason for g in channels.locked}
-    assert "met" not in reasons
-    assert reasons["lstm"] == "feeds back into itself ('lstm')"
-    assert channels.unknown == []
+    assert channels.locked[0].reason.startswith(reason)
 
 
-@pytest.mark.parametrize("name", ["initial_state", "stateful"])
-def test_states_stay_where_they_are(name):
+def test_a_stateful_layer_stays_as_it_is():
     inputs = keras.Input(batch_shape=(4, *SEQUENCE))
-    x = layers.Dense(6, name="before")(inputs)
-    if name == "stateful":
-        x = layers.LSTM(3, stateful=True)(x)
-    else:
-        states = [layers.Dense(3, name=f"state{k}")(inputs[:, 0]) for k in range(2)]
-        x = layers.LSTM(3)(x, initial_state=states)
-    model = zoo.randomized(keras.Model(inputs, layers.Dense(2)(layers.Dense(4, name="after")(x))))
-    assert [g.name for g in read_channels(model).groups] == (["before"] * (name != "stateful") + ["after"])
-    if name != "stateful":  # what comes out depends on what came before
-        check_law_two(model, zoo.inputs_of(model))
+    x = layers.LSTM(3, stateful=True, name="lstm")(layers.Dense(6, name="before")(inputs))
+    channels = read_channels(keras.Model(inputs, layers.Dense(2)(layers.Dense(4, name="after")(x))))
+    assert [g.name for g in channels.groups] == ["after"]
+    assert channels.unknown == ["lstm"]
 
 
 def test_a_time_axis_of_unknown_length():
@@ -122,13 +179,15 @@ def test_masks_survive():
 def test_channels_that_a_masking_layer_looks_at_stay():
     x = inputs = keras.Input(SEQUENCE)
     x = layers.Masking()(layers.Dense(5, activation="relu", name="looked_at")(x))
-    channels = read_channels(keras.Model(inputs, layers.Dense(2)(layers.LSTM(3)(x))))
-    assert channels.groups == []
+    channels = read_channels(keras.Model(inputs, layers.Dense(2)(layers.LSTM(3, name="lstm")(x))))
+    assert [g.name for g in channels.groups] == ["lstm"]
 
 
 def test_what_a_wrapper_wraps_keeps_its_rule_and_its_name():
     channels = read_channels(case("conv_lstm").model)
-    assert [(g.name, g.num_units) for g in channels.groups] == [("frames", 5), ("again", 4), ("conv", 5)]
+    assert [(g.name, g.num_units) for g in channels.groups] == [
+        *(("frames", 5), ("video", 3), ("again", 4), ("last", 4), ("conv", 5))
+    ]
     x = inputs = keras.Input(VIDEO)
     x = layers.TimeDistributed(layers.Lambda(lambda x: ops.flip(x, -1)), name="wrapped")(layers.Dense(4)(x))
     channels = read_channels(keras.Model(inputs, layers.Dense(2)(x)))

@@ -530,6 +530,17 @@ def gru_after_conv1d():
     return keras.Model(inputs, layers.Dense(2, name="head")(x))
 
 
+@model
+def encoder_decoder():
+    inputs = [keras.Input((4, 3), name="source"), keras.Input((3, 2), name="target")]
+    _, *states = layers.LSTM(5, return_state=True, name="encoder")(inputs[0])
+    x = layers.LSTM(5, return_sequences=True, name="decoder")(inputs[1], initial_state=states)
+    around = layers.GRU(4, return_sequences=True, reset_after=False, activation="relu", name="gru")
+    x = layers.Bidirectional(around, merge_mode="sum", name="around")(x)
+    x = layers.RNN(layers.SimpleRNNCell(6, name="cell"), name="loop")(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
 def heads(x, num, name, length=None, **arguments):
     """Projection to heads of size 3; Keras' own layers leave the sequence's length open too."""
     return layers.EinsumDense("abc,cde->abde", (length, num, 3), bias_axes="de", name=name, **arguments)(x)

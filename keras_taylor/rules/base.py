@@ -60,6 +60,20 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Feedback:
+    """What an operation reads of its own past.
+
+    Attributes:
+        labels: Label array of it, of one step.
+        gated: `gated(operation, gate)` is a context: within it a call of the operation (or of a
+            copy) reads its past times `gate`, a tensor that broadcasts to it.
+    """
+
+    labels: np.ndarray
+    gated: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Effect:
     """What an operation does to labels, and everything that shrinking it needs.
 
@@ -71,6 +85,7 @@ class Effect:
         arguments: Edits of call arguments, by position in the flattened call.
         reads: For each input (by number) that is contracted: the axis. A gate
             belongs on this edge.
+        feedback: Where it reads its own past: a gate belongs there, too.
         work: Floating point operations of one example.
         known: False where no rule knows the operation.
         ease: Makes a copy of the layer cheaper to differentiate, in place, its
@@ -82,6 +97,7 @@ class Effect:
     config: Mapping[str, Edit] = dataclasses.field(default_factory=dict)
     arguments: Mapping[int, Edit] = dataclasses.field(default_factory=dict)
     reads: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    feedback: Feedback | None = None
     work: tuple = ()
     known: bool = True
     ease: Callable[..., None] | None = None

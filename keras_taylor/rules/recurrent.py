@@ -2,20 +2,27 @@
 
 import dataclasses
 import math
+import operator
+
+import keras
+import numpy as np
 
 from keras_taylor.rules import elementwise
-from keras_taylor.rules.base import Effect, Tensor, Work, is_keras_own, size
+from keras_taylor.rules.base import Effect, Feedback, Tensor, Work, count, is_elementwise, is_keras_own, size
+from keras_taylor.rules.feedback import gated
 
 CELLS = ("LSTMCell", "GRUCell", "SimpleRNNCell", "ConvLSTMCell")
+# Where the configuration of a layer is in that of its wrapper, by the attribute that holds it.
+_CONFIGS = {"": "", "forward_layer.": "layer.config.", "backward_layer.": "backward_layer.config."}
 
 
 def recurrent(ctx):
-    """Input channels can go; its own units feed back into itself and stay."""
+    """Units can go, with all of their gates; in the next step the others no longer read them."""
     return _recurrent(ctx, {"": ctx.operation})
 
 
 def bidirectional(ctx):
-    """Two recurrent layers that read the same input."""
+    """Two recurrent layers that read the same input: units at the same place of both leave together."""
     layer = ctx.operation
     return _recurrent(ctx, {f"{side}.": getattr(layer, side) for side in ("forward_layer", "backward_layer")})
 
@@ -55,11 +62,12 @@ def spectral_normalization(ctx, rule):
 
 def _of_inner(effect):
     """The effect of a layer as that of the wrapper around it."""
-    ease = effect.ease
+    ease, past = effect.ease, effect.feedback
     return dataclasses.replace(
         effect,
         weights={f"layer.{name}": axes for name, axes in effect.weights.items()},
         config={f"layer.config.{key}": edit for key, edit in effect.config.items()},
+        feedback=past and Feedback(past.labels, lambda layer, gate: past.gated(layer.layer, gate)),
         ease=ease and (lambda layer: ease(layer.layer)),
     )
 
@@ -69,27 +77,88 @@ def _without_time(shape):
 
 
 def _recurrent(ctx, layers):
-    """Rows of the kernels of these layers, by prefix of their attributes, can go."""
+    """Units of these layers, by prefix of their attributes, and rows of their kernels can go."""
     if not all(_is_understood(layer) for layer in layers.values()) or not _is_first(ctx):
         return elementwise.unknown(ctx)
     tensor = ctx.inputs[0]
     first = getattr(next(iter(layers.values())).cell, "data_format", None) == "channels_first"
     from_end = tensor.rank - 2 if first else 1
     read = ctx.contracted(0, -from_end)
-    for state in ctx.inputs[1:]:
-        ctx.lock(state.labels, "the state of a recurrent layer")
-    outputs = []
-    for number, shape in enumerate(ctx.output_shapes):
-        made = ctx.fresh(shape[-from_end])
-        ctx.lock(made, "feeds back into itself")
-        outputs.append(ctx.placed(made, -from_end, number))
-    kernels = {f"{prefix}cell.kernel": layer.cell.kernel for prefix, layer in layers.items()}
+    made = _made(ctx, layers.values())
+    _join_states(ctx, made, from_end)
+    past = made.reshape([-1 if k == tensor.rank - 1 - from_end else 1 for k in range(tensor.rank - 1)])
     return Effect(
-        outputs=outputs,
-        weights={name: (None,) * (len(k.shape) - 2) + (read, None) for name, k in kernels.items()},
+        outputs=[
+            ctx.placed(np.tile(made, shape[-from_end] // made.size), -from_end, number)
+            for number, shape in enumerate(ctx.output_shapes)
+        ],
+        weights={k: v for prefix, layer in layers.items() for k, v in _weights(prefix, layer, read, made)},
+        config={_CONFIGS[prefix] + _units_key(layer): count(made) for prefix, layer in layers.items()},
         reads={0: tensor.rank - from_end},
-        work=tuple(w for layer in layers.values() for w in _work(ctx, layer, read, from_end)),
+        feedback=Feedback(past, lambda layer, gate: gated(_inside(layer, layers), gate)),
+        work=tuple(w for layer in layers.values() for w in _work(ctx, layer, read, made, from_end)),
     )
+
+
+def _inside(layer, prefixes):
+    """The recurrent layers in a layer, or in a copy of it."""
+    return [operator.attrgetter(prefix[:-1])(layer) if prefix else layer for prefix in prefixes]
+
+
+def _made(ctx, layers):
+    """Labels of the units: the same for both directions."""
+    nums = [_num_units(layer) for layer in layers]
+    made = ctx.fresh(nums[0])
+    if len(set(nums)) > 1:
+        ctx.lock(made, "the two directions have different numbers of units")
+    if any(_mixes(layer.cell) for layer in layers):
+        ctx.lock(made, "goes through an activation that may mix channels")
+    return made
+
+
+def _num_units(layer):
+    return layer.cell.recurrent_kernel.shape[-2]
+
+
+def _mixes(cell):
+    """Whether a unit may see others in an activation."""
+    functions = [cell.activation, getattr(cell, "recurrent_activation", cell.activation)]
+    return not all(is_elementwise(f) and is_keras_own(f) for f in functions)
+
+
+def _join_states(ctx, made, from_end):
+    """Channels of states that are given are those of the units, whose past they are."""
+    given = [s for s in keras.tree.flatten(ctx.argument(1, "initial_state")) if s is not None]
+    flat = keras.tree.flatten((ctx.args, ctx.kwargs))
+    numbers = {id(flat[position]): number for number, position in enumerate(ctx.positions)}
+    for state in given:
+        number = numbers.pop(id(state), None)
+        axis = None if number is None else ctx.inputs[number].rank - from_end
+        if number is None or ctx.inputs[number].shape[axis] != made.size:
+            ctx.lock(made, "begins with values that are no channels")
+        else:
+            ctx.union(ctx.contracted(number, axis), made)
+    for number in numbers.values():
+        if number:
+            ctx.lock(ctx.inputs[number].labels, "read by a recurrent layer beside its sequence")
+
+
+def _weights(prefix, layer, read, made):
+    """Pairs of a weight and the labels along its axes: one block of columns for each gate."""
+    cell, num = layer.cell, _num_units(layer)
+    made = made if made.size == num else np.zeros(num, made.dtype)  # all of them stay
+    window = (None,) * (len(cell.kernel.shape) - 2)
+    blocks = np.tile(made, cell.kernel.shape[-1] // num)
+    yield f"{prefix}cell.kernel", (*window, read, blocks)
+    yield f"{prefix}cell.recurrent_kernel", (*window, made, blocks)
+    if getattr(cell, "bias", None) is not None:
+        yield f"{prefix}cell.bias", (*(None,) * (len(cell.bias.shape) - 1), blocks)
+
+
+def _units_key(layer):
+    """The configuration value that says how many units there are."""
+    inside = "cell.config." if type(layer) is keras.layers.RNN else ""
+    return inside + ("filters" if hasattr(layer.cell, "filters") else "units")
 
 
 def _is_understood(layer):
@@ -104,15 +173,13 @@ def _is_first(ctx):
     return ctx.positions[0] == 0 and not isinstance(ctx.args[0], (list, tuple, dict))
 
 
-def _work(ctx, layer, read, from_end):
+def _work(ctx, layer, read, made, from_end):
     """Every step multiplies by the kernel and by the recurrent kernel, at every position."""
     shape = ctx.output_shapes[0]
     axis = len(shape) - from_end
     steps = ctx.inputs[0].shape[1]
     positions = size(shape, (axis, 1) if layer.return_sequences else (axis,))
     each = 2.0 * positions * (math.nan if steps is None else steps)
-    *window, _, gates = layer.cell.kernel.shape
-    return (
-        Work(each * math.prod(window) * gates, (read,)),
-        Work(each * math.prod(layer.cell.recurrent_kernel.shape)),
-    )
+    *window, units, columns = layer.cell.recurrent_kernel.shape
+    each *= math.prod(window) * (columns // units)
+    return Work(each, (read, made)), Work(each, (made, made))
