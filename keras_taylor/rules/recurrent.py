@@ -55,12 +55,13 @@ def spectral_normalization(ctx, rule):
 
 def _of_inner(effect):
     """The effect of a layer as that of the wrapper around it."""
-    ease = effect.ease
+    ease, gated = effect.ease, effect.gated
     return dataclasses.replace(
         effect,
         weights={f"layer.{name}": axes for name, axes in effect.weights.items()},
         config={f"layer.config.{key}": edit for key, edit in effect.config.items()},
         ease=ease and (lambda layer: ease(layer.layer)),
+        gated=gated and (lambda layer, x, gate: gated(layer.layer, x, gate)),
     )
 
 
