@@ -629,3 +629,63 @@ def test_half_precision_stays_finite_with_one_channel_left():
     gated = GatedModel(read_channels(network, exact=False))
     gated.mask = np.arange(6) == 2
     assert np.isfinite(predict(gated, zoo.inputs_of(network))[0]).all()
+
+
+@keras.saving.register_keras_serializable("inexact")
+class PatchEncoder(layers.Layer):
+    """Patches and where they are, as in Keras' own examples."""
+
+    def __init__(self, num_patches=5, width=8, **kwargs):
+        super().__init__(**kwargs)
+        self.num_patches, self.width = num_patches, width
+        self.projection = layers.Dense(width, name="projection")
+        self.places = layers.Embedding(num_patches, width, name="places")
+
+    def build(self, shape):
+        self.projection.build(shape)
+        self.places.build((1, self.num_patches))
+
+    def call(self, x):
+        return self.projection(x) + self.places(ops.expand_dims(ops.arange(self.num_patches), 0))
+
+    def get_config(self):
+        return {**super().get_config(), "num_patches": self.num_patches, "width": self.width}
+
+
+def with_patches():
+    x = inputs = keras.Input((5, 4))
+    x = layers.LayerNormalization(name="norm")(PatchEncoder(name="patches")(x))
+    return zoo.randomized(keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(x))))
+
+
+def test_positions_are_no_constants():
+    network = with_patches()
+    channels = read_channels(network, exact=False)
+    assert channels.groups == []
+    assert channels.unknown == ["patches"]
+    call = next(call for call in channels.graph.calls if call.name == "patches")
+    assert call.closed == "it calls 'places' on values that do not come from its inputs"
+    same = keras_taylor.prune(network, keras_taylor.Plan(exact=False))
+    assert same.count_params() == network.count_params()
+
+
+def test_an_encoder_of_patches_opens_by_a_rule_for_what_is_in_it():
+    keras_taylor.register_rule(
+        PatchEncoder,
+        weights={
+            "projection.kernel": ("inputs", "units"),
+            "projection.bias": ("units",),
+            "places.embeddings": (None, "units"),
+        },
+        config={"width": "units"},
+    )
+    try:
+        network = with_patches()
+        (group,) = read_channels(network, exact=False).groups
+        assert (group.name, group.num_units) == ("patches", 8)
+        small = helpers.check_law_two(network, zoo.inputs_of(network), exact=False)
+        assert small.get_layer("patches").places.output_dim == small.get_layer("patches").width < 8
+        (work,) = [e.work for e in read_channels(network).effects if "places.embeddings" in e.weights]
+        assert [one.factor for one in work] == [2.0 * 5]  # a multiplication and an addition at every patch
+    finally:
+        keras_taylor.rules.registry.REGISTERED.pop(PatchEncoder)
