@@ -38,14 +38,16 @@ class Analysis:
         table = Table(title=self._headline())
         for column in ("group", "channels", "parameters", "FLOPs"):
             table.add_column(column, justify="left" if column == "group" else "right", overflow="fold")
-        for column in ("made by", "stays because"):
+        inexact = any(group.normalised_by for group in self.groups)
+        for column in ("made by", "stays because", *["open with exact=False only: changes"] * inexact):
             table.add_column(column, overflow="fold")
         for group in self.groups:
             others = len(group.producers) - 1
             makers = group.producers[0] + (f" and {others} more" if others else "")
             behind = self.behind.get(group.name, {}) if group.prunable else {}
             costs = ["" if behind.get(what) is None else f"{behind[what]:,}" for what in ("params", "flops")]
-            table.add_row(group.name, str(group.num_units), *costs, makers, group.reason or "")
+            seen = [_and_more(group.normalised_by)] * inexact
+            table.add_row(group.name, str(group.num_units), *costs, makers, group.reason or "", *seen)
         return render(table)
 
     def _headline(self):
@@ -56,13 +58,18 @@ class Analysis:
         return f"{free:,} of {total:,} channels can leave: up to {can_go}{tried}"
 
 
-def analyze(model, *, include=None, exclude=()):
+def analyze(model, *, include=None, exclude=(), exact=True):
     """Finds the groups of channels of a model, and how far it could shrink.
 
     Args:
         model: A built Keras model. It is not changed.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: only the channels that these make may leave / none of them may.
+        exact: `False`: channels that LayerNormalization, RMSNormalization, UnitNormalization, or a
+            GroupNormalization with one group, normalises together may leave, too: in a transformer, a
+            ConvNeXt or an MLP-Mixer the residual stream, embeddings and all. The others are then
+            normalised with a mean and variance of fewer channels, so that even a channel that is
+            always zero does not leave without a trace.
 
     Returns:
         An `Analysis`.
@@ -77,7 +84,7 @@ def analyze(model, *, include=None, exclude=()):
     >>> analysis.reachable["params"]
     0.99
     """
-    channels = read_channels(model, include, exclude)
+    channels = read_channels(model, include, exclude, exact)
     costs = CostModel(channels)
     before, after = costs(), costs(_with_one_each(channels, channels.groups))
     alone = {group.name: costs(_with_one_each(channels, [group])) for group in channels.groups}
@@ -97,6 +104,11 @@ def _with_one_each(channels, groups):
     for group in groups:
         kept[group.start + 1 : group.start + group.num_units] = False
     return kept
+
+
+def _and_more(names):
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    return f"{names[0]}{more}" if names else ""
 
 
 def _saved(before, after):

@@ -58,7 +58,7 @@ def rebuild(original, state):
     """The model of a state, made from the original by the same cuts, with the values of then."""
     model = original
     for plan in state.plans:
-        channels = read_channels(model)
+        channels = read_channels(model, exact=plan.exact)
         model = cut(channels, kept_units(channels, plan), compiled_as=original, carry=False)
     if not _assigned(_lasting_variables(model), state.variables):
         raise ValueError(

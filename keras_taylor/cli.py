@@ -51,6 +51,9 @@ Flops = Annotated[bool, typer.Option("--flops", help="The goal is a fraction of 
 Exclude = Annotated[
     list[str] | None, typer.Option(help="A layer that keeps its channels, or a regular expression.")
 ]
+Inexact = Annotated[
+    bool, typer.Option("--inexact", help="Open what is normalised together (LayerNormalization), too.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Load code that the model file holds (Lambda layers).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on standard output.")]
@@ -63,13 +66,15 @@ Html = Annotated[str, typer.Option(help="Write a report, one HTML file.", show_d
 def analyze(
     model: Model,
     exclude: Exclude = None,
+    inexact: Inexact = False,
     trust: Trust = False,
     modules: Imports = None,
     as_json: Json = False,
     backend: Backend = "",
 ):
     """Say which channels could go, which stay, and why."""
-    analysis = keras_taylor.analyze(_model(model, trust, modules), exclude=exclude or ())
+    loaded = _model(model, trust, modules)
+    analysis = keras_taylor.analyze(loaded, exclude=exclude or (), exact=not inexact)
     if as_json:
         _print_json(
             costs=analysis.costs,
@@ -104,6 +109,7 @@ def compress(
         str | None, typer.Option(help="What makes a channel important; else it depends on the model.")
     ] = None,
     exclude: Exclude = None,
+    inexact: Inexact = False,
     round_to: Annotated[int, typer.Option(help="Keep multiples of so many channels.")] = 1,
     repair: Annotated[
         bool, typer.Option("--repair/--no-repair", help="Refit the layers that lost inputs after each cut.")
@@ -139,6 +145,7 @@ def compress(
         increment=increment,
         criterion=criterion,
         exclude=exclude or (),
+        exact=not inexact,
         round_to=round_to,
         repair=repair,
         learning_rate=learning_rate or None,

@@ -38,15 +38,9 @@ from keras_taylor.refitting import refit
 from keras_taylor.report import Info, Round
 from keras_taylor.round_scores import RoundScores, default_criterion
 from keras_taylor.schedule import fractions
-from keras_taylor.scoring import (
-    check_compiled,
-    check_labels,
-    draws_labels,
-)
+from keras_taylor.scoring import check_compiled, check_labels, draws_labels
 from keras_taylor.surgery import cut, whole_copy
 from keras_taylor.walk import example_inputs
-
-# Examples of a scoring pass where the caller does not say: more hardly move the ranking.
 
 
 class CompressionInterrupted(KeyboardInterrupt):
@@ -74,6 +68,7 @@ def compress(
     score_examples=None,
     include=None,
     exclude=(),
+    exact=True,
     round_to=1,
     min_channels=1,
     repair=True,
@@ -104,6 +99,8 @@ def compress(
         score_examples: Examples a scoring pass; `None`: all, at most 10,000.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: prune only the channels that these make / none of them.
+        exact: `False`: channels that are normalised together may leave, too, as the residual stream of
+            a transformer or a ConvNeXt (see `analyze`).
         round_to: Every group of channels keeps a multiple of this many.
         min_channels: Every group keeps at least so many.
         repair: Refit the layers that lost inputs by least squares on at most 512 examples after each
@@ -158,12 +155,12 @@ def compress(
     """
     check_fit_arguments(fit_kwargs)
     run = _Run(
-        model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude,
+        model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude, exact,
         round_to, min_channels, repair, labels, distill, learning_rate, backup_dir, fit_kwargs,
     )  # fmt: skip
     run.info.command = wording.as_call(
         goal=goal, increment=increment, criterion=run.info.criterion, include=include, exclude=exclude,
-        round_to=round_to, min_channels=min_channels, repair=repair,
+        exact=exact, round_to=round_to, min_channels=min_channels, repair=repair,
         distill=distill is not False, learning_rate=learning_rate, **fit_kwargs,
     )  # fmt: skip
     with Reporter(verbose) as reporter:
@@ -175,7 +172,7 @@ class _Run:
     """One call of `compress`: everything checked when it is made, then round by round."""
 
     def __init__(
-        self, model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude,
+        self, model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude, exact,
         round_to, min_channels, repair, labels, distill, learning_rate, backup_dir, fit_kwargs,
     ):  # fmt: skip
         what, fraction = parse_goal(goal)
@@ -184,7 +181,7 @@ class _Run:
         self._original, self._goal, self._what = model, goal, what
         self._fit_kwargs = dict(fit_kwargs)
         self._include = layer_names(model, include)
-        self._exclude = layer_names(model, exclude)
+        self._exclude, self._exact = layer_names(model, exclude), exact
         self._limits = {"round_to": round_to, "min_channels": min_channels}
         self._carry = not has_schedule(model.optimizer)
         channels = self._read(model)
@@ -219,8 +216,13 @@ class _Run:
             criterion=name,
             before=self._before,
             after=self._before,
-            plan=Plan(before=self._before, after=self._before),
+            plan=Plan(before=self._before, after=self._before, exact=exact),
             locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in channels.locked},
+            inexact={
+                g.name: {"channels": g.num_units, "changes": list(g.normalised_by)}
+                for g in channels.groups
+                if g.normalised_by
+            },
             unknown=tuple(channels.unknown),
             name=model.name,
             layers={name: stop - start for start, stop, name in channels.space.producers},
@@ -273,6 +275,7 @@ class _Run:
             criterion=self.info.criterion,
             include=self._include,
             exclude=self._exclude,
+            exact=self._exact,
             **self._limits,
             repair=self._repairs,
             distill=self._distill is not False,
@@ -329,7 +332,7 @@ class _Run:
             plan = plan_of(channels, costs, kept)
             total = self.info.plan.compose(plan)
             if not self._trains:  # the original says more than what was repaired before
-                channels = read_channels(self._original)
+                channels = read_channels(self._original, exact=self._exact)
                 kept = kept_units(channels, total)
             small = cut(channels, kept, compiled_as=self._original, carry=self._carry)
         with clock.phase("repair"):
@@ -350,7 +353,7 @@ class _Run:
         return small
 
     def _read(self, model):
-        return read_channels(model, self._include, self._exclude)
+        return read_channels(model, self._include, self._exclude, self._exact)
 
     def _kept(self, channels, costs, flat, ceiling):
         removable = Removable(channels, costs, flat, **self._limits)

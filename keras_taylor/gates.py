@@ -1,6 +1,7 @@
 """The gate layer, and the wrapper model that carries gates."""
 
 import contextlib
+import functools
 import inspect
 
 import keras
@@ -145,11 +146,14 @@ class GatedNetwork(keras.layers.Layer):
         gated = {}
         for call in plumbing.graph.calls:
             operation = plumbing.operations[id(call.operation)]
-            args, kwargs = plumbing.arguments(call, tensors, gated, carrier)
-            if training is not None and id(call.operation) in plumbing.takes_training:
-                kwargs["training"] = training
-            with plumbing.gated_past(call, carrier):
-                outputs = keras.tree.flatten(operation(*args, **kwargs))
+            if id(call) in plumbing.normalised:
+                outputs = [plumbing.normalised[id(call)](operation, tensors[call.inputs[0]], carrier)]
+            else:
+                args, kwargs = plumbing.arguments(call, tensors, gated, carrier)
+                if training is not None and id(call.operation) in plumbing.takes_training:
+                    kwargs["training"] = training
+                    with plumbing.gated_past(call, carrier):
+                    outputs = keras.tree.flatten(operation(*args, **kwargs))
             tensors.update(zip(call.outputs, outputs, strict=True))
             yield call
 
@@ -164,6 +168,7 @@ class _Plumbing:
             key for key, o in operations.items() if "training" in inspect.signature(o.call).parameters
         }
         self._edges, self._pasts = _edges(channels), _pasts(channels)
+        self.normalised = _normalised(channels)  # calls that run otherwise while gates are closed
 
     def arguments(self, call, tensors, gated, carrier):
         """The arguments of a call, tensors in their places; `gated` keeps what was gated before."""
@@ -269,14 +274,10 @@ class _Edge:
 
     def apply(self, x, carrier):
         """`x` times the gate of each of its channels."""
-        gated = x * ops.cast(self.gate(carrier), x.dtype)
-        mask = getattr(x, "_keras_mask", None)
-        if mask is not None:
-            gated._keras_mask = mask
-        return gated
+        return _with_mask_of(x, x * ops.cast(self.gate(carrier), x.dtype))
 
     def gate(self, carrier):
-        """The gates as a tensor that broadcasts to what they are for."""
+        """The gates of all channels, in the rank of the tensor."""
         if self.start is None:
             gate = ops.take(carrier, np.where(self.units < 0, carrier.shape[1] - 1, self.units), axis=1)
         else:
@@ -284,6 +285,13 @@ class _Edge:
         if self.repeats > 1:
             gate = ops.tile(gate, (1, self.repeats))
         return ops.reshape(gate, (-1, *self.shape[1:]))
+
+
+def _with_mask_of(x, y):
+    mask = getattr(x, "_keras_mask", None)
+    if mask is not None:
+        y._keras_mask = mask
+    return y
 
 
 def _period(units):
@@ -320,6 +328,21 @@ def _pasts(channels):
                 axis = int(np.argmax(units.shape))
                 pasts[id(call)] = effect.feedback, _Edge(units.reshape(-1), axis, units.ndim)
     return pasts
+
+
+def _normalised(channels):
+    """For calls that normalise units together: functions of the layer, its input and the carrier."""
+    found = {}
+    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+        units = channels.units(channels.labels[call.inputs[0]]) if effect.gated else np.full(1, -1)
+        if (units >= 0).any():
+            edge = _Edge(units.reshape(-1), int(np.argmax(units.shape)), units.ndim)
+            found[id(call)] = functools.partial(_run_normalised, effect.gated, edge)
+    return found
+
+
+def _run_normalised(gated, edge, layer, x, carrier):
+    return _with_mask_of(x, gated(layer, x, edge.gate(carrier)))
 
 
 def _clone_operations(channels):

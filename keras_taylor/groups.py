@@ -1,6 +1,7 @@
 """The channels that live or die together."""
 
 import dataclasses
+import functools
 import re
 
 import keras
@@ -10,6 +11,8 @@ from keras_taylor import graph as graphs
 from keras_taylor import rules
 from keras_taylor.labels import FIXED, LabelSpace
 from keras_taylor.trials import check_registered, probed_rule
+
+_HINT = "; `exact=False` opens it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Group:
         producers: Names of all layers (and padding operations) that make them.
         start: Index of its first unit among all units of the analysis.
         reason: Why no unit of it can leave, `None` where they can.
+        normalised_by: What normalises its units together, as in "LayerNormalization 'norm1'": when one
+            leaves, the others change. So the group is open with `exact=False` only.
     """
 
     name: str
@@ -29,6 +34,7 @@ class Group:
     producers: tuple
     start: int
     reason: str | None = None
+    normalised_by: tuple = ()
 
     @property
     def prunable(self):
@@ -44,20 +50,21 @@ class Channels:
         effects: `rules.base.Effect` of each call.
         labels: Label array of every tensor.
         groups: Prunable groups, in the order of their units.
-        locked: Groups of which no unit can leave.
         num_units: Number of prunable units.
         unknown: Names of operations without a rule that lock channels.
         probed: Names of operations that let channels through since running them on
             random numbers showed that each channel stands for itself.
+        exact: Whether channels that are normalised together stay.
     """
 
-    def __init__(self, graph, include=None, exclude=()):
-        self.graph = graph
-        self.space = LabelSpace()
+    def __init__(self, graph, include=None, exclude=(), exact=True):
+        self.graph, self.exact = graph, exact
+        self.space = LabelSpace(exact)
+        self._selection = include, exclude
         self._label(graph)
         self._select(include, exclude)
-        roots, locks = self.space.resolve()
-        self._make_groups(roots, locks)
+        self._roots, self._locks = self.space.resolve()
+        self._make_groups(self._roots, self._locks)
 
     def units(self, labels):
         """Unit of each label: an int64 array of the same shape, -1 for what stays."""
@@ -68,7 +75,7 @@ class Channels:
         self.effects, self.probed = [], []
         self._first = {}  # first effect of each operation, and of each site
         for call in graph.calls:
-            check_registered(call, self.labels, graph.shapes)
+            check_registered(call, self.labels, graph.shapes, self.exact)
             rule = probed_rule(call, self.labels, graph.shapes)
             positions = graphs.tensor_positions(call)
             effect = rules.apply(self.space, call, self.labels, graph.shapes, positions, rule)
@@ -144,7 +151,20 @@ class Channels:
             names[producers[0]] = names.get(producers[0], 0) + 1
             suffix = f"#{names[producers[0]]}" if names[producers[0]] > 1 else ""
             self.groups.append(Group(producers[0] + suffix, int(stop - start), producers, int(start)))
-        self.locked = self._locked_groups(classes[locks[classes] >= 0], locks, producer_of)
+        self._note_normalised()
+
+    def _note_normalised(self):
+        """Tells the groups by what they are normalised."""
+        starts = [group.start for group in self.groups]
+        names = [{} for _ in self.groups]
+        for labels, by in self.space.normalised:
+            units = np.unique(self.units(labels))
+            for number in np.unique(np.searchsorted(starts, units[units >= 0], "right") - 1).tolist():
+                names[number][by] = None
+        self.groups = [
+            dataclasses.replace(group, normalised_by=tuple(by))
+            for group, by in zip(self.groups, names, strict=True)
+        ]
 
     def _signatures(self, roots):
         """A hash of all the places in which each class occurs."""
@@ -157,16 +177,36 @@ class Channels:
             np.add.at(signature, roots[vector], weight)
         return signature
 
-    def _locked_groups(self, classes, locks, producer_of):
+    @functools.cached_property
+    def locked(self):
+        """Groups of which no unit can leave."""
+        roots, locks = self._roots, self._locks
+        classes = np.flatnonzero((roots == np.arange(len(roots))) & (locks >= 0))
+        starts = np.array([start for start, _, _ in self.space.producers], np.int64)
+        producers = np.searchsorted(starts, classes, "right") - 1
+        open_otherwise = self._open_if_inexact()
         groups = {}
-        for root in classes.tolist():
-            key = (int(producer_of[root]), int(locks[root]))
+        for root, producer in zip(classes.tolist(), producers.tolist(), strict=True):
+            name = self.space.producers[producer][2]
+            opens = (name, root - int(starts[producer])) in open_otherwise
+            key = (producer, int(locks[root]), opens)
             groups[key] = groups.get(key, 0) + 1
         return [
-            Group(name, num, (name,), -1, self.space.reasons[lock])
-            for (producer, lock), num in sorted(groups.items())
+            Group(name, num, (name,), -1, self.space.reasons[lock] + _HINT * opens)
+            for (producer, lock, opens), num in sorted(groups.items())
             for name in [self.space.producers[producer][2]]
         ]
+
+    def _open_if_inexact(self):
+        """Channels, as names of their producers and positions, that `exact=False` would open."""
+        if not (self.exact and self.space.normalised):
+            return set()
+        other = Channels(self.graph, *self._selection, exact=False)
+        return {
+            (name, position)
+            for start, stop, name in other.space.producers
+            for position in np.flatnonzero(other.units(np.arange(start, stop)) >= 0).tolist()
+        }
 
 
 def _vectors(first, second):
@@ -223,7 +263,7 @@ def layer_names(model, patterns):
     return [re.escape(names[id(p)]) if id(p) in names else p for p in patterns]
 
 
-def read_channels(model, include=None, exclude=()):
+def read_channels(model, include=None, exclude=(), exact=True):
     """Reads a model and finds its groups.
 
     Args:
@@ -232,8 +272,10 @@ def read_channels(model, include=None, exclude=()):
             names, or layers. `None`: all. A unit that several layers make is pruned
             only if all of them are included.
         exclude: Never prune the channels that these layers make.
+        exact: `False`: channels that are normalised together may leave, too, although that
+            changes what the others become.
 
     Returns:
         `Channels`.
     """
-    return Channels(graphs.read(model), include, exclude)
+    return Channels(graphs.read(model), include, exclude, exact)

@@ -10,9 +10,17 @@ class LabelSpace:
 
     Unions and locks are only collected while a graph is read; `resolve` works
     them out for all labels at once, without a Python loop over channels.
+
+    Args:
+        exact: Whether channels that are normalised together stay.
+
+    Attributes:
+        normalised: Labels that are normalised together and, beside them, by what.
     """
 
-    def __init__(self):
+    def __init__(self, exact=True):
+        self.exact = exact
+        self.normalised = []
         self.producers = []  # (first label, stop, name) of every range handed out
         self.reasons = []
         self._num_labels = 1
@@ -49,6 +57,13 @@ class LabelSpace:
         if labels.size:
             self._locks.append((labels, len(self.reasons)))
             self.reasons.append(reason)
+
+    def normalise(self, labels, operation, name):
+        """Notes that a kind of operation normalises these together; says whether they may leave."""
+        self.normalised.append((labels.reshape(-1), f"{operation} '{name}'"))
+        if self.exact:
+            self.lock(labels, f"normalised together ('{name}')")
+        return not self.exact
 
     def resolve(self):
         """Works out the classes.

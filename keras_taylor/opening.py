@@ -157,6 +157,7 @@ def _traced(layer, inputs, args=None, kwargs=None, make=keras.Function):
     if layer.activity_regularizer is not None:
         raise Closed("it has an activity regularizer of its own")
     function = _run(layer, inputs, args, kwargs or {}, make)
+    _refuse_computed_weights(layer, function)
     if "training" in inspect.signature(layer.call).parameters and "training" not in (kwargs or {}):
         training = _run(layer, inputs, args, {**(kwargs or {}), "training": True})
         if record(training) != record(function):
@@ -228,6 +229,18 @@ def _refuse_own_weights(layer):
     own = [w for w in layer.weights if id(w) not in inside]
     if own:
         raise Closed(f"it has weights of its own ('{own[0].name}')")
+
+
+def _refuse_computed_weights(layer, function):
+    """Refuses layers inside that run on values of their own (positions): these would become constants."""
+    steps = nodes(function)
+    arguments = keras.tree.flatten([[list(node.arguments.args), node.arguments.kwargs] for node in steps])
+    if not any(keras.ops.is_tensor(x) and not isinstance(x, keras.KerasTensor) for x in arguments):
+        return
+    seen = {id(w) for node in steps for w in getattr(node.operation, "weights", ())}
+    for inner in layer._flatten_layers(include_self=False):
+        if inner.weights and not any(id(w) in seen for w in inner.weights):
+            raise Closed(f"it calls '{inner.name}' on values that do not come from its inputs")
 
 
 def _computed_in(layer, arguments):

@@ -29,7 +29,7 @@ def page(info):
             cards=_cards(info),
             layers=_layers(info),
             curves=plots.rounds_as_svg(info) if info.rounds else "",
-            tables=[_rounds(info), _artefacts(info), _repairs(info), _locked(info)],
+            tables=[_rounds(info), _artefacts(info), _repairs(info), _inexact(info), _locked(info)],
             command=info.command,
             environment=", ".join(f"{key} {value}" for key, value in info.environment.items()),
         )
@@ -126,6 +126,12 @@ def _repairs(info):
     ]
     header = ["layer", "relative squared error, cut", "repaired", "left alone because"]
     return {"title": "Repair in the last round", "header": header, "rows": rows, "wraps": True}
+
+
+def _inexact(info):
+    rows = [[name, e["channels"], ", ".join(e["changes"])] for name, e in info.inexact.items()]
+    header = ["group", "channels", "their removal changes the values of"]
+    return {"title": "Open with exact=False only", "header": header, "rows": rows, "wraps": True}
 
 
 def _locked(info):

@@ -29,11 +29,13 @@ class Plan:
     Attributes:
         layers: Layer name -> `LayerPlan`, for every layer that loses channels.
         before, after: Costs ("params", "flops") without and with the plan.
+        exact: `False` where channels that are normalised together may leave (see `analyze`).
     """
 
     layers: Mapping[str, LayerPlan] = dataclasses.field(default_factory=dict)
     before: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     after: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
+    exact: bool = True
 
     def compose(self, later):
         """This plan followed by one made for the model that this one leads to.
@@ -57,7 +59,8 @@ class Plan:
                     f"Received: later={later.layers[name]!r}"
                 )
             layers[name] = LayerPlan(now.width, tuple(now.kept[i] for i in then.kept))
-        return Plan(layers, self.before or later.before, later.after or self.after)
+        exact = self.exact and later.exact
+        return Plan(layers, self.before or later.before, later.after or self.after, exact)
 
     def to_json(self):
         """The plan as a JSON string."""
@@ -65,6 +68,7 @@ class Plan:
             "format": _FORMAT,
             "before": dict(self.before),
             "after": dict(self.after),
+            "exact": self.exact,
             "layers": {n: {"width": p.width, "kept": list(p.kept)} for n, p in self.layers.items()},
         }
         return json.dumps(content)
@@ -84,7 +88,7 @@ class Plan:
                 n: LayerPlan(int(p["width"]), tuple(int(i) for i in p["kept"]))
                 for n, p in content["layers"].items()
             }
-            return cls(layers, content["before"], content["after"])
+            return cls(layers, content["before"], content["after"], bool(content.get("exact", True)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"This is no plan that `Plan.to_json` wrote ({type(error).__name__}: {error}). "
@@ -109,7 +113,7 @@ class Plan:
         return "plan: " + (", ".join(parts) or f"{len(self.layers)} layers lose channels")
 
 
-def make_plan(model, scores, goal=0.3, *, round_to=1, min_channels=1, include=None, exclude=()):
+def make_plan(model, scores, goal=0.3, *, round_to=1, min_channels=1, include=None, exclude=(), exact=True):
     """Chooses the least important units of the whole network until the goal is met.
 
     Args:
@@ -121,7 +125,7 @@ def make_plan(model, scores, goal=0.3, *, round_to=1, min_channels=1, include=No
             `{"flops": 0.5}`.
         round_to: Every group keeps a multiple of this many channels.
         min_channels: Every group keeps at least so many channels.
-        include, exclude: As in `score`.
+        include, exclude, exact: As in `score`. The plan remembers `exact`.
 
     Returns:
         A `Plan` that removes the goal, or at most one unit (or one rounding step) more.
@@ -131,7 +135,7 @@ def make_plan(model, scores, goal=0.3, *, round_to=1, min_channels=1, include=No
             says how much can be.
     """
     what, fraction = parse_goal(goal)
-    channels = read_channels(model, include, exclude)
+    channels = read_channels(model, include, exclude, exact)
     costs = CostModel(channels)
     check_countable(costs(), what, f"goal={goal!r}")
     removable = Removable(channels, costs, flat_scores(channels, scores), round_to, min_channels)
@@ -179,7 +183,9 @@ def flat_scores(channels, scores):
         group = names.get(name)
         if group is None or values.shape != (group.num_units,) or np.isnan(values).any():
             expected = (
-                "one of its prunable groups" if group is None else f"shape ({group.num_units},), no NaN"
+                "one of its groups that are prunable with these `include`, `exclude` and `exact`"
+                if group is None
+                else f"shape ({group.num_units},), no NaN"
             )
             raise ValueError(
                 f"The scores do not fit the model at '{name}'. Expected {expected}. "
@@ -267,7 +273,7 @@ def plan_of(channels, costs, kept):
         mask = mask_of(channels, np.arange(start, stop), kept)
         if not mask.all() and name not in layers:
             layers[name] = LayerPlan(mask.size, tuple(np.flatnonzero(mask).tolist()))
-    return Plan(layers, costs(), costs(kept))
+    return Plan(layers, costs(), costs(kept), channels.exact)
 
 
 def mask_of(channels, labels, kept):

@@ -46,7 +46,7 @@ def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_
     >>> small = keras_taylor.repair(small, model, plan, images)
     """
     small, model = functional_view(small), functional_view(model)
-    channels = read_channels(model)
+    channels = read_channels(model, exact=plan.exact)
     kept = kept_units(channels, plan)
     _check_cut(small, channels, kept)
     feed = Feed(ds, model, batch_size, targets=False)

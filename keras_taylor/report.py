@@ -51,6 +51,8 @@ class Info:
         before, after: "params" and "flops" of the original and of the result.
         rounds: A `Round` for each completed round.
         locked: For each layer with channels that cannot leave: how many, and why.
+        inexact: For each group that is open with `exact=False` only: its "channels", and the
+            normalisations whose values their removal "changes".
         unknown: Operations without a rule, whose input channels stay.
         plan: The `Plan` from the original model to the result.
         stop_reason: Why the run ended.
@@ -70,6 +72,7 @@ class Info:
     plan: Any
     rounds: list = dataclasses.field(default_factory=list)
     locked: dict = dataclasses.field(default_factory=dict)
+    inexact: dict = dataclasses.field(default_factory=dict)
     unknown: tuple = ()
     stop_reason: str = ""
     name: str = ""

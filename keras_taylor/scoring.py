@@ -37,6 +37,7 @@ def score(
     steps_per_epoch=None,
     class_weight=None,
     cost="params",
+    exact=True,
 ):
     """Scores every channel unit that can be pruned.
 
@@ -60,6 +61,8 @@ def score(
         cost: What "sensitivity" and "fisher" hold against what is lost: the parameters ("params")
             or the "flops" that go with a unit. The one that the plan's goal is about. Other
             criteria score the units alone.
+        exact: As in `analyze`. With `False` a gate tells of the means and variances, too, that the
+            other channels are normalised with when this one goes.
 
     Returns:
         A dict: group name (that of the first layer making its channels) -> float32
@@ -78,7 +81,7 @@ def score(
     (32,)
     """
     model = functional_view(model)
-    channels = read_channels(model, include, exclude)
+    channels = read_channels(model, include, exclude, exact)
     criteria.get(criterion)
     check_cost(cost)
     feed = None

@@ -32,7 +32,7 @@ def prune(model, plan):
         ValueError: if the plan was made for another model.
         UnsupportedModelError: if a layer cannot be made again from its configuration.
     """
-    channels = read_channels(model)
+    channels = read_channels(model, exact=plan.exact)
     return cut(channels, kept_units(channels, plan))
 
 

@@ -24,7 +24,7 @@ _passed: set = set()
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def check_registered(call, labels, shapes):
+def check_registered(call, labels, shapes, exact=True):
     """Refuses a registered rule that does not hold for this layer.
 
     Gates at zero must equal the layer without these channels: some channels are closed
@@ -35,6 +35,7 @@ def check_registered(call, labels, shapes):
         call: A `graph.Call`.
         labels: Label array of every tensor seen so far, by index.
         shapes: Shape of every tensor.
+        exact: Whether channels that are normalised together stay.
 
     Raises:
         ValueError: if the rule does not hold.
@@ -47,12 +48,12 @@ def check_registered(call, labels, shapes):
     axes = {index: Tensor(labels[index], shapes[index]).channel_axis for index in call.inputs}
     config = {k: v for k, v in call.operation.get_config().items() if k != "name"}
     sizes = [(shapes[index], axes[index]) for index in (*call.inputs, *call.outputs) if index in axes]
-    key = (*classes, *registered, json.dumps([config, sizes], sort_keys=True, default=repr))
+    key = (*classes, *registered, exact, json.dumps([config, sizes], sort_keys=True, default=repr))
     if key in _passed:
         return
     try:
         for seed in range(_NUM_DRAWS):
-            _Trial(call, shapes, axes, rule, seed).run()
+            _Trial(call, shapes, axes, rule, seed, exact).run()
     except _NotHeldError as error:
         raise ValueError(
             f"The rule that was registered for `{classes[registered[0] is None].__name__}` does not hold "
@@ -119,9 +120,9 @@ class _NotHeldError(Exception):
 class _Trial:
     """One layer with labels of its own, some of which leave."""
 
-    def __init__(self, call, shapes, axes, rule, seed):
+    def __init__(self, call, shapes, axes, rule, seed, exact):
         self._call, self._random = call, np.random.default_rng(seed)
-        self._space, self._labels = LabelSpace(), {}
+        self._space, self._labels = LabelSpace(exact), {}
         for index in dict.fromkeys(call.inputs):
             rank = len(shapes[index])
             self._labels[index] = np.full((1,) * rank, FIXED)
@@ -150,7 +151,7 @@ class _Trial:
         for weight in whole.weights:
             if "float" in weight.dtype:
                 weight.assign(self._random.uniform(0.5, 1.5, weight.shape).astype("float32"))
-        wanted = self._outputs(whole, {i: self._gated(i) for i in self._inputs})
+        wanted = self._closed(whole)
         try:
             given = self._outputs(self._cut(whole), {i: self._short(i) for i in self._inputs}, cut=True)
         except _NotHeldError:
@@ -194,6 +195,15 @@ class _Trial:
 
     def _random_input(self, index, shape):
         return random_input(self._random, shape, dtype_of(self._call, index))
+
+    def _closed(self, whole):
+        """What the layer puts out while what leaves is closed."""
+        if self._effect.gated is None:
+            return self._outputs(whole, {i: self._gated(i) for i in self._inputs})
+        (index,) = self._inputs
+        gate = ops.convert_to_tensor(self._kept[self._labels[index]].astype("float32"))
+        y = self._effect.gated(whole, ops.convert_to_tensor(self._inputs[index]), gate)
+        return [np.asarray(ops.convert_to_numpy(ops.cast(y, "float32")))]
 
     def _gated(self, index):
         """An input with what leaves closed, where the rule says that the channels are read."""

@@ -39,6 +39,10 @@ def opening(model, info, num_rounds, scored, draws, repairs, carries, rate, epoc
     if frozen:
         names = ", ".join(frozen[:5]) + (", ..." if len(frozen) > 5 else "")
         yield f"frozen, so pruned but not fine-tuned: {len(frozen)} layers ({names})"
+    if info.inexact:
+        num = sum(entry["channels"] for entry in info.inexact.values())
+        names = ", ".join(list(info.inexact)[:5]) + (", ..." if len(info.inexact) > 5 else "")
+        yield f"open with exact=False only, as they are normalised together: {num:,} channel units ({names})"
     if info.unknown:
         yield f"without a rule, so what they read stays: {', '.join(info.unknown)}"
 

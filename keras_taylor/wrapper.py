@@ -37,6 +37,8 @@ class PrunableModel(GatedModel):
             need no passes of their own.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: prune only the channels that these make / none of them.
+        exact: As in `keras_taylor.analyze`. With `False` normalisations take their means and variances
+            over the channels that are open, so that `strip` changes nothing here either.
         round_to: Every group of channels keeps a multiple of this many.
         min_channels: Every group keeps at least so many.
         loss_reduction: Whether the loss of a batch is the "mean" or the "sum" of its
@@ -68,6 +70,7 @@ class PrunableModel(GatedModel):
         round_to=1,
         min_channels=1,
         loss_reduction="auto",
+        exact=True,
         name=None,
     ):
         _check_arguments(model, criterion, loss_reduction)
@@ -75,7 +78,7 @@ class PrunableModel(GatedModel):
         original = read_channels(model)
         own, weights = rebuild(original, np.ones(original.num_units, bool))
         include, exclude = layer_names(model, include), layer_names(model, exclude)
-        channels = read_channels(own, include, exclude)
+        channels = read_channels(own, include, exclude, exact)
         super().__init__(channels, frozen=False, name=name or f"prunable_{model.name}")
         self._arguments = {
             "criterion": criterion,
@@ -84,6 +87,7 @@ class PrunableModel(GatedModel):
             "round_to": round_to,
             "min_channels": min_channels,
             "loss_reduction": loss_reduction,
+            "exact": exact,
         }
         self._pruning = _Pruning(channels, round_to, min_channels)
         self.network.gates.averaged = loss_reduction != "sum"

@@ -32,23 +32,23 @@ NAMES = [
 ]
 
 
-def random_scores(model, seed=0):
+def random_scores(model, seed=0, exact=True):
     random = np.random.default_rng(seed)
-    return {g.name: random.random(g.num_units) for g in read_channels(model).groups}
+    return {g.name: random.random(g.num_units) for g in read_channels(model, exact=exact).groups}
 
 
-def reachable(model):
+def reachable(model, exact=True):
     """The largest fraction of the parameters that can be removed."""
-    channels = read_channels(model)
+    channels = read_channels(model, exact=exact)
     costs = CostModel(channels)
     removable = Removable(channels, costs, np.zeros(channels.num_units))
     return 1 - costs(removable.least())["params"] / costs()["params"]
 
 
-def random_plan(model, seed=0, fraction=0.4):
+def random_plan(model, seed=0, fraction=0.4, exact=True):
     """A plan that takes some units, at least one, out of every group that has two or more."""
     random = np.random.default_rng(seed)
-    channels = read_channels(model)
+    channels = read_channels(model, exact=exact)
     kept = np.ones(channels.num_units, bool)
     for group in channels.groups:
         num = min(group.num_units - 1, max(1, round(fraction * group.num_units)))
@@ -130,10 +130,10 @@ def _hash(variables):
     return digest.hexdigest()
 
 
-def check_law_two(model, x, tolerance=1e-5):
+def check_law_two(model, x, tolerance=1e-5, exact=True):
     """Gates at zero equal the pruned model, for a random plan; returns that one."""
-    channels = read_channels(model)
-    plan = random_plan(model)
+    channels = read_channels(model, exact=exact)
+    plan = random_plan(model, exact=exact)
     kept = kept_units(channels, plan)
     assert not kept.all()
     gated = GatedModel(channels)

@@ -104,6 +104,26 @@ def test_json_for_machines(run):
     assert [g["reason"] for g in content["groups"] if g["name"] == "first"] == ["excluded by the caller"]
 
 
+def test_inexact_opens_what_is_normalised_together(run):
+    x = inputs = keras.Input((4, 4))
+    x = keras.layers.LayerNormalization()(keras.layers.Dense(6, name="stem")(x))
+    x = keras.layers.Dense(2, name="head")(keras.layers.Flatten()(x))
+    keras.Model(inputs, keras.layers.Softmax()(x)).save("normed.keras")
+    assert json.loads(run("analyze", "normed.keras", "--json")[1])["reachable"]["params"] == 0
+    code, out, _ = run("analyze", "normed.keras", "--json", "--inexact")
+    assert code == 0
+    group = next(g for g in json.loads(out)["groups"] if g["name"] == "stem")
+    assert group["reason"] is None
+    assert len(group["normalised_by"]) == 1
+    random = np.random.default_rng(0)
+    np.savez("normed.npz", x=random.normal(size=(32, 4, 4)), y=random.integers(0, 2, 32))
+    command = ("compress", "normed.keras", "--data", "normed.npz", "--goal", "0.4", "--epochs", "0")
+    assert "out of reach" in refused(run, *command, "-o", "stays.keras")
+    assert run(*command, "-o", "smaller.keras", "--inexact")[0] == 0
+    small = keras.models.load_model("smaller.keras")
+    assert small.get_layer("stem").units < 6
+
+
 def test_analyze_prints_a_table(run):
     code, out, _ = run("analyze", "model.keras")
     assert code == 0 and "channels can leave" in out and "model output" in out

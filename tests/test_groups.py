@@ -125,7 +125,7 @@ def test_slices_split_a_layer_into_groups():
 
 def test_what_is_normalised_over_channels_is_locked_with_a_reason():
     channels = read_channels(case("layernorm").model)
-    assert locked_of(channels)["conv1"] == (6, "normalised together ('norm')")
+    assert locked_of(channels)["conv1"] == (6, "normalised together ('norm'); `exact=False` opens it")
     assert [g.name for g in channels.groups] == ["expand"]
 
 

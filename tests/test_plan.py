@@ -149,7 +149,8 @@ def test_numbers_of_channels_are_whole(name, value):
     [
         (
             {"conv9": np.ones(6)},
-            "'conv9'. Expected one of its prunable groups. Received: scores['conv9'] of shape (6,)",
+            "'conv9'. Expected one of its groups that are prunable with these `include`, `exclude` and "
+            "`exact`. Received: scores['conv9'] of shape (6,)",
         ),
         (
             {"conv1": np.ones(5)},

@@ -79,7 +79,7 @@ def test_flops_of_dot():
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (lambda: layers.UnitNormalization(), "normalised together ('layer')"),
+        (lambda: layers.UnitNormalization(), "normalised together ('layer'); `exact=False` opens it"),
         (lambda: layers.Masking(), "decides with others whether a step is masked ('layer')"),
     ],
 )

@@ -86,6 +86,9 @@ class Effect:
         reads: For each input (by number) that is contracted: the axis. A gate
             belongs on this edge.
         feedback: Where it reads its own past: a gate belongs there, too.
+        gated: For an operation that normalises channels together, and lets them through: a
+            function of it, of its input and of a gate for each channel of that, which puts out
+            what the operation would without the channels whose gate is zero.
         work: Floating point operations of one example.
         known: False where no rule knows the operation.
         ease: Makes a copy of the layer cheaper to differentiate, in place, its
@@ -98,6 +101,7 @@ class Effect:
     arguments: Mapping[int, Edit] = dataclasses.field(default_factory=dict)
     reads: Mapping[int, int] = dataclasses.field(default_factory=dict)
     feedback: Feedback | None = None
+    gated: Callable[..., Any] | None = None
     work: tuple = ()
     known: bool = True
     ease: Callable[..., None] | None = None
@@ -125,6 +129,10 @@ class Context:
     def lock(self, labels, why):
         """Keeps these labels for ever; the report says why and where."""
         self.space.lock(labels, f"{why} ('{self.name}')")
+
+    def normalise(self, labels):
+        """Notes that these are normalised together; says whether they may leave (`exact=False`)."""
+        return self.space.normalise(labels, type(self.operation).__name__, self.name)
 
     def union(self, first, second):
         """Makes labels that meet here one."""

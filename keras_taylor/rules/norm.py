@@ -1,9 +1,11 @@
 """Normalisation layers, and layers with one weight a channel."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
+from keras_taylor.rules import normalising
 from keras_taylor.rules.base import Effect, channel_axis, count, elements
 
 # operations an element: what a fused scale and shift costs, and a full normalisation
@@ -19,25 +21,44 @@ def batch_normalization(ctx):
 
 
 def layer_normalization(ctx):
-    """What is normalised together stays together."""
-    tensor, axis = ctx.inputs[0], ctx.operation.axis
-    axes = {k % tensor.rank for k in np.atleast_1d(axis)}
-    if tensor.channel_axis in axes:
-        ctx.lock(tensor.labels, "normalised together")
-        return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), tensor.shape, _NORMALISE))
-    return _per_channel(ctx, {}, work=_NORMALISE)
+    """What is normalised together stays, but with `exact=False` goes through."""
+    understood = not getattr(ctx.operation, "rms_scaling", False)
+    return _over_axes(ctx, normalising.layer_normalization, ("gamma", "beta"), understood)
+
+
+def rms_normalization(ctx):
+    """As LayerNormalization, over the last axes."""
+    rank = ctx.inputs[0].rank
+    axes = _axes(ctx)
+    understood = axes == tuple(range(rank - len(axes), rank))  # else Keras scales along other axes
+    return _over_axes(ctx, normalising.rms_normalization, ("scale",), understood)
+
+
+def unit_normalization(ctx):
+    """As LayerNormalization, without weights."""
+    return _over_axes(ctx, normalising.unit_normalization, ())
 
 
 def group_normalization(ctx):
-    """With one group a channel they go through, else what is normalised together stays."""
+    """What is normalised together leaves as a whole; all channels together only with `exact=False`."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = layer.axis % tensor.rank
     vector = tensor.along(axis)
-    if tensor.channel_axis not in (None, axis) or layer.groups not in (-1, tensor.shape[axis]):
-        ctx.lock(tensor.labels, "normalised together")
-        return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), tensor.shape, _NORMALISE))
-    config = {} if layer.groups == -1 else {"groups": count(vector)}
-    return _per_channel(ctx, {"gamma": (vector,), "beta": (vector,)}, config, work=_NORMALISE)
+    if tensor.channel_axis not in (None, axis):
+        return _stays(ctx)
+    weights = {"gamma": (vector,), "beta": (vector,)}
+    if layer.groups == 1 and tensor.channel_axis is not None:
+        run = functools.partial(
+            normalising.group_normalization, axes=_from_end(tensor, range(1, tensor.rank))
+        )
+        return _let_through(ctx, run, weights)
+    size = vector.size // layer.groups if layer.groups > 0 else 1
+    if size > 1:
+        ctx.union(vector, np.repeat(vector[::size], size))
+        if not ctx.space.exact:
+            # a later plan would take single channels out of the last group
+            ctx.lock(vector[: 2 * size], "of several groups that are normalised two stay")
+    return _per_channel(ctx, weights, {"groups": count(vector[::size])}, work=_NORMALISE)
 
 
 def prelu(ctx):
@@ -90,6 +111,44 @@ def spatial(ctx):
 def moved(ctx):
     """Channels go through; space changes its size."""
     return dataclasses.replace(spatial(ctx), work=())
+
+
+def _over_axes(ctx, run, names, understood=True):
+    """A normalisation over `operation.axis`, with weights of the same axes."""
+    tensor, axes = ctx.inputs[0], _axes(ctx)
+    if tensor.channel_axis not in axes:
+        return _per_channel(ctx, {}, work=_NORMALISE)
+    if not understood or list(axes) != sorted(axes):
+        return _stays(ctx)
+    along = tuple(tensor.along(k) if k == tensor.channel_axis else None for k in axes)
+    run = functools.partial(run, axes=_from_end(tensor, axes))
+    return _let_through(ctx, run, dict.fromkeys(names, along))
+
+
+def _let_through(ctx, run, weights):
+    """What is normalised together goes through, or stays, as the caller of all this wants it."""
+    if getattr(ctx.operation, "activity_regularizer", None) is not None:
+        return _stays(ctx)
+    if not ctx.normalise(ctx.inputs[0].labels):
+        return _untouched(ctx)
+    return dataclasses.replace(_per_channel(ctx, weights, work=_NORMALISE), gated=run)
+
+
+def _stays(ctx):
+    ctx.lock(ctx.inputs[0].labels, "normalised together")
+    return _untouched(ctx)
+
+
+def _untouched(ctx):
+    return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), ctx.inputs[0].shape, _NORMALISE))
+
+
+def _axes(ctx):
+    return tuple(int(k) % ctx.inputs[0].rank for k in np.atleast_1d(ctx.operation.axis))
+
+
+def _from_end(tensor, axes):
+    return tuple(k - tensor.rank for k in axes)
 
 
 def _per_channel(ctx, weights, config=None, work=1.0):

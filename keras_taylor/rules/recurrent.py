@@ -62,13 +62,14 @@ def spectral_normalization(ctx, rule):
 
 def _of_inner(effect):
     """The effect of a layer as that of the wrapper around it."""
-    ease, past = effect.ease, effect.feedback
+    ease, past, gated_call = effect.ease, effect.feedback, effect.gated
     return dataclasses.replace(
         effect,
         weights={f"layer.{name}": axes for name, axes in effect.weights.items()},
         config={f"layer.config.{key}": edit for key, edit in effect.config.items()},
         feedback=past and Feedback(past.labels, lambda layer, gate: past.gated(layer.layer, gate)),
         ease=ease and (lambda layer: ease(layer.layer)),
+        gated=gated_call and (lambda layer, x, gate: gated_call(layer.layer, x, gate)),
     )
 
 

@@ -5,7 +5,7 @@ import math
 import keras
 
 from keras_taylor.rules import elementwise
-from keras_taylor.rules.base import Effect, Work, count, elements, size
+from keras_taylor.rules.base import Effect, Work, count, elements, size, weight_of
 
 REGISTERED: dict = {}  # class -> rule
 _AXES = ("channels", "inputs", "units")
@@ -25,7 +25,7 @@ def register_rule(layer_class, rule=None, *, like=None, weights=None, config=Non
         like: `"elementwise"`: each value that comes out depends on the value at the same
             place only. Or a Keras layer class that does the same, with weights and
             configuration of the same names.
-        weights: For each weight (attribute name) what lies along each of its axes:
+        weights: For each weight (attribute, or path as "projection.kernel") what lies along each of its axes:
             `"channels"`, those that go through the layer; `"inputs"` and `"units"` of a
             layer that mixes channels; or `None`.
         config: For each configuration value that is such a number: which.
@@ -114,7 +114,7 @@ def _products(ctx, weights, labels, axis):
     places = size(shape, (axis % len(shape),))
     work = []
     for name, axes in weights.items():
-        kernel = getattr(ctx.operation, name, None)
+        kernel = weight_of(ctx.operation, name)
         if kernel is not None and "inputs" in axes:
             rest = math.prod(d for d, a in zip(kernel.shape, axes, strict=True) if a is None)
             work.append(Work(2.0 * places * rest, tuple(labels[a] for a in axes if a is not None)))
