@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_taylor.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.graph import Ref
+from keras_taylor.insides import gated_inside
 from keras_taylor.losses import example_losses
 
 # Rows of the statistics: sums over examples, or over batches, of functions of the
@@ -147,7 +148,8 @@ class GatedNetwork(keras.layers.Layer):
             args, kwargs = plumbing.arguments(call, tensors, gated, carrier)
             if training is not None and id(call.operation) in plumbing.takes_training:
                 kwargs["training"] = training
-            outputs = keras.tree.flatten(operation(*args, **kwargs))
+            with gated_inside(operation, plumbing.gates_inside(call, carrier)):
+                outputs = keras.tree.flatten(operation(*args, **kwargs))
             tensors.update(zip(call.outputs, outputs, strict=True))
             yield call
 
@@ -162,6 +164,15 @@ class _Plumbing:
             key for key, o in operations.items() if "training" in inspect.signature(o.call).parameters
         }
         self._edges = _edges(channels)
+        self._inside = _edges_inside(channels)
+
+    def gates_inside(self, call, carrier):
+        """For layers inside a closed one, by number: what puts gates on what they read."""
+
+        def gate(edge):
+            return lambda x: edge.apply(x, carrier)
+
+        return {number: gate(edge) for number, edge in self._inside.get(id(call), {}).items()}
 
     def arguments(self, call, tensors, gated, carrier):
         """The arguments of a call, tensors in their places; `gated` keeps what was gated before."""
@@ -294,6 +305,18 @@ def _edges(channels):
                 if key not in shared:
                     shared[key] = _Edge(units.reshape(-1), axis, units.ndim)
                 edges[id(call), index] = shared[key]
+    return edges
+
+
+def _edges_inside(channels):
+    """Gated edges inside closed layers: by call, and by the number of the inner layer that reads."""
+    edges = {}
+    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+        for read in effect.inside:
+            units = channels.units(read.labels)
+            if (units >= 0).any():
+                edge = _Edge(units.reshape(-1), read.axis, units.ndim)
+                edges.setdefault(id(call), {})[read.number] = edge
     return edges
 
 

@@ -64,7 +64,8 @@ class _SideBySide:
             lost = self._lost_inputs(number)
             if self._to_refit(number, call, lost) and call.name not in repairs:
                 repairs[call.name] = self._refit(number, call)
-            if lost or self._changed.intersection(call.inputs):
+            lost_inside = self._lost_inside(number)
+            if lost or lost_inside or self._changed.intersection(call.inputs):
                 self._changed.update(call.outputs)
             self._new.run(number)
             for walk in (self._old, self._new):
@@ -92,6 +93,11 @@ class _SideBySide:
     def _lost_inputs(self, number):
         masks = self._masks(number)
         return masks is not None and not masks[0].all()
+
+    def _lost_inside(self, number):
+        """Whether a layer that stays closed lost units inside: it is not refitted itself."""
+        reads = self._channels.effects[number].inside
+        return not all(mask_of(self._channels, read.labels, self._kept).all() for read in reads)
 
     def _refit(self, number, call):
         if not self._new.graph.is_used_once(call.operation):

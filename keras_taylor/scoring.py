@@ -14,7 +14,7 @@ from keras_taylor.groups import read_channels
 from keras_taylor.log_odds import NUM_PROBES, ODDS_ROWS, OddsModel, shrunk
 from keras_taylor.opening import functional_view
 from keras_taylor.passes import gate_statistics, loss_changes, refuse_class_weight
-from keras_taylor.rules.base import weight_of
+from keras_taylor.rules.base import made_by_kernels, weight_of
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.sensitivity import curves
 
@@ -286,13 +286,7 @@ def _per_unit(channels, select, reduce):
 
 
 def _made_by_kernels(call, effect):
-    """Kernels with their output axis: name, axis, labels."""
-    made = [m for edit in effect.config.values() for m in edit.labels]
-    made = [m for m in made if np.array_equal(m, effect.outputs[0].reshape(-1))]
-    for name, axes in effect.weights.items():
-        for axis, labels in enumerate(axes):
-            if name != "bias" and len(axes) > 1 and any(labels is m for m in made):
-                yield name, axis, labels
+    return made_by_kernels(effect)
 
 
 def _scaled_by_gammas(call, effect):

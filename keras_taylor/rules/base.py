@@ -60,6 +60,19 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class InnerRead:
+    """What a layer inside a closed one contracts; its number is that among the inner layers."""
+
+    number: int
+    labels: np.ndarray  # of the tensor that it is called on
+
+    @property
+    def axis(self):
+        """The axis that is contracted."""
+        return int(np.argmax(self.labels.shape))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Effect:
     """What an operation does to labels, and everything that shrinking it needs.
 
@@ -75,6 +88,8 @@ class Effect:
         known: False where no rule knows the operation.
         ease: Makes a copy of the layer cheaper to differentiate, in place, its
             values the same; `None` where there is no such way.
+        inside: For a layer that stays closed, what layers inside contract: gates belong there too.
+        made: Weights with the axis along which they make the units inside of it.
     """
 
     outputs: list
@@ -85,6 +100,8 @@ class Effect:
     work: tuple = ()
     known: bool = True
     ease: Callable[..., None] | None = None
+    inside: tuple = ()  # of InnerRead
+    made: tuple = ()  # of (weight, axis)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,11 +176,28 @@ class Context:
 
 
 def weight_of(operation, path):
-    """The weight of an operation at an attribute path (`"cell.kernel"`), `None` if it has none."""
+    """The weight of an operation at an attribute path (`"cell.kernel"`), `None` if it has none.
+
+    `"weights.3"` is the fourth of all its weights, those of inner layers among them.
+    """
+    head, _, number = path.rpartition(".")
+    if head == "weights":
+        return operation.weights[int(number)]
     try:
         return operator.attrgetter(path)(operation)
     except AttributeError:
         return None
+
+
+def made_by_kernels(effect):
+    """Kernels with the axis along which they make channels: name, axis, labels."""
+    made = [m for edit in effect.config.values() for m in edit.labels]
+    made = [m for m in made if np.array_equal(m, effect.outputs[0].reshape(-1))]
+    for name, axes in effect.weights.items():
+        for axis, labels in enumerate(axes):
+            is_kernel = name != "bias" and len(axes) > 1 and any(labels is m for m in made)
+            if is_kernel or (name, axis) in effect.made:
+                yield name, axis, labels
 
 
 def is_keras_own(cls):
