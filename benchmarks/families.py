@@ -181,10 +181,10 @@ def laws(model, reachable):
     law2 = difference(given, predicted(gated, x))
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "small.keras"
-        small.save(path)
         try:
+            small.save(path)
             loaded = f"{difference(given, predicted(keras.models.load_model(path), x)):.0e}"
-        except Exception:  # a class of KerasHub that does not take what its `get_config` gives
+        except Exception:  # classes of KerasHub with a `get_config` that fails, or that they do not take
             loaded = "no"
     small.compile(keras.optimizers.SGD(1e-3), "mse")
     targets = keras.tree.map_structure(keras.ops.zeros_like, small(x, training=False))

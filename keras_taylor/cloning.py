@@ -31,7 +31,7 @@ def clone_operation(operation, name, changes=None):
     try:
         if type(operation) is keras.layers.Lambda:
             return _lambda_copy(operation)
-        config = _not_built(operation) if is_keras_own(type(operation)) else operation.get_config()
+        config = _not_built(operation) if is_keras_own(type(operation)) else configuration_of(operation)
         if _is_own_function(getattr(operation, "activation", None)) and "activation" in config:
             config["activation"] = operation.activation  # its name need not be registered
         for path, value in (changes or {}).items():
@@ -68,6 +68,35 @@ def _made_from(cls, config):
             stacklevel=4,
         )
         return cls.from_config({key: value for key, value in config.items() if key in taken})
+
+
+def configuration_of(operation):
+    """Its `get_config`; what that leaves out, or all where it fails, from attributes named like arguments."""
+    if not isinstance(operation, keras.Layer):
+        return operation.get_config()
+    try:
+        config, said = operation.get_config(), "leaves out arguments that it needs"
+        missing = [p for p in _parameters(operation) if p.default is p.empty and p.name not in config]
+    except (AttributeError, NotImplementedError):
+        config, said = keras.Layer.get_config(operation), "fails"
+        missing = _parameters(operation)
+        if not all(hasattr(operation, p.name) for p in missing):
+            raise
+    found = {p.name: getattr(operation, p.name) for p in missing if hasattr(operation, p.name)}
+    if found:
+        warnings.warn(
+            f"The `get_config` of class `{type(operation).__name__}` {said}. A model with such a layer can "
+            "be used and trained, but not loaded from a file.",
+            stacklevel=4,
+        )
+    return {**config, **found}
+
+
+def _parameters(operation):
+    """The arguments of `__init__` that have names."""
+    parameters = inspect.signature(type(operation).__init__).parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p for p in list(parameters.values())[1:] if p.kind in named]
 
 
 def _lambda_copy(layer):

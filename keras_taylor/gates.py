@@ -152,7 +152,7 @@ class GatedNetwork(keras.layers.Layer):
                 args, kwargs = plumbing.arguments(call, tensors, gated, carrier)
                 if training is not None and id(call.operation) in plumbing.takes_training:
                     kwargs["training"] = training
-                    with plumbing.gated_past(call, carrier):
+                with plumbing.gated_within(call, carrier):
                     outputs = keras.tree.flatten(operation(*args, **kwargs))
             tensors.update(zip(call.outputs, outputs, strict=True))
             yield call
@@ -167,7 +167,7 @@ class _Plumbing:
         self.takes_training = {
             key for key, o in operations.items() if "training" in inspect.signature(o.call).parameters
         }
-        self._edges, self._pasts = _edges(channels), _pasts(channels)
+        self._edges, self._within = _edges(channels), _within(channels)
         self.normalised = _normalised(channels)  # calls that run otherwise while gates are closed
 
     def arguments(self, call, tensors, gated, carrier):
@@ -186,12 +186,13 @@ class _Plumbing:
 
         return keras.tree.map_structure(value, (call.args, dict(call.kwargs)))
 
-    def gated_past(self, call, carrier):
-        """A context within which what a call reads of its own past is gated."""
-        if id(call) not in self._pasts:
-            return contextlib.nullcontext()
-        feedback, edge = self._pasts[id(call)]
-        return feedback.gated(self.operations[id(call.operation)], edge.gate(carrier))
+    @contextlib.contextmanager
+    def gated_within(self, call, carrier):
+        """A context within which what a call reads inside of it is gated."""
+        with contextlib.ExitStack() as stack:
+            for read, edge in self._within.get(id(call), ()):
+                stack.enter_context(read.gated(self.operations[id(call.operation)], edge.gate(carrier)))
+            yield
 
 
 class GatedModel(keras.Model):
@@ -318,16 +319,16 @@ def _edges(channels):
     return edges
 
 
-def _pasts(channels):
-    """For each call that reads its own past through gates: its `Feedback`, and what takes the gates."""
-    pasts = {}
+def _within(channels):
+    """For each call: what it reads through gates where no tensor of the graph is, and the edges."""
+    found = {}
     for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
-        if effect.feedback is not None:
-            units = channels.units(effect.feedback.labels)
+        for read in effect.within:
+            units = channels.units(read.labels)
             if (units >= 0).any():
-                axis = int(np.argmax(units.shape))
-                pasts[id(call)] = effect.feedback, _Edge(units.reshape(-1), axis, units.ndim)
-    return pasts
+                edge = _Edge(units.reshape(-1), int(np.argmax(units.shape)), units.ndim)
+                found.setdefault(id(call), []).append((read, edge))
+    return found
 
 
 def _normalised(channels):

@@ -132,15 +132,18 @@ def read(model):
         raise ValueError(
             f"Expected a `keras.Model`. Received: model={model!r} (of type {type(model).__name__})"
         )
-    several_ways = set()
-    while True:
-        try:
-            graph = _read(model, several_ways)
-        except _SeveralWays as error:
-            several_ways.add(id(error.layer))
-        else:
-            _refuse_other_forms(graph)
-            return graph
+    graph = _read(_read_structure(model, model.name))
+    _refuse_other_forms(graph)
+    return graph
+
+
+def read_inside(layer, args, kwargs):
+    """Reads what a layer does with arguments that hold symbolic tensors, as `read` does a model.
+
+    Raises:
+        Closed: if that cannot be seen; the message says why.
+    """
+    return _read(_structure_of(layer, opened(layer, args, kwargs)))
 
 
 def _refuse_other_forms(graph):
@@ -169,9 +172,18 @@ def _refuse_other_forms(graph):
                 )
 
 
-def _read(model, several_ways):
-    reader = _Reader(several_ways)
-    structure = reader.structure(model, model.name)
+def _read(structure):
+    several_ways = set()
+    while True:
+        try:
+            return _read_once(structure, several_ways)
+        except _SeveralWays as error:
+            several_ways.add(id(error.layer))
+
+
+def _read_once(structure, several_ways):
+    model, reader = structure.model, _Reader(several_ways)
+    reader.structures[id(model)] = structure
     shapes = [tuple(t.shape) for t in keras.tree.flatten(structure.inputs)]
     reader.shapes.extend(shapes)
     inputs = tuple(range(len(shapes)))

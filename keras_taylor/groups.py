@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_taylor import graph as graphs
 from keras_taylor import rules
+from keras_taylor.composites import inside_rule
 from keras_taylor.labels import FIXED, LabelSpace
 from keras_taylor.trials import check_registered, probed_rule
 
@@ -76,10 +77,11 @@ class Channels:
         self._first = {}  # first effect of each operation, and of each site
         for call in graph.calls:
             check_registered(call, self.labels, graph.shapes, self.exact)
-            rule = probed_rule(call, self.labels, graph.shapes)
+            inside = inside_rule(call, graph.shapes, Channels)
+            probed = None if inside else probed_rule(call, self.labels, graph.shapes)
             positions = graphs.tensor_positions(call)
-            effect = rules.apply(self.space, call, self.labels, graph.shapes, positions, rule)
-            if rule is not None or rules.base.is_probed_activation(call.operation):
+            effect = rules.apply(self.space, call, self.labels, graph.shapes, positions, inside or probed)
+            if probed or (call.closed is None and rules.base.is_probed_activation(call.operation)):
                 self.probed.append(call.name)
             for index, labels in zip(call.outputs, effect.outputs, strict=True):
                 self.labels[index] = labels

@@ -94,11 +94,10 @@ class _SideBySide:
         return masks is not None and not masks[0].all()
 
     def _puts_out_other_values(self, number):
-        """Whether what is left of a layer read units that are gone: from before, or from its own past."""
+        """Whether what is left of a layer read units that are gone: from before, from its own past, or inside."""
         call, effect = self._channels.graph.calls[number], self._channels.effects[number]
         read = [self._channels.labels[call.inputs[k]] for k in effect.reads]
-        if effect.feedback is not None:
-            read.append(effect.feedback.labels)
+        read += [gate.labels for gate in effect.within]
         return not all(mask_of(self._channels, labels, self._kept).all() for labels in read)
 
     def _refit(self, number, call):

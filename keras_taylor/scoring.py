@@ -14,7 +14,7 @@ from keras_taylor.groups import read_channels
 from keras_taylor.log_odds import NUM_PROBES, ODDS_ROWS, OddsModel, shrunk
 from keras_taylor.opening import functional_view
 from keras_taylor.passes import gate_statistics, loss_changes, refuse_class_weight
-from keras_taylor.rules.base import weight_of
+from keras_taylor.rules.base import made_by_kernels, weight_of
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.sensitivity import curves
 
@@ -262,7 +262,9 @@ def _checked(values, group, criterion):
 
 def _filter_norms(channels):
     """Mean over the layers that make a unit of the L2 norm of its filters, `(num_units,)`."""
-    norms = _per_unit(channels, _made_by_kernels, lambda rows: np.sqrt(np.square(rows).sum(1)))
+    norms = _per_unit(
+        channels, lambda _, effect: made_by_kernels(effect), lambda rows: np.sqrt(np.square(rows).sum(1))
+    )
     return np.where(np.isnan(norms), 0, norms)  # what only padding makes has no filter
 
 
@@ -286,22 +288,6 @@ def _per_unit(channels, select, reduce):
             np.add.at(number, units[units >= 0], 1)
     with np.errstate(invalid="ignore"):
         return total / number
-
-
-def _made_by_kernels(call, effect):
-    """Kernels with their output axis: name, axis, labels."""
-    made = [m for edit in effect.config.values() for m in edit.labels]
-    made = [m for m in made if _repeats(effect.outputs[0].reshape(-1), m)]
-    for name, axes in effect.weights.items():
-        found = [k for k, a in enumerate(axes) if a is not None and any(_repeats(a, m) for m in made)]
-        if found and not name.endswith("bias") and len(axes) > 1:
-            yield name, found[-1], axes[found[-1]]  # recurrent kernels read, before, what they make
-
-
-def _repeats(labels, once):
-    """Whether labels are these, once or several times: the units of a layer with several gates."""
-    times = labels.size // max(once.size, 1)
-    return times > 0 and np.array_equal(labels, np.tile(once, times))
 
 
 def _scaled_by_gammas(call, effect):

@@ -59,10 +59,13 @@ def inputs_of(network, num=4, seed=1):
     """Random inputs in the model's own structure; numbers below the vocabulary where it embeds them."""
     random = np.random.default_rng(seed)
 
+    def shape_of(tensor):
+        return (num, *(7 if size is None else size for size in tensor.shape[1:]))
+
     def array(tensor):
         if "int" in tensor.dtype:
-            return random.integers(0, VOCABULARY, (num, *tensor.shape[1:])).astype(tensor.dtype)
-        return random.normal(size=(num, *tensor.shape[1:])).astype("float32")
+            return random.integers(0, VOCABULARY, shape_of(tensor)).astype(tensor.dtype)
+        return random.normal(size=shape_of(tensor)).astype("float32")
 
     if not hasattr(network, "inputs"):
         return random.normal(size=(num, *SIZE)).astype("float32")
@@ -793,6 +796,56 @@ def branching():
     x = conv(conv(x, 6, "conv1"), 5, "conv2")
     x = Branching(5, name="branching")(x)
     return classified(inputs, conv(x, 6, "conv3"))
+
+
+@keras.saving.register_keras_serializable("zoo")
+class Decoder(layers.Layer):
+    """A decoder block that asks for the batch's size and the length of the sequences, as KerasHub's do."""
+
+    def __init__(self, num_heads, num_groups, size, width, **kwargs):
+        super().__init__(**kwargs)
+        self.num_heads, self.num_groups, self.size, self.width = num_heads, num_groups, size, width
+
+    def build(self, shape):
+        parts = {"query": self.num_heads, "key": self.num_groups, "value": self.num_groups}
+        for name, num in parts.items():
+            part = layers.EinsumDense("btd,dnh->btnh", (None, num, self.size), name=name)
+            part.build(shape)
+            setattr(self, name, part)
+        self.merge = layers.EinsumDense("btnh,nhd->btd", (None, shape[-1]), bias_axes="d", name="merge")
+        self.merge.build((*shape[:2], self.num_heads, self.size))
+        self.up = [layers.Dense(self.width // 2, name=f"up{k}") for k in range(2)]
+        self.down = layers.Dense(shape[-1], name="down")
+        for part in self.up:
+            part.build(shape)
+        self.down.build((*shape[:2], self.width // 2))
+
+    def call(self, x, padding_mask=None):
+        batch, length = ops.shape(x)[:2]
+        causal = ops.arange(length)[:, None] >= ops.arange(length)
+        mask = ops.broadcast_to(causal, (batch, length, length))
+        if padding_mask is not None:
+            mask = ops.logical_and(mask, ops.cast(padding_mask[:, None], "bool"))
+        shape = (batch, length, self.num_groups, self.num_heads // self.num_groups, self.size)
+        scores = ops.einsum("btkgh,bskh->bkgts", ops.reshape(self.query(x), shape), self.key(x))
+        scores = ops.softmax(ops.where(mask[:, None, None], scores, -1e9))
+        read = ops.einsum("bkgts,bskh->btkgh", scores, self.value(x))
+        x = x + self.merge(ops.reshape(read, (batch, length, self.num_heads, self.size)))
+        return x + self.down(ops.silu(self.up[0](x)) * self.up[1](x))
+
+    def get_config(self):
+        names = ("num_heads", "num_groups", "size", "width")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+@model
+def open_decoder():
+    inputs = {key: keras.Input((None,), dtype="int32", name=key) for key in ("tokens", "mask")}
+    x = layers.Embedding(VOCABULARY, 8, name="embed")(inputs["tokens"])
+    twice = Decoder(4, 2, 3, 18, name="twice")
+    x = Decoder(3, 1, 4, 20, name="first")(x, padding_mask=inputs["mask"])
+    x = twice(twice(x))
+    return keras.Model(inputs, layers.Dense(VOCABULARY, name="head")(x))
 
 
 @model

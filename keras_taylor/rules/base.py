@@ -60,13 +60,13 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Feedback:
-    """What an operation reads of its own past.
+class Within:
+    """What an operation reads where no tensor of the graph is: of its own past, or inside of it.
 
     Attributes:
-        labels: Label array of it, of one step.
+        labels: Label array of it.
         gated: `gated(operation, gate)` is a context: within it a call of the operation (or of a
-            copy) reads its past times `gate`, a tensor that broadcasts to it.
+            copy) reads this times `gate`, a tensor that broadcasts to it.
     """
 
     labels: np.ndarray
@@ -85,7 +85,7 @@ class Effect:
         arguments: Edits of call arguments, by position in the flattened call.
         reads: For each input (by number) that is contracted: the axis. A gate
             belongs on this edge.
-        feedback: Where it reads its own past: a gate belongs there, too.
+        within: What it reads elsewhere, `Within` each: gates belong there, too.
         gated: For an operation that normalises channels together, and lets them through: a
             function of it, of its input and of a gate for each channel of that, which puts out
             what the operation would without the channels whose gate is zero.
@@ -93,6 +93,7 @@ class Effect:
         known: False where no rule knows the operation.
         ease: Makes a copy of the layer cheaper to differentiate, in place, its
             values the same; `None` where there is no such way.
+        made: Weights with the axis along which they make the units inside of it.
     """
 
     outputs: list
@@ -100,11 +101,12 @@ class Effect:
     config: Mapping[str, Edit] = dataclasses.field(default_factory=dict)
     arguments: Mapping[int, Edit] = dataclasses.field(default_factory=dict)
     reads: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    feedback: Feedback | None = None
+    within: tuple = ()
     gated: Callable[..., Any] | None = None
     work: tuple = ()
     known: bool = True
     ease: Callable[..., None] | None = None
+    made: tuple = ()  # of (weight, axis)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,11 +185,35 @@ class Context:
 
 
 def weight_of(operation, path):
-    """The weight of an operation at an attribute path (`"cell.kernel"`), `None` if it has none."""
+    """The weight of an operation at an attribute path (`"cell.kernel"`), `None` if it has none.
+
+    `"weights.3"` is the fourth of all its weights, those of inner layers among them.
+    """
+    head, _, number = path.rpartition(".")
+    if head == "weights":
+        return operation.weights[int(number)]
     try:
         return operator.attrgetter(path)(operation)
     except AttributeError:
         return None
+
+
+def made_by_kernels(effect):
+    """Kernels with the axis along which they make channels: name, axis, labels."""
+    made = [m for edit in effect.config.values() for m in edit.labels]
+    made = [m for m in made if _repeats(effect.outputs[0].reshape(-1), m)]
+    for name, axes in effect.weights.items():
+        found = [k for k, a in enumerate(axes) if a is not None and any(_repeats(a, m) for m in made)]
+        if found and not name.endswith("bias") and len(axes) > 1:
+            yield name, found[-1], axes[found[-1]]  # recurrent kernels read, before, what they make
+    for name, axis in effect.made:
+        yield name, axis, effect.weights[name][axis]
+
+
+def _repeats(labels, once):
+    """Whether labels are these, once or several times: the units of a layer with several gates."""
+    times = labels.size // max(once.size, 1)
+    return times > 0 and np.array_equal(labels, np.tile(once, times))
 
 
 def is_keras_own(cls):
