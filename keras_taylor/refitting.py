@@ -94,7 +94,7 @@ class _SideBySide:
         return masks is not None and not masks[0].all()
 
     def _puts_out_other_values(self, number):
-        """Whether what is left of a layer read units that are gone: from before, from its own past, or inside."""
+        """Whether what is left of a layer read what is gone: from before, of its own past, or inside."""
         call, effect = self._channels.graph.calls[number], self._channels.effects[number]
         read = [self._channels.labels[call.inputs[k]] for k in effect.reads]
         read += [gate.labels for gate in effect.within]
