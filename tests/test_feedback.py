@@ -258,3 +258,93 @@ def test_magnitude_is_the_mean_norm_of_a_units_filters():
     norms = [np.linalg.norm(k, axis=0).reshape(4, UNITS) for k in kernels]
     expected = np.mean(norms, axis=(0, 1))
     np.testing.assert_allclose(scores, expected / expected.mean(), rtol=1e-5)
+
+
+def tagger(**options):
+    """Steps of zeros are masked; three classes for each sequence."""
+    inputs = keras.Input((STEPS,), dtype="int32")
+    x = layers.Embedding(9, 6, mask_zero=True, name="words")(inputs)
+    x = layers.Bidirectional(layers.LSTM(5, return_sequences=True, **options), name="both")(x)
+    x = layers.GRU(6, name="gru", **options)(x)
+    model = zoo.randomized(keras.Model(inputs, layers.Dense(3, activation="softmax", name="head")(x)))
+    model.compile(keras.optimizers.Adam(3e-3), "sparse_categorical_crossentropy")
+    random = np.random.default_rng(1)
+    x = random.integers(1, 9, (64, STEPS)) * (np.arange(STEPS) < random.integers(2, STEPS + 1, (64, 1)))
+    return model, x.astype("int32"), random.integers(0, 3, 64)
+
+
+@pytest.mark.parametrize("criterion", ["log_odds", "log_odds_probed", "fisher", "sensitivity"])
+def test_every_way_to_score_knows_their_units(criterion):
+    model, x, y = tagger()
+    scores = keras_taylor.score(model, (x, y), criterion=criterion)
+    assert {name: values.shape for name, values in scores.items()} == {
+        "words": (6,),
+        "both": (5,),
+        "gru": (6,),
+    }
+    assert all(np.unique(values).size == values.size for values in scores.values())
+
+
+def test_the_true_loss_change_is_that_of_the_smaller_model():
+    model, x, y = tagger()
+    scores = keras_taylor.score(model, (x, y), criterion="oracle", batch_size=64)
+    for name, num in (("both", 5), ("gru", 6)):
+        small = keras_taylor.prune(model, keras_taylor.Plan({name: LayerPlan(num, tuple(range(1, num)))}))
+        change = small.evaluate(x, y, verbose=0) - model.evaluate(x, y, verbose=0)
+        np.testing.assert_allclose(scores[name][0], change, rtol=1e-3, atol=1e-5)
+
+
+def test_compress_from_words_to_classes():
+    model, x, y = tagger()
+    small = keras_taylor.compress(model, (x, y), goal=0.5, increment=0.25, epochs=1, batch_size=16, verbose=0)
+    assert small.count_params() <= 0.5 * model.count_params()
+    assert small.get_layer("gru").units < 6
+    both = small.get_layer("both")
+    assert both.forward_layer.units == both.backward_layer.units < 5
+    assert predict(small, x)[0].shape == (64, 3)
+
+
+def test_units_go_while_a_model_with_dropout_trains():
+    model, x, y = tagger(dropout=0.2, recurrent_dropout=0.2)
+    prunable = keras_taylor.PrunableModel(model)
+    prunable.fit(x, y, batch_size=16, epochs=1, verbose=0)
+    assert all(values.any() for values in prunable.scores.values())
+    prunable.prune(0.4)
+    prunable.fit(x, y, batch_size=16, epochs=1, verbose=0)
+    small = prunable.strip()
+    assert small.count_params() <= 0.6 * model.count_params()
+    assert relative_difference(predict(small, x), predict(prunable, x)) <= 1e-5
+
+
+def test_what_reads_units_makes_up_for_those_that_others_did_twice():
+    """The last unit is a copy of the first, and no unit reads it."""
+    inputs = keras.Input((STEPS, 3))
+    layer = layers.GRU(UNITS, reset_after=False, use_bias=False, return_sequences=True, name="gru")
+    model = zoo.randomized(keras.Model(inputs, layers.Dense(2, name="head")(layer(inputs))))
+    kernel, recurrent = (ops.convert_to_numpy(w).copy() for w in layer.weights)
+    for weight in (kernel, recurrent):
+        weight.reshape(-1, 3, UNITS)[..., -1] = weight.reshape(-1, 3, UNITS)[..., 0]
+    recurrent[-1] = 0
+    layer.set_weights([kernel, recurrent])
+    plan = keras_taylor.Plan({"gru": LayerPlan(UNITS, tuple(range(UNITS - 1)))})
+    x = np.random.default_rng(0).normal(size=(128, STEPS, 3)).astype("float32")
+    small = keras_taylor.prune(model, plan)
+    assert relative_difference(predict(small, x), predict(model, x)) > 1e-2
+    repaired, repairs = keras_taylor.repair(small, model, plan, x, return_repairs=True)
+    assert [one.name for one in repairs] == ["head"]
+    assert relative_difference(predict(repaired, x), predict(model, x)) < 1e-3
+    for before, after in zip(small.weights[:2], repaired.weights[:2], strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(after), ops.convert_to_numpy(before))
+
+
+def test_layers_behind_one_that_lost_inputs_are_refitted_too():
+    """What a recurrent layer puts out is other than it was, though all of its units are there."""
+    inputs = keras.Input((STEPS, 3))
+    x = layers.Dense(8, activation="tanh", name="before")(inputs)
+    x = layers.LSTM(UNITS, return_sequences=True, name="lstm")(x)
+    x = layers.Dense(6, activation="tanh", name="behind")(x)
+    model = zoo.randomized(keras.Model(inputs, layers.Dense(2, name="head")(x)))
+    plan = keras_taylor.Plan({"before": LayerPlan(8, tuple(range(7)))})
+    small = keras_taylor.prune(model, plan)
+    _, repairs = keras_taylor.repair(small, model, plan, zoo.inputs_of(model, 64), return_repairs=True)
+    assert [one.name for one in repairs] == ["behind"]

@@ -44,6 +44,8 @@ def recurrent_kernels(layer):
             ),
             SEQUENCE,
         ),
+        (lambda: layers.Bidirectional(layers.RNN(layers.GRUCell(3))), SEQUENCE),
+        (lambda: layers.Bidirectional(layers.ConvLSTM1D(3, 2, return_sequences=True)), (3, 5, 2)),
         (lambda: layers.ConvLSTM1D(3, 2), (3, 5, 2)),
         (lambda: layers.ConvLSTM2D(3, 2, return_state=True, dilation_rate=2), VIDEO),
         (lambda: layers.ConvLSTM3D(2, 2, return_sequences=True), (2, 3, 3, 3, 2)),
@@ -73,6 +75,16 @@ def test_units_are_one_with_what_they_meet():
     ]
     small = check_law_two(model, zoo.inputs_of(model))
     assert small.get_layer("lstm").units == small.get_layer("met").units == 2
+
+
+def test_a_layer_that_is_used_twice_has_one_set_of_units():
+    inputs = [keras.Input((4, 3)), keras.Input((2, 3))]
+    lstm = layers.LSTM(4, return_state=True, name="lstm")
+    first, *states = lstm(inputs[0])
+    second, *_ = lstm(inputs[1], initial_state=states)
+    model = zoo.randomized(keras.Model(inputs, layers.Dense(2)(layers.Concatenate()([first, second]))))
+    assert [(g.name, g.num_units) for g in read_channels(model).groups] == [("lstm", 4)]
+    assert check_law_two(model, zoo.inputs_of(model)).get_layer("lstm").units == 2
 
 
 def with_states(states):
