@@ -57,6 +57,7 @@ class Recipe:
         made: Weights by number, with the axis along which they make units.
         config: For each configuration value the units that it counts, and how often it counts each.
         work: Floating point operations: factors, and the units along the axes.
+        stays: Names, numbers of units, and reasons of groups that cannot leave.
     """
 
     groups: tuple
@@ -65,6 +66,7 @@ class Recipe:
     made: tuple
     config: dict
     work: tuple
+    stays: tuple = ()
 
     def effect(self, ctx):
         """What goes in and out stays; units inside can leave."""
@@ -72,6 +74,11 @@ class Recipe:
             ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, of which only insides can go")
         fresh = [ctx.space.fresh(num, f"{ctx.name}/{name}") for name, num in self.groups]
         labels_of = np.concatenate([*fresh, [FIXED]])
+        for number, made in enumerate(fresh):
+            if self._shares(number):
+                ctx.lock(made[:2], "the last one of those that share would be divided otherwise")
+        for name, num, reason in self.stays:
+            ctx.lock(ctx.space.fresh(num, f"{ctx.name}/{name}"), reason)
 
         def labels(units):
             return None if units is None else labels_of[units]
@@ -84,6 +91,16 @@ class Recipe:
             inside=tuple(InnerRead(k, labels(units)) for k, units in self.reads.items()),
             made=tuple((f"weights.{k}", axis) for k, axis in self.made),
         )
+
+    def _shares(self, number):
+        """Whether units of a group stand at several places along one axis, as heads that share a key."""
+        sizes = [num for _, num in self.groups]
+        start = sum(sizes[:number])
+        for units in itertools.chain.from_iterable(self.weights.values()):
+            mine = units is not None and units[(units >= start) & (units < start + sizes[number])]
+            if mine is not False and np.unique(mine).size < mine.size == units.size:
+                return True
+        return False
 
     def only(self, names):
         """The recipe for some of its groups; the units of the others stay."""
@@ -137,14 +154,20 @@ def _recipe(call, shapes, read_channels):
             return None
         recipe = _of_channels(call.operation, one, other)
         remade = Remade(call, shapes)
-        found = {}
-        for name, _ in recipe.groups:
-            config = _counted_by(recipe.only([name]), remade)
-            if config is not None and holds(dataclasses.replace(recipe.only([name]), config=config), remade):
+        found, stays = {}, []
+        for name, num in recipe.groups:
+            part = recipe.only([name])
+            config = _counted_by(part, remade)
+            if config is None:
+                stays.append((name, num, "no values of the configuration make fewer of these alone"))
+            elif not holds(dataclasses.replace(part, config=config), remade):
+                stays.append((name, num, "made again with fewer of these, it puts out something else"))
+            else:
                 found[name] = config
     except (Closed, UnsupportedModelError):
         return None
-    return _together(recipe, found, remade)
+    together = _together(recipe, found, remade)
+    return together and dataclasses.replace(together, stays=tuple(stays))
 
 
 def _together(recipe, found, remade):
