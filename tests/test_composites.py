@@ -18,7 +18,9 @@ from keras_taylor.attention import inner_layers
 from keras_taylor.costs import CostModel
 from keras_taylor.gates import GatedModel
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import kept_units
+from keras_taylor.plan import LayerPlan, kept_units
+from keras_taylor.refitting import refit
+from keras_taylor.surgery import cut
 
 
 def around(block, length=None):
@@ -214,3 +216,33 @@ def test_compress_makes_a_decoder_smaller_and_its_file_loads_with_its_class(tmp_
     )
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
+
+
+def test_what_a_unit_inside_did_is_taken_over_by_those_that_stay():
+    model = around(zoo.Decoder(3, 1, 4, 20, name="block"))
+    block = model.get_layer("block")
+    for part, factor in zip(block.up, (1, 2), strict=True):
+        kernel, bias = (np.array(keras.ops.convert_to_numpy(w)) for w in part.weights)
+        kernel[:, 9], bias[9] = factor * kernel[:, 0], factor * bias[0]
+        part.kernel.assign(kernel)
+        part.bias.assign(bias)
+    x = tokens(7, num=64)
+    plan = keras_taylor.Plan({"block/up0": LayerPlan(10, tuple(range(9)))})
+    small = keras_taylor.prune(model, plan)
+    repaired = keras_taylor.repair(small, model, plan, x)
+    wanted = predict(model, x)
+    assert relative_difference(predict(small, x), wanted) > 0.05
+    assert relative_difference(predict(repaired, x), wanted) < 0.005
+    assert [type(layer) for layer in repaired.layers] == [type(layer) for layer in model.layers]
+
+
+def test_what_is_no_matrix_product_inside_is_left_alone():
+    model = around(zoo.Decoder(3, 1, 4, 20, name="block"))
+    channels = read_channels(model)
+    kept = np.ones(channels.num_units, bool)
+    kept[[0, 4]] = False
+    x = tokens(7, num=64)
+    small = cut(channels, kept)
+    repairs = {one.name: one for one in refit(channels, kept, small, [x])}
+    assert repairs["block/merge"].reason == "it is not known as a matrix product"
+    assert repairs["block/down"].reason is None or "held-out" in repairs["block/down"].reason

@@ -19,7 +19,7 @@ REACHABLE = {
     **{"ResNet": 0.95, "ResNet, bottleneck": 0.95, "EfficientNet": 0.95, "MobileNet": 0.9, "DenseNet": 0.9},
     **{"CSPNet": 0.9, "VGG": 0.95, "Xception": 0.9, "ViT": 0.3, "SegFormer": 0.2, "DeepLabV3": 0.5},
     **{"MiT": 0.2, "BERT": 0.5, "RoBERTa": 0.5, "DistilBERT": 0.5, "ALBERT": 0.4, "Whisper": 0.3},
-    **{"GPT-2": 0.35, "Gemma": 0.55, "Llama": 0.45},
+    **{"GPT-2": 0.35, "Gemma": 0.55, "Llama": 0.45, "Mistral": 0.45, "Phi-3": 0.45, "Qwen": 0.5},
 }
 
 
