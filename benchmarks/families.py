@@ -40,8 +40,8 @@ HUB = """## KerasHub at small sizes, random weights
 
 Pruned by {goal:.0%}, or by nine tenths of what can be reached. "Law 2": largest difference to the network
 with these gates closed, relative to its largest output. "Loaded": the same after saving and loading, "no"
-where a layer of KerasHub that stays closed cannot be made from its own configuration. A train step changes
-the weights and leaves them finite.
+where a layer of KerasHub that stays closed cannot be made from its own configuration, or does not give one.
+A train step changes the weights and leaves them finite.
 """
 
 
@@ -123,6 +123,9 @@ def backbones():
         "GPT-2": lambda: hub.GPT2Backbone(**short),
         "Gemma": lambda: hub.GemmaBackbone(**{**grouped, "num_key_value_heads": 1}, head_dim=4),
         "Llama": lambda: hub.LlamaBackbone(**grouped),
+        "Mistral": lambda: hub.MistralBackbone(**grouped),
+        "Phi-3": lambda: hub.Phi3Backbone(**grouped),
+        "Qwen": lambda: hub.QwenBackbone(**grouped),
         "Whisper": lambda: hub.WhisperBackbone(**whisper),
     }
 

@@ -19,6 +19,8 @@ from keras_taylor.rules.base import Edit, Effect, Within, Work, made_by_kernels,
 
 _MOST_KEYS, _MOST_TRIALS = 3, 64  # of configuration values that one group of channels changes
 _recipes: dict = {}
+# What was found once: keys that count units, the layer's description without them, what counts each group.
+_searched: list = []
 
 
 def inside_rule(call, shapes, read_channels):
@@ -39,7 +41,7 @@ def inside_rule(call, shapes, read_channels):
     is_open_ended = any(None in shapes[index] for index in call.inputs)
     if not call.closed or not is_open_ended or not call.operation.weights:
         return None
-    key = _key(call, shapes)
+    key = _described(call, shapes)
     if key not in _recipes:
         _recipes[key] = _recipe(call, shapes, read_channels)
     recipe = _recipes[key]
@@ -57,6 +59,7 @@ class Recipe:
         made: Weights by number, with the axis along which they make units.
         config: For each configuration value the units that it counts, and how often it counts each.
         work: Floating point operations: factors, and the units along the axes.
+        stays: Names, numbers of units, and reasons of groups that cannot leave.
     """
 
     groups: tuple
@@ -65,6 +68,7 @@ class Recipe:
     made: tuple
     config: dict
     work: tuple
+    stays: tuple = ()
 
     def effect(self, ctx):
         """What goes in and out stays; units inside can leave."""
@@ -72,6 +76,11 @@ class Recipe:
             ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, of which only insides can go")
         fresh = [ctx.space.fresh(num, f"{ctx.name}/{name}") for name, num in self.groups]
         labels_of = np.concatenate([*fresh, [FIXED]])
+        for number, made in enumerate(fresh):
+            if self._shares(number):
+                ctx.lock(made[:2], "the last one of those that share would be divided otherwise")
+        for name, num, reason in self.stays:
+            ctx.lock(ctx.space.fresh(num, f"{ctx.name}/{name}"), reason)
 
         def labels(units):
             return None if units is None else labels_of[units]
@@ -81,9 +90,24 @@ class Recipe:
             weights={f"weights.{k}": tuple(map(labels, axes)) for k, axes in self.weights.items()},
             config={key: _times(factor, labels(units)) for key, (units, factor) in self.config.items()},
             work=tuple(Work(factor, tuple(map(labels, axes))) for factor, axes in self.work),
-            within=tuple(Within(labels(units), _gate_before(k)) for k, units in self.reads.items()),
+            within=tuple(Within(labels(units), _gate_before(k), k) for k, units in self.reads.items()),
             made=tuple((f"weights.{k}", axis) for k, axis in self.made),
         )
+
+    def axes(self):
+        """The units along each axis of weights along which there are any."""
+        every = itertools.chain.from_iterable(self.weights.values())
+        return [units for units in every if units is not None]
+
+    def _shares(self, number):
+        """Whether units of a group stand at several places along one axis, as heads that share a key."""
+        sizes = [num for _, num in self.groups]
+        start = sum(sizes[:number])
+        for units in self.axes():
+            mine = units[(units >= start) & (units < start + sizes[number])]
+            if np.unique(mine).size < mine.size == units.size:
+                return True
+        return False
 
     def only(self, names):
         """The recipe for some of its groups; the units of the others stay."""
@@ -121,13 +145,14 @@ def _times(factor, labels):
     return Edit((labels,), lambda kept: factor * int(kept.sum()))
 
 
-def _key(call, shapes):
+def _described(call, shapes, without=()):
+    """The layer's class, configuration, and call; some configuration values left out."""
     config = configuration_of(call.operation).items()
-    config = {k: v for k, v in config if k != "name" and not k.endswith("initializer")}  # they have seeds
+    config = {k: v for k, v in config if k not in ("name", *without)}
+    config = {k: v for k, v in config.items() if not k.endswith("initializer")}  # they have seeds
     arguments = [x if isinstance(x, (int, float, str, bool)) else None for x in _arguments(call)]
     sizes = [shapes[index] for index in call.inputs]
-    described = json.dumps([config, arguments, sizes], sort_keys=True, default=repr)
-    return type(call.operation), described, tuple(w.shape for w in call.operation.weights)
+    return type(call.operation), json.dumps([config, arguments, sizes], sort_keys=True, default=repr)
 
 
 def _arguments(call):
@@ -137,33 +162,59 @@ def _arguments(call):
 def _recipe(call, shapes, read_channels):
     """`None` where nothing inside can leave."""
     try:
-        one, other = (_read_at(call, shapes, which, read_channels) for which in (0, 1))
+        one = _read_at(call, shapes, 0, read_channels)
+        remade = Remade(call, shapes)
+        names = {group.name for group in one[1].groups}
+        for without, described, found in _searched:
+            if names <= found.keys() and described == _described(call, shapes, without):
+                recipe = _of_channels(call, shapes, one, one)
+                return _together(recipe, {name: found[name] for name in names}, remade)
+        other = _read_at(call, shapes, 1, read_channels)
         if not _alike(one, other):
             return None
-        recipe = _of_channels(call.operation, one, other)
-        remade = Remade(call, shapes)
-        found = {}
-        for name, _ in recipe.groups:
-            config = _counted_by(recipe.only([name]), remade)
-            if config is not None and holds(dataclasses.replace(recipe.only([name]), config=config), remade):
-                found[name] = config
+        recipe = _of_channels(call, shapes, one, other)
+        found = {name: _search(recipe.only([name]), remade) for name, _ in recipe.groups}
+        together = _together(recipe, found, remade)
     except (Closed, UnsupportedModelError):
         return None
-    return _together(recipe, found, remade)
+    if together is not None and names <= found.keys():
+        without = tuple(together.config)
+        _searched.append((without, _described(call, shapes, without), found))
+    return together
+
+
+def _search(part, remade):
+    """Configuration values that count the units of one group, as `_counted_by`, or why there are none."""
+    counted = _counted_by(part, remade)
+    if counted is None:
+        return "no values of the configuration make fewer of these alone"
+    if not holds(_with_counts(part, {part.groups[0][0]: counted}), remade, num_draws=1):
+        return "made again with fewer of these, it puts out something else"
+    return counted
+
+
+def _with_counts(recipe, found):
+    """A recipe with the configuration values that count its groups."""
+    config, start = {}, 0
+    for name, num in recipe.groups:
+        own = [(u >= start) & (u < start + num) for u in recipe.axes()]
+        sizes = {len(units): units for units, mine in zip(recipe.axes(), own, strict=True) if mine.any()}
+        order = sorted(sizes)
+        config.update(
+            {key: (sizes[order[min(rank, len(order) - 1)]], factor) for key, rank, factor in found[name]}
+        )
+        start += num
+    return dataclasses.replace(recipe, config=config)
 
 
 def _together(recipe, found, remade):
     """The recipe for the groups that can leave, if they can together."""
-    keys = [key for config in found.values() for key in config]
-    if not found or len(set(keys)) < len(keys):
+    stays = tuple((name, num, found[name]) for name, num in recipe.groups if isinstance(found[name], str))
+    can_leave = [name for name, _ in recipe.groups if not isinstance(found[name], str)]
+    keys = [key for name in can_leave for key, _, _ in found[name]]
+    if not can_leave or len(set(keys)) < len(keys):
         return None
-    start, config = 0, {}
-    part = recipe.only(found)
-    for name, num in part.groups:
-        for key, (units, factor) in found[name].items():
-            config[key] = (np.where(units < 0, -1, units + start), factor)
-        start += num
-    part = dataclasses.replace(part, config=config)
+    part = dataclasses.replace(_with_counts(recipe.only(can_leave), found), stays=stays)
     return part if holds(part, remade) else None
 
 
@@ -197,24 +248,25 @@ def _alike(one, other):
     return calls[:half] == calls[half:] and one[1].groups == other[1].groups
 
 
-def _of_channels(layer, one, other):
+def _of_channels(call, shapes, one, other):
     """The recipe without its configuration values; groups that no gate reaches are left out."""
-    channels, graph = one[1], one[1].graph
+    layer, channels, graph = call.operation, one[1], one[1].graph
+    is_known = not any(None in shapes[index][1:] for index in call.inputs)
     inner = {id(each): number for number, each in enumerate(inner_layers(layer))}
     numbers = {id(weight): number for number, weight in enumerate(layer.weights)}
     weights, reads, made, unreached, seen = {}, {}, [], set(), set()
-    for position, (call, effect) in enumerate(zip(graph.calls, channels.effects, strict=True)):
+    for position, (step, effect) in enumerate(zip(graph.calls, channels.effects, strict=True)):
         for number in effect.reads:
-            units = channels.units(channels.labels[call.inputs[number]])
+            units = channels.units(channels.labels[step.inputs[number]])
             if (units < 0).all():
                 continue
-            if _can_be_gated(position, number, one, other) and id(call.operation) in inner:
-                reads[inner[id(call.operation)]] = units
+            if _can_be_gated(position, number, one, other) and id(step.operation) in inner:
+                reads[inner[id(step.operation)]] = units
             else:
                 unreached.update(units.reshape(-1).tolist())
-        if id(call.operation) not in seen and not effect.within:
-            seen.add(id(call.operation))
-            of_weight = {name: numbers.get(id(weight_of(call.operation, name))) for name in effect.weights}
+        if id(step.operation) not in seen and not effect.within:
+            seen.add(id(step.operation))
+            of_weight = {name: numbers.get(id(weight_of(step.operation, name))) for name in effect.weights}
             made += [(of_weight[name], axis) for name, axis, _ in made_by_kernels(effect)]
             for name, axes in effect.weights.items():
                 if of_weight[name] is not None:
@@ -225,7 +277,7 @@ def _of_channels(layer, one, other):
         reads=reads,
         made=tuple((k, axis) for k, axis in made if weights[k][axis] is not None),
         config={},
-        work=tuple(_work(one[1], other[1])),
+        work=tuple(_work(one[1], other[1], is_known)),
     )
     reached = {g.name for g in channels.groups if unreached.isdisjoint(range(g.start, g.start + g.num_units))}
     return recipe.only(reached)
@@ -244,33 +296,37 @@ def _units_or_none(channels, labels):
     return None if units is None or (units < 0).all() else units
 
 
-def _work(channels, other):
+def _work(channels, other, is_known):
     """Work that does not depend on the sizes that were put in; else unknown."""
     for effect, again in zip(channels.effects, other.effects, strict=True):
         for work, same in zip(effect.work, again.work, strict=True):
-            factor = work.factor if work.factor == same.factor else math.nan
+            factor = work.factor if is_known and work.factor == same.factor else math.nan
             yield factor, tuple(channels.units(axis) for axis in work.axes)
 
 
 def _counted_by(recipe, remade):
-    """Configuration values that say how many units a recipe of one group has, `None` if none do."""
-    ((_, num),) = recipe.groups
-    every = itertools.chain.from_iterable(recipe.weights.values())
-    axes = {len(units): units for units in every if units is not None}
+    """Configuration values that say how many units a recipe of one group has.
+
+    Returns:
+        For each its key, which of the sizes of axes it counts (from the smallest), and how often; `None`
+        where no values do.
+    """
+    ((name, num),) = recipe.groups
+    kept = [np.arange(num) != 0, np.arange(num) == num - 1]
+    sizes = sorted({len(units) for units in recipe.axes()})
     options = [
-        (key, units, value // size)
+        (key, rank, value // size)
         for key, value in remade.numbers.items()
-        for size, units in axes.items()
+        for rank, size in enumerate(sizes)
         if value % size == 0
     ]
     options.sort(key=lambda option: option[2])
-    kept = [np.arange(num) != 0, np.arange(num) == num - 1]
+    options = [o for o in options if remade.may_fit(_with_counts(recipe, {name: [o]}), kept[0])]
     trials = itertools.chain.from_iterable(
         itertools.combinations(options, many) for many in range(1, _MOST_KEYS + 1)
     )
     for trial in itertools.islice(trials, _MOST_TRIALS):
-        config = {key: (units, factor) for key, units, factor in trial}
-        candidate = dataclasses.replace(recipe, config=config)
-        if len(config) == len(trial) and all(remade.fits(candidate, which) for which in kept):
-            return config
+        candidate = _with_counts(recipe, {name: trial})
+        if len(candidate.config) == len(trial) and all(remade.fits(candidate, which) for which in kept):
+            return trial
     return None

@@ -2,6 +2,8 @@
 
 import contextlib
 
+import keras
+
 from keras_taylor.attention import inner_layers
 
 
@@ -22,6 +24,29 @@ def gated_inside(layer, gates):
     finally:
         for number in gates:
             vars(inner[number]).pop("call", None)
+
+
+@contextlib.contextmanager
+def recorded_inside(layer, number):
+    """Within it, what an inner layer is called on and what it puts out goes into the two lists given."""
+    inner, inputs, outputs = inner_layers(layer)[number], [], []
+
+    def recorded(x):
+        inputs.append(keras.ops.convert_to_numpy(x))
+        return x
+
+    call = _gated(inner.call, recorded)
+
+    def recording(*args, **kwargs):
+        y = call(*args, **kwargs)
+        outputs.append(keras.ops.convert_to_numpy(y))
+        return y
+
+    vars(inner)["call"] = recording
+    try:
+        yield inputs, outputs
+    finally:
+        vars(inner).pop("call")
 
 
 def _gated(call, gate):

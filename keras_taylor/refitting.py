@@ -4,6 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_taylor import graph as graphs
+from keras_taylor.inner_fits import refit_inside
 from keras_taylor.layer_fits import LayerFit, LayerRepair
 from keras_taylor.linear_views import linear_view, rows_an_example
 from keras_taylor.plan import mask_of
@@ -64,6 +65,10 @@ class _SideBySide:
             lost = self._lost_inputs(number)
             if self._to_refit(number, call, lost) and call.name not in repairs:
                 repairs[call.name] = self._refit(number, call)
+            lost_inside = self._lost_inside(number)
+            for read in lost_inside:
+                one = self._refit_inside(number, read)
+                repairs.setdefault(one.name, one)
             if self._puts_out_other_values(number) or self._changed.intersection(call.inputs):
                 self._changed.update(call.outputs)
             self._new.run(number)
@@ -99,6 +104,22 @@ class _SideBySide:
         read = [self._channels.labels[call.inputs[k]] for k in effect.reads]
         read += [gate.labels for gate in effect.within]
         return not all(mask_of(self._channels, labels, self._kept).all() for labels in read)
+
+    def _lost_inside(self, number):
+        """What layers inside a closed one read, and lost a part of."""
+        reads = self._channels.effects[number].within
+        reads = [read for read in reads if read.number is not None]
+        return [read for read in reads if not mask_of(self._channels, read.labels, self._kept).all()]
+
+    def _refit_inside(self, number, read):
+        weights = self._channels.effects[number].weights
+
+        def masks(of_weight):
+            axes = weights.get(f"weights.{of_weight}", (None, None))
+            return [None if a is None else mask_of(self._channels, a, self._kept) for a in axes]
+
+        walks = (self._old, self._new)
+        return refit_inside(walks, number, read, masks, self._num_fit, self._num_examples, self._random)
 
     def _refit(self, number, call):
         if not self._new.graph.is_used_once(call.operation):

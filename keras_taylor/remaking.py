@@ -8,7 +8,7 @@ from keras_taylor.insides import gated_inside
 from keras_taylor.opening import UnsupportedModelError
 from keras_taylor.trials import dtype_of, random_input, run_call
 
-_NUM_DRAWS, _TOLERANCE = 2, {"float32": 1e-4, "float64": 1e-4}
+_TOLERANCE = {"float32": 1e-4, "float64": 1e-4}
 _EXACT = 1e-5  # a copy that is whole, relative
 
 
@@ -31,6 +31,25 @@ class Remade:
 
     def fits(self, recipe, kept):
         """Whether the layer that is made for the units kept has weights of the shapes that are left."""
+        wanted = [tuple(w.shape) for w in self.call.operation.weights]
+        for number, axes in recipe.weights.items():
+            wanted[number] = tuple(
+                size if units is None else int(_kept_of(units, kept).sum())
+                for size, units in zip(wanted[number], axes, strict=True)
+            )
+        return self._shapes_made(recipe, kept) == wanted
+
+    def may_fit(self, recipe, kept):
+        """Whether what fits might be made with other values changed, too: no other weights change."""
+        made = self._shapes_made(recipe, kept)
+        if made is None:
+            return True  # it cannot be made with this change alone
+        before = [tuple(w.shape) for w in self.call.operation.weights]
+        changed = {k for k, (a, b) in enumerate(zip(before, made, strict=True)) if a != b}
+        return bool(changed) and changed <= recipe.weights.keys()
+
+    def _shapes_made(self, recipe, kept):
+        """Shapes of the weights of the layer that is made for the units kept, `None` if it cannot be."""
         changes = changes_of(recipe, kept)
         key = tuple(sorted(changes.items()))
         if key not in self._made:
@@ -38,13 +57,7 @@ class Remade:
                 self._made[key] = [tuple(w.shape) for w in self.smaller(changes).weights]
             except UnsupportedModelError:
                 self._made[key] = None
-        wanted = [tuple(w.shape) for w in self.call.operation.weights]
-        for number, axes in recipe.weights.items():
-            wanted[number] = tuple(
-                size if units is None else int(_kept_of(units, kept).sum())
-                for size, units in zip(wanted[number], axes, strict=True)
-            )
-        return self._made[key] == wanted
+        return self._made[key]
 
     def smaller(self, changes):
         """The layer with other configuration values, built, its weights not copied."""
@@ -81,14 +94,14 @@ def changes_of(recipe, kept):
     return {key: factor * int(_kept_of(units, kept).sum()) for key, (units, factor) in recipe.config.items()}
 
 
-def holds(recipe, remade):
+def holds(recipe, remade, num_draws=2):
     """Whether a layer that is made with less puts out what the whole one does with these gates closed.
 
     Both are copies of the layer with random weights; one with the layer's own weights must put out
     what the layer does.
     """
     try:
-        return all(_holds_once(recipe, remade, seed) for seed in range(_NUM_DRAWS))
+        return all(_holds_once(recipe, remade, seed) for seed in range(num_draws))
     except UnsupportedModelError:
         return False
 

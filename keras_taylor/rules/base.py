@@ -67,10 +67,12 @@ class Within:
         labels: Label array of it.
         gated: `gated(operation, gate)` is a context: within it a call of the operation (or of a
             copy) reads this times `gate`, a tensor that broadcasts to it.
+        number: That of the inner layer which reads it, among all inner layers; `None` for the past.
     """
 
     labels: np.ndarray
     gated: Callable[..., Any]
+    number: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

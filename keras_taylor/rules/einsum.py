@@ -1,6 +1,5 @@
 """Products over named axes: `EinsumDense`, `einsum`, `matmul`, attention."""
 
-import dataclasses
 import math
 
 import keras
@@ -103,12 +102,13 @@ def _product(ctx, subscripts):
     made = terms[-1]
     if any(terms[p][0] != made[:1] for p in tensors):
         return locked(ctx, f"read by an operation on the batch axis ('{ctx.name}')")
-    letters = {terms[p][t.channel_axis] for p, t in tensors.items() if t.channel_axis is not None}
+    letters = {p: terms[p][t.channel_axis] for p, t in tensors.items() if t.channel_axis is not None}
     sizes = _sizes(terms, shapes)
-    if len(letters) != 1:
-        effect = locked(ctx, "multiplied with channels on another axis")
-        return dataclasses.replace(effect, work=_work(sizes, made[0], {}))
-    (along,) = letters
+    if not letters:
+        return Effect(outputs=[ctx.fixed()], work=_work(sizes, made[0], {}))
+    along = next(iter(letters.values()))
+    for p in (p for p, letter in letters.items() if letter != along):
+        ctx.lock(tensors[p].labels, "multiplied with channels on another axis")
     met = {p: terms[p].index(along) for p in range(len(shapes)) if along in terms[p]}
     met = {p: axis for p, axis in met.items() if shapes[p][axis] != 1}  # else it meets every channel
     read = next(p for p in met if p in tensors and tensors[p].channel_axis is not None)
