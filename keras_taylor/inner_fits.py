@@ -23,7 +23,7 @@ def refit_inside(walks, number, read, axes_masks, num_fit, num_examples, random)
     Args:
         walks: `Walk`s of the original and of the repaired model; before the closed layer's outputs are used.
         number: The number of the closed layer's call in both.
-        read: A `rules.base.InnerRead` of it.
+        read: A `rules.base.Within` of it, with a number.
         axes_masks: From the number of one of the closed layer's weights to a bool array, or `None`, for
             each of its axes.
         num_fit: Batches to fit on; the others are held out.
