@@ -176,11 +176,8 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
         except Exception as error:
             text = (str(error).strip().splitlines() or [""])[0]
             open_ended = any(None in x.shape[1:] for x in keras.tree.flatten(inputs))
-            hint = (
-                "; an input axis of unknown size may be why: give it one in `keras.Input`"
-                if open_ended
-                else ""
-            )
+            hint = "; an input axis of unknown size may be why (`keras.Input((128,))` gives it one)"
+            hint = hint if open_ended else ""
             raise Closed(f"{type(error).__name__}: {text}{hint}") from error
     if any(not isinstance(y, keras.KerasTensor) for y in keras.tree.flatten(outputs)):
         raise Closed("its `call` returns something that is no tensor")
