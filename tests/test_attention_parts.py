@@ -301,3 +301,28 @@ def test_flops_of_fused_attention_are_those_of_its_parts():
     head = 2 * 8 * 5 * 3 * 2
     assert costs()["flops"] == 2 * 5 * 8 * (24 + 12 + 12) + 2 * 8 * 5 * 5 * (3 + 3) + head
     assert costs(np.array([True, False]))["flops"] == costs()["flops"] * 3 / 4
+
+
+@pytest.mark.parametrize("name", ["attending", "transformer"])
+def test_gate_derivatives_are_those_of_the_loss(name):
+    """Tensors that are query, key and value at once are counted once for each."""
+    model = zoo.build(name)
+    model.compile("sgd", ["mse"] * len(model.outputs))
+    x = zoo.inputs_of(model, 8)
+    targets = [np.zeros(y.shape, "float32") for y in predict(model, x)]
+    scores = keras_taylor.score(model, (x, targets), criterion=lambda statistics: statistics.mean)
+    channels = read_channels(model)
+    gated = GatedModel(channels)
+
+    def loss(unit, value):
+        mask = np.ones(channels.num_units)
+        mask[unit] = value
+        gated.mask = mask
+        return sum(np.square(y, dtype=np.float64).mean() for y in predict(gated, x))
+
+    step = 0.02
+    for group in channels.groups:
+        units = range(group.start, group.start + group.num_units)
+        wanted = [(loss(unit, 1 + step) - loss(unit, 1 - step)) / (2 * step) for unit in units]
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(scores[group.name] / scale, wanted / scale, atol=3e-3, err_msg=group.name)

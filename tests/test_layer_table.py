@@ -6,7 +6,18 @@ import keras
 import pytest
 
 from keras_taylor import rules
-from keras_taylor.rules import conv, dense, einsum, elementwise, embedding, norm, products, recurrent, shape
+from keras_taylor.rules import (
+    attending,
+    conv,
+    dense,
+    einsum,
+    elementwise,
+    embedding,
+    norm,
+    products,
+    recurrent,
+    shape,
+)
 
 PATH = pathlib.Path(__file__).parent.parent / "docs" / "layers.md"
 HEADER = """# Every layer of `keras.layers`
@@ -33,14 +44,13 @@ KINDS = {
         *(conv.depthwise, norm.batch_normalization, norm.group_normalization, norm.rescaling, norm.prelu),
         *(norm.layer_scale, norm.spatial, norm.moved, elementwise.unary, elementwise.activation),
         *(elementwise.identity, elementwise.merge, shape.concatenate, shape.reshape, shape.flatten),
-        *(shape.permute, shape.repeat_vector, products.dot),
+        *(shape.permute, shape.repeat_vector, products.dot, attending.attention),
     ],
     "with `exact=False`": [norm.layer_normalization, norm.rms_normalization, norm.unit_normalization],
     "locks": [norm.normalization, elementwise.softmax, elementwise.masking],
 }
 
 REASONS = {
-    "no rule yet": "AdditiveAttention Attention",
     "unless run on random numbers it leaves each channel to itself": "Lambda",
     "what it wraps cannot be seen": "FlaxLayer JaxLayer TFSMLayer TorchModuleWrapper Pipeline",
     "a part of `RNN`, see there": "GRUCell LSTMCell SimpleRNNCell StackedRNNCells",

@@ -601,6 +601,22 @@ def transformer():
 
 
 @model
+def attending():
+    """Attention of sequences to each other and to themselves, in all of its ways."""
+    first, second = keras.Input((5, 4)), keras.Input((6, 4))
+    query = layers.Dense(8, name="query")(first)
+    key, value = layers.Dense(8, "relu", name="key")(second), layers.Dense(7, name="value")(second)
+    x = layers.Attention(use_scale=True, name="dot")([query, value, key])
+    y, scores = layers.AdditiveAttention(name="additive")([query, key], return_attention_scores=True)
+    x = layers.Concatenate()([x, y])
+    x = layers.Attention(name="self")([x, x], use_causal_mask=True)
+    y = layers.Attention(score_mode="concat", name="concat")([layers.Dense(6, name="down")(x)] * 2)
+    x = layers.Concatenate()([x, y])
+    heat = ops.mean(scores, axis=-1)
+    return keras.Model([first, second], [layers.Dense(3, name="head")(x), heat])
+
+
+@model
 def causal_transformer():
     inputs = keras.Input((6,), dtype="int32")
     x = layers.Embedding(VOCABULARY, 8, name="tokens")(inputs)

@@ -8,6 +8,7 @@ import keras
 
 from keras_taylor.rules import (
     along,
+    attending,
     conv,
     dense,
     einsum,
@@ -73,6 +74,7 @@ LAYERS = _table(
             elementwise.merge,
         ),
         ("Dot", products.dot),
+        ("Attention AdditiveAttention", attending.attention),
         ("Concatenate", shape.concatenate),
         ("Reshape", shape.reshape),
         ("Flatten", shape.flatten),

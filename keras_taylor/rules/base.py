@@ -1,5 +1,6 @@
 """What a rule is: the effect of one operation on labels, and how it shrinks."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -216,6 +217,19 @@ def _repeats(labels, once):
     """Whether labels are these, once or several times: the units of a layer with several gates."""
     times = labels.size // max(once.size, 1)
     return times > 0 and np.array_equal(labels, np.tile(once, times))
+
+
+@contextlib.contextmanager
+def replaced(owner, **values):
+    """Within it an object has other attributes, out of sight of Keras' tracking."""
+    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del vars(owner)[name]
+        vars(owner).update(before)
 
 
 def is_keras_own(cls):

@@ -4,6 +4,8 @@ import contextlib
 
 from keras import ops
 
+from keras_taylor.rules.base import replaced
+
 
 @contextlib.contextmanager
 def gated(layers, gate):
@@ -20,23 +22,10 @@ def gated(layers, gate):
     with contextlib.ExitStack() as stack:
         for layer in layers:
             step = _STEPS.get(type(layer.cell).__name__, _step)
-            stack.enter_context(_replaced(layer.cell, call=step(layer.cell, gate)))
+            stack.enter_context(replaced(layer.cell, call=step(layer.cell, gate)))
             if hasattr(layer, "use_cudnn"):
-                stack.enter_context(_replaced(layer, use_cudnn=False))
+                stack.enter_context(replaced(layer, use_cudnn=False))
         yield
-
-
-@contextlib.contextmanager
-def _replaced(owner, **values):
-    """Within it an object has other attributes, out of sight of Keras' tracking."""
-    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
-    vars(owner).update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del vars(owner)[name]
-        vars(owner).update(before)
 
 
 def _step(cell, gate):
