@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_taylor.least_squares import Regression
 from keras_taylor.linear_views import linear_view, some_positions
-from keras_taylor.streams import Sequel, constant_place
+from keras_taylor.streams import Sequel, constant_place, is_linear
 
 # How often targets are relaxed where a rectifier hides them: twice was no better on held-out images.
 _NUM_EXCUSED = 1
@@ -61,7 +61,7 @@ class LayerFit:
         x = self._old_inputs[0]
         places = np.arange(min(self._old_view.num_positions(x), 64))
         positions = np.zeros_like(places), places
-        ours = self._original(0, positions) + self._old_view.bias()
+        ours = self._computed(0, positions)
         ours = ops.convert_to_numpy(self._old_layer.activation(ops.convert_to_tensor(ours)))
         output = self._old_view.at(self._old_outputs[0], positions)
         exact = self._old_layer.compute_dtype == "float32"
@@ -115,13 +115,18 @@ class LayerFit:
 
     def _target(self, batch, positions):
         """What the layer should put out before its bias, `(num_rows, num_outputs)`."""
-        y = (self._original(batch, positions) + self._old_view.bias())[:, self._outputs]
-        return y - self._view.bias() + self._sequel.lost(batch, positions)
+        if is_linear(self._old_layer) and self._old_layer.compute_dtype == "float32":
+            y = self._old_view.at(self._old_outputs[batch], positions)
+        else:
+            y = self._computed(batch, positions)
+        return y[:, self._outputs] - self._view.bias() + self._sequel.lost(batch, positions)
 
-    def _original(self, batch, positions):
+    def _computed(self, batch, positions):
+        """What the original puts out before its activation."""
         view = self._old_view
         rows = view.rows(self._old_inputs[batch], positions)
-        return np.concatenate([x @ m for x, m in zip(rows, view.matrix(), strict=True)], axis=1)
+        y = np.concatenate([x @ m for x, m in zip(rows, view.matrix(), strict=True)], axis=1)
+        return y + view.bias()
 
     def _rows(self, positions):
         for batch, where in enumerate(positions):

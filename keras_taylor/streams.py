@@ -59,7 +59,7 @@ def constant_place(graph, call, view):
     if reader is None or not isinstance(reader.operation, keras.layers.BatchNormalization):
         return None
     fits = reader.operation.moving_mean.shape == (view.num_outputs,)
-    if not (fits and _is_linear(layer) and graph.is_used_once(reader.operation)):
+    if not (fits and is_linear(layer) and graph.is_used_once(reader.operation)):
         return None
     return ConstantPlace(reader.operation, "moving_mean", -1)
 
@@ -67,7 +67,7 @@ def constant_place(graph, call, view):
 def gain_of(graph, call, num_outputs):
     """By what the normalisation that reads a layer's output multiplies each channel; ones if none does."""
     reader = _only_reader(graph, call.outputs[0])
-    is_read = reader is not None and _is_linear(call.operation)
+    is_read = reader is not None and is_linear(call.operation)
     affine = _affine(reader.operation, num_outputs) if is_read else None
     return np.broadcast_to(np.ones(1) if affine is None else affine[0], num_outputs)
 
@@ -94,7 +94,7 @@ class Sequel:
         self._old_view, self._view = old_view, view
         self._terms, self._gain, self._offset = [], np.ones(1), np.zeros(1)
         self.rectified = _is_relu(getattr(call.operation, "activation", None))
-        if _is_linear(call.operation):
+        if is_linear(call.operation):
             self._follow(call.outputs[0])
 
     def weights(self, num_outputs):
@@ -157,7 +157,8 @@ def _only_reader(graph, index):
     return readers[0] if len(readers) == 1 and index not in graph.outputs else None
 
 
-def _is_linear(layer):
+def is_linear(layer):
+    """Whether a layer puts out its kernel's product as it is."""
     return getattr(layer, "activation", None) in (None, keras.activations.linear)
 
 

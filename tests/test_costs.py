@@ -20,7 +20,10 @@ def test_parameters_are_count_params(name):
     model = case(name).model
     costs = costs_of(model)
     assert costs["params"] == model.count_params()
-    assert costs["flops"] > 0
+    if name == "open_decoder":  # of any length
+        assert costs["flops"] is None
+    else:
+        assert costs["flops"] > 0
 
 
 def flops_of(*stack, shape=(8, 8, 3)):
