@@ -18,6 +18,6 @@ class Crashing(Doubled):
 
     @classmethod
     def from_config(cls, config):
-        if "pytest" not in sys.modules:
+        if sys.argv[0] == "-c":
             os.abort()
         return super().from_config(config)
