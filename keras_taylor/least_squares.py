@@ -72,8 +72,9 @@ class Regression:
 
         @functools.cache
         def error(ridge):
-            return self._error(*self._fit.solve(ridge, self._constant))
+            return self._error(*self._fit.solve(ridge, self._constant, np.float32))
 
+        # candidates in single precision, which is enough to choose; what is chosen in double
         best = min(np.inf, _downhill(RIDGES, error, _FIRST), key=error)
         num = max(self._held_out.num, 1)
         if not error(best) < before:  # not `>=`: a NaN is no gain
@@ -161,12 +162,13 @@ class Moments:
         self.xx += x.T @ x
         self._x += x.sum(0, dtype=np.float64)
 
-    def solve(self, products, ridge, centred):
+    def solve(self, products, ridge, centred, dtype=np.float64):
         """The inverse of `products(ridge, centred)` times an array; the last factorisation is kept."""
-        if self._solver is None or self._solver[0] != (ridge, centred):
+        if self._solver is None or self._solver[0] != (ridge, centred, dtype):
             self._solver = None  # let go of it before the next is there
-            self._solver = (ridge, centred), _solver(lambda: self.products(ridge, centred))
-        return self._solver[1](products)
+            solver = _solver(lambda: self.products(ridge, centred).astype(dtype))
+            self._solver = (ridge, centred, dtype), solver
+        return self._solver[1](products.astype(dtype))
 
     def joined(self, other):
         """Those of both sets of rows."""
@@ -231,13 +233,13 @@ class _Moments:
     def without_targets(self):
         return _Moments(self._xr.shape, self._rows)
 
-    def solve(self, ridge, constant):
+    def solve(self, ridge, constant, dtype=np.float64):
         """The change of the matrix, and the constant."""
         level = constant * self._r / max(self.num, 1)
         if np.isinf(ridge):
             return np.zeros(self._xr.shape), level
         centred = self._xr - self.num * np.outer(self._rows.mean, level)
-        change = self._rows.solve(centred, ridge, constant)
+        change = self._rows.solve(centred, ridge, constant, dtype)
         return change, constant * (level - self._rows.mean @ change)
 
     def errors(self, change, constant):
@@ -279,14 +281,14 @@ class _Rows:
     def add_targets(self, x, r):
         self._r.append(r)
 
-    def solve(self, ridge, constant):
+    def solve(self, ridge, constant, dtype=np.float64):
         r = np.concatenate(self._r).astype(np.float64)
         level = r.mean(0) if constant else 0 * r[:1].sum(0)
         if np.isinf(ridge) or not len(r):
             return np.zeros((self._x[0].shape[1], r.shape[1])), level
         if self._kernel is None:
             self._kernel = _Kernel(np.concatenate(self._x), constant)
-        change = self._kernel.solve(r - level, ridge)
+        change = self._kernel.solve(r - level, ridge, dtype)
         return change, level - self._kernel.middle @ change
 
     def errors(self, change, constant):
@@ -307,12 +309,12 @@ class _Kernel:
         self._products = (self._x @ self._x.T).astype(np.float64)
         self._solver = None
 
-    def solve(self, r, ridge):
+    def solve(self, r, ridge, dtype):
         """The change of the matrix that makes `r` of the rows; the last factorisation is kept."""
-        if self._solver is None or self._solver[0] != ridge:
+        if self._solver is None or self._solver[0] != (ridge, dtype):
             self._solver = None
-            self._solver = ridge, _solver(lambda: self._with(ridge))
-        return self._x.T @ self._solver[1](r).astype(self._x.dtype)
+            self._solver = (ridge, dtype), _solver(lambda: self._with(ridge).astype(dtype))
+        return self._x.T @ self._solver[1](r.astype(dtype)).astype(self._x.dtype)
 
     def _with(self, ridge):
         products = self._products.copy()
