@@ -319,6 +319,11 @@ def _edges(channels):
     return edges
 
 
+def _edge_of(units):
+    """The edge of a tensor whose units vary along one axis."""
+    return _Edge(units.reshape(-1), int(np.argmax(units.shape)), units.ndim)
+
+
 def _within(channels):
     """For each call: what it reads through gates where no tensor of the graph is, and the edges."""
     found = {}
@@ -326,7 +331,7 @@ def _within(channels):
         for read in effect.within:
             units = channels.units(read.labels)
             if (units >= 0).any():
-                edge = _Edge(units.reshape(-1), int(np.argmax(units.shape)), units.ndim)
+                edge = _edge_of(units)
                 found.setdefault(id(call), []).append((read, edge))
     return found
 
@@ -337,7 +342,7 @@ def _normalised(channels):
     for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
         units = channels.units(channels.labels[call.inputs[0]]) if effect.gated else np.full(1, -1)
         if (units >= 0).any():
-            edge = _Edge(units.reshape(-1), int(np.argmax(units.shape)), units.ndim)
+            edge = _edge_of(units)
             found[id(call)] = functools.partial(_run_normalised, effect.gated, edge)
     return found
 
