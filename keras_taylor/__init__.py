@@ -3,10 +3,12 @@
 from keras_taylor.analysis import Analysis, analyze
 from keras_taylor.artefacts import Artefact, ExportError
 from keras_taylor.callbacks import TaylorPruning
-from keras_taylor.compression import CompressionInterrupted, compress
+from keras_taylor.compression import compress
+from keras_taylor.descent import CompressionInterrupted
 from keras_taylor.exporting import export, measure_artefacts
 from keras_taylor.opening import UnsupportedModelError
-from keras_taylor.plan import Plan, make_plan
+from keras_taylor.plan import Plan
+from keras_taylor.planning import make_plan
 from keras_taylor.repairing import recalibrate, repair
 from keras_taylor.report import Info
 from keras_taylor.rules.registry import register_rule

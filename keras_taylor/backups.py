@@ -15,7 +15,8 @@ import keras
 import numpy as np
 
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import Plan, kept_units
+from keras_taylor.plan import Plan
+from keras_taylor.planning import kept_units
 from keras_taylor.report import Info
 from keras_taylor.surgery import cut
 
@@ -103,6 +104,7 @@ class Backups:
     Args:
         directory: Path of the directory, made if missing.
         call: What `describe_call` returned; states of another call are refused.
+        keep: Numbers of rounds whose states stay.
 
     Attributes:
         state: The newest `State` that can be read, or `None`.
@@ -111,8 +113,8 @@ class Backups:
         ValueError: if the directory cannot be written to, or belongs to another call.
     """
 
-    def __init__(self, directory, call):
-        self._directory = _writable(directory)
+    def __init__(self, directory, call, keep=()):
+        self._directory, self._keep = _writable(directory), frozenset(keep)
         self._call = json.loads(json.dumps(call, default=str))  # as it will be read again
         self.state = self._newest()
         for path in self._directory.glob(_UNFINISHED):  # of runs that were killed while they wrote
@@ -138,6 +140,22 @@ class Backups:
         """Leaves only the last state: with it the same call returns the finished model at once."""
         if self._latest is not None:
             self._remove_all_but({self._latest})
+
+    def of_round(self, number):
+        """The `State` after one of the rounds that are kept.
+
+        Raises:
+            ValueError: if it is gone or damaged.
+        """
+        paths = [path for path in self._paths() if _round_of(path) == number]
+        try:
+            return _read(paths[0])[0]
+        except (IndexError, OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"The state after round {number}, where one of the goals was reached, cannot be read "
+                f"({error}). Pass another directory: the run then starts anew. "
+                f"Received: backup_dir={str(self._directory)!r}"
+            ) from error
 
     def _newest(self):
         paths = self._paths()
@@ -182,8 +200,9 @@ class Backups:
 
     def _remove_all_but(self, paths):
         for path in set(self._paths()) - paths:
-            with contextlib.suppress(OSError):
-                path.unlink()
+            if _round_of(path) not in self._keep:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _paths(self):
         """States, newest first."""

@@ -5,13 +5,11 @@ import warnings
 import keras
 import numpy as np
 
-from keras_taylor.plan import parse_goal
+from keras_taylor.goals import parse_goal
+from keras_taylor.metric_limit import MetricLimit
 from keras_taylor.progress import Reporter
 from keras_taylor.schedule import removed_at
 from keras_taylor.wrapper import PrunableModel, check_momentum
-
-# Metrics of which more is better have one of these in their name.
-_LARGER_IS_BETTER = ("acc", "auc", "precision", "recall", "f1", "fbeta", "iou", "r2")
 
 
 class TaylorPruning(keras.callbacks.Callback):
@@ -25,7 +23,7 @@ class TaylorPruning(keras.callbacks.Callback):
 
     Args:
         goal: Fraction of the parameters to remove, counted from the model without any
-            pruning; or `{"params": 0.3}`, `{"flops": 0.5}`.
+            pruning; or a dict of costs, as in `make_plan`.
         start_epoch: Epochs that pass before anything is pruned; one at least, for its
             scores, if `frequency` is "epoch".
         frequency: "epoch", to prune between epochs, or a number of training steps (the
@@ -71,8 +69,8 @@ class TaylorPruning(keras.callbacks.Callback):
         verbose=0,
     ):
         super().__init__()
-        self._what, self._fraction = parse_goal(goal)
-        self._removed = removed_at(schedule, self._fraction)
+        self._goal = parse_goal(goal)
+        removed_at(schedule, 1.0)  # refuses what is none
         check_momentum(momentum)
         _check_whole("start_epoch", start_epoch, 0)
         if recovery_epochs is not None:
@@ -80,9 +78,9 @@ class TaylorPruning(keras.callbacks.Callback):
         if frequency != "epoch":
             _check_whole("frequency", frequency, 1, ' of steps, or "epoch"')
         self._by_epoch = frequency == "epoch"
-        self.goal, self.start_epoch, self.frequency = goal, start_epoch, frequency
+        self.goal, self.start_epoch, self.frequency, self.schedule = goal, start_epoch, frequency, schedule
         self.momentum, self.recovery_epochs, self.verbose = momentum, recovery_epochs, verbose
-        self._limit = _Limit(max_drop, monitor, mode, baseline)
+        self._watch = _Watch(MetricLimit(max_drop, monitor, mode), baseline)
         self.stop_reason = ""
 
     def set_model(self, model):
@@ -101,6 +99,8 @@ class TaylorPruning(keras.callbacks.Callback):
         """Checks the goal, and that there is time for it."""
         model, epochs = self.model, self.params["epochs"]
         model.check_goal(self.goal)
+        fractions = self._goal.fractions(model.plan.before)
+        self._removed = {what: removed_at(self.schedule, part) for what, part in fractions.items() if part}
         recovery = self.recovery_epochs
         if recovery is None:
             recovery = max(epochs // 4, int(self._by_epoch))
@@ -115,7 +115,7 @@ class TaylorPruning(keras.callbacks.Callback):
                 f"start_epoch={self.start_epoch}, recovery_epochs={self.recovery_epochs}, "
                 f"frequency={self.frequency!r}"
             )
-        self._limit.start(self._first)
+        self._watch.start(self._first)
         self._paused = 0  # epochs
         self._steps = self.params.get("steps")
         self.stop_reason = ""
@@ -140,8 +140,8 @@ class TaylorPruning(keras.callbacks.Callback):
         """Judges the epoch, and says in the logs what is left."""
         self._steps = self.params.get("steps") or self._steps
         if logs is not None:
-            self._limit.judge(self.model, logs)
-        if self._limit.broken and self._first <= epoch < self._last:
+            self._watch.judge(self.model, logs)
+        if self._watch.broken and self._first <= epoch < self._last:
             self._paused += 1
         if not self._by_epoch and epoch == self._last - 1:
             self._prune(1.0)  # what was left because the number of steps was not known
@@ -150,66 +150,60 @@ class TaylorPruning(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Restores the best state if the limit does not hold, and says if the goal was missed."""
-        restored = self._limit.finish(self.model)
-        plan = self.model.plan
-        gone = 1 - plan.after[self._what] / plan.before[self._what]
-        if gone >= self._fraction - 1e-9:
+        restored = self._watch.finish(self.model)
+        missed = self._goal.missed(self.model.plan)
+        if not missed:
             self.stop_reason = "goal reached"
         else:
-            held = f"`max_drop` on '{self._limit.monitor}' held it back"
+            held = f"`max_drop` on '{self._watch.monitor}' held it back"
             early = "training ended early, or went back to earlier weights"
             why = held if self._paused or restored else early
-            self.stop_reason = f"{gone:.1%} of {self._what} removed, not {self._fraction:.1%}: {why}"
+            self.stop_reason = f"{'; '.join(missed)}: {why}"
             warnings.warn(f"TaylorPruning: {self.stop_reason}.", stacklevel=2)
         self._say(self.stop_reason)
 
     def _prune(self, progress):
         """Prunes as far as the schedule says for this part of the time, less the pauses."""
-        if self._limit.broken:
+        if self._watch.broken:
             return
         progress -= self._paused / self._window
-        fraction = self._removed(min(progress, 1.0)) if progress > 0 else 0
-        if not fraction > 0:
+        gone = {w: removed(min(progress, 1.0)) for w, removed in self._removed.items() if progress > 0}
+        gone = {what: part for what, part in gone.items() if part > 0}
+        if not gone:
             return
-        num = self.model.prune({self._what: fraction}, momentum=self.momentum)
+        num = self.model.prune(self.goal if progress >= 1 else gone, momentum=self.momentum)
         if num and self._by_epoch:
             left = self.model.cost()["params"]
             self._say(f"epoch {self._epoch + 1}: {num} units pruned, {left:,} parameters left")
 
     def _left(self):
         left = {**self.model.cost(), "units": int(self.model.mask.sum())}
-        return {key: value for key, value in left.items() if value is not None}
+        return {key: left[key] for key in ("params", "flops", "units") if left[key] is not None}
 
     def _say(self, text):
         Reporter(2 if self.verbose else 0).say(f"TaylorPruning: {text}")
 
 
-class _Limit:
+class _Watch:
     """What `max_drop` allows, and the smallest state that kept to it."""
 
-    def __init__(self, max_drop, monitor, mode, baseline):
-        if max_drop is not None and (isinstance(max_drop, bool) or not max_drop >= 0):
-            raise ValueError(f"`max_drop` is a number from 0 on. Received: max_drop={max_drop!r}")
-        if mode not in ("auto", "min", "max"):
-            raise ValueError(f'Expected "auto", "min" or "max". Received: mode={mode!r}')
-        self.monitor, self._max_drop, self._given = monitor, max_drop, baseline
-        larger = any(name in monitor.lower() for name in _LARGER_IS_BETTER)
-        self._sign = 1 if mode == "max" or (mode == "auto" and larger) else -1
+    def __init__(self, limit, baseline):
+        self.monitor, self._limit, self._given = limit.monitor, limit, baseline
 
     def start(self, unpruned_epochs):
         """Begins a run, of which so many epochs pass before anything is pruned."""
-        if self._max_drop is not None and self._given is None and not unpruned_epochs:
+        if self._limit.max_drop is not None and self._given is None and not unpruned_epochs:
             raise ValueError(
                 f"`max_drop` compares with '{self.monitor}' at the end of an epoch without pruning, and "
                 "there is none. Pass `start_epoch=1` or more, or the value as `baseline`. "
-                f"Received: max_drop={self._max_drop}, start_epoch=0, baseline=None"
+                f"Received: max_drop={self._limit.max_drop}, start_epoch=0, baseline=None"
             )
         self.broken = False
         self._reference, self._best = self._given, None
 
     def judge(self, model, logs):
         """Compares an epoch's metric with the reference, and keeps its state if it holds."""
-        if self._max_drop is None:
+        if self._limit.max_drop is None:
             return
         if self.monitor not in logs:
             warnings.warn(
@@ -218,16 +212,17 @@ class _Limit:
                 stacklevel=2,
             )
             return
-        value, units = self._sign * float(logs[self.monitor]), int(model.mask.sum())
+        value, units = float(logs[self.monitor]), int(model.mask.sum())
         if self._given is None and (units == model.mask.size or self._reference is None):
-            self._reference = self._sign * value
-        self.broken = not value >= self._sign * self._reference - self._max_drop
-        if not self.broken and (self._best is None or (-units, value) >= self._best[0]):
-            self._best = ((-units, value), model.get_weights())
+            self._reference = value
+        self.broken = not self._limit.holds(value, self._reference)
+        rank = -units, self._limit.sign * value
+        if not self.broken and (self._best is None or rank >= self._best[0]):
+            self._best = rank, model.get_weights()
 
     def finish(self, model):
         """Restores the best of the smallest states that held; returns whether it did."""
-        if self._max_drop is None or self._best is None:
+        if self._limit.max_drop is None or self._best is None:
             return False
         model.set_weights(self._best[1])
         return True

@@ -15,75 +15,92 @@ import typer
 from rich.console import Console
 
 import keras_taylor
-from keras_taylor.drafts import Draft
+from keras_taylor.cli_options import (
+    Backend,
+    Data,
+    DivideBy,
+    Exclude,
+    Force,
+    Goal,
+    Html,
+    Imports,
+    Inexact,
+    Json,
+    Mean,
+    Model,
+    Std,
+    Trust,
+)
+from keras_taylor.cli_outputs import picture_path, writable, write, write_text
+from keras_taylor.export_arguments import FORMS
+from keras_taylor.goals import goal_of_texts
 from keras_taylor.loading import FileError, compiled_for, load_data, load_model
 from keras_taylor.report import Info
 
 BACKENDS = ("tensorflow", "jax", "torch")
-FORMATS = {
-    "saved-model": ("saved_model", None, ""),
-    "litert": ("litert", None, ".tflite"),
-    "litert-float16": ("litert", "float16", ".tflite"),
-    "litert-dynamic": ("litert", "dynamic", ".tflite"),
-    "litert-int8": ("litert", "int8", ".tflite"),
-    "onnx": ("onnx", None, ".onnx"),
-    "keras": ("keras", None, ".keras"),
-}
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
 )
 
-Model = Annotated[str, typer.Argument(help="A .keras file, or an old Keras .h5 file.", show_default=False)]
-Data = Annotated[
-    str,
-    typer.Option(
-        help="'digits', an .npz file (x_train, y_train, x_test, y_test; or x, y), or a folder with one "
-        "folder of images for each class.",
-        show_default=False,
-    ),
-]
-DivideBy = Annotated[float, typer.Option(help="Inputs are divided by this.")]
-Mean = Annotated[str, typer.Option(help="Then this is taken off: a number, or one a channel: 0.5,0.4,0.4")]
-Std = Annotated[str, typer.Option(help="Then they are divided by this.")]
-Goal = Annotated[float, typer.Option(help="The fraction of the parameters to remove.")]
-Flops = Annotated[bool, typer.Option("--flops", help="The goal is a fraction of the FLOPs.")]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="A layer that keeps its channels, or a regular expression.")
-]
-Inexact = Annotated[
-    bool, typer.Option("--inexact", help="Open what is normalised together (LayerNormalization), too.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Load code that the model file holds (Lambda layers).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on standard output.")]
-Imports = Annotated[list[str] | None, typer.Option("--import", help="A module that registers custom layers.")]
-Backend = Annotated[str, typer.Option(help="tensorflow, jax or torch; else KERAS_BACKEND, else Keras' own.")]
-Html = Annotated[str, typer.Option(help="Write a report, one HTML file.", show_default=False)]
 
-
-@app.command(epilog="Example: keras-taylor analyze model.keras --exclude 'stem_.*'")
+@app.command(epilog="Example: keras-taylor analyze model.keras --data images/ --plot sensitivity.png")
 def analyze(
     model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="As of `compress`: also measure the loss of the training part as a growing share of each "
+            "group of channels goes.",
+            show_default=False,
+        ),
+    ] = "",
+    divide_by: DivideBy = 1.0,
+    mean: Mean = "",
+    std: Std = "",
+    num_examples: Annotated[int, typer.Option(help="Measure on so many examples; 0: all.")] = 512,
+    criterion: Annotated[
+        str | None, typer.Option(help="What orders the channels of a group; else taylor.")
+    ] = None,
+    plot: Annotated[
+        str, typer.Option(help="With --data: draw it, a .png, .svg or .pdf file.", show_default=False)
+    ] = "",
     exclude: Exclude = None,
     inexact: Inexact = False,
+    force: Force = False,
     trust: Trust = False,
     modules: Imports = None,
     as_json: Json = False,
     backend: Backend = "",
 ):
-    """Say which channels could go, which stay, and why."""
-    loaded = _model(model, trust, modules)
-    analysis = keras_taylor.analyze(loaded, exclude=exclude or (), exact=not inexact)
+    """Say which channels could go, which stay, and why; with data, what the loss of each group does."""
+    path = picture_path(plot, data, force)
+    loaded, train = _model(model, trust, modules), None
+    if data:
+        train, _ = load_data(data, loaded, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
+        loaded = compiled_for(loaded, train[1])
+    analysis = keras_taylor.analyze(
+        *(loaded, train),
+        exclude=exclude or (),
+        exact=not inexact,
+        criterion=criterion,
+        num_examples=num_examples or None,
+        verbose=0 if as_json else "auto",
+    )
+    if path:
+        write(path, analysis.plot)
     if as_json:
         _print_json(
             costs=analysis.costs,
             reachable=analysis.reachable,
             groups=[dataclasses.asdict(group) for group in analysis.groups],
             unknown=analysis.unknown,
+            sensitivity=analysis.sensitivity and analysis.sensitivity.to_dict(),
         )
     else:
         print(analysis)
+        if path:
+            print(f"written: {path}")
 
 
 @app.command(
@@ -96,8 +113,7 @@ def compress(
     output: Annotated[
         str, typer.Option("--output", "-o", help="The .keras file to write.", show_default=False)
     ],
-    goal: Goal = 0.3,
-    flops: Flops = False,
+    goal: Goal = None,
     increment: Annotated[float, typer.Option(help="The fraction removed a round.")] = 0.1,
     epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning a round; 0: none.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 32,
@@ -114,13 +130,19 @@ def compress(
     repair: Annotated[
         bool, typer.Option("--repair/--no-repair", help="Refit the layers that lost inputs after each cut.")
     ] = True,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Undo the round after which the test accuracy is worse by more than this, and end."
+        ),
+    ] = None,
     distill: Annotated[
         bool, typer.Option("--distill", help="Fine-tune with the given model as the teacher.")
     ] = False,
     divide_by: DivideBy = 1.0,
     mean: Mean = "",
     std: Std = "",
-    export: Annotated[list[str] | None, typer.Option(help=f"Also write {', '.join(FORMATS)}.")] = None,
+    export: Annotated[list[str] | None, typer.Option(help=f"Also write {', '.join(FORMS)}.")] = None,
     report: Html = "",
     resume: Annotated[str, typer.Option(help="A folder for the state: a killed run goes on from it.")] = "",
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -131,9 +153,10 @@ def compress(
     backend: Backend = "",
 ):
     """Make a trained model smaller: score, prune, fine-tune, round by round."""
-    target = _writable(output, force, ".keras")
-    exports = [(name, _writable(_beside(target, name), force)) for name in map(_checked_format, export or ())]
-    page = _writable(report, force, ".html") if report else None
+    target = writable(output, force, ".keras")
+    exports = [(name, writable(_beside(target, name), force)) for name in map(_checked_format, export or ())]
+    page = writable(report, force, ".html") if report else None
+    wanted = goal_of_texts(goal or ["0.3"])
     keras.utils.set_random_seed(seed)
     original = _model(model, trust, modules)
     train, test = load_data(data, original, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
@@ -141,7 +164,7 @@ def compress(
     small, info = keras_taylor.compress(
         original,
         train,
-        {"flops" if flops else "params": goal},
+        wanted,
         increment=increment,
         criterion=criterion,
         exclude=exclude or (),
@@ -149,6 +172,7 @@ def compress(
         round_to=round_to,
         repair=repair,
         learning_rate=learning_rate or None,
+        max_drop=max_drop,
         distill=distill,
         epochs=epochs,
         batch_size=batch_size,
@@ -158,7 +182,7 @@ def compress(
         return_info=True,
     )
     info.command = " ".join(["keras-taylor", *sys.argv[1:]])
-    _save(small, target)
+    write(target, small.save)
     if exports:
         made = [
             _exported(one, where, name, train, test, force)
@@ -168,8 +192,8 @@ def compress(
         made = keras_taylor.measure_artefacts(made)  # in turn, so that latencies can be compared
         info.artefacts = {"before": made[::2], "after": made[1::2]}
     if page:
-        _write_text(page, info.to_html())
-    _write_text(target.with_suffix(".json"), info.to_json())
+        write_text(page, info.to_html())
+    write_text(target.with_suffix(".json"), info.to_json())
     if as_json:
         print(info.to_json())
     else:
@@ -184,7 +208,7 @@ def compress(
 def export(
     model: Model,
     output: Annotated[str, typer.Option("--output", "-o", help="What to write.", show_default=False)],
-    format: Annotated[str, typer.Option(help=", ".join(FORMATS))] = "litert",
+    format: Annotated[str, typer.Option(help=", ".join(FORMS))] = "litert",
     data: Annotated[
         str, typer.Option(help="As of `compress`; needed for litert-int8.", show_default=False)
     ] = "",
@@ -204,7 +228,7 @@ def export(
     backend: Backend = "",
 ):
     """Write a model for inference elsewhere; what was written is run, compared and measured."""
-    path = _writable(output, force, FORMATS[_checked_format(format)][2])
+    path = writable(output, force, FORMS[_checked_format(format)][2])
     loaded = _model(model, trust, modules)
     train = test = None
     if data:
@@ -234,10 +258,10 @@ def report(
     path = pathlib.Path(info)
     if not path.is_file():
         raise FileError(f"There is no file '{path}'. Pass the .json file that `compress` wrote.")
-    page = _writable(output, force, ".html") if output else None
+    page = writable(output, force, ".html") if output else None
     done = Info.from_json(path.read_text("utf-8"))
     if page:
-        _write_text(page, done.to_html())
+        write_text(page, done.to_html())
         print(f"written: {page}")
     else:
         print(done)
@@ -245,7 +269,7 @@ def report(
 
 @app.command(epilog="Example: keras-taylor demo --backend jax")
 def demo(
-    goal: Goal = 0.3,
+    goal: Goal = None,
     report: Html = "",
     force: Force = False,
     backend: Backend = "",
@@ -253,7 +277,8 @@ def demo(
     """Train a small network on real handwritten digits, and make it smaller: about a minute."""
     from keras_taylor.demo import small_network
 
-    page = _writable(report, force, ".html") if report else None
+    page = writable(report, force, ".html") if report else None
+    wanted = goal_of_texts(goal or ["0.3"])
     keras.utils.set_random_seed(0)
     model = small_network()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -262,12 +287,12 @@ def demo(
     print("training a network on 1,438 handwritten digits")
     model.fit(*train, epochs=15, batch_size=64, verbose=0)
     _, info = keras_taylor.compress(
-        model, train, goal, increment=0.1, epochs=2, batch_size=64, validation_data=test, return_info=True
+        model, train, wanted, increment=0.1, epochs=2, batch_size=64, validation_data=test, return_info=True
     )
     info.command = " ".join(["keras-taylor", *sys.argv[1:]])
     print(info)
     if page:
-        _write_text(page, info.to_html())
+        write_text(page, info.to_html())
         print(f"written: {page}")
 
 
@@ -323,41 +348,13 @@ def _model(path, trust, modules):
 
 
 def _checked_format(name):
-    if name not in FORMATS:
-        raise FileError(f"There is no format '{name}'. Expected one of {', '.join(FORMATS)}.")
+    if name not in FORMS:
+        raise FileError(f"There is no format '{name}'. Expected one of {', '.join(FORMS)}.")
     return name
 
 
 def _beside(target, name):
-    return str(target.with_name(f"{target.stem}-{name}{FORMATS[name][2]}"))
-
-
-def _writable(path, force, suffix=None):
-    """The path of an output, refused before any work if it could not be written."""
-    path = pathlib.Path(path)
-    if suffix is not None and path.suffix != suffix:
-        raise FileError(
-            f"'{path}' does not end in '{suffix}'." if suffix else f"'{path}' is a directory: no ending."
-        )
-    if not path.parent.is_dir():
-        raise FileError(f"There is no directory '{path.parent}' to write '{path.name}' into. Make it first.")
-    if path.exists() and not force:
-        raise FileError(f"'{path}' is there already. Pass --force to overwrite it, or another name.")
-    if not os.access(path.parent, os.W_OK):
-        raise FileError(f"The directory '{path.parent}' cannot be written to.")
-    return path
-
-
-def _save(model, path):
-    with Draft(path) as draft:
-        model.save(draft.path)
-        draft.move_to(path)
-
-
-def _write_text(path, text):
-    with Draft(path) as draft:
-        draft.path.write_text(text, "utf-8")
-        draft.move_to(path)
+    return str(target.with_name(f"{target.stem}-{name}{FORMS[name][2]}"))
 
 
 def _bytes(kib):
@@ -365,7 +362,7 @@ def _bytes(kib):
 
 
 def _exported(model, path, name, train, test, force, **options):
-    format, quantize, _ = FORMATS[name]
+    format, quantize, _ = FORMS[name]
     return keras_taylor.export(
         model,
         path,

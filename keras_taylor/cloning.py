@@ -3,15 +3,15 @@
 import contextlib
 import copy
 import inspect
-import warnings
 
 import keras
 import numpy as np
 
 from keras_taylor.attention import inner_layers
+from keras_taylor.configurations import completed, keep_configuration
 from keras_taylor.opening import UnsupportedModelError, compile_arguments
 from keras_taylor.optimizers import fresh_optimizer, kept_part
-from keras_taylor.rules.base import is_keras_own
+from keras_taylor.rules.base import is_keras_own, replaced
 
 
 def clone_operation(operation, name, changes=None):
@@ -31,12 +31,15 @@ def clone_operation(operation, name, changes=None):
     try:
         if type(operation) is keras.layers.Lambda:
             return _lambda_copy(operation)
-        config = _not_built(operation) if is_keras_own(type(operation)) else configuration_of(operation)
+        config, fault = completed(operation)
+        if is_keras_own(type(operation)):
+            config = _not_built(config)
         if _is_own_function(getattr(operation, "activation", None)) and "activation" in config:
             config["activation"] = operation.activation  # its name need not be registered
         for path, value in (changes or {}).items():
             config = _changed(config, path.split("."), value)
-        new = _made_from(type(operation), config)
+        new = type(operation).from_config(config)
+        keep_configuration(new, config, fault)
         wanted = (changes or {}).get("name", operation.name)
         if isinstance(new, keras.Layer) and new.name != wanted:
             new.name = wanted  # a class may forget it
@@ -49,54 +52,6 @@ def clone_operation(operation, name, changes=None):
             f"({type(error).__name__}: {error}). Give its class a `get_config` that returns all "
             f"arguments of `__init__`. Received: {name}={operation!r}"
         ) from error
-
-
-def _made_from(cls, config):
-    """A new one, also where `get_config` tells more than `__init__` takes."""
-    try:
-        return cls.from_config(config)
-    except TypeError:
-        parameters = inspect.signature(cls.__init__).parameters
-        of_layers = {"name", "trainable", "dtype"} if "kwargs" in parameters else set()
-        taken = {*parameters, *of_layers}
-        if taken.issuperset(config):
-            raise
-        warnings.warn(
-            f"The class `{cls.__name__}` does not take what its `get_config` gives: "
-            f"{', '.join(sorted(config.keys() - taken))}. A model with such a layer can be used and trained, "
-            "but not loaded from a file.",
-            stacklevel=4,
-        )
-        return cls.from_config({key: value for key, value in config.items() if key in taken})
-
-
-def configuration_of(operation):
-    """Its `get_config`; what that leaves out, or all where it fails, from attributes named like arguments."""
-    if not isinstance(operation, keras.Layer):
-        return operation.get_config()
-    try:
-        config, said = operation.get_config(), "leaves out arguments that it needs"
-        missing = [p for p in _parameters(operation) if p.default is p.empty and p.name not in config]
-    except (AttributeError, NotImplementedError):
-        config, said = keras.Layer.get_config(operation), "fails"
-        missing = _parameters(operation)
-        if not all(hasattr(operation, p.name) for p in missing):
-            raise
-    found = {p.name: getattr(operation, p.name) for p in missing if hasattr(operation, p.name)}
-    if found:
-        warnings.warn(
-            f"The `get_config` of class `{type(operation).__name__}` {said}. A model with such a layer can "
-            "be used and trained, but not loaded from a file.",
-            stacklevel=4,
-        )
-    return {**config, **found}
-
-
-def _parameters(operation):
-    """The arguments of `__init__` that have names."""
-    parameters = inspect.signature(type(operation).__init__).parameters
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p for p in list(parameters.values())[1:] if p.kind in named]
 
 
 def _lambda_copy(layer):
@@ -116,17 +71,13 @@ def _is_own_function(activation):
     return inspect.isfunction(activation) and not is_keras_own(activation)
 
 
-def _not_built(operation):
-    """The configuration of one of Keras' own; inner layers are built with the outer one, not before."""
-
-    def without_shapes(config):
-        return {
-            key: without_shapes(value) if isinstance(value, dict) else value
-            for key, value in config.items()
-            if key != "build_config"
-        }
-
-    return without_shapes(operation.get_config())
+def _not_built(config):
+    """A configuration of one of Keras' own; inner layers are built with the outer one, not before."""
+    return {
+        key: _not_built(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "build_config"
+    }
 
 
 def _changed(config, path, value):
@@ -141,14 +92,10 @@ def uninitialized(layer):
 
     Random initializers would be wasted, and JAX compiles one for every shape.
     """
-    layers = _with_inner_layers(layer)
-    for each in layers:
-        vars(each)["add_weight"] = _adding_zeros(each.add_weight)
-    try:
+    with contextlib.ExitStack() as stack:
+        for each in _with_inner_layers(layer):
+            stack.enter_context(replaced(each, add_weight=_adding_zeros(each.add_weight)))
         yield
-    finally:
-        for each in layers:
-            vars(each).pop("add_weight")
 
 
 def _adding_zeros(add_weight):

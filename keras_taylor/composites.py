@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_taylor.attention import inner_layers
-from keras_taylor.cloning import configuration_of
+from keras_taylor.configurations import configuration_of
 from keras_taylor.graph import read_inside
 from keras_taylor.insides import gated_inside, inlined
 from keras_taylor.labels import FIXED
@@ -41,7 +41,10 @@ def inside_rule(call, shapes, read_channels):
     is_open_ended = any(None in shapes[index] for index in call.inputs)
     if not call.closed or not is_open_ended or not call.operation.weights:
         return None
-    key = _described(call, shapes)
+    try:
+        key = _described(call, shapes)
+    except Exception:  # whatever its `get_config` raises
+        return None
     if key not in _recipes:
         _recipes[key] = _recipe(call, shapes, read_channels)
     recipe = _recipes[key]

@@ -1,31 +1,39 @@
-"""Parameters and FLOPs at any set of widths."""
+"""Parameters, FLOPs and activation memory at any set of widths."""
 
 import math
 
 import numpy as np
 
+from keras_taylor.activations import Lifetimes
+from keras_taylor.group_costs import GroupCosts
 from keras_taylor.rules.base import weight_of
 
-COSTS = ("params", "flops")
+COSTS = ("params", "flops", "activation_memory")
+_NAMES = {"flops": "FLOPs are", "activation_memory": "Activation memory is"}
 
 
 class CostModel:
-    """Counts parameters and floating point operations of a model with some units gone.
+    """Counts parameters, floating point operations and memory of a model with some units gone.
 
-    Every cost is a sum of terms `factor x width x width ...`; a width is the number
+    Parameters and FLOPs are sums of terms `factor x width x width ...`; a width is the number
     of positions kept along an axis. Parameters are `model.count_params()`; FLOPs are
-    those of one example's forward pass at inference, a multiply-add counted as two.
+    those of one example's forward pass at inference, a multiply-add counted as two. Activation memory is
+    the most bytes of tensors that are alive at one time in such a pass, in the order of the model's
+    operations, four bytes a number: see `activations.Lifetimes`. (An int8 model needs a quarter.)
 
     Args:
         channels: `groups.Channels` of the model.
     """
 
     def __init__(self, channels):
-        self.num_units = channels.num_units
-        self._axes = []  # unit of each position, -1 for what stays
-        self._index = {}
         self._channels = channels
-        self._terms = {"params": self._params(), "flops": self._flops()}
+        self._starts = [group.start for group in channels.groups]
+        self.num_units = channels.num_units
+        self._widths = [(1, ())]  # fixed part; pairs of group and channels a unit
+        self._index = {}
+        terms = {"params": self._params(), "flops": self._flops()}
+        memory = self._memory()
+        self.by_groups = GroupCosts(tuple(self._widths), terms, memory, len(self._starts))
 
     def __call__(self, kept=None):
         """Costs with only some units kept.
@@ -34,51 +42,73 @@ class CostModel:
             kept: Bool array `(num_units,)`; `None`: all.
 
         Returns:
-            A dict with ints "params" and "flops"; `None` for FLOPs where the model's
-            input has an unknown size.
+            A dict with ints "params", "flops" and "activation_memory" (bytes); `None` for the last two
+            where the model's input has an unknown size.
         """
+        return self.by_groups(self.counts(kept))
+
+    def counts(self, kept=None):
+        """How many units each group keeps, an int64 array."""
         kept = np.ones(self.num_units, bool) if kept is None else kept
-        extended = np.append(kept, True)  # the -1 of what stays
-        widths = np.array([extended[axis].sum() for axis in self._axes] + [1], np.float64)
-        return {what: _total(terms, widths) for what, terms in self._terms.items()}
+        return np.diff(np.append(0, np.cumsum(kept))[[*self._starts, self.num_units]])
 
     def _params(self):
         terms = {}
-        seen = set()
-        calls, effects = self._channels.graph.calls, self._channels.effects
-        for call, effect in zip(calls, effects, strict=True):
-            if id(call.operation) in seen or not hasattr(call.operation, "weights"):
-                continue
-            seen.add(id(call.operation))
-            cut = {id(weight_of(call.operation, name)): axes for name, axes in effect.weights.items()}
-            for weight in call.operation.weights:
-                axes = cut.get(id(weight), (None,) * len(weight.shape))
-                factor = math.prod(d for d, a in zip(weight.shape, axes, strict=True) if a is None)
-                self._add(terms, factor, [a for a in axes if a is not None])
-        return terms
+        for _, factor, axes in weights_of(self._channels):
+            self._add(terms, factor, axes)
+        return _known(terms)
 
     def _flops(self):
         terms = {}
         for effect in self._channels.effects:
             for work in effect.work:
                 self._add(terms, work.factor, work.axes)
-        return terms
+        return _known(terms)
+
+    def _memory(self):
+        lifetimes = Lifetimes(self._channels)
+        if any(math.isnan(size) for size, _ in lifetimes.places):
+            return None
+        return tuple(
+            (size, 0 if labels is None else self._width(labels), first, last)
+            for (size, labels), first, last in zip(
+                lifetimes.places, lifetimes.first, lifetimes.last, strict=True
+            )
+        )
 
     def _add(self, terms, factor, axes):
-        key = tuple(sorted(self._axis(vector) for vector in axes))
+        key = tuple(sorted(self._width(vector) for vector in axes))
         terms[key] = terms.get(key, 0.0) + factor
 
-    def _axis(self, vector):
-        units = self._channels.units(vector)
-        key = (units.size, hash(units.tobytes()))
-        if key not in self._index:
-            self._index[key] = len(self._axes)
-            self._axes.append(units)
-        return self._index[key]
+    def _width(self, labels):
+        """The number of a width: how many of these positions are kept."""
+        units = self._channels.units(labels).reshape(-1)
+        groups = np.searchsorted(self._starts, units[units >= 0], "right") - 1
+        sizes = {number: self._channels.groups[number].num_units for number in np.unique(groups).tolist()}
+        parts = tuple((number, int((groups == number).sum()) // size) for number, size in sizes.items())
+        width = (int((units < 0).sum()), parts)
+        if width not in self._index:
+            self._index[width] = len(self._widths)
+            self._widths.append(width)
+        return self._index[width]
+
+
+def weights_of(channels):
+    """Each weight of a model once, the product of the axes that stay whole, and labels along the others."""
+    seen = set()
+    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+        if id(call.operation) in seen or not hasattr(call.operation, "weights"):
+            continue
+        seen.add(id(call.operation))
+        cut = {id(weight_of(call.operation, name)): axes for name, axes in effect.weights.items()}
+        for weight in call.operation.weights:
+            axes = cut.get(id(weight), (None,) * len(weight.shape))
+            factor = math.prod(d for d, a in zip(weight.shape, axes, strict=True) if a is None)
+            yield weight, factor, [a for a in axes if a is not None]
 
 
 def unit_savings(channels, what):
-    """What each unit saves if it goes alone, of "params" or "flops": a float64 array `(num_units,)`."""
+    """What each unit saves if it goes alone, of one cost, at least 1: a float64 array `(num_units,)`."""
     costs, savings = CostModel(channels), np.ones(channels.num_units)
     whole = costs()[what]
     for group in channels.groups:
@@ -89,15 +119,16 @@ def unit_savings(channels, what):
 
 
 def check_countable(costs, what, wanted):
-    """Refuses FLOPs where they are unknown; `wanted` is the argument that asks for them."""
+    """Refuses a cost where it is unknown; `wanted` is the argument that asks for it."""
     if costs[what] is None:
         raise ValueError(
-            "FLOPs are unknown because the model's input has axes of unknown size. Expected a model "
-            "made with a fixed input shape, or parameters in their place. "
-            f"Received: {wanted}"
+            f"{_NAMES[what]} unknown because the model's input has axes of unknown size. Expected a "
+            f"model made with a fixed input shape, or parameters in their place. Received: {wanted}"
         )
 
 
-def _total(terms, widths):
-    total = math.fsum(factor * math.prod(widths[list(key)]) for key, factor in terms.items())
-    return None if math.isnan(total) else round(total)
+def _known(terms):
+    """Pairs of factor and widths, `None` if a factor is not known."""
+    if any(math.isnan(factor) for factor in terms.values()):
+        return None
+    return tuple((factor, widths) for widths, factor in terms.items())

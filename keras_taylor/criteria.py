@@ -26,6 +26,29 @@ import dataclasses
 
 import numpy as np
 
+# Criteria that hold what is lost against what is saved.
+BY_COST = ("sensitivity", "fisher")
+# Criteria that say what the loss grows by: sums of them can be held against sums of savings.
+OF_LOSS = ("taylor", "taylor_batch", "taylor_abs", "taylor2", "log_odds", "log_odds_probed", "oracle")
+
+
+class Scores(dict):
+    """Scores by group: a dict that knows by which criterion.
+
+    Args:
+        scores: Group name -> array `(num_units,)`.
+        criterion: A name or a callable.
+    """
+
+    def __init__(self, scores, criterion):
+        super().__init__(scores)
+        self.criterion = criterion
+
+
+def rank_for(criterion):
+    """How units are ranked by its scores, by `benchmarks/results/ranking.md`: "score" or "cost"."""
+    return "cost" if isinstance(criterion, str) and criterion in OF_LOSS else "score"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupStatistics:

@@ -1,6 +1,8 @@
 """Reads whatever `model.fit` takes."""
 
+import copy
 import itertools
+import sys
 from collections.abc import Iterator
 
 import keras
@@ -81,6 +83,18 @@ class Feed:
         else:
             yield from _limited(self.batches(), num_examples)
 
+    def held(self, num_examples=None):
+        """A feed of as many of the examples as in `fit_arguments`, in memory: each pass reads the same."""
+        held = copy.copy(self)
+        if self._arrays is not None:
+            held._arrays = tuple(self._spread(part, num_examples) for part in self._arrays)
+            held.num_examples = _num_examples(held._arrays)
+        else:
+            batches = list(_limited(self.batches(), num_examples or sys.maxsize))
+            held._batches, held.steps_per_epoch = _Batches(batches), None
+            held.num_examples = sum(len(keras.tree.flatten(batch)[0]) for batch in batches)
+        return held
+
     def _check(self, model, targets):
         if self._arrays is not None:
             if not self.num_examples:
@@ -101,6 +115,20 @@ class Feed:
                 f"Received: ds with elements x={_shapes(x)}, y=None"
             )
         return x
+
+
+class _Batches(keras.utils.PyDataset):
+    """Batches in memory."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self._held = batches
+
+    def __len__(self):
+        return len(self._held)
+
+    def __getitem__(self, index):
+        return self._held[index]
 
 
 def _as_arrays(ds):

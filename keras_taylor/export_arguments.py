@@ -6,6 +6,15 @@ import os
 import keras
 
 SUFFIXES = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx", "keras": ".keras"}
+FORMS = {  # name -> (format, quantize, ending)
+    "saved-model": ("saved_model", None, ""),
+    "litert": ("litert", None, ".tflite"),
+    "litert-float16": ("litert", "float16", ".tflite"),
+    "litert-dynamic": ("litert", "dynamic", ".tflite"),
+    "litert-int8": ("litert", "int8", ".tflite"),
+    "onnx": ("onnx", None, ".onnx"),
+    "keras": ("keras", None, ".keras"),
+}
 QUANTIZATIONS = (None, "float16", "dynamic", "int8")
 _EXTRAS = {
     "saved_model": ("tensorflow", ("tensorflow",)),

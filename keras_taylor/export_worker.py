@@ -19,12 +19,14 @@ import tempfile
 import threading
 import traceback
 
-from keras_taylor import conversion, runners
+from keras_taylor import conversion, runners, timing
 
 JOBS = {
     "convert": conversion.convert,
     "inspect": runners.inspect,
     "time_in_turn": runners.time_in_turn,
+    "time_file": timing.time_file,
+    "time_layers": timing.time_layers,
 }
 IDLE_SECONDS = 60
 CAN_FORK = sys.platform == "linux"  # on macOS system libraries do not survive it, Windows has none

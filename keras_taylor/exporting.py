@@ -173,6 +173,28 @@ def measure_artefacts(artefacts, batch_size=1, repetitions=REPETITIONS):
     return [dataclasses.replace(one, **new) for one, new in zip(artefacts, measured, strict=True)]
 
 
+def convert_model(model, folder, target, order, calibration=None):
+    """Writes what `export` writes, without a look at it.
+
+    Args:
+        model: A built Sequential or Functional model.
+        folder: A directory for what lies in between.
+        target: The file or directory to write.
+        order: A dict with "format", "quantize", "int8_io" and "batch_size", as of `export`.
+        calibration: An `.npz` file with examples ("int8").
+
+    Raises:
+        ExportError: if the model cannot be converted.
+    """
+    source = str(pathlib.Path(folder) / "model.keras")
+    try:
+        model.save(source)
+        arguments = {"source": source, "target": str(target), "calibration": calibration, **order}
+        ask(_backend_for(order["format"]), "convert", _user_modules(model), **arguments)
+    except (JobError, OSError) as error:
+        raise ExportError(_conversion_message(error, model, order)) from error
+
+
 def _varies(outputs):
     """Whether outputs differ between examples, by more than rounding."""
     return np.ptp(outputs, axis=0).max(initial=0) > 1e-5 * np.abs(outputs).max(initial=0)
@@ -228,22 +250,7 @@ class _Case:
 
     def convert(self, target, order):
         """Has the artefact written."""
-        source = str(self._folder / "model.keras")
-        backend = _backend_for(order["format"])
-        try:
-            self._model.save(source)
-            modules = _user_modules(self._model)
-            ask(
-                backend,
-                "convert",
-                modules,
-                source=source,
-                target=str(target),
-                calibration=self.calibration,
-                **order,
-            )
-        except (JobError, OSError) as error:
-            raise ExportError(_conversion_message(error, self._model, order)) from error
+        convert_model(self._model, self._folder, target, order, self.calibration)
 
     def inspect(self, path, order):
         """Has the artefact run and measured; an `Artefact`."""

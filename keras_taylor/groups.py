@@ -71,6 +71,13 @@ class Channels:
         """Unit of each label: an int64 array of the same shape, -1 for what stays."""
         return self.unit_of_label[labels]
 
+    def makers(self, labels):
+        """Names of the layers after which the groups of these labels are called, a set."""
+        labels = np.unique(labels)
+        roots = np.unique(self._roots[labels[labels != FIXED]])
+        starts = [start for start, _, _ in self.space.producers]
+        return {self.space.producers[p][2] for p in np.searchsorted(starts, roots, "right") - 1}
+
     def _label(self, graph):
         self.labels = [np.full((1,) * len(shape), FIXED) for shape in graph.shapes]
         self.effects, self.probed = [], []
@@ -119,10 +126,10 @@ class Channels:
 
     def _select(self, include, exclude):
         names = [name for _, _, name in self.space.producers]
-        for index in _matching(exclude, self.graph, names, "exclude"):
+        for index in matching(exclude, self.graph, names, "exclude"):
             self._lock_producer(index, "excluded by the caller")
         if include is not None:
-            wanted = set(_matching(include, self.graph, names, "include"))
+            wanted = set(matching(include, self.graph, names, "include"))
             for index in set(range(len(names))) - wanted:
                 self._lock_producer(index, "not included by the caller")
 
@@ -234,7 +241,7 @@ def _members(roots, producer_of):
     return members
 
 
-def _matching(patterns, graph, names, argument):
+def matching(patterns, graph, names, argument):
     """Indices of producers that names, regular expressions or layers stand for."""
     patterns = [patterns] if isinstance(patterns, (str, keras.Layer)) else list(patterns)
     layers = {id(layer): name for name, layer in graph.layers()}

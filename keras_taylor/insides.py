@@ -5,6 +5,7 @@ import contextlib
 import keras
 
 from keras_taylor.attention import inner_layers
+from keras_taylor.rules.base import replaced
 
 
 @contextlib.contextmanager
@@ -17,13 +18,10 @@ def gated_inside(layer, gates):
             a function from the tensor that it is called on to what it gets.
     """
     inner = inner_layers(layer) if gates else ()
-    try:
+    with contextlib.ExitStack() as stack:
         for number, gate in gates.items():
-            vars(inner[number])["call"] = _gated(inner[number].call, gate)
+            stack.enter_context(replaced(inner[number], call=_gated(inner[number].call, gate)))
         yield
-    finally:
-        for number in gates:
-            vars(inner[number]).pop("call", None)
 
 
 @contextlib.contextmanager
@@ -42,11 +40,8 @@ def recorded_inside(layer, number):
         outputs.append(keras.ops.convert_to_numpy(y))
         return y
 
-    vars(inner)["call"] = recording
-    try:
+    with replaced(inner, call=recording):
         yield inputs, outputs
-    finally:
-        vars(inner).pop("call")
 
 
 def _gated(call, gate):
@@ -65,14 +60,10 @@ def inlined(layer):
 
     There are some that say less of their outputs than they put out, or whose parent class does.
     """
-    inner = inner_layers(layer)
-    try:
-        for each in inner:
-            vars(each)["symbolic_call"] = _in_plain_sight(each)
+    with contextlib.ExitStack() as stack:
+        for each in inner_layers(layer):
+            stack.enter_context(replaced(each, symbolic_call=_in_plain_sight(each)))
         yield
-    finally:
-        for each in inner:
-            vars(each).pop("symbolic_call", None)
 
 
 def _in_plain_sight(layer):

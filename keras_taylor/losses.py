@@ -129,8 +129,8 @@ def averages_examples(loss):
 
 
 def losses_by_output(model, num_outputs):
-    """The compiled loss of each flattened output."""
-    loss = model.loss
+    """The compiled loss of each flattened output, `None` where there is none."""
+    loss = getattr(model, "loss", None)
     if isinstance(loss, dict):
         structure = getattr(model, "_outputs_struct", None)
         names = sorted(structure) if isinstance(structure, dict) else model.output_names

@@ -181,6 +181,7 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
             raise Closed(f"{type(error).__name__}: {text}{hint}") from error
     if any(not isinstance(y, keras.KerasTensor) for y in keras.tree.flatten(outputs)):
         raise Closed("its `call` returns something that is no tensor")
+    shapes = {}
     for number, node in enumerate(nodes(function)):
         arguments = [list(node.arguments.args), node.arguments.kwargs]
         if any(isinstance(x, keras.Variable) for x in keras.tree.flatten(arguments)):
@@ -190,18 +191,25 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
         if not isinstance(node.operation, keras.Layer):
             # made by this call, with a name that counts all operations so far; plans go by names
             node.operation.name = f"{type(node.operation).__name__.lower()}_{number}"
-        _settle_shape(node)
+        _settle_shape(node, shapes)
     return function
 
 
-def _settle_shape(node):
-    """Puts what is known in the place of sizes that the code asked for and that were not known to it."""
+def _settle_shape(node, shapes):
+    """Puts what is known in the place of sizes that the code asked for and that were not known to it.
+
+    Args:
+        node: The record of a call.
+        shapes: Shapes of tensors made before it, by `id`, where more is known of them than they say.
+            Those of its outputs are added.
+    """
     operation = node.operation
     settings = {}
     if not isinstance(operation, keras.Layer):  # those that take sizes infer them when they run
         settings = {k: v for k, v in vars(operation).items() if isinstance(v, (tuple, list)) and None in v}
     if "newshape" in settings:
-        wanted = _reshaped(node.arguments.keras_tensors[0].shape, operation.newshape)
+        first = node.arguments.keras_tensors[0]
+        wanted = _reshaped(shapes.get(id(first), first.shape), operation.newshape)
         if wanted.count(None) == 1:
             operation.newshape = tuple(-1 if size is None else size for size in wanted)
             # one that was made so: copies are made from what an operation was made with
@@ -213,6 +221,21 @@ def _settle_shape(node):
         is_resizing and None in (operation.height, operation.width)
     ):
         raise Closed(f"its `call` needs a size that is not known ('{operation.name}')")
+    is_more_known = node.operation is not operation or any(
+        id(x) in shapes for x in node.arguments.keras_tensors
+    )
+    if is_more_known and any(None in x.shape[1:] for x in node.outputs):
+        shapes.update(_known_by_now(node, shapes))
+
+
+def _known_by_now(node, shapes):
+    """Shapes of a call's outputs, by `id`, computed anew from what is known of its inputs."""
+    args, kwargs = keras.tree.map_structure(
+        lambda x: keras.KerasTensor(shapes[id(x)], dtype=x.dtype) if id(x) in shapes else x,
+        (node.arguments.args, node.arguments.kwargs),
+    )
+    outputs = keras.tree.flatten(node.operation.compute_output_spec(*args, **kwargs))
+    return {id(x): tuple(y.shape) for x, y in zip(node.outputs, outputs, strict=True)}
 
 
 def _reshaped(old, new):

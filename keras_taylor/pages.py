@@ -5,6 +5,7 @@ import importlib.resources
 
 from keras_taylor import plots
 from keras_taylor.artefacts import artefact_cells, kibibytes, kind
+from keras_taylor.quantities import amount_of
 
 
 def page(info):
@@ -29,7 +30,14 @@ def page(info):
             cards=_cards(info),
             layers=_layers(info),
             curves=plots.rounds_as_svg(info) if info.rounds else "",
-            tables=[_rounds(info), _artefacts(info), _repairs(info), _inexact(info), _locked(info)],
+            tables=[
+                _frontier(info),
+                _rounds(info),
+                _artefacts(info),
+                _repairs(info),
+                _inexact(info),
+                _locked(info),
+            ],
             command=info.command,
             environment=", ".join(f"{key} {value}" for key, value in info.environment.items()),
         )
@@ -46,7 +54,8 @@ def _environment():
 
 
 def _goal(info):
-    return ", ".join(f"{100 * (1 - info.after[w] / info.before[w]):.3g} % of {w}" for w in info.goal)
+    gone = info.reduction
+    return ", ".join(f"{100 * gone[what]:.3g} % of {what}" for what in info.goal if what in gone)
 
 
 def _cards(info):
@@ -56,6 +65,11 @@ def _cards(info):
         if info.before[what]:
             change = info.after[what] / info.before[what] - 1
             cards.append(_card(name, f"{info.after[what]:,}", f"{info.before[what]:,}", f"{change:+.1%}"))
+    for what in info.measured():
+        if what in info.after:
+            change = info.after[what] / info.before[what] - 1
+            amounts = [amount_of(what, costs[what], named=False) for costs in (info.after, info.before)]
+            cards.append(_card(what, *amounts, f"{change:+.1%}"))
     for name, after in info.metrics.get("after", {}).items():
         before = info.metrics["before"][name]
         cards.append(_card(name, f"{after:.4g}", f"{before:.4g}", f"{after - before:+.4g}"))
@@ -97,7 +111,7 @@ def _rounds(info):
     metrics = list(dict.fromkeys(name for one in info.rounds for name in one.history))
     rows = [
         [
-            one.number,
+            one.label,
             f"{one.params:,}",
             "unknown" if one.flops is None else f"{one.flops:,}",
             *(f"{one.history[m][-1]:.4g}" if one.history.get(m) else "" for m in metrics),
@@ -106,6 +120,16 @@ def _rounds(info):
         for one in info.rounds
     ]
     return {"title": "Rounds", "header": ["round", "parameters", "FLOPs", *metrics, "seconds"], "rows": rows}
+
+
+def _frontier(info):
+    """What was left at each goal, if there were several."""
+    header, rows = info.frontier()
+    return {
+        "title": "What is left at each goal",
+        "header": header,
+        "rows": rows if len(info.stops) > 1 else [],
+    }
 
 
 def _artefacts(info):

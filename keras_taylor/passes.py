@@ -32,7 +32,7 @@ def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None,
             callbacks=[fold, *callbacks],
         )
     if not (np.isfinite(fold.totals).all() and np.isfinite(history.history["loss"]).all()):
-        raise ValueError(_where_not_finite(gated, feed))
+        raise ValueError(where_not_finite(gated, feed))
     return fold.totals
 
 
@@ -89,7 +89,7 @@ def loss_changes(gated, channels, feed, num_examples):
     everything = np.ones(channels.num_units)
     base = loss_with(everything)
     if not np.isfinite(base):
-        raise ValueError(_where_not_finite(gated, feed))
+        raise ValueError(where_not_finite(gated, feed))
     changes = np.zeros(channels.num_units)
     for unit in range(channels.num_units):
         mask = everything.copy()
@@ -98,7 +98,8 @@ def loss_changes(gated, channels, feed, num_examples):
     return changes
 
 
-def _where_not_finite(gated, feed):
+def where_not_finite(gated, feed):
+    """What to tell the user where the loss on a `datasets.Feed` is not finite."""
     for number, (x, _, _) in enumerate(feed.batches()):
         for part in keras.tree.flatten(x):
             if not np.isfinite(keras.ops.convert_to_numpy(part)).all():

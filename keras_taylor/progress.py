@@ -59,9 +59,28 @@ class Reporter:
             self._bar.stop()
             self._bar = None
 
+    def each(self, items, phase):
+        """Yields the items of a list, and moves the bar, item by item, under this name."""
+        if self._bar is None:
+            yield from items
+            return
+        task = self._bar.add_task(phase, total=len(items))
+        for item in items:
+            yield item
+            self._bar.advance(task)
+        self._bar.remove_task(task)
+
     def callback(self, phase):
         """A Keras callback that moves the bar, batch by batch, under this name; or none."""
         return [] if self._bar is None else [_BatchProgress(self._bar, phase)]
+
+
+def about(seconds):
+    """A time to come, in words: "about 40 s", "about 3 min"."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"about {seconds / length:.2g} {unit}"
+    return f"about {max(seconds, 1):.0f} s"
 
 
 def _shows_bars(console):

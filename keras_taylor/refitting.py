@@ -7,7 +7,7 @@ from keras_taylor import graph as graphs
 from keras_taylor.inner_fits import refit_inside
 from keras_taylor.layer_fits import LayerFit, LayerRepair
 from keras_taylor.linear_views import linear_view, rows_an_example
-from keras_taylor.plan import mask_of
+from keras_taylor.planning import mask_of
 from keras_taylor.walk import Walk, in_batches, outputs_of
 
 _NUM_HELD_OUT = 2  # batches

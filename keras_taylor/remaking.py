@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 
-from keras_taylor.cloning import build_like, clone_operation, configuration_of, copy_weights
+from keras_taylor.cloning import build_like, clone_operation, copy_weights
+from keras_taylor.configurations import configuration_of
 from keras_taylor.insides import gated_inside
 from keras_taylor.opening import UnsupportedModelError
 from keras_taylor.trials import dtype_of, random_input, run_call

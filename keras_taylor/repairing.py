@@ -6,7 +6,7 @@ from keras_taylor import graph as graphs
 from keras_taylor.datasets import Feed
 from keras_taylor.groups import read_channels
 from keras_taylor.opening import functional_view
-from keras_taylor.plan import kept_units, mask_of
+from keras_taylor.planning import kept_units, mask_of
 from keras_taylor.recalibration import reestimate
 from keras_taylor.refitting import refit
 from keras_taylor.surgery import whole_copy

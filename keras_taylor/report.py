@@ -13,6 +13,7 @@ from rich.table import Table
 
 from keras_taylor.artefacts import Artefact, artefact_table
 from keras_taylor.plan import Plan
+from keras_taylor.quantities import amount_of, quantity_of
 from keras_taylor.tables import render
 from keras_taylor.version import VERSION
 
@@ -23,22 +24,41 @@ class Round:
 
     Attributes:
         number: From 1 on.
-        params, flops: What is left after it (`flops` is `None` with an input of unknown size).
+        costs: What is left after it: "params", "flops", ... (`None` for those that are unknown).
         layers: For each layer that lost channels in this round: channels before and after.
         history: Loss and metrics of each epoch, as `History.history` of Keras.
         step_losses: Training loss of every fine-tuning step.
         seconds: Time of the phases "score", "prune", "repair" and "fit".
         repairs: What `repair` did to each layer that lost inputs: `LayerRepair`s as dicts.
+        metrics: Loss and metrics on the validation data after it, where they were needed: with
+            `max_drop`, and where a goal was reached.
+        held: `False`: its metric fell by more than `max_drop`, and it was undone.
     """
 
     number: int
-    params: int
-    flops: int | None
+    costs: dict
     layers: dict
     history: dict
     step_losses: list
     seconds: dict
     repairs: list = dataclasses.field(default_factory=list)
+    metrics: dict = dataclasses.field(default_factory=dict)
+    held: bool = True
+
+    @property
+    def label(self):
+        """The round's number, and whether it was undone."""
+        return str(self.number) if self.held else f"{self.number}, undone"
+
+    @property
+    def params(self):
+        """Parameters that are left."""
+        return self.costs["params"]
+
+    @property
+    def flops(self):
+        """FLOPs that are left, `None` with an input of unknown size."""
+        return self.costs["flops"]
 
 
 @dataclasses.dataclass(repr=False)
@@ -46,10 +66,12 @@ class Info:
     """What a run of `compress` did; `print(info)` is a table.
 
     Attributes:
-        goal: What was asked, `{"params": 0.3}`.
+        goal: What was asked, `{"params": 0.3}`; of several goals the last.
         criterion: Name of the criterion.
         before, after: "params" and "flops" of the original and of the result.
-        rounds: A `Round` for each completed round.
+        rounds: A `Round` for each completed round, and for one that was undone.
+        stops: For each goal that was reached: the "goal", the number of the "round", the "costs" that are
+            left, and the "metrics" on the validation data.
         locked: For each layer with channels that cannot leave: how many, and why.
         inexact: For each group that is open with `exact=False` only: its "channels", and the
             normalisations whose values their removal "changes".
@@ -71,6 +93,7 @@ class Info:
     after: dict
     plan: Any
     rounds: list = dataclasses.field(default_factory=list)
+    stops: list = dataclasses.field(default_factory=list)
     locked: dict = dataclasses.field(default_factory=dict)
     inexact: dict = dataclasses.field(default_factory=dict)
     unknown: tuple = ()
@@ -86,7 +109,9 @@ class Info:
     def reduction(self):
         """Fraction of "params" and "flops" that is gone."""
         return {
-            what: 1 - self.after[what] / before for what, before in self.before.items() if before is not None
+            what: 1 - self.after[what] / before
+            for what, before in self.before.items()
+            if before is not None and what in self.after
         }
 
     @property
@@ -132,6 +157,9 @@ class Info:
     def plot(self, path):
         """Draws parameters and the metrics against rounds into a picture file.
 
+        Where a run had several goals or `max_drop`, the metric on the validation data against parameters
+        is drawn, too.
+
         Args:
             path: File name; its ending tells the format (`.png`, `.svg`, `.pdf`).
 
@@ -157,16 +185,55 @@ class Info:
         table = Table(
             title=self.headline(), caption=f"stopped: {self.stop_reason}" if self.stop_reason else None
         )
-        for column in ("round", "parameters", "FLOPs", *metrics, "seconds"):
+        measured = self.measured()
+        for column in ("round", "parameters", "FLOPs", *measured, *metrics, "seconds"):
             table.add_column(column, justify="right")
-        table.add_row("0", _number(self.before["params"]), _number(self.before["flops"]))
+        whole = [amount_of(what, self.before[what], False) for what in measured]
+        table.add_row("0", _number(self.before["params"]), _number(self.before["flops"]), *whole)
         for one in self.rounds:
             values = [f"{one.history[m][-1]:.4g}" if one.history.get(m) else "" for m in metrics]
             seconds = f"{sum(one.seconds.values()):.1f}"
-            table.add_row(str(one.number), _number(one.params), _number(one.flops), *values, seconds)
-        text = render(table, width=max(100, 16 * (4 + len(metrics))))
+            found = [amount_of(w, one.costs[w], False) if w in one.costs else "" for w in measured]
+            table.add_row(one.label, _number(one.params), _number(one.flops), *found, *values, seconds)
+        text = render(table, width=max(100, 16 * (4 + len(metrics) + len(measured))))
         made = [one for pair in self.exported() for one in pair]
-        return "\n".join([text, render(artefact_table(made), width=140)]) if made else text
+        tables = [text]
+        if len(self.stops) > 1:
+            tables.append(render(self._frontier_table(), width=100))
+        if made:
+            tables.append(render(artefact_table(made), width=140))
+        return "\n".join(tables)
+
+    def measured(self):
+        """What was measured for the goal, "bytes:onnx" or "latency": a list of names."""
+        return [what for what in self.before if quantity_of(what) is not None]
+
+    def frontier(self):
+        """What is left at each goal that was reached, the whole model first.
+
+        Returns:
+            Names of columns, and rows of text.
+        """
+        points = [(self.before, self.metrics.get("before", {}))]
+        points += [(stop["costs"], stop["metrics"]) for stop in self.stops]
+        metrics = list(dict.fromkeys(name for _, values in points for name in values))
+        rows = [
+            [
+                *(_left(costs, self.before, what) for what in ("params", "flops")),
+                *(f"{values[name]:.4g}" if name in values else "" for name in metrics),
+            ]
+            for costs, values in points
+        ]
+        return ["parameters", "FLOPs", *metrics], rows
+
+    def _frontier_table(self):
+        header, rows = self.frontier()
+        table = Table(title="what is left at each goal; metrics on the validation data")
+        for column in header:
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        return table
 
     def exported(self):
         """Pairs of the original's and the result's `Artefact`, a format each."""
@@ -201,6 +268,13 @@ def versions():
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+
+
+def _left(costs, before, what):
+    """What is left of a cost, and the share of it: "12,345 (70.0%)"."""
+    if costs[what] is None:
+        return "unknown"
+    return f"{costs[what]:,} ({costs[what] / before[what]:.1%})"
 
 
 def _number(value):

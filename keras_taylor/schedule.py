@@ -1,6 +1,71 @@
 """How much must be gone after each round."""
 
+import dataclasses
+import itertools
 import math
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a round leads to.
+
+    Attributes:
+        ceilings: What may be left of each cost after it.
+        stop: Number of the goal that it completes, from 0 on; `None` on the way.
+        share: How much of the way to the last goal is gone after it, from 0 to 1.
+    """
+
+    ceilings: Mapping[str, float]
+    stop: int | None = None
+    share: float = 1.0
+
+
+def steps(goals, before, increment):
+    """The rounds that lead to one goal after the other.
+
+    Args:
+        goals: `goals.Goal`s with the same parts, each asking for more than the one before.
+        before: Costs of the whole model.
+        increment: As in `fractions`, of the cost of which most must go.
+
+    Returns:
+        A list of `Step`s, empty for a goal that is met already.
+
+    Raises:
+        ValueError: for an increment that is none, for goals that do not rise.
+    """
+    wanted = [goal.fractions(before) for goal in goals]
+    lead = max(wanted[-1], key=wanted[-1].get)
+    stops = [fraction[lead] for fraction in wanted]
+    for first, then in itertools.pairwise(wanted):
+        if then[lead] <= first[lead] or any(then[what] < first[what] for what in then):
+            raise ValueError(
+                "Several goals are stops on one way down. Expected each to ask for more than the one before "
+                f"it. Received: goal={[dict(goal.parts) for goal in goals]!r}"
+            )
+    if not stops[-1]:
+        fractions(0.5, increment)  # refuses what is none
+        return []
+    on_the_way = [
+        point
+        for point in fractions(stops[-1], increment)
+        if not any(math.isclose(point, stop, abs_tol=1e-9) for stop in stops)
+    ]
+    bounds = list(itertools.pairwise([(0.0, before), *zip(stops, goals, strict=True)]))
+    return [_step(point, stops, bounds, before) for point in sorted([*on_the_way, *filter(None, stops)])]
+
+
+def _step(point, stops, bounds, before):
+    """The step at a fraction gone of the leading cost, straight between the goals around it."""
+    if point in stops:
+        number = stops.index(point)
+        return Step(bounds[number][1][1].ceilings(before), number, point / stops[-1])
+    (start, since), (stop, goal) = next(pair for pair in bounds if point < pair[1][0])
+    part, ends = (point - start) / (stop - start), goal.ceilings(before)
+    starts = since if since is before else since.ceilings(before)
+    ceilings = {what: starts[what] + part * (end - starts[what]) for what, end in ends.items()}
+    return Step(ceilings, share=point / stops[-1])
 
 
 def fractions(goal, increment):

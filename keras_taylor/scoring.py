@@ -18,8 +18,6 @@ from keras_taylor.rules.base import made_by_kernels, weight_of
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.sensitivity import curves
 
-# Criteria that hold what is lost against what is saved.
-BY_COST = ("sensitivity", "fisher")
 # Examples whose labels are drawn, at most: they are held in memory.
 MAX_DRAWN = 10_000
 
@@ -67,7 +65,8 @@ def score(
     Returns:
         A dict: group name (that of the first layer making its channels) -> float32
         array `(num_units,)`; the higher, the more important. Groups that a criterion
-        cannot judge (`batchnorm` without BatchNormalization) are left out.
+        cannot judge (`batchnorm` without BatchNormalization) are left out. It knows its
+        `criterion`, by which `make_plan` chooses how to rank.
 
     Raises:
         ValueError: for a model that is not compiled where the loss is needed, an
@@ -158,7 +157,7 @@ def score_channels(
     """
     totals, apart = None, {}
     if feed is not None:
-        if criterion in BY_COST:
+        if criterion in criteria.BY_COST:
             check_countable(CostModel(channels)(), cost, f"cost={cost!r}")
         gated = _gated(channels, criterion)
         gather = functools.partial(
@@ -197,7 +196,7 @@ def scores_of(channels, criterion, totals=None, apart=None):
     """
     function = criteria.get(criterion)
     norms, gammas = _filter_norms(channels), _gammas(channels)
-    scores = {}
+    scores = criteria.Scores({}, criterion)
     for group in channels.groups:
         part = slice(group.start, group.start + group.num_units)
         values = function(_statistics_of(group, part, totals, apart or {}, norms, gammas))

@@ -4,15 +4,13 @@ import dataclasses
 import functools
 import itertools
 
-import keras
 import numpy as np
-from keras import ops
 
 from keras_taylor.costs import CostModel
+from keras_taylor.divergences import mean_divergence, predictions
 from keras_taylor.least_squares import Moments
 from keras_taylor.linear_views import linear_view, rows_an_example, some_positions
-from keras_taylor.losses import BINARY, CLASSES, ONE_HOT, kind_of, losses_by_output
-from keras_taylor.plan import mask_of
+from keras_taylor.planning import mask_of
 from keras_taylor.streams import constant_place, gain_of
 from keras_taylor.walk import Walk, example_inputs, in_batches
 
@@ -153,20 +151,11 @@ class _Curves:
             for reader in changed:
                 reader.restore()
             self._gated.mask = np.ones_like(kept)
-        losses = losses_by_output(self._channels.graph.model, len(predicted))
-        pairs = zip(losses, self._wanted, predicted, strict=True)
-        return float(np.mean([divergence(loss, wanted, ours) for loss, wanted, ours in pairs]))
+        return mean_divergence(self._channels.graph.model, self._wanted, predicted)
 
     def _predict(self):
         """Flattened outputs for the held-out examples."""
-        structure = self._channels.graph.structures[id(self._channels.graph.model)].inputs
-        size, parts = min(len(self._held_out[0]), 128), []
-        for k in range(0, len(self._held_out[0]), size):
-            rows = np.arange(k, k + size) % len(self._held_out[0])  # one shape: compiled once
-            x = keras.tree.pack_sequence_as(structure, [x[rows] for x in self._held_out])
-            outputs = keras.tree.flatten(self._gated.predict_on_batch(x))
-            parts.append([ops.convert_to_numpy(ops.cast(y, "float32")) for y in outputs])
-        return [np.concatenate(column)[: len(self._held_out[0])] for column in zip(*parts, strict=True)]
+        return predictions(self._gated, self._channels.graph, self._held_out)
 
 
 class _Reader:
@@ -231,33 +220,6 @@ class _Reader:
         if self._constant is not None:
             self._place.add(-self._constant, self._place_copy)
             self._constant = None
-
-
-def divergence(loss, wanted, ours):
-    """Mean over examples of how far predictions of one output are from those that are wanted.
-
-    Args:
-        loss: What the output was compiled with; `None` counts as a loss of numbers.
-        wanted, ours: Outputs `(num_examples, ...)`.
-    """
-    name, from_logits = kind_of(loss) if loss is not None else ("", False)
-    wanted, ours = wanted.astype(np.float64), ours.astype(np.float64)
-    if name in BINARY:
-        p, q = ((1 / (1 + np.exp(-y)) if from_logits else y) for y in (wanted, ours))
-        return float((_relative_entropy(p, q) + _relative_entropy(1 - p, 1 - q)).mean())
-    if name in CLASSES | ONE_HOT and wanted.shape[-1] > 1:
-        p, q = ((_softmax(y) if from_logits else y) for y in (wanted, ours))
-        return float(_relative_entropy(p, q).sum(-1).mean())
-    return float(np.square(ours - wanted).mean() / max(np.square(wanted).mean(), 1e-30))
-
-
-def _relative_entropy(p, q):
-    return p * np.log(np.maximum(p, 1e-12) / np.maximum(q, 1e-12))
-
-
-def _softmax(logits):
-    e = np.exp(logits - logits.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
 
 
 def _turns_right(first, second, third):

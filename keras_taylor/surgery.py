@@ -7,10 +7,11 @@ import numpy as np
 
 from keras_taylor.attention import head_counts, inner_layers, is_attention
 from keras_taylor.cloning import clone_operation, compile_settings, copy_weights, uninitialized
+from keras_taylor.configurations import warn_of_file
 from keras_taylor.groups import read_channels
 from keras_taylor.opening import functional_class, is_functional
 from keras_taylor.optimizers import carry_state
-from keras_taylor.plan import kept_units, mask_of
+from keras_taylor.planning import kept_units, mask_of
 from keras_taylor.rules.base import weight_of
 
 
@@ -175,6 +176,7 @@ class _Surgeon:
             edits = self._effect_of_operation[id(operation)].config
             changes = {key: self._value(edit) for key, edit in edits.items() if self._touched(edit)}
             new = clone_operation(operation, self._names[id(operation)], changes)
+            warn_of_file(new)
             self._made[id(operation)] = (operation, new)
         return self._made[id(operation)][1]
 

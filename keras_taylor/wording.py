@@ -2,7 +2,9 @@
 
 import numpy as np
 
-_UNITS = {"params": "parameters", "flops": "FLOPs"}
+from keras_taylor.quantities import amount_of
+
+_UNITS = {"params": "parameters", "flops": "FLOPs", "activation_memory": "bytes of activations"}
 
 
 def opening(model, info, num_rounds, scored, draws, repairs, carries, rate, epochs):
@@ -19,9 +21,8 @@ def opening(model, info, num_rounds, scored, draws, repairs, carries, rate, epoc
         rate: The learning rate of the fine-tuning; `None`: the compiled one.
         epochs: Epochs of fine-tuning a round.
     """
-    ((what, goal),) = info.goal.items()
     trainable = sum(int(np.prod(w.shape)) for w in model.trainable_weights)
-    detail = f" ({trainable:,} trainable)" if what == "params" else ""
+    detail = f" ({trainable:,} trainable)" if list(info.goal) == ["params"] else ""
     source = " without data" if scored is None else f" from at most {scored:,} examples"
     steps = [
         f"'{info.criterion}' scores{source}" + draws * " with labels drawn from the model's own predictions"
@@ -31,10 +32,8 @@ def opening(model, info, num_rounds, scored, draws, repairs, carries, rate, epoc
         how = "" if carries else " with a new optimizer"
         how += "" if rate is None else f" at a learning rate of {rate:.3g}"
         steps.append(f"fine-tuning{how}, epochs: {epochs}")
-    yield (
-        f"remove {100 * goal:.4g} % of {info.before[what]:,} {_UNITS[what]}{detail}; rounds: {num_rounds}; "
-        f"in each: {', then '.join(steps)}"
-    )
+    parts = [_asked(what, value, info.before[what]) for what, value in info.goal.items()]
+    yield f"{' and '.join(parts)}{detail}; rounds: {num_rounds}; in each: {', then '.join(steps)}"
     frozen = [layer.name for layer in model.layers if layer.weights and not layer.trainable]
     if frozen:
         names = ", ".join(frozen[:5]) + (", ..." if len(frozen) > 5 else "")
@@ -45,6 +44,14 @@ def opening(model, info, num_rounds, scored, draws, repairs, carries, rate, epoc
         yield f"open with exact=False only, as they are normalised together: {num:,} channel units ({names})"
     if info.unknown:
         yield f"without a rule, so what they read stays: {', '.join(info.unknown)}"
+
+
+def _asked(what, value, before):
+    unit = _UNITS.get(what, what)
+    before = f"{amount_of(what, before, named=False)} {unit}"
+    if isinstance(value, float):
+        return f"remove {100 * value:.4g} % of {before}"
+    return f"leave at most {amount_of(what, value, named=False)} of {before}"
 
 
 def described(done, before):

@@ -5,13 +5,15 @@ import numpy as np
 
 from keras_taylor import criteria
 from keras_taylor.cloning import compile_settings
-from keras_taylor.costs import CostModel, check_countable
+from keras_taylor.costs import CostModel
 from keras_taylor.gates import ROWS, GatedModel
+from keras_taylor.goals import parse_goal
 from keras_taylor.groups import layer_names, read_channels
 from keras_taylor.losses import averages_examples
 from keras_taylor.opening import functional_view, own_training
 from keras_taylor.optimizers import StatisticsOptimizer, carry_state, fresh_optimizer, with_batch
-from keras_taylor.plan import Removable, flat_scores, parse_goal, plan_of, units_to_keep
+from keras_taylor.planning import plan_of
+from keras_taylor.ranking import Removable, flat_scores, units_to_keep
 from keras_taylor.scoring import scores_of
 from keras_taylor.surgery import cut, rebuild
 
@@ -183,8 +185,8 @@ class PrunableModel(GatedModel):
         Args:
             goal: A whole number: so many units more go (or all that can, if there are
                 fewer). Otherwise the goal that is met afterwards, counted from the
-                model without any pruning: a fraction of the parameters, or
-                `{"params": 0.3}`, `{"flops": 0.5}`.
+                model without any pruning: a fraction of the parameters, or a dict of costs,
+                as in `make_plan`.
             momentum: The weight that what was gathered so far keeps in later scores
                 (0.9 in the 2019 paper's code, 0 starts anew).
 
@@ -216,7 +218,7 @@ class PrunableModel(GatedModel):
         return int(kept.sum() - self._pruning.after(goal, np.zeros(kept.size), kept).sum())
 
     def cost(self):
-        """The "params" and "flops" (`None`: unknown) of what is left, a dict of ints."""
+        """The "params", "flops" and "activation_memory" of what is left: ints, `None` where unknown."""
         return self._pruning.costs(self.mask > 0)
 
     @property
@@ -291,12 +293,11 @@ class _Pruning:
         if isinstance(goal, (int, np.integer)) and not isinstance(goal, bool):
             _check_number(goal)
             return removable.mask(int((~kept).sum()) + goal)
-        what, fraction = parse_goal(goal)
-        check_countable(self.costs(), what, f"goal={goal!r}")
-        ceiling = self.costs()[what] * (1 - fraction)
-        if self.costs(kept)[what] <= ceiling:
+        wanted, before = parse_goal(goal), self.costs()
+        wanted.check(before)
+        if wanted.is_met(self.costs(kept), before):
             return kept
-        return units_to_keep(self.channels, self.costs, removable, what, ceiling, goal)
+        return units_to_keep(self.channels, self.costs, removable, wanted.ceilings(before), goal)
 
     def _removable(self, flat, kept):
         """What went first goes first."""

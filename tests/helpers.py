@@ -14,11 +14,12 @@ from keras_taylor.costs import CostModel
 from keras_taylor.gates import GatedModel
 from keras_taylor.graph import num_inbound_nodes, read
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import Removable, kept_units, plan_of
+from keras_taylor.planning import kept_units, plan_of
+from keras_taylor.ranking import Removable
 
 BACKEND = keras.backend.backend()
 # Models with insides that are opened: what is made of them is Functional.
-OPENED = ("subclassed", "composite_layers", "unknown_layer", "custom_elementwise")
+OPENED = ("subclassed", "composite_layers", "reduced_attention", "unknown_layer", "custom_elementwise")
 EAGER = BACKEND != "jax"  # JAX compiles single operations for longer than whole models
 NAMES = [
     pytest.param(

@@ -9,13 +9,13 @@ import gc
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, all_layers, random_plan, reachable, relative_difference
+from helpers import BACKEND, all_layers, random_plan, random_scores, reachable, relative_difference
 
 import keras_taylor
 from keras_taylor.costs import CostModel
 from keras_taylor.gates import GatedModel
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import kept_units
+from keras_taylor.planning import kept_units
 
 pytestmark = [
     pytest.mark.slow,
@@ -172,3 +172,33 @@ def check_law_two(name, exact=True):
     assert relative_difference(output(gated, x), pruned) <= tolerance
     assert relative_difference(before, pruned) > 1e-3
     return small
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_goals_are_met_within_a_unit(name, no_initializers):
+    model = build(name)
+    channels = read_channels(model)
+    costs, scores = CostModel(channels), random_scores(model)
+    flat = np.concatenate([scores[group.name] for group in channels.groups])
+    for what, goal in (("params", 0.2), ("params", 0.7), ("flops", 0.45)):
+        plan = keras_taylor.make_plan(model, scores, {what: goal})
+        kept, ceiling = kept_units(channels, plan), (1 - goal) * plan.before[what]
+        assert plan.after[what] <= ceiling
+        kept[np.flatnonzero(~kept)[flat[~kept].argmax()]] = True
+        assert costs(kept)[what] > ceiling
+
+
+# ops of these have statistics in TensorFlow's profiler, but for a percent of elementwise ones
+@pytest.mark.parametrize("name", ["DenseNet121", "ResNet50", "VGG16", "Xception", "InceptionV3"])
+def test_flops_are_those_of_the_profiler_within_a_percent(name, no_initializers):
+    tf = pytest.importorskip("tensorflow")
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    model = build(name, include_top=False)
+    function = tf.function(lambda x: model(x, training=False))
+    signature = tf.TensorSpec((1, *model.input_shape[1:]))
+    graph = convert_variables_to_constants_v2(function.get_concrete_function(signature)).graph
+    options = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
+    options["output"] = "none"
+    counted = tf.compat.v1.profiler.profile(graph=graph, options=options).total_float_ops
+    assert CostModel(read_channels(model))()["flops"] == pytest.approx(counted, rel=0.01)

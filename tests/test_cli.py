@@ -96,12 +96,22 @@ def test_a_file_for_a_microcontroller(run):
 
 
 def test_json_for_machines(run):
-    code, out, _ = run(*COMPRESS, "--json", "--epochs", "0", "--flops")
-    assert code == 0 and json.loads(out)["goal"] == {"flops": 0.4}
+    code, out, _ = run(*COMPRESS, "--json", "--epochs", "0", "--goal", "flops=100000")
+    assert code == 0 and json.loads(out)["goal"] == {"params": 0.4, "flops": 100000}
     code, out, _ = run("analyze", "model.keras", "--json", "--exclude", "first")
     content = json.loads(out)
     assert content["costs"]["params"] > 0
     assert [g["reason"] for g in content["groups"] if g["name"] == "first"] == ["excluded by the caller"]
+
+
+def test_a_metric_that_may_not_fall_ends_the_run(run):
+    code, out, _ = run(
+        *COMPRESS, "--json", "--epochs", "0", "--increment", "0.4", "--no-repair", "--max-drop", "0"
+    )
+    info = json.loads(out)
+    accuracies = [info["metrics"][when]["accuracy"] for when in ("before", "after")]
+    assert code == 0 and accuracies[1] >= accuracies[0]
+    assert [one["held"] for one in info["rounds"]] == [info["after"] != info["before"]]
 
 
 def test_inexact_opens_what_is_normalised_together(run):
@@ -217,7 +227,10 @@ def test_data_that_cannot_be_used(run):
 
 
 def test_arguments_that_cannot_be_used(run):
-    assert "Received: goal={'params': 2.0}" in refused(run, *COMPRESS[:-1], "2")
+    assert "Received: goal={'params': 2.5}" in refused(run, *COMPRESS[:-1], "2.5")
+    assert "as in params=200000, or a fraction of" in refused(run, *COMPRESS[:-1], "2")
+    assert "Received: params=few" in refused(run, *COMPRESS[:-1], "params=few")
+    assert "is about another cost. Received: 0.4 params=9" in refused(run, *COMPRESS, "--goal", "params=9")
     assert "Unknown criterion" in refused(run, *COMPRESS, "--criterion", "best")
     assert "There is no format 'gif'" in refused(run, *COMPRESS, "--export", "gif")
     assert "does not end in '.html'" in refused(run, *COMPRESS, "--report", "report.txt")

@@ -18,7 +18,8 @@ from keras_taylor.attention import inner_layers
 from keras_taylor.costs import CostModel
 from keras_taylor.gates import GatedModel
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import LayerPlan, kept_units
+from keras_taylor.plan import LayerPlan
+from keras_taylor.planning import kept_units
 from keras_taylor.refitting import refit
 from keras_taylor.surgery import cut
 
@@ -163,7 +164,7 @@ def test_what_is_not_the_same_when_made_again_stays_closed(cls):
     assert locked.reason.startswith(f"read by {cls.__name__}, which stays closed: ")
 
 
-@pytest.mark.parametrize(("cls", "said"), [(Forgetful, "fails"), (Incomplete, "leaves out arguments")])
+@pytest.mark.parametrize(("cls", "said"), [(Forgetful, "fails "), (Incomplete, "leaves out `num_groups`. ")])
 def test_a_layer_whose_configuration_is_incomplete_is_made_from_its_attributes(cls, said):
     model = around(cls(3, 1, 4, 20, name="block"))
     with pytest.warns(UserWarning, match=f"The `get_config` of class `{cls.__name__}` {said}"):

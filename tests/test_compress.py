@@ -198,7 +198,7 @@ def test_info_prints_and_goes_to_json(finished):
     assert f"{info.reduction['params']:.1%} of params" in text
     assert f"{info.after['params']:,}" in text and "val_accuracy" in text
     content = json.loads(info.to_json())
-    assert content["rounds"][1]["params"] == info.after["params"]
+    assert content["rounds"][1]["costs"]["params"] == info.after["params"]
     assert content["plan"] == json.loads(info.plan.to_json())
     assert content["reduction"]["params"] == info.reduction["params"]
 
@@ -414,7 +414,10 @@ def test_lines_in_a_pipe(capsys):
     keras_taylor.compress(small_model(), stripes(), increment=0.15)
     lines = capsys.readouterr().out.splitlines()
     assert re.match(r"remove 30 % of 1,\d{3} parameters \(1,\d{3} trainable\); rounds: 2; ", lines[0])
-    assert [line.split(":")[0] for line in lines[1:]] == ["round 1/2", "round 2/2"]
+    assert re.match(
+        r"params: 1,\d{3} now, at most \d+ asked for, \d+ \(\d\d\.\d% less\) can be reached", lines[1]
+    )
+    assert [line.split(":")[0] for line in lines[2:]] == ["round 1/2", "round 2/2"]
     assert all("\x1b" not in line and "\r" not in line for line in lines)
 
 
@@ -448,16 +451,17 @@ def refused(error, words, model=None, ds=None, **arguments):
         keras_taylor.compress(model, stripes() if ds is None else ds, verbose=0, **arguments)
 
 
-@pytest.mark.parametrize("goal", [0, 1, 1.2, -1, "30%", {"speed": 0.3}, {"params": 2}, True, float("nan")])
+@pytest.mark.parametrize("goal", [0, 1, 1.2, -1, "30%", {"speed": 0.3}, {"params": 2.0}, True, float("nan")])
 def test_goals_that_are_none(goal):
-    words = r"`goal` is the fraction to remove\. .*Received: goal=" + re.escape(repr(goal)) + "$"
+    words = r"`goal` says how much to remove\. .*Received: goal=" + re.escape(repr(goal)) + "$"
     refused(ValueError, words, goal=goal)
 
 
 def test_goal_out_of_reach():
     words = (
-        r"The goal is out of reach: at most \d\d\.\d% of the 1,\d+ params can be removed\. What stays: "
-        r"'head' \(3 channels: model output\)\. Lower the goal.*Received: goal=0\.999$"
+        r"The goal is out of reach: at most \d\d\.\d% of the 1,\d+ params can be removed, which leaves \d+\. "
+        r"What stays: 'head' \(3 channels: model output; \d+ parameters\)\. "
+        r"Lower the goal.*Received: goal=0\.999$"
     )
     refused(ValueError, words, goal=0.999)
 
@@ -466,7 +470,8 @@ def test_no_prunable_layer():
     model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(3)])
     model.compile("sgd", "mse")
     words = (
-        r"The goal is out of reach: at most 0\.0% of the 195 params can be removed\..*Received: goal=0\.3$"
+        r"The goal is out of reach: at most 0\.0% of the 195 params can be removed, which leaves 195\. What "
+        r"stays: .*Received: goal=0\.3$"
     )
     refused(ValueError, words, model=model)
 

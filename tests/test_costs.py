@@ -88,3 +88,26 @@ def test_flops_are_unknown_where_the_size_is():
     costs = costs_of(model)
     assert costs["flops"] is None
     assert costs["params"] == model.count_params()
+
+
+def activation_memory_of(outputs, inputs):
+    return costs_of(keras.Model(inputs, outputs))["activation_memory"]
+
+
+def test_activation_memory_is_what_is_alive_at_the_worst_point():
+    inputs = keras.Input((8, 8, 3))
+    wide = layers.Conv2D(5, 1)(inputs)
+    assert activation_memory_of(wide, inputs) == 4 * 64 * (3 + 5)
+    fused = layers.ReLU()(layers.BatchNormalization()(wide))
+    assert activation_memory_of(fused, inputs) == 4 * 64 * (3 + 5)
+    assert activation_memory_of(layers.Conv2D(7, 1)(fused), inputs) == 4 * 64 * (5 + 7)
+    assert activation_memory_of(layers.Add()([wide, layers.Conv2D(5, 1)(fused)]), inputs) == 4 * 64 * 15
+    assert activation_memory_of(layers.DepthwiseConv2D(3, padding="same")(wide), inputs) == 4 * 64 * 10
+    assert activation_memory_of([wide, layers.ReLU()(wide)], inputs) == 4 * 64 * 10
+    flat = layers.Dense(2)(layers.Flatten()(wide))
+    assert activation_memory_of(flat, inputs) == 4 * 64 * (3 + 5)
+
+
+def test_activation_memory_is_unknown_with_sizes_that_are():
+    inputs = keras.Input((None, 8, 3))
+    assert activation_memory_of(layers.Conv2D(5, 1)(inputs), inputs) is None

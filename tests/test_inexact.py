@@ -19,7 +19,7 @@ import keras_taylor
 from keras_taylor.costs import CostModel
 from keras_taylor.gates import GatedModel
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import kept_units
+from keras_taylor.planning import kept_units
 from keras_taylor.surgery import whole_copy
 
 BUILDERS = {

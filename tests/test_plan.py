@@ -4,6 +4,7 @@ import json
 import re
 
 import helpers
+import keras
 import numpy as np
 import pytest
 import zoo
@@ -12,7 +13,8 @@ from helpers import case, random_scores
 import keras_taylor
 from keras_taylor.costs import CostModel
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import LayerPlan, kept_units
+from keras_taylor.plan import LayerPlan
+from keras_taylor.planning import kept_units
 
 
 def message_of(function, *args, **kwargs):
@@ -42,6 +44,27 @@ def test_a_number_is_a_fraction_of_the_parameters():
     assert keras_taylor.make_plan(model, scores, 0.3) == keras_taylor.make_plan(
         model, scores, {"params": 0.3}
     )
+
+
+def test_a_whole_number_is_what_may_be_left():
+    model = case("chain").model
+    scores = random_scores(model)
+    plan = keras_taylor.make_plan(model, scores, {"params": 100})
+    assert 0 < 100 - plan.after["params"] < 100
+    for left in (plan.after["params"], plan.after["params"] + 1):
+        assert keras_taylor.make_plan(model, scores, {"params": left}) == plan
+    assert keras_taylor.make_plan(model, scores, {"params": plan.before["params"]}).layers == {}
+
+
+def test_all_parts_of_a_goal_hold():
+    model = case("chain").model
+    scores = random_scores(model)
+    alone = {what: keras_taylor.make_plan(model, scores, {what: 0.4}) for what in ("params", "flops")}
+    both = keras_taylor.make_plan(model, scores, {"params": 0.4, "flops": 0.4})
+    assert both in alone.values()
+    assert all(both.after[what] <= 0.6 * both.before[what] for what in alone)
+    easy = {"params": 0.4, "activation_memory": both.before["activation_memory"]}
+    assert keras_taylor.make_plan(model, scores, easy) == alone["params"]
 
 
 def test_the_least_important_units_go():
@@ -94,13 +117,18 @@ def test_excluded_layers_lose_nothing():
 
 @pytest.mark.parametrize(
     "goal",
-    [0, 1, 1.2, -1, "30%", {"speed": 0.3}, {"params": 0.3, "flops": 0.3}, {}, True, None, float("nan")],
+    [
+        *(0, 1, 1.2, -1, "30%", {"speed": 0.3}, {"params": 0.3, "flops": 1.5}, {"params": 0}, {}),
+        *({"params": True}, True, None, float("nan")),
+    ],
 )
 def test_what_is_no_goal_is_refused(goal):
     model = case("chain").model
     assert message_of(keras_taylor.make_plan, model, random_scores(model), goal) == (
-        "`goal` is the fraction to remove. Expected a number above 0 and below 1 (0.3 removes 30 % of the "
-        f'parameters), or {{"params": 0.3}} or {{"flops": 0.3}}. Received: goal={goal!r}'
+        "`goal` says how much to remove. Expected a number above 0 and below 1 (0.3 removes 30 % of the "
+        "parameters), or a dict of one or more of 'params', 'flops', 'activation_memory', each with such a "
+        'fraction to remove, or with a whole number that may be left, as {"params": 200_000}. '
+        f"Received: goal={goal!r}"
     )
 
 
@@ -112,12 +140,25 @@ def test_a_goal_out_of_reach_is_refused_with_the_largest_one():
     least = CostModel(channels)(kept)["params"]
     largest = f"{1 - least / model.count_params():.1%}"
     assert message_of(keras_taylor.make_plan, model, random_scores(model), 0.99) == (
-        f"The goal is out of reach: at most {largest} of the {model.count_params()} params can be removed. "
-        "What stays: 'head' (3 channels: model output). Lower the goal, or widen what may go (`include`, "
-        "`exclude`, `round_to`, `min_channels`). Received: goal=0.99"
+        f"The goal is out of reach: at most {largest} of the {model.count_params()} params can be removed, "
+        f"which leaves {least}. What stays: 'head' (3 channels: model output; 6 parameters). Lower the goal, "
+        "or widen what may go (`include`, `exclude`, `round_to`, `min_channels`). Received: goal=0.99"
     )
     reached = float(largest[:-1]) / 100 - 1e-3
     assert keras_taylor.make_plan(model, random_scores(model), reached).after["params"] == least
+
+
+def test_what_blocks_most_is_named_with_the_parameters_that_it_holds():
+    x = inputs = keras.Input((7, 7, 3))
+    for name, width in (("small", 4), ("large", 30), ("middle", 10)):
+        x = keras.layers.Conv2D(width, 3, name=name)(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(keras.layers.Flatten()(x)))
+    text = message_of(keras_taylor.make_plan, model, {}, 0.9, exclude=["large", "middle"])
+    made, read = 3 * 3 * 30 + 30, 3 * 3 * 30 * 10  # by "large": "small" keeps its four without scores
+    assert (
+        f"'large' (30 channels: excluded by the caller; {made + 3 * 3 * 3 * 30 + read:,} parameters)" in text
+    )
+    assert text.index("'large'") < text.index("'middle'") < text.index("'head'")
 
 
 def test_the_largest_goal_counts_the_floor():
@@ -288,4 +329,4 @@ def test_plans_that_do_not_fit_are_refused(layers, message):
 
 def test_a_plan_keeps_what_it_was_made_of():
     plan = helpers.random_plan(case("chain").model)
-    assert set(plan.before) == set(plan.after) == {"params", "flops"}
+    assert set(plan.before) == set(plan.after) == {"params", "flops", "activation_memory"}

@@ -12,7 +12,7 @@ from test_compress import small_model, stripes
 
 import keras_taylor
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import kept_units
+from keras_taylor.planning import kept_units
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,8 @@ from zoo import build, inputs_of
 import keras_taylor
 from keras_taylor.costs import CostModel
 from keras_taylor.groups import read_channels
-from keras_taylor.plan import LayerPlan, Plan, kept_units, plan_of
+from keras_taylor.plan import LayerPlan, Plan
+from keras_taylor.planning import kept_units, plan_of
 
 layers = keras.layers
 

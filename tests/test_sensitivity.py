@@ -9,10 +9,11 @@ from test_repair import inputs_for, redundant
 import keras_taylor
 from keras_taylor.costs import CostModel
 from keras_taylor.datasets import Feed
+from keras_taylor.divergences import divergence
 from keras_taylor.gates import GatedModel
 from keras_taylor.groups import read_channels
 from keras_taylor.least_squares import Moments
-from keras_taylor.sensitivity import Curve, curves, divergence
+from keras_taylor.sensitivity import Curve, curves
 
 ORDERS = np.array([3, 0, 2, 1])
 

@@ -788,6 +788,49 @@ def composite_layers():
 
 
 @keras.saving.register_keras_serializable("zoo")
+class ReducedAttention(layers.Layer):
+    """Heads that read fewer positions, as SegFormer's: reshapes that ask for sizes, and leave one open."""
+
+    def __init__(self, num_heads, width, **kwargs):
+        super().__init__(**kwargs)
+        self.num_heads, self.width = num_heads, width
+        self.reduce = layers.Conv2D(width, 2, strides=2, name="reduce")
+        self.key, self.query, self.value, self.merge = (
+            layers.Dense(width, name=name) for name in ("key", "query", "value", "merge")
+        )
+
+    def build(self, shape):
+        self.reduce.build((shape[0], None, None, shape[-1]))
+        for part in (self.key, self.query, self.value, self.merge):
+            part.build((*shape[:-1], self.width))
+
+    def call(self, x):
+        batch, length, width = ops.shape(x)
+        side = int(length**0.5)
+        fewer = self.reduce(ops.reshape(x, (batch, side, side, width)))
+        fewer = ops.reshape(fewer, (batch, -1, width))
+
+        def divided(y):
+            y = ops.reshape(y, (batch, -1, self.num_heads, width // self.num_heads))
+            return ops.transpose(y, (0, 2, 1, 3))
+
+        q, k, v = divided(self.query(x)), divided(self.key(fewer)), divided(self.value(fewer))
+        read = ops.matmul(ops.softmax(ops.matmul(q, ops.transpose(k, (0, 1, 3, 2)))), v)
+        return self.merge(ops.reshape(ops.transpose(read, (0, 2, 1, 3)), (batch, length, width)))
+
+    def get_config(self):
+        return {**super().get_config(), "num_heads": self.num_heads, "width": self.width}
+
+
+@model
+def reduced_attention():
+    inputs = keras.Input(SIZE)
+    x = layers.Reshape((16, 8))(layers.Conv2D(8, 2, strides=2, name="patches")(inputs))
+    x = layers.Add()([x, ReducedAttention(2, 8, name="attention")(layers.LayerNormalization()(x))])
+    return keras.Model(inputs, layers.Dense(3, name="head")(layers.GlobalAveragePooling1D()(x)))
+
+
+@keras.saving.register_keras_serializable("zoo")
 class Branching(layers.Layer):
     """Takes a way that depends on values: nobody can see it without them."""
 

@@ -1,0 +1,175 @@
+"""What a goal asks for: how much of which costs may be left."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from keras_taylor.costs import COSTS, check_countable
+from keras_taylor.quantities import measured_keys, parse_amount, quantity_of, without_measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """One or more costs that must come down; all parts must hold.
+
+    Attributes:
+        parts: Cost -> a float, the fraction to remove, or an int, what may be left at most (of
+            latencies in nanoseconds).
+    """
+
+    parts: Mapping[str, float | int]
+
+    @property
+    def measured(self):
+        """The parts that are measured (`quantities.Quantity`), not counted: a tuple of keys."""
+        return tuple(what for what in self.parts if quantity_of(what) is not None)
+
+    def check(self, before):
+        """Refuses parts whose cost is unknown: `before` are the costs of the whole model."""
+        for what in self.parts:
+            if what not in self.measured:
+                check_countable(before, what, f"goal={dict(self.parts)!r}")
+
+    def fractions(self, before):
+        """The fraction of each cost to remove, 0 where it is met already: a dict of floats."""
+        return {
+            what: value if isinstance(value, float) else max(1 - value / before[what], 0.0)
+            for what, value in self.parts.items()
+        }
+
+    def ceilings(self, before, share=1.0):
+        """What may be left of each cost.
+
+        Args:
+            before: Costs of the whole model.
+            share: How much of the way is to be gone, from 0 to 1.
+
+        Returns:
+            A dict: cost -> float.
+        """
+        return {what: self._ceiling(what, before[what], share) for what in self.parts}
+
+    def _ceiling(self, what, before, share):
+        value = self.parts[what]
+        if isinstance(value, float):
+            return before * (1 - share * value)
+        return before - share * max(before - value, 0)
+
+    def is_met(self, costs, before):
+        """Whether these costs keep to the goal."""
+        return all(costs[what] <= ceiling for what, ceiling in self.ceilings(before).items())
+
+    def missed(self, plan):
+        """By how much a `Plan` misses parts of the goal: a list of texts, empty if it keeps to all."""
+        before, after = plan.before, plan.after
+        fractions = self.fractions(before)
+        return [
+            f"{1 - after[what] / before[what]:.1%} of {what} removed, not {fractions[what]:.1%}"
+            for what, ceiling in self.ceilings(before).items()
+            if after[what] > ceiling
+        ]
+
+
+def parse_goal(goal, measurable=False):
+    """A `Goal` out of what users write.
+
+    Args:
+        goal: A float above 0 and below 1, the fraction of the parameters to remove; or a dict of one
+            or more costs, each with such a fraction, or with an int: what may be left. What is
+            measured ("bytes", "latency:onnx", see `quantities.quantity_of`) may come with a unit:
+            "256 KiB", "2.5 ms"; without one, latencies are in milliseconds.
+        measurable: Whether measured costs are taken.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    several = isinstance(goal, Mapping)
+    parts = dict(goal) if several else {"params": goal}
+    if not parts or not all(_is_sound(what, value, several) for what, value in parts.items()):
+        raise ValueError(
+            "`goal` says how much to remove. Expected a number above 0 and below 1 (0.3 removes 30 % of the "
+            f"parameters), or a dict of one or more of {', '.join(map(repr, COSTS))}, each with such a "
+            'fraction to remove, or with a whole number that may be left, as {"params": 200_000}. '
+            f"{_of_measured(parts)}Received: goal={goal!r}"
+        )
+    if not measurable:
+        without_measured(parts, f"goal={goal!r}")
+    return Goal({what: _parsed(what, value) for what, value in parts.items()})
+
+
+def _is_sound(what, value, several):
+    if quantity_of(what) is not None:
+        return True  # `parse_amount` says what is wrong with the value
+    return what in COSTS and (_is_fraction(value) or (several and _is_ceiling(value)))
+
+
+def _of_measured(parts):
+    asked = any(isinstance(what, str) and what.startswith(("bytes", "latency")) for what in parts)
+    return f"`keras_taylor.compress` also takes {measured_keys()}. " if asked else ""
+
+
+def _parsed(what, value):
+    if _is_fraction(value):
+        return float(value)
+    return int(value) if quantity_of(what) is None else parse_amount(what, value)
+
+
+def _is_fraction(value):
+    return isinstance(value, (float, np.floating)) and 0 < value < 1
+
+
+def _is_ceiling(value):
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
+
+
+def parse_goals(goal, measurable=False):
+    """A list of `Goal`s: one, or those of a list that users write; `measurable` as in `parse_goal`.
+
+    Raises:
+        ValueError: for a goal that is none, for goals about different costs.
+    """
+    if not isinstance(goal, (list, tuple)):
+        return [parse_goal(goal, measurable)]
+    goals = [parse_goal(one, measurable) for one in goal]
+    if not goals or any(set(one.parts) != set(goals[0].parts) for one in goals):
+        raise ValueError(
+            "Several goals are stops on one way down. Expected one or more, about the same costs. "
+            f"Received: goal={goal!r}"
+        )
+    return goals
+
+
+def goal_of_texts(texts):
+    """What users write on a command line: "0.3", or parts like "params=200000" and "flops=0.5".
+
+    Returns:
+        What `parse_goal` takes.
+
+    Raises:
+        ValueError: for a text that is no goal, or parts about one cost.
+    """
+    parts = [text.rpartition("=") for text in texts]
+    goal = {
+        what or "params": _number(value, text) for (what, _, value), text in zip(parts, texts, strict=True)
+    }
+    if len(goal) < len(parts):
+        raise ValueError(f"Each part of a goal is about another cost. Received: {' '.join(texts)}")
+    if any(
+        isinstance(value, int) and not what for (what, _, _), value in zip(parts, goal.values(), strict=True)
+    ):
+        raise ValueError(
+            "A whole number is what may be left of a cost. Expected its name before it, as in "
+            f"params=200000, or a fraction of the parameters to remove, as in 0.3. Received: {texts[0]}"
+        )
+    return goal
+
+
+def _number(value, text):
+    try:
+        return int(value) if value.isdecimal() else float(value)
+    except ValueError as error:
+        raise ValueError(
+            "A goal is the fraction to remove, as in 0.3 or flops=0.5, or what may be left, as in "
+            f"params=200000. Received: {text}"
+        ) from error

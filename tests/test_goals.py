@@ -1,0 +1,280 @@
+"""`compress` with several goals, ceilings, and limits on a metric."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+from test_compress import refused, same, small_model, state, stripes
+
+import keras_taylor
+from keras_taylor.goals import Goal, parse_goals
+from keras_taylor.schedule import steps
+
+
+def run(goal, model=None, ds=None, **arguments):
+    """A run without training, unless it is asked for."""
+    arguments = {"epochs": 0, "criterion": "magnitude", "verbose": 0, "return_info": True, **arguments}
+    return keras_taylor.compress(model or small_model(), ds or stripes(), goal, **arguments)
+
+
+def noise(num=64):
+    """Images and labels that have nothing to do with each other: learnt by heart, forgotten with channels."""
+    random = np.random.default_rng(1)
+    return random.normal(size=(num, 8, 8, 1)).astype("float32"), random.integers(0, 3, num)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    keras.utils.set_random_seed(0)
+    model = small_model()
+    model.fit(*noise(), epochs=60, batch_size=16, verbose=0)
+    assert model.evaluate(*noise(), verbose=0, return_dict=True)["accuracy"] > 0.95
+    return model
+
+
+def test_a_list_of_goals_gives_a_model_at_each():
+    x, y = stripes()
+    models, info = run([0.2, 0.4, {"params": 0.6}], increment=0.1, validation_data=(x, y))
+    before = info.before["params"]
+    assert [stop["goal"] for stop in info.stops] == [{"params": 0.2}, {"params": 0.4}, {"params": 0.6}]
+    assert [stop["round"] for stop in info.stops] == [2, 4, 6] and len(info.rounds) == 6
+    for model, stop, goal in zip(models, info.stops, (0.2, 0.4, 0.6), strict=True):
+        assert model.count_params() == stop["costs"]["params"] <= (1 - goal) * before
+        expected = model.evaluate(x, y, verbose=0, return_dict=True)
+        assert stop["metrics"] == pytest.approx(expected, rel=1e-4)
+    assert info.metrics["after"] == info.stops[-1]["metrics"] and info.after == info.stops[-1]["costs"]
+    assert f"{models[1].count_params():,} ({models[1].count_params() / before:.1%})" in str(info)
+    again = keras_taylor.Info.from_json(info.to_json())
+    assert again.stops == info.stops and str(again) == str(info)
+
+
+def test_the_models_of_earlier_goals_are_left_alone():
+    class Keep(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            ends.append([np.array(keras.ops.convert_to_numpy(w)) for w in self.model.weights])
+
+    ends = []
+    models, _ = run([0.2, 0.5], increment=0.5, epochs=1, callbacks=[Keep()])
+    for model, then in zip(models, ends, strict=True):
+        assert same(map(keras.ops.convert_to_numpy, model.weights), then)
+
+
+def test_goals_between_rounds_are_met_all_the_same():
+    _, info = run([0.25, 0.3], increment=0.2)
+    gone = [1 - one.params / info.before["params"] for one in info.rounds]
+    assert len(gone) == 3 and gone[0] >= 0.2 and gone[1] >= 0.25 and gone[2] >= 0.3
+
+
+def test_steps_go_straight_from_goal_to_goal():
+    before = {"params": 1000, "flops": 4000}
+    goals = parse_goals([{"params": 0.2, "flops": 3600}, {"params": 0.6, "flops": 0.5}])
+    found = steps(goals, before, 0.1)
+    assert [step.stop for step in found] == [None, 0, None, None, None, 1]
+    assert [step.ceilings["params"] for step in found] == pytest.approx([900, 800, 700, 600, 500, 400])
+    flops = [step.ceilings["flops"] for step in found]
+    assert flops == pytest.approx([3800, 3600, 3200, 2800, 2400, 2000])
+
+
+def test_a_ceiling_is_kept_to_and_said(capsys):
+    model = small_model()
+    small, info = run({"params": 700}, model, verbose=2)
+    assert 600 < small.count_params() <= 700
+    out = capsys.readouterr().out
+    assert f"leave at most 700 of {model.count_params():,} parameters" in out
+    assert f"params: {model.count_params():,} now, at most 700 asked for" in out
+    assert info.goal == {"params": 700}
+
+
+def test_a_goal_that_is_met_already_gives_a_copy():
+    model = small_model()
+    copy, info = run({"params": 1_000_000}, model)
+    assert copy is not model and same(state(copy), state(model))
+    assert info.stop_reason == "the model keeps to the goal as it is" and not info.rounds
+    (first, second), _ = run([{"params": 1_000_000}, {"params": 700}], model)
+    assert same(state(first), state(model)) and second.count_params() <= 700
+
+
+def test_as_far_as_the_metric_allows(trained):
+    x, y = noise()
+    small, info = run(None, trained, increment=0.2, repair=False, max_drop=0.1, validation_data=(x, y))
+    reference = trained.evaluate(x, y, verbose=0, return_dict=True)["accuracy"]
+    *held, last = info.rounds
+    assert all(one.held and one.metrics["accuracy"] >= reference - 0.1 for one in held)
+    assert not last.held and last.metrics["accuracy"] < reference - 0.1
+    assert small.count_params() == held[-1].params == info.after["params"] < trained.count_params()
+    assert small.evaluate(x, y, verbose=0, return_dict=True)["accuracy"] == held[-1].metrics["accuracy"]
+    assert re.match(
+        rf"after round {last.number} 'accuracy' is 0\.\d+, worse than `max_drop=0.1` from", info.stop_reason
+    )
+    assert f"{last.number}, undone" in str(info)
+
+
+def test_a_goal_that_the_metric_does_not_allow_warns(trained):
+    x, y = noise()
+    arguments = {"increment": 0.2, "repair": False, "monitor": "val_loss", "baseline": 0.5, "max_drop": 0}
+    with pytest.warns(UserWarning, match=r"after round \d 'loss' is .*the round is undone"):
+        models, info = run([0.2, 0.95], trained, validation_data=(x, y), **arguments)
+    assert [stop["goal"] for stop in info.stops] == [{"params": 0.2}] and len(models) == len(info.stops) + (
+        len([one for one in info.rounds if one.held]) > 1
+    )
+    assert models[-1].evaluate(x, y, verbose=0, return_dict=True)["loss"] <= 0.5
+
+
+def test_nothing_is_lost_if_the_first_round_goes_too_far(trained):
+    with pytest.warns(UserWarning, match="after round 1"):
+        small, info = run(0.9, trained, increment=0.9, repair=False, max_drop=0.01, validation_data=noise())
+    assert same(state(small), state(trained)) and info.after == info.before
+    assert info.metrics["after"] == info.metrics["before"]
+
+
+def test_a_picture_shows_the_curve(trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = pytest.importorskip("matplotlib.figure")
+    _, info = run(None, trained, increment=0.2, repair=False, max_drop=0.1, validation_data=noise())
+    seen = []
+    original = figure.Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        seen.append(self)
+        return original(self, *args, **kwargs)
+
+    figure.Figure.savefig = savefig
+    try:
+        info.plot(tmp_path / "rounds.png")
+    finally:
+        figure.Figure.savefig = original
+    panel = seen[0].axes[-1]
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("parameters", "validation accuracy")
+    held = [info.before["params"]] + [one.params for one in info.rounds if one.held]
+    assert panel.lines[0].get_xdata().tolist() == held
+    assert panel.lines[-1].get_marker() == "x"
+
+
+def test_a_run_with_several_goals_goes_on(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(epoch, logs):
+        calls.append(epoch)
+        if len(calls) == 3:
+            raise Stop
+
+    calls, model = [], small_model()
+    arguments = {"increment": 0.2, "epochs": 1, "backup_dir": tmp_path / "there"}
+    with pytest.raises(Stop):
+        run([0.2, 0.4, 0.6], model, callbacks=[keras.callbacks.LambdaCallback(stop)], **arguments)
+    resumed, info = run([0.2, 0.4, 0.6], model, **arguments)
+    assert [one.number for one in info.rounds] == [1, 2, 3] and len(info.stops) == 3
+    assert [one.count_params() for one in resumed] == [stop["costs"]["params"] for stop in info.stops]
+    again, _ = run([0.2, 0.4, 0.6], model, **arguments)
+    for first, second in zip(resumed, again, strict=True):
+        assert same(state(first), state(second))
+
+
+def test_a_run_that_its_metric_ended_is_over(trained, tmp_path):
+    arguments = {"increment": 0.2, "repair": False, "max_drop": 0.1, "validation_data": noise()}
+    arguments["backup_dir"] = tmp_path
+    small, info = run(None, trained, **arguments)
+    again, then = run(None, trained, **arguments)
+    assert same(state(small), state(again)) and then.stop_reason == info.stop_reason
+    assert [one.number for one in then.rounds] == [one.number for one in info.rounds]
+    with pytest.raises(ValueError, match=r"max_drop: 0\.1 there, 0\.2 here"):
+        run(None, trained, **{**arguments, "max_drop": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        (r"Expected one or more, about the same costs\..*\[\]", {"goal": []}),
+        (r"about the same costs\..*flops", {"goal": [0.2, {"flops": 0.3}]}),
+        (r"Expected each to ask for more than the one before it\.", {"goal": [0.4, 0.2]}),
+        (r"Expected each to ask for more than the one before it\.", {"goal": [0.4, 0.4]}),
+        (r"`goal` says how much to remove.*Received: goal=None", {"goal": None}),
+        (r"Expected `validation_data`, in a form.*max_drop=0.1", {"max_drop": 0.1}),
+        (r"`max_drop` is a number from 0 on.*-1", {"max_drop": -1, "validation_data": stripes()}),
+        (r"belong to `max_drop`, which is not there.*monitor='loss'", {"monitor": "loss"}),
+        (
+            r"There is no metric 'f1'.*'accuracy'.*monitor='f1'",
+            {"max_drop": 0, "monitor": "f1", "validation_data": stripes()},
+        ),
+        (
+            r"The model itself does not reach the baseline: its 'accuracy' .*baseline=0.99",
+            {"max_drop": 0, "baseline": 0.99, "validation_data": stripes()},
+        ),
+    ],
+)
+def test_refusals(words, arguments):
+    refused(ValueError, words, **{"epochs": 0, **arguments})
+
+
+def test_ceilings_are_exact_at_the_end():
+    goal = Goal({"params": 333, "flops": 0.1})
+    assert goal.ceilings({"params": 1000, "flops": 10}) == {"params": 333, "flops": 9.0}
+    assert goal.ceilings({"params": 1000, "flops": 10}, 0.5) == {"params": 666.5, "flops": 9.5}
+    assert np.isclose(goal.fractions({"params": 1000, "flops": 10})["params"], 0.667)
+
+
+def test_a_file_is_under_its_size(tmp_path, capsys):
+    model = small_model()
+    whole = keras_taylor.export(model, tmp_path / "whole.tflite").num_bytes
+    ceiling = round(0.8 * whole)
+    small, info = run({"bytes": ceiling, "params": 0.2}, model, increment=0.3, verbose=2)
+    written = keras_taylor.export(small, tmp_path / "small.tflite").num_bytes
+    assert 0.9 * ceiling < written <= ceiling and small.count_params() <= 0.8 * model.count_params()
+    assert (
+        info.before["bytes"] == whole and info.after["bytes"] == written == info.stops[-1]["costs"]["bytes"]
+    )
+    assert info.goal == {"bytes": ceiling, "params": 0.2} and f"{written:,}" in str(info)
+    out = capsys.readouterr().out
+    assert f"leave at most {ceiling:,} of {whole:,} bytes and remove 20 % of" in out
+    assert f"bytes: {whole:,} now, at most {ceiling:,} asked for" in out
+    assert keras_taylor.Info.from_json(info.to_json()).reduction == info.reduction
+
+
+def test_a_file_that_cannot_be_so_small_is_refused():
+    refused(
+        ValueError, r"The goal is out of reach: at most \d+\.\d% of the [\d,]+ bytes can", goal={"bytes": 100}
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"scope": "layer"}, {"rank": "cost"}, {"ratios": {"first": (0, 0.25)}}],
+)
+def test_choices_reach_every_round(arguments):
+    model = small_model()
+    _, info = run({"params": 0.5}, model, increment=0.25, **arguments)
+    scores = keras_taylor.score(model, criterion="magnitude")
+    plan = keras_taylor.make_plan(model, scores, {"params": 0.5}, **arguments)
+    assert {n: len(p.kept) for n, p in info.plan.layers.items()} == {
+        n: len(p.kept) for n, p in plan.layers.items()
+    }
+
+
+def test_what_is_measured_is_measured_after_the_checks(monkeypatch):
+    def measure(*args, **kwargs):
+        raise AssertionError("measured before the data was looked at")
+
+    monkeypatch.setattr("keras_taylor.descent.Measurements", measure)
+    refused(ValueError, "Received: max_drop=0.1", goal={"bytes": 5000}, max_drop=0.1)
+    refused(ValueError, "Unknown criterion", goal={"bytes": 5000}, criterion="best")
+
+
+def test_criteria_that_count_costs_take_what_stands_for_the_measured_one():
+    small, info = run({"bytes:keras": 0.1}, criterion="fisher", increment=0.2)
+    assert info.after["bytes:keras"] <= 0.9 * info.before["bytes:keras"]
+    assert small.count_params() < info.before["params"]
+
+
+def test_an_interrupt_keeps_the_models_of_earlier_goals():
+    def stop(epoch, logs):
+        calls.append(epoch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    calls = []
+    with pytest.raises(keras_taylor.CompressionInterrupted) as error:
+        run([0.2, 0.4], increment=0.2, epochs=1, callbacks=[keras.callbacks.LambdaCallback(stop)])
+    (model,) = error.value.models
+    assert model is error.value.model and model.count_params() == error.value.info.after["params"]
