@@ -285,7 +285,7 @@ def removals(case, scores):
             continue
         found[name] = []
         for goal in GOALS:
-            plan = keras_taylor.make_plan(case.model, some, goal)
+            plan = keras_taylor.make_plan(case.model, some, goal, rank="score", balance=0)
             small = keras_taylor.prune(case.model, plan)
             repaired = keras_taylor.repair(small, case.model, plan, case.images, num_examples=512)
             found[name] += [accuracy_of(one, *case.test) for one in (small, repaired)]

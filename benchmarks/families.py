@@ -40,8 +40,7 @@ HUB = """## KerasHub at small sizes, random weights
 
 Pruned by {goal:.0%}, or by nine tenths of what can be reached. "Law 2": largest difference to the network
 with these gates closed, relative to its largest output. "Loaded": the same after saving and loading, "no"
-where a layer of KerasHub that stays closed cannot be made from its own configuration, or does not give one.
-A train step changes the weights and leaves them finite.
+if the file does not load. A train step changes the weights and leaves them finite.
 """
 
 
@@ -171,7 +170,7 @@ def laws(model, reachable):
     import keras_taylor
     from keras_taylor.gates import GatedModel
     from keras_taylor.groups import read_channels
-    from keras_taylor.plan import kept_units
+    from keras_taylor.planning import kept_units
 
     x = random_inputs(model)
     goal = min(GOAL, 0.9 * reachable)
@@ -187,7 +186,7 @@ def laws(model, reachable):
         try:
             small.save(path)
             loaded = f"{difference(given, predicted(keras.models.load_model(path), x)):.0e}"
-        except Exception:  # classes of KerasHub with a `get_config` that fails, or that they do not take
+        except Exception:  # whatever a class of KerasHub raises
             loaded = "no"
     small.compile(keras.optimizers.SGD(1e-3), "mse")
     targets = keras.tree.map_structure(keras.ops.zeros_like, small(x, training=False))
