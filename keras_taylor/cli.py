@@ -28,10 +28,12 @@ from keras_taylor.cli_options import (
     Json,
     Mean,
     Model,
+    RoundTo,
     Std,
     Trust,
+    multiple_of,
 )
-from keras_taylor.cli_outputs import picture_path, writable, write, write_text
+from keras_taylor.cli_outputs import picture_path, stop_paths, writable, write, write_text
 from keras_taylor.export_arguments import FORMS
 from keras_taylor.goals import goal_of_texts
 from keras_taylor.loading import FileError, compiled_for, load_data, load_model
@@ -126,7 +128,7 @@ def compress(
     ] = None,
     exclude: Exclude = None,
     inexact: Inexact = False,
-    round_to: Annotated[int, typer.Option(help="Keep multiples of so many channels.")] = 1,
+    round_to: RoundTo = "1",
     repair: Annotated[
         bool, typer.Option("--repair/--no-repair", help="Refit the layers that lost inputs after each cut.")
     ] = True,
@@ -157,11 +159,12 @@ def compress(
     exports = [(name, writable(_beside(target, name), force)) for name in map(_checked_format, export or ())]
     page = writable(report, force, ".html") if report else None
     wanted = goal_of_texts(goal or ["0.3"])
+    stops = stop_paths(target, wanted, force)
     keras.utils.set_random_seed(seed)
     original = _model(model, trust, modules)
     train, test = load_data(data, original, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
     original = compiled_for(original, train[1])
-    small, info = keras_taylor.compress(
+    models, info = keras_taylor.compress(
         original,
         train,
         wanted,
@@ -169,7 +172,7 @@ def compress(
         criterion=criterion,
         exclude=exclude or (),
         exact=not inexact,
-        round_to=round_to,
+        round_to=multiple_of(round_to),
         repair=repair,
         learning_rate=learning_rate or None,
         max_drop=max_drop,
@@ -182,7 +185,10 @@ def compress(
         return_info=True,
     )
     info.command = " ".join(["keras-taylor", *sys.argv[1:]])
-    write(target, small.save)
+    *between, small = models if stops else [models]
+    written = [*stops[: len(between)], target]
+    for path, one in zip(written, [*between, small], strict=True):
+        write(path, one.save)
     if exports:
         made = [
             _exported(one, where, name, train, test, force)
@@ -198,7 +204,7 @@ def compress(
         print(info.to_json())
     else:
         print(info)
-        print(f"written: {', '.join(str(p) for p in (target, target.with_suffix('.json'), page) if p)}")
+        print(f"written: {', '.join(str(p) for p in (*written, target.with_suffix('.json'), page) if p)}")
 
 
 @app.command(

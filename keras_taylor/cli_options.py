@@ -20,9 +20,13 @@ Goal = Annotated[
     list[str] | None,
     typer.Option(
         help="The fraction of the parameters to remove (0.3), or that of another cost (flops=0.5), or what "
-        "may be left (params=200000). Several: all hold.  [default: 0.3]",
+        "may be left (params=200000, bytes:litert-int8=90KiB). Several: all hold. With commas "
+        "(0.2,0.4,0.6): stops on one way, a model at each.  [default: 0.3]",
         show_default=False,
     ),
+]
+RoundTo = Annotated[
+    str, typer.Option(help="Keep multiples of so many channels; auto, with a latency: of what pays.")
 ]
 Exclude = Annotated[
     list[str] | None, typer.Option(help="A layer that keeps its channels, or a regular expression.")
@@ -36,3 +40,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on st
 Imports = Annotated[list[str] | None, typer.Option("--import", help="A module that registers custom layers.")]
 Backend = Annotated[str, typer.Option(help="tensorflow, jax or torch; else KERAS_BACKEND, else Keras' own.")]
 Html = Annotated[str, typer.Option(help="Write a report, one HTML file.", show_default=False)]
+
+
+def multiple_of(text):
+    """The number, or "auto", that `--round-to` says."""
+    if text != "auto" and not text.isdecimal():
+        raise ValueError(f"--round-to is a whole number from 1 on, or auto. Received: {text}")
+    return text if text == "auto" else int(text)

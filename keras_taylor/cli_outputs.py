@@ -24,6 +24,14 @@ def writable(path, force, suffix=None):
     return path
 
 
+def stop_paths(target, goals, force):
+    """Paths of the models at all goals but the last, checked: "small-1.keras", ... beside "small.keras"."""
+    if not isinstance(goals, list):
+        return []
+    names = [f"{target.stem}-{number}{target.suffix}" for number in range(1, len(goals))]
+    return [writable(target.with_name(name), force) for name in names]
+
+
 def picture_path(path, data, force):
     """The path of a picture of what is measured on data, checked; `None` for none."""
     if not path:

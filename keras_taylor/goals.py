@@ -143,32 +143,45 @@ def parse_goals(goal, measurable=False):
 def goal_of_texts(texts):
     """What users write on a command line: "0.3", or parts like "params=200000" and "flops=0.5".
 
+    Args:
+        texts: A list of such, all about other costs. Values with commas between them ("0.2,0.4,0.6")
+            are several goals, as many in each part.
+
     Returns:
-        What `parse_goal` takes.
+        What `parse_goals` takes.
 
     Raises:
-        ValueError: for a text that is no goal, or parts about one cost.
+        ValueError: for a text that is no goal, parts about one cost, parts of unlike numbers of goals.
     """
     parts = [text.rpartition("=") for text in texts]
-    goal = {
-        what or "params": _number(value, text) for (what, _, value), text in zip(parts, texts, strict=True)
-    }
-    if len(goal) < len(parts):
+    if len({what or "params" for what, _, _ in parts}) < len(parts):
         raise ValueError(f"Each part of a goal is about another cost. Received: {' '.join(texts)}")
-    if any(
-        isinstance(value, int) and not what for (what, _, _), value in zip(parts, goal.values(), strict=True)
-    ):
+    values = {
+        what or "params": [_value(what, value, text) for value in listed.split(",")]
+        for (what, _, listed), text in zip(parts, texts, strict=True)
+    }
+    if len({len(listed) for listed in values.values()}) > 1:
         raise ValueError(
-            "A whole number is what may be left of a cost. Expected its name before it, as in "
-            f"params=200000, or a fraction of the parameters to remove, as in 0.3. Received: {texts[0]}"
+            f"Every part of several goals has a value for each of them. Received: {' '.join(texts)}"
         )
-    return goal
+    goals = [dict(zip(values, stop, strict=True)) for stop in zip(*values.values(), strict=True)]
+    return goals if goals[1:] else goals[0]
 
 
-def _number(value, text):
+def _value(what, value, text):
+    """A number, or an amount with its unit where it is measured."""
+    if value.isdecimal():
+        if not what:
+            raise ValueError(
+                "A whole number is what may be left of a cost. Expected its name before it, as in "
+                f"params=200000, or a fraction of the parameters to remove, as in 0.3. Received: {text}"
+            )
+        return int(value)
     try:
-        return int(value) if value.isdecimal() else float(value)
+        return float(value)
     except ValueError as error:
+        if quantity_of(what) is not None:
+            return value
         raise ValueError(
             "A goal is the fraction to remove, as in 0.3 or flops=0.5, or what may be left, as in "
             f"params=200000. Received: {text}"

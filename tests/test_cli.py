@@ -71,6 +71,29 @@ def test_compress_writes_model_state_and_report(run):
     assert code == 0 and pathlib.Path("again.html").read_text() == page
 
 
+def test_several_goals_write_a_model_each(run):
+    words = (*COMPRESS[:-1], "0.2,0.4", "--goal", "flops=0.1,0.3", "--epochs", "0", "--report", "report.html")
+    code, out, _ = run(*words)
+    assert code == 0 and "small-1.keras, small.keras, small.json, report.html" in " ".join(out.split())
+    full = keras.models.load_model("model.keras").count_params()
+    params = [keras.models.load_model(name).count_params() for name in ("small-1.keras", "small.keras")]
+    assert 0.6 * full < params[0] <= 0.8 * full and params[1] <= 0.6 * full
+    info = keras_taylor.Info.from_json(pathlib.Path("small.json").read_text())
+    assert [stop["goal"] for stop in info.stops] == [
+        {"params": 0.2, "flops": 0.1},
+        {"params": 0.4, "flops": 0.3},
+    ]
+    assert "What is left at each goal" in pathlib.Path("report.html").read_text()
+    os.remove("small.keras")
+    assert "'small-1.keras' is there already" in refused(run, *words[:-2])
+
+
+def test_a_file_under_its_size_by_words(run):
+    code, out, _ = run(*COMPRESS[:-1], "bytes=14KiB", "--epochs", "0", "--json")
+    assert code == 0 and json.loads(out)["after"]["bytes"] <= 14 * 1024
+    assert run("export", "small.keras", "-o", "small.tflite", "--json", "--max-kib", "14")[0] == 0
+
+
 def test_original_and_result_are_exported_and_measured_together(run):
     code, out, _ = run(*COMPRESS, "--epochs", "0", "--export", "litert-dynamic", "--report", "report.html")
     assert code == 0 and "original-small-litert-dynamic.tflite" in out
@@ -231,6 +254,12 @@ def test_arguments_that_cannot_be_used(run):
     assert "as in params=200000, or a fraction of" in refused(run, *COMPRESS[:-1], "2")
     assert "Received: params=few" in refused(run, *COMPRESS[:-1], "params=few")
     assert "is about another cost. Received: 0.4 params=9" in refused(run, *COMPRESS, "--goal", "params=9")
+    assert "has a value for each of them. Received: 0.2,0.4 flops=0.5" in refused(
+        run, *COMPRESS[:-1], "0.2,0.4", "--goal", "flops=0.5"
+    )
+    assert "whole number of bytes, or a text with a unit" in refused(run, *COMPRESS[:-1], "bytes=small")
+    assert "Expected a goal for a 'latency'" in refused(run, *COMPRESS, "--round-to", "auto")
+    assert "--round-to is a whole number from 1 on, or auto" in refused(run, *COMPRESS, "--round-to", "x")
     assert "Unknown criterion" in refused(run, *COMPRESS, "--criterion", "best")
     assert "There is no format 'gif'" in refused(run, *COMPRESS, "--export", "gif")
     assert "does not end in '.html'" in refused(run, *COMPRESS, "--report", "report.txt")
