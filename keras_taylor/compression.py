@@ -65,7 +65,9 @@ def compress(
             layers: prune only the channels that these make / none of them.
         exact: `False`: channels that are normalised together may leave, too, as the residual stream of
             a transformer or a ConvNeXt (see `analyze`).
-        round_to: Every group of channels keeps a multiple of this many.
+        round_to: Every group of channels keeps a multiple of this many. With a goal for a latency also
+            "auto": 1, 4, 8 or 16, the least multiple that other widths of this network's layers are at most
+            5 % slower than, as measured on this machine; `info.round_to` says which.
         min_channels: Every group keeps at least so many.
         repair: Refit the layers that lost inputs by least squares on at most 512 examples after each
             cut (see `keras_taylor.repair`): with `epochs=0` to the original, else, before

@@ -18,7 +18,7 @@ from keras_taylor.fine_tuning import Diverged, fine_tune, fine_tuning_rate, lear
 from keras_taylor.fitting import check_reachable, draft, fitting_units
 from keras_taylor.goals import Goal, parse_goals
 from keras_taylor.groups import layer_names, read_channels
-from keras_taylor.limits import Limits, ratio_limits
+from keras_taylor.limits import AUTO, Limits, check_round_to, ratio_limits
 from keras_taylor.measuring import Measurements
 from keras_taylor.opening import view_to_train
 from keras_taylor.optimizers import has_schedule
@@ -76,7 +76,10 @@ class Descent:
         self._exclude, self._exact = layer_names(model, exclude), exact
         self._carry = not has_schedule(model.optimizer)
         channels = self._read(model)
-        self._limits = Limits(round_to, min_channels, ratio_limits(channels, ratios))
+        self._round_to = round_to
+        self._limits = Limits(
+            1 if round_to == AUTO else round_to, min_channels, ratio_limits(channels, ratios)
+        )
         self._choice = {"scope": scope, "rank": rank or "score", "balance": balance}
         self._whole = {group.name: group.num_units for group in channels.groups}
         costs = CostModel(channels)
@@ -84,12 +87,14 @@ class Descent:
         bounds = self._limits.bounds(channels)
 
         def removable_for(costs):  # which units go does not matter here, how many can does
-            return Removable(channels, costs, np.zeros(channels.num_units), round_to, bounds=bounds)
+            scores = np.zeros(channels.num_units)
+            return Removable(channels, costs, scores, self._limits.round_to, bounds=bounds)
 
         least = removable_for(costs).least()
         self._goals = _goals(goal, costs(least), max_drop)
         for one in self._goals:
             one.check(self._before)
+        check_round_to(round_to, self._goals[-1].measured)
         self._measurements = None
         if not self._goals[-1].measured:
             self._set_out(channels, least)
@@ -117,8 +122,10 @@ class Descent:
         if self._goals[-1].measured:  # takes a while, so after all that may be wrong with the call
             self._measurements = Measurements(channels, self._goals[-1].measured, say=self._reporter.say)
             self._before = {**self._before, **self._measurements.before}
+            if round_to == AUTO:
+                self._limits = dataclasses.replace(self._limits, round_to=self._measurements.best_multiple())
             self._check_reachable(channels, removable_for)
-            self._set_out(channels, least)
+            self._set_out(channels, removable_for(costs).least())
         name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
         self.info = Info(
             goal=dict(self._goals[-1].parts),
@@ -135,6 +142,7 @@ class Descent:
             unknown=tuple(channels.unknown),
             name=model.name,
             layers={name: stop - start for start, stop, name in channels.space.producers},
+            round_to=self._limits.round_to,
         )
         self._plans = []  # of the completed rounds
         self._inputs = None
@@ -222,7 +230,7 @@ class Descent:
             include=self._include,
             exclude=self._exclude,
             exact=self._exact,
-            **dataclasses.asdict(self._limits),
+            **{**dataclasses.asdict(self._limits), "round_to": self._round_to},
             **self._choice,
             **limit,
             repair=self._repairs,
@@ -245,6 +253,7 @@ class Descent:
             self._plans = list(backups.state.plans)
             if self._measurements:  # times are never the same again: what was measured then counts
                 self._before = self.info.before
+                self._limits = dataclasses.replace(self._limits, round_to=self.info.round_to)
                 self._steps = steps(self._goals, self._before, self._increment)
         return backups
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_taylor.groups import matching
+from keras_taylor.quantities import quantity_of
+
+AUTO = "auto"  # of `round_to`: what the measured times of layers say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,23 @@ class Limits:
             most.append(max(min(high - gone, group.num_units - min(self.min_channels, group.num_units)), 0))
             least.append(min(max(int(share * low) - gone, 0), most[-1]))
         return np.array(least, np.int64), np.array(most, np.int64)
+
+
+def check_round_to(round_to, measured):
+    """Refuses "auto" where no times are measured that could say which multiple pays.
+
+    Args:
+        round_to: What the user passed.
+        measured: The measured parts of the goal, as in `goals.Goal.measured`.
+
+    Raises:
+        ValueError: if it is "auto" and no latency is asked for.
+    """
+    if round_to == AUTO and not any(quantity_of(key).kind == "latency" for key in measured):
+        raise ValueError(
+            "`round_to='auto'` takes the multiple of channels that measured times say is worth keeping to. "
+            "Expected a goal for a 'latency', or a whole number. Received: round_to='auto'"
+        )
 
 
 def ratio_limits(channels, ratios):

@@ -80,6 +80,7 @@ class Info:
         stop_reason: Why the run ended.
         name: The model's name.
         layers: Channels of every layer that makes some, in the network's order, before the run.
+        round_to: Every group of channels keeps a multiple of so many.
         metrics: "before" and "after": loss and metrics on the validation data, where there is any.
         artefacts: "before" and "after": lists of the `Artefact`s of the original and of the result, in
             the same order, timed together (`measure_artefacts`); empty until you fill it.
@@ -100,6 +101,7 @@ class Info:
     stop_reason: str = ""
     name: str = ""
     layers: dict = dataclasses.field(default_factory=dict)
+    round_to: int = 1
     metrics: dict = dataclasses.field(default_factory=dict)
     artefacts: dict = dataclasses.field(default_factory=dict)
     command: str = ""

@@ -34,6 +34,8 @@ def opening(model, info, num_rounds, scored, draws, repairs, carries, rate, epoc
         steps.append(f"fine-tuning{how}, epochs: {epochs}")
     parts = [_asked(what, value, info.before[what]) for what, value in info.goal.items()]
     yield f"{' and '.join(parts)}{detail}; rounds: {num_rounds}; in each: {', then '.join(steps)}"
+    if info.round_to > 1:
+        yield f"every group of channels keeps a multiple of {info.round_to}"
     frozen = [layer.name for layer in model.layers if layer.weights and not layer.trainable]
     if frozen:
         names = ", ".join(frozen[:5]) + (", ..." if len(frozen) > 5 else "")

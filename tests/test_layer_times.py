@@ -8,6 +8,7 @@ import pytest
 import zoo
 from helpers import case
 
+import keras_taylor
 from keras_taylor import layer_times, measuring, timing
 from keras_taylor.fitting import check_reachable, fitting_units
 from keras_taylor.goals import parse_goal
@@ -207,6 +208,40 @@ def test_the_multiple_that_pays_is_found(clock, multiple):
     clock.law = law
     times = LayerTimes(read_channels(net(64, 64)), "keras", cache_dir=clock.folder)
     assert times.best_multiple() == multiple
+
+
+def eights(point):
+    """As a processor that takes eight channels at a time."""
+    read, made = (-(-number // 8) * 8 for number in numbers(point))
+    return 700 + 5 * read * made
+
+
+def test_auto_keeps_to_the_multiple_that_pays(clock, monkeypatch, tmp_path):
+    clock.law = eights
+    monkeypatch.setenv("KERAS_HOME", clock.folder)
+    model, x = net(40, 48, 64), np.random.default_rng(0).random((32, 6, 6, 3), "float32")
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    arguments = {"round_to": "auto", "epochs": 0, "verbose": 0, "return_info": True}
+    arguments |= {"backup_dir": str(tmp_path / "state")}
+    small, info = keras_taylor.compress(model, x, {"latency": 0.3}, **arguments)
+    assert info.round_to == 8
+    widths = [layer.filters for layer in small.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert all(width % 8 == 0 for width in widths) and sum(widths) < 40 + 48 + 64
+    clock.law = bilinear  # another day the machine says something else: the run stays what it was
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "other"))
+    assert keras_taylor.compress(model, x, {"latency": 0.3}, **arguments)[1].round_to == 8
+
+
+@pytest.mark.parametrize("goal", [0.3, {"flops": 0.5, "bytes": 9000}])
+def test_auto_needs_times(goal):
+    model = net(24)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    with pytest.raises(ValueError) as error:
+        keras_taylor.compress(model, np.zeros((4, 6, 6, 3)), goal, round_to="auto", epochs=0)
+    assert str(error.value) == (
+        "`round_to='auto'` takes the multiple of channels that measured times say is worth keeping to. "
+        "Expected a goal for a 'latency', or a whole number. Received: round_to='auto'"
+    )
 
 
 def test_a_latency_is_met_by_measuring(clock):
