@@ -44,6 +44,7 @@ def in_turn(
     balance=0.0,
     whole=None,
     share=1.0,
+    closed=None,
 ):
     """The `Removable` units on the way to a goal.
 
@@ -52,12 +53,15 @@ def in_turn(
         scope, rank, balance: As in `make_plan`.
         whole: Group -> how many units it had in the original, where some are gone already.
         share: How much of the way to the goal is gone after this, see `Limits.bounds`.
+        closed: How many units of each group are gone in any case, those with the lowest scores, an
+            int64 array `(num_groups,)`; `None`: none.
 
     Raises:
         ValueError: if the goal is out of reach, for a choice that is none.
     """
-    _check_choices(scope, rank, balance)
-    least, most = limits.bounds(channels, whole, share)
+    check_choices(scope, rank, balance)
+    closed = np.zeros(len(channels.groups), np.int64) if closed is None else closed
+    least, most = (np.maximum(bound, closed) for bound in limits.bounds(channels, whole, share))
     _check_scored(channels, flat, least)
     shares = by_share(channels, flat, whole)
     evenly = Removable(channels, costs, shares, limits.round_to, bounds=(least, most))
@@ -66,7 +70,7 @@ def in_turn(
         return evenly
     # never more than what an even cut takes, so that the goal stays in reach
     floors = np.ceil(balance * costs.counts(even)).astype(np.int64)
-    most = np.minimum(most, costs.counts() - floors)
+    most = np.maximum(np.minimum(most, costs.counts() - floors), closed)
     least = np.minimum(least, most)
     if rank == "cost":
         flat = Prices(costs, flat, counted(ceilings, costs())).order(least, most)
@@ -200,7 +204,8 @@ def _check_scored(channels, flat, least):
             )
 
 
-def _check_choices(scope, rank, balance):
+def check_choices(scope, rank, balance):
+    """Refuses what is no `scope`, `rank` or `balance` of `make_plan`."""
     for name, value, known in (("scope", scope, SCOPES), ("rank", rank, RANKS)):
         if value not in known:
             raise ValueError(f"Expected one of {', '.join(map(repr, known))}. Received: {name}={value!r}")

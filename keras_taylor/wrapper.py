@@ -9,11 +9,12 @@ from keras_taylor.costs import CostModel
 from keras_taylor.gates import ROWS, GatedModel
 from keras_taylor.goals import parse_goal
 from keras_taylor.groups import layer_names, read_channels
+from keras_taylor.limits import Limits
 from keras_taylor.losses import averages_examples
 from keras_taylor.opening import functional_view, own_training
 from keras_taylor.optimizers import StatisticsOptimizer, carry_state, fresh_optimizer, with_batch
 from keras_taylor.planning import plan_of
-from keras_taylor.ranking import Removable, flat_scores, units_to_keep
+from keras_taylor.ranking import Removable, check_choices, choose, flat_scores
 from keras_taylor.scoring import scores_of
 from keras_taylor.surgery import cut, rebuild
 
@@ -41,6 +42,8 @@ class PrunableModel(GatedModel):
             layers: prune only the channels that these make / none of them.
         exact: As in `keras_taylor.analyze`. With `False` normalisations take their means and variances
             over the channels that are open, so that `strip` changes nothing here either.
+        rank, balance: As in `make_plan`; a goal that is a number of units takes those with the lowest
+            scores, whatever they save.
         round_to: Every group of channels keeps a multiple of this many.
         min_channels: Every group keeps at least so many.
         loss_reduction: Whether the loss of a batch is the "mean" or the "sum" of its
@@ -69,6 +72,8 @@ class PrunableModel(GatedModel):
         criterion="taylor",
         include=None,
         exclude=(),
+        rank=None,
+        balance=0.5,
         round_to=1,
         min_channels=1,
         loss_reduction="auto",
@@ -86,12 +91,15 @@ class PrunableModel(GatedModel):
             "criterion": criterion,
             "include": include,
             "exclude": exclude,
+            "rank": rank,
+            "balance": balance,
             "round_to": round_to,
             "min_channels": min_channels,
             "loss_reduction": loss_reduction,
             "exact": exact,
         }
-        self._pruning = _Pruning(channels, round_to, min_channels)
+        choice = {"rank": rank or criteria.rank_for(criterion), "balance": balance}
+        self._pruning = _Pruning(channels, Limits(round_to, min_channels), choice)
         self.network.gates.averaged = loss_reduction != "sum"
         self.built = True
         settings = compile_settings(model)
@@ -277,10 +285,10 @@ class PrunableModel(GatedModel):
 class _Pruning:
     """Which units can go next; knows nothing of Keras variables."""
 
-    def __init__(self, channels, round_to, min_channels):
+    def __init__(self, channels, limits, choice):
+        check_choices("global", **choice)
         self.channels, self.costs = channels, CostModel(channels)
-        self._limits = {"round_to": round_to, "min_channels": min_channels}
-        self._removable(np.zeros(channels.num_units), np.ones(channels.num_units, bool))  # checks the limits
+        self._limits, self._choice = limits, choice
 
     def num_left(self, kept):
         """How many more units can go."""
@@ -289,21 +297,28 @@ class _Pruning:
 
     def after(self, goal, flat, kept):
         """The units kept when the goal is met, a bool array `(num_units,)`."""
-        removable = self._removable(flat, kept)
         if isinstance(goal, (int, np.integer)) and not isinstance(goal, bool):
             _check_number(goal)
-            return removable.mask(int((~kept).sum()) + goal)
+            return self._removable(flat, kept).mask(int((~kept).sum()) + goal)
         wanted, before = parse_goal(goal), self.costs()
         wanted.check(before)
         if wanted.is_met(self.costs(kept), before):
             return kept
-        return units_to_keep(self.channels, self.costs, removable, wanted.ceilings(before), goal)
+        closed = self.costs.counts() - self.costs.counts(kept)
+        arguments = _closed_first(flat, kept), wanted.ceilings(before), goal, self._limits
+        return choose(self.channels, self.costs, *arguments, closed=closed, **self._choice)
 
     def _removable(self, flat, kept):
-        """What went first goes first."""
-        finite = flat[np.isfinite(flat)]
-        flat = np.where(kept, flat, (finite.min() if finite.size else 0) - 1)
-        return Removable(self.channels, self.costs, flat, **self._limits)
+        bounds = self._limits.bounds(self.channels)
+        return Removable(
+            self.channels, self.costs, _closed_first(flat, kept), self._limits.round_to, bounds=bounds
+        )
+
+
+def _closed_first(flat, kept):
+    """Scores by which what is gone goes first."""
+    finite = flat[np.isfinite(flat)]
+    return np.where(kept, flat, (finite.min() if finite.size else 0) - 1)
 
 
 def check_momentum(momentum):

@@ -7,7 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import NAMES, case, fingerprint, predict, relative_difference
+from helpers import NAMES, case, fingerprint, predict, random_scores, reachable, relative_difference
 from test_compress import small_model, stripes
 
 import keras_taylor
@@ -132,10 +132,12 @@ def test_saved_in_mid_run_it_goes_on_in_another_process(trained, tmp_path):
 def test_saves_its_arguments(tmp_path):
     model = small_model()
     arguments = {"criterion": "taylor_abs", "exclude": [model.layers[0]], "round_to": 4, "min_channels": 3}
+    arguments |= {"rank": "score", "balance": 0.25}
     prunable = keras_taylor.PrunableModel(model, **arguments, loss_reduction="sum", name="mine")
     prunable.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.name == "mine" and again.get_config()["criterion"] == "taylor_abs"
+    assert again.get_config() == prunable.get_config() and again.get_config()["balance"] == 0.25
     assert again.prunable == prunable.prunable == 8  # of 12, multiples of four
     assert again.network.gates.averaged is False
 
@@ -174,6 +176,37 @@ def test_a_met_goal_takes_nothing_and_what_went_stays_gone():
     prunable.fit(*stripes(), batch_size=16, verbose=0)
     prunable.prune(0.7)
     assert (prunable.mask <= mask).all() and prunable.mask.sum() < mask.sum()
+
+
+class Shaken(keras_taylor.PrunableModel):
+    """Scores that are others each time."""
+
+    random = np.random.default_rng(0)
+
+    @property
+    def scores(self):
+        return {g.name: self.random.random(g.num_units) for g in self._pruning.channels.groups}
+
+
+@pytest.mark.parametrize("rank", ["score", "cost"])
+@pytest.mark.parametrize(
+    "name", ["residual", "concat", "shared_layer", "depthwise", "siamese", "transformer"]
+)
+def test_whatever_the_goals_what_went_stays_gone_and_no_layer_collapses(name, rank):
+    model = case(name).model
+    prunable = Shaken(model, rank=rank, balance=0.5)
+    most = reachable(model)
+    steps = [0.2 * most, {"flops": 0.3 * most}, 2, 0.5 * most, {"flops": 0.01}, 0.7 * most]
+    for goal in steps:
+        before = prunable.mask
+        num = prunable.prune(goal)
+        assert (prunable.mask <= before).all() and num == (before - prunable.mask).sum()
+    assert prunable.cost()["params"] <= (1 - 0.7 * most) * prunable.plan.before["params"]
+    fresh = Shaken(model, rank=rank, balance=0.5)
+    fresh.prune(0.7 * most)
+    kept = {name: len(layer.kept) for name, layer in fresh.plan.layers.items()}
+    evenly = keras_taylor.make_plan(model, random_scores(model), 0.7 * most, scope="layer").layers
+    assert all(width >= len(evenly[layer].kept) // 2 for layer, width in kept.items() if layer in evenly)
 
 
 def test_more_than_can_go_takes_all_that_can():
@@ -265,6 +298,8 @@ def test_refusals():
     refused("Received: loss_reduction='none'$", wrap, model, loss_reduction="none")
     refused("wrapped already. Received: model='prunable_small', a PrunableModel$", wrap, prunable)
     refused("Received: round_to=0$", wrap, model, round_to=0)
+    refused("Received: rank='best'$", wrap, model, rank="best")
+    refused("even cut.*Received: balance=2$", wrap, model, balance=2)
     refused("Received: exclude='nowhere'$", wrap, model, exclude="nowhere")
     own = OwnStep(model.inputs, model.outputs, name="own")
     refused(
