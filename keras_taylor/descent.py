@@ -1,6 +1,7 @@
 """From a model round by round down to its goals."""
 
 import dataclasses
+import gc
 import warnings
 
 import keras
@@ -16,7 +17,7 @@ from keras_taylor.distilling import check_trainable, distiller
 from keras_taylor.feasibility import reach
 from keras_taylor.fine_tuning import Diverged, fine_tune, fine_tuning_rate, learning_rate_of
 from keras_taylor.fitting import check_reachable, draft, fitting_units
-from keras_taylor.goals import Goal, parse_goals
+from keras_taylor.goals import parse_goals
 from keras_taylor.groups import layer_names, read_channels
 from keras_taylor.limits import AUTO, Limits, check_round_to, ratio_limits
 from keras_taylor.measuring import Measurements
@@ -91,7 +92,8 @@ class Descent:
             return Removable(channels, costs, scores, self._limits.round_to, bounds=bounds)
 
         least = removable_for(costs).least()
-        self._goals = _goals(goal, costs(least), max_drop)
+        as_far_as_it_goes = None if max_drop is None else costs(least)
+        self._goals = parse_goals(goal, measurable=True, furthest=as_far_as_it_goes)
         for one in self._goals:
             one.check(self._before)
         check_round_to(round_to, self._goals[-1].measured)
@@ -314,6 +316,7 @@ class Descent:
         self._reporter.say(f"{name}: {wording.described(done, self._before)}")
         if done.held:
             self._accept(plan, total, step)
+        gc.collect()  # models are full of cycles: their weights and compiled functions would wait long
         self._reporter.show(self.info)
         return small if done.held else None
 
@@ -391,10 +394,3 @@ class Descent:
         watched = self._validation.watch(self.info.metrics.get("before", {}))
         if watched:
             self._reporter.say(watched)
-
-
-def _goals(goal, least, max_drop):
-    """A list of `Goal`s; without any as far as `max_drop` allows."""
-    if goal is None and max_drop is not None:
-        return [Goal({"params": least["params"]})]
-    return parse_goals(goal, measurable=True)

@@ -123,12 +123,19 @@ def _is_ceiling(value):
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
 
 
-def parse_goals(goal, measurable=False):
-    """A list of `Goal`s: one, or those of a list that users write; `measurable` as in `parse_goal`.
+def parse_goals(goal, measurable=False, furthest=None):
+    """A list of `Goal`s: one, or those of a list that users write.
+
+    Args:
+        goal: As in `parse_goal`, a list of such, or `None`: as far as it goes.
+        measurable: As in `parse_goal`.
+        furthest: The costs of the smallest model, where `None` is a goal.
 
     Raises:
         ValueError: for a goal that is none, for goals about different costs.
     """
+    if goal is None and furthest is not None:
+        return [Goal({"params": furthest["params"]})]
     if not isinstance(goal, (list, tuple)):
         return [parse_goal(goal, measurable)]
     goals = [parse_goal(one, measurable) for one in goal]

@@ -1,5 +1,6 @@
 """One process, one backend; every test starts from the same seed."""
 
+import gc
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -10,7 +11,22 @@ import keras
 import pytest
 
 
+def pytest_collection_finish():
+    gc.freeze()  # libraries stay: what collects garbage need not look at them again and again
+
+
 @pytest.fixture(autouse=True)
 def fresh_start():
     keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_left_behind():
+    """Compiled functions of a whole run take more memory maps than Linux gives a process (65,530)."""
+    yield
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
+    gc.collect()
