@@ -38,23 +38,16 @@ class Goal:
             for what, value in self.parts.items()
         }
 
-    def ceilings(self, before, share=1.0):
-        """What may be left of each cost.
-
-        Args:
-            before: Costs of the whole model.
-            share: How much of the way is to be gone, from 0 to 1.
+    def ceilings(self, before):
+        """What may be left of each cost; `before` are the costs of the whole model.
 
         Returns:
             A dict: cost -> float.
         """
-        return {what: self._ceiling(what, before[what], share) for what in self.parts}
-
-    def _ceiling(self, what, before, share):
-        value = self.parts[what]
-        if isinstance(value, float):
-            return before * (1 - share * value)
-        return before - share * max(before - value, 0)
+        return {
+            what: before[what] * (1 - value) if isinstance(value, float) else float(min(value, before[what]))
+            for what, value in self.parts.items()
+        }
 
     def is_met(self, costs, before):
         """Whether these costs keep to the goal."""
