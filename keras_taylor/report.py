@@ -256,8 +256,9 @@ class Info:
 
     def headline(self):
         """One line: what has gone, and where from."""
-        gone = ", ".join(f"{share:.1%} of {what}" for what, share in self.reduction.items())
-        return f"{gone} removed from {len(self.pruned_layers)} layers by '{self.criterion}'"
+        told = {"params", "flops", *self.goal}
+        parts = [f"{share:.1%} of {what}" for what, share in self.reduction.items() if what in told]
+        return f"{', '.join(parts)} removed from {len(self.pruned_layers)} layers by '{self.criterion}'"
 
 
 def versions():
