@@ -76,7 +76,8 @@ class Descent:
         self._include = layer_names(model, include)
         self._exclude, self._exact = layer_names(model, exclude), exact
         self._carry = not has_schedule(model.optimizer)
-        channels = self._read(model)
+        channels = read_channels(model, self._include, self._exclude, exact)
+        self._grouped = channels.grouped
         self._round_to = round_to
         self._limits = Limits(
             1 if round_to == AUTO else round_to, min_channels, ratio_limits(channels, ratios)
@@ -330,7 +331,7 @@ class Descent:
             )
 
     def _read(self, model):
-        return read_channels(model, self._include, self._exclude, self._exact)
+        return read_channels(model, self._include, self._exclude, self._exact, self._grouped)
 
     def _costs(self, channels):
         return self._measurements.costs(channels) if self._measurements else CostModel(channels)

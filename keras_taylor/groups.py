@@ -58,9 +58,9 @@ class Channels:
         exact: Whether channels that are normalised together stay.
     """
 
-    def __init__(self, graph, include=None, exclude=(), exact=True):
+    def __init__(self, graph, include=None, exclude=(), exact=True, grouped=()):
         self.graph, self.exact = graph, exact
-        self.space = LabelSpace(exact)
+        self.space = LabelSpace(exact, grouped)
         self._selection = include, exclude
         self._label(graph)
         self._select(include, exclude)
@@ -77,6 +77,16 @@ class Channels:
         roots = np.unique(self._roots[labels[labels != FIXED]])
         starts = [start for start, _, _ in self.space.producers]
         return {self.space.producers[p][2] for p in np.searchsorted(starts, roots, "right") - 1}
+
+    @property
+    def grouped(self):
+        """Names of the convolutions of several groups that read several channels each, a frozenset."""
+        layers = {call.name: call.operation for call in self.graph.calls}
+        return frozenset(
+            name
+            for name, layer in layers.items()
+            if getattr(layer, "groups", 1) > 1 and hasattr(layer, "kernel") and layer.kernel.shape[-2] > 1
+        )
 
     def _label(self, graph):
         self.labels = [np.full((1,) * len(shape), FIXED) for shape in graph.shapes]
@@ -210,7 +220,7 @@ class Channels:
         """Channels, as names of their producers and positions, that `exact=False` would open."""
         if not (self.exact and self.space.normalised):
             return set()
-        other = Channels(self.graph, *self._selection, exact=False)
+        other = Channels(self.graph, *self._selection, exact=False, grouped=self.space.grouped)
         return {
             (name, position)
             for start, stop, name in other.space.producers
@@ -272,7 +282,7 @@ def layer_names(model, patterns):
     return [re.escape(names[id(p)]) if id(p) in names else p for p in patterns]
 
 
-def read_channels(model, include=None, exclude=(), exact=True):
+def read_channels(model, include=None, exclude=(), exact=True, grouped=()):
     """Reads a model and finds its groups.
 
     Args:
@@ -283,8 +293,10 @@ def read_channels(model, include=None, exclude=(), exact=True):
         exclude: Never prune the channels that these layers make.
         exact: `False`: channels that are normalised together may leave, too, although that
             changes what the others become.
+        grouped: Names of convolutions that were of groups of several channels once (`Channels.grouped`):
+            of one channel each, whole groups would leave, which no plan for the original can say.
 
     Returns:
         `Channels`.
     """
-    return Channels(graphs.read(model), include, exclude, exact)
+    return Channels(graphs.read(model), include, exclude, exact, grouped)

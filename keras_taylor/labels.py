@@ -13,13 +13,14 @@ class LabelSpace:
 
     Args:
         exact: Whether channels that are normalised together stay.
+        grouped: Names of convolutions whose groups stay, of however few channels they are.
 
     Attributes:
         normalised: Labels that are normalised together and, beside them, by what.
     """
 
-    def __init__(self, exact=True):
-        self.exact = exact
+    def __init__(self, exact=True, grouped=()):
+        self.exact, self.grouped = exact, frozenset(grouped)
         self.normalised = []
         self.producers = []  # (first label, stop, name) of every range handed out
         self.reasons = []

@@ -9,6 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from helpers import case, reachable, targets_of
 from rich.console import Console
 
 import keras_taylor
@@ -260,6 +261,21 @@ def test_round_to_holds_in_every_round():
     model, data = small_model(), stripes()
     small = keras_taylor.compress(model, data, goal=0.3, increment=0.1, round_to=4, verbose=0)
     assert small.get_layer("first").filters % 4 == small.get_layer("second").filters % 4 == 0
+
+
+@pytest.mark.parametrize("part", [0.8, 0.95])
+def test_grouped_convolutions_go_down_to_one_channel_a_group_over_several_rounds(part):
+    known = case("grouped")
+    known.model.compile("sgd", "mse")
+    goal = part * reachable(known.model)
+    data = known.x, targets_of(known.model, known.x)
+    arguments = {"increment": 0.1, "epochs": 0, "criterion": "magnitude", "verbose": 0, "return_info": True}
+    small, info = keras_taylor.compress(known.model, data, goal, **arguments)
+    assert len(info.rounds) > 4 and info.reduction["params"] >= goal
+    layer = small.get_layer("grouped")
+    assert layer.groups == 4 and layer.kernel.shape[-2] == 1
+    in_one_cut = keras_taylor.prune(known.model, info.plan)
+    assert in_one_cut.to_json() == small.to_json()
 
 
 def test_schedule_as_a_function():

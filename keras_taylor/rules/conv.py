@@ -11,7 +11,7 @@ def conv(ctx):
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = channel_axis(layer, tensor)
     read = ctx.contracted(0, axis)
-    if layer.groups == read.size > 1 and layer.filters % read.size == 0:
+    if layer.groups == read.size > 1 and layer.filters % read.size == 0 and ctx.name not in ctx.space.grouped:
         return _one_group_a_channel(ctx, read, axis)
     blocks = read.reshape(layer.groups, -1)
     ctx.union(blocks, blocks[:1])
