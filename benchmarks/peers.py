@@ -155,8 +155,8 @@ def main():
     parser.add_argument("--models", nargs="+", default=["resnet20", "resnet56"])
     parser.add_argument("--goals", type=goal_of, nargs="+", default=[("params", 0.3), ("params", 0.5)])
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning")
-    parser.add_argument("--theirs", nargs="+", default=["LAMP", "magnitude", "Taylor", "Hessian"])
-    parser.add_argument("--ours", nargs="+", default=["taylor", "log_odds", "fisher", "sensitivity"])
+    parser.add_argument("--theirs", nargs="*", default=["LAMP", "magnitude", "Taylor", "Hessian"])
+    parser.add_argument("--ours", nargs="*", default=["taylor", "log_odds", "fisher", "sensitivity"])
     arguments = parser.parse_args()
     import keras
     import resnet_cifar
