@@ -66,7 +66,8 @@ class LayerTimes:
         """The multiple of channels that is worth keeping to: 1, 4, 8 or 16.
 
         The table holds round widths. Where layers of other widths take more than 5 % longer than
-        it says for these, by the same number of channels, the next coarser multiple is looked at.
+        it says for these, by the same number of channels, the next coarser multiple is looked at. Layers
+        of less than 32 channels have no say.
         """
         for multiple, offsets in _OFFSETS.items():
             if all(self._excess(offset) <= _PAYS for offset in offsets):
@@ -74,15 +75,15 @@ class LayerTimes:
         return _COARSEST
 
     def _excess(self, offset):
-        """How much longer all layers take, so many channels below half of them, than the table says."""
-        grids = list(self._grids.values())
+        """How much longer wide layers take, so many channels below half of them, than the table says."""
+        grids = [grid for grid in self._grids.values() if not grid.narrower(offset).all()]
         masks = [grid.narrower(offset) for grid in grids]
         points = [grid.point(kept) for grid, kept in zip(grids, masks, strict=True)]
         self._table.fill(points)
         times = [self._table[point] for point in points]
         said = [grid(*grid.widths(kept)) for grid, kept in zip(grids, masks, strict=True)]
         pairs = [(ns, expected) for ns, expected in zip(times, said, strict=True) if ns is not None]
-        return sum(ns for ns, _ in pairs) / max(sum(expected for _, expected in pairs), 1)
+        return sum(ns for ns, _ in pairs) / sum(expected for _, expected in pairs) if pairs else 1.0
 
 
 class TimeTable:
@@ -228,8 +229,8 @@ class _Grid:
         self._columns = [c for c, place in zip(columns, places, strict=True) if len(place) > 1]
         values = np.array(times, float).reshape(shape)
         values = np.squeeze(values, tuple(k for k, p in enumerate(places) if len(p) == 1))
-        for axis in range(values.ndim):  # a narrower layer takes no longer: what says so is noise
-            values = np.maximum.accumulate(values, axis)
+        for axis in range(values.ndim):  # a narrower layer takes no longer, and noise only adds
+            values = np.flip(np.minimum.accumulate(np.flip(values, axis), axis), axis)
         self._value = float(values) if not self._columns else None
         if self._columns:
             grid = [p for p in places if len(p) > 1]

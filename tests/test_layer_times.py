@@ -216,6 +216,22 @@ def eights(point):
     return 700 + 5 * read * made
 
 
+def test_narrow_layers_have_no_say_in_the_multiple(clock):
+    clock.law = lambda point: 10**7 if max(numbers(point)) <= 16 else eights(point)
+    times = LayerTimes(read_channels(net(16, 16, 64, 64)), "keras", cache_dir=clock.folder)
+    assert times.best_multiple() == 8
+
+
+def test_noise_at_a_narrow_width_does_not_raise_wider_ones(clock):
+    channels = read_channels(net(16, 64, 64))
+    whole = np.ones(channels.num_units, bool)
+    expected = LayerTimes(channels, "keras", cache_dir=clock.folder)(channels)(whole)
+    clock.law = lambda point: bilinear(point) * (50 if numbers(point) == (16, 16) else 1)
+    noisy = LayerTimes(channels, "keras", cache_dir=f"{clock.folder}/noisy")(channels)
+    assert noisy(whole) == expected
+    assert noisy(some_kept(channels)) <= expected
+
+
 def test_auto_keeps_to_the_multiple_that_pays(clock, monkeypatch, tmp_path):
     clock.law = eights
     monkeypatch.setenv("KERAS_HOME", clock.folder)
