@@ -9,7 +9,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import case, reachable, targets_of
+import zoo
+from helpers import reachable, targets_of
 from rich.console import Console
 
 import keras_taylor
@@ -265,16 +266,16 @@ def test_round_to_holds_in_every_round():
 
 @pytest.mark.parametrize("part", [0.8, 0.95])
 def test_grouped_convolutions_go_down_to_one_channel_a_group_over_several_rounds(part):
-    known = case("grouped")
-    known.model.compile("sgd", "mse")
-    goal = part * reachable(known.model)
-    data = known.x, targets_of(known.model, known.x)
+    model = zoo.build("grouped")
+    model.compile("sgd", "mse")
+    goal, x = part * reachable(model), zoo.inputs_of(model)
+    data = x, targets_of(model, x)
     arguments = {"increment": 0.1, "epochs": 0, "criterion": "magnitude", "verbose": 0, "return_info": True}
-    small, info = keras_taylor.compress(known.model, data, goal, **arguments)
+    small, info = keras_taylor.compress(model, data, goal, **arguments)
     assert len(info.rounds) > 4 and info.reduction["params"] >= goal
     layer = small.get_layer("grouped")
     assert layer.groups == 4 and layer.kernel.shape[-2] == 1
-    in_one_cut = keras_taylor.prune(known.model, info.plan)
+    in_one_cut = keras_taylor.prune(model, info.plan)
     assert in_one_cut.to_json() == small.to_json()
 
 
