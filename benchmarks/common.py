@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -52,7 +51,7 @@ def interleaved_fits(models, x, y, batch_size, repetitions):
     """Seconds (wall, processor) a training step of each model, taking turns after a warm-up.
 
     Args:
-        models: Two compiled models by name.
+        models: Compiled models by name.
         x, y: Arrays of a few batches: one `fit` over them is one measurement.
     """
     steps = -(-len(x) // batch_size)
@@ -68,34 +67,6 @@ def interleaved_fits(models, x, y, batch_size, repetitions):
         for name, model in models.items():
             times[name].append(seconds_a_step(model))
     return {"first": warm_up, "times": times, "jit": str(next(iter(models.values())).jit_compile)}
-
-
-def comparison(results):
-    """A Markdown table of the second model's step against the first's, one row a backend."""
-    header = None
-    rows = []
-    for backend, result in results.items():
-        names = list(result["times"])
-        walls, processors = zip(*(zip(*result["times"][n], strict=True) for n in names), strict=True)
-        ratios = [s / f for f, s in zip(*walls, strict=True)]
-        (first, second), cpu = map(_medians, (walls, processors))
-        header = header or [
-            *("backend", "jit", f"{names[0]} s", f"{names[1]} s", "ratio", "each repetition"),
-            *("ratio in processor time", f"first {names[0]} s", f"first {names[1]} s"),
-        ]
-        rows.append(
-            [
-                *(backend, result["jit"], f"{first:.2f}", f"{second:.2f}", f"{second / first:.2f}"),
-                f"{min(ratios):.2f} to {max(ratios):.2f}",
-                f"{cpu[1] / cpu[0]:.2f}",
-                *(f"{result['first'][n]:.0f}" for n in names),
-            ]
-        )
-    return markdown_table(header, rows)
-
-
-def _medians(columns):
-    return [statistics.median(column) for column in columns]
 
 
 def _version(*names):

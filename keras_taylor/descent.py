@@ -86,13 +86,7 @@ class Descent:
         self._whole = {group.name: group.num_units for group in channels.groups}
         costs = CostModel(channels)
         self._before = costs()
-        bounds = self._limits.bounds(channels)
-
-        def removable_for(costs):  # which units go does not matter here, how many can does
-            scores = np.zeros(channels.num_units)
-            return Removable(channels, costs, scores, self._limits.round_to, bounds=bounds)
-
-        least = removable_for(costs).least()
+        least = self._removable_for(channels)(costs).least()
         as_far_as_it_goes = None if max_drop is None else costs(least)
         self._goals = parse_goals(goal, measurable=True, furthest=as_far_as_it_goes)
         for one in self._goals:
@@ -123,19 +117,22 @@ class Descent:
             model, self._feed, score_ds, criterion, labels, score_examples, cost, self._fit_kwargs
         )
         if self._goals[-1].measured:  # takes a while, so after all that may be wrong with the call
-            self._measurements = Measurements(channels, self._goals[-1].measured, say=self._reporter.say)
-            self._before = {**self._before, **self._measurements.before}
-            if round_to == AUTO:
-                self._limits = dataclasses.replace(self._limits, round_to=self._measurements.best_multiple())
-            self._check_reachable(channels, removable_for)
-            self._set_out(channels, removable_for(costs).least())
-        name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
-        self.info = Info(
+            self._measure(channels)
+            self._set_out(channels, self._removable_for(channels)(costs).least())
+        self.info = self._info_of(channels, criterion)
+        self._plans = []  # of the completed rounds
+        self._inputs = None
+        limit = {"max_drop": max_drop, "monitor": monitor, "baseline": baseline}
+        self._backups = None if backup_dir is None else self._open_backups(backup_dir, limit)
+
+    def _info_of(self, channels, criterion):
+        """The `Info` of a run that has not begun."""
+        return Info(
             goal=dict(self._goals[-1].parts),
-            criterion=name,
+            criterion=getattr(criterion, "__name__", str(criterion)),
             before=self._before,
             after=self._before,
-            plan=Plan(before=self._before, after=self._before, exact=exact),
+            plan=Plan(before=self._before, after=self._before, exact=self._exact),
             locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in channels.locked},
             inexact={
                 g.name: {"channels": g.num_units, "changes": list(g.normalised_by)}
@@ -143,20 +140,25 @@ class Descent:
                 if g.normalised_by
             },
             unknown=tuple(channels.unknown),
-            name=model.name,
+            name=self._original.name,
             layers={name: stop - start for start, stop, name in channels.space.producers},
             round_to=self._limits.round_to,
         )
-        self._plans = []  # of the completed rounds
-        self._inputs = None
-        limit = {"max_drop": max_drop, "monitor": monitor, "baseline": baseline}
-        self._backups = None if backup_dir is None else self._open_backups(backup_dir, limit)
 
-    def _check_reachable(self, channels, removable_for):
-        """Refuses measured goals out of reach: the smallest model is built and measured."""
+    def _removable_for(self, channels):
+        """A function of costs to what may go at all: how many units, whichever they are."""
+        scores, bounds = np.zeros(channels.num_units), self._limits.bounds(channels)
+        return lambda costs: Removable(channels, costs, scores, self._limits.round_to, bounds=bounds)
+
+    def _measure(self, channels):
+        """Measures the original and the smallest model; refuses goals out of reach."""
+        self._measurements = Measurements(channels, self._goals[-1].measured, say=self._reporter.say)
+        self._before = {**self._before, **self._measurements.before}
+        if self._round_to == AUTO:
+            self._limits = dataclasses.replace(self._limits, round_to=self._measurements.best_multiple())
         ceilings = self._goals[-1].ceilings(self._before)
         arguments = ceilings, self._measurements, lambda mask: draft(channels, mask), self._given_goal
-        check_reachable(channels, removable_for, *arguments)
+        check_reachable(channels, self._removable_for(channels), *arguments)
 
     def _set_out(self, channels, least):
         """Finds the steps to the goals; refuses goals out of reach."""
