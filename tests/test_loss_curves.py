@@ -259,9 +259,10 @@ def test_data_that_is_refused():
         keras_taylor.analyze(model, (x[:, :5], y))
     with pytest.raises(ValueError, match="A generator can be read only once"):
         keras_taylor.analyze(model, endless(x, y, 16))
-    model.get_layer("second").bias.assign(np.full(5, np.nan))
+    # not before a ReLU: TensorFlow fuses it on some processors, and makes zeros of NaN there
+    model.get_layer("head").bias.assign(np.full(3, np.nan))
     for data in ((x, y), x):
-        with pytest.raises(ValueError, match="The output of layer 'second' is NaN or infinite"):
+        with pytest.raises(ValueError, match="The output of layer 'head' is NaN or infinite"):
             keras_taylor.analyze(model, data, verbose=0)
 
 
