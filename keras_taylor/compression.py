@@ -60,7 +60,8 @@ def compress(
             a classifier with one output, a cross-entropy and labels, where `repair` is on; else "taylor".
         score_ds: Other data for the scores, in any form that `ds` may have: examples that the model
             was not trained on, say, where those of `ds` are known by heart and tell little.
-        score_examples: Examples a scoring pass; `None`: all, at most 10,000.
+        score_examples: Examples a scoring pass; `None`: an eighth of those that a round trains on (one
+            counted once an epoch), at least 512; of `score_ds`, and with `epochs=0`, all; at most 10,000.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: prune only the channels that these make / none of them.
         exact: `False`: channels that are normalised together may leave, too, as the residual stream of
@@ -69,9 +70,10 @@ def compress(
             "auto": 1, 4, 8 or 16, the least multiple that other widths of this network's layers are at most
             5 % slower than, as measured on this machine; `info.round_to` says which.
         min_channels: Every group keeps at least so many.
-        repair: Refit the layers that lost inputs by least squares on at most 512 examples after each
-            cut (see `keras_taylor.repair`): with `epochs=0` to the original, else, before
-            fine-tuning, to the model of the round before.
+        repair: Refit the layers that lost inputs by least squares after each cut (see
+            `keras_taylor.repair`): with `epochs=0` to the original, on at most 512 examples; else, before
+            fine-tuning, to the model of the round before, on a sixteenth of those that a round trains on,
+            128 to 512, and with less care for what training does as well.
         labels: What scores take for labels: "data" those of `ds`, "model" ones drawn from the model's
             own predictions in each round, `None` those of `ds` if it has some.
         distill: Fine-tune with the given model as the teacher (`keras.distillation.Distiller`): `True`

@@ -23,19 +23,20 @@ from keras_taylor.limits import AUTO, Limits, check_round_to, ratio_limits
 from keras_taylor.measuring import Measurements
 from keras_taylor.opening import view_to_train
 from keras_taylor.optimizers import has_schedule
-from keras_taylor.plan import Plan
 from keras_taylor.planning import kept_units, plan_of
 from keras_taylor.progress import Clock
 from keras_taylor.quantities import stand_in
 from keras_taylor.ranking import Removable, choose, flat_scores, in_turn
 from keras_taylor.refitting import refit
 from keras_taylor.report import Info, Round
-from keras_taylor.round_scores import RoundScores, default_criterion
+from keras_taylor.round_scores import RoundScores, default_criterion, share_of_training, trained_examples
 from keras_taylor.schedule import Step, steps
 from keras_taylor.scoring import check_compiled, check_labels, draws_labels
 from keras_taylor.surgery import cut, whole_copy
 from keras_taylor.validating import Validation
 from keras_taylor.walk import example_inputs
+
+_REPAIR = 1 / 16, 128, 512  # examples of a repair: share of what a round trains on, least, most
 
 
 class CompressionInterrupted(KeyboardInterrupt):
@@ -112,38 +113,18 @@ class Descent:
         self._repairs = repair
         self._rate = fine_tuning_rate(model.optimizer, learning_rate, repair) if self._trains else None
         self._validation = Validation(self._fit_kwargs, self._feed.batch_size, max_drop, monitor, baseline)
-        cost = stand_in(next(iter(self._goals[-1].parts)))
         self._scores = RoundScores(
-            model, self._feed, score_ds, criterion, labels, score_examples, cost, self._fit_kwargs
+            *(model, self._read, self._feed, score_ds, criterion, labels, score_examples),
+            *(stand_in(next(iter(self._goals[-1].parts))), self._fit_kwargs),
         )
         if self._goals[-1].measured:  # takes a while, so after all that may be wrong with the call
             self._measure(channels)
             self._set_out(channels, self._removable_for(channels)(costs).least())
-        self.info = self._info_of(channels, criterion)
-        self._plans = []  # of the completed rounds
-        self._inputs = None
+        about = {"goal": self._goals[-1].parts, "criterion": criterion, "round_to": self._limits.round_to}
+        self.info = Info.before_a_run(channels, self._before, exact, **about)
+        self._plans, self._inputs = [], None  # of the completed rounds; of repairs
         limit = {"max_drop": max_drop, "monitor": monitor, "baseline": baseline}
         self._backups = None if backup_dir is None else self._open_backups(backup_dir, limit)
-
-    def _info_of(self, channels, criterion):
-        """The `Info` of a run that has not begun."""
-        return Info(
-            goal=dict(self._goals[-1].parts),
-            criterion=getattr(criterion, "__name__", str(criterion)),
-            before=self._before,
-            after=self._before,
-            plan=Plan(before=self._before, after=self._before, exact=self._exact),
-            locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in channels.locked},
-            inexact={
-                g.name: {"channels": g.num_units, "changes": list(g.normalised_by)}
-                for g in channels.groups
-                if g.normalised_by
-            },
-            unknown=tuple(channels.unknown),
-            name=self._original.name,
-            layers={name: stop - start for start, stop, name in channels.space.producers},
-            round_to=self._limits.round_to,
-        )
 
     def _removable_for(self, channels):
         """A function of costs to what may go at all: how many units, whichever they are."""
@@ -283,14 +264,13 @@ class Descent:
 
     def _round(self, model, number):
         """One round; the smaller model, or `None` if its metric fell too far."""
-        if self._backups is not None:
-            # a round depends on its number, not on what was drawn before, so it can be repeated
-            keras.utils.set_random_seed(self._seed + number)
+        self._draw_anew(number)
         clock, step = Clock(), self._steps[number - 1]
         name = f"round {number}/{len(self._steps)}"
         with clock.phase("score"):
             channels = self._read(model)
-            scores = self._scores(channels, len(self._plans), self._reporter.callback(f"{name}: scoring"))
+            scores = self._scores(channels, self._plans, self._reporter.callback(f"{name}: scoring"))
+        self._draw_anew(number)  # whatever was made for the scores
         with clock.phase("prune"):
             flat = flat_scores(channels, scores)
             kept = self._fitting(channels, flat, step)
@@ -301,7 +281,7 @@ class Descent:
                 kept = kept_units(channels, total)
             small = cut(channels, kept, compiled_as=self._original, carry=self._carry)
         with clock.phase("repair"):
-            repairs = refit(channels, kept, small, self._examples()) if self._repairs else []
+            repairs = self._repair(channels, kept, small) if self._repairs else []
         with clock.phase("fit"):
             history, step_losses = self._fine_tune(
                 small, model, self._reporter.callback(f"{name}: fine-tuning")
@@ -322,6 +302,11 @@ class Descent:
         gc.collect()  # models are full of cycles: their weights and compiled functions would wait long
         self._reporter.show(self.info)
         return small if done.held else None
+
+    def _draw_anew(self, number):
+        """A round depends on its number, not on what was drawn before, so it can be repeated."""
+        if self._backups is not None:
+            keras.utils.set_random_seed(self._seed + number)
 
     def _accept(self, plan, total, step):
         self._plans.append(plan)
@@ -369,11 +354,11 @@ class Descent:
                 trainer = distiller(small, self._teacher, self._distill, self._feed.has_targets)
             return fine_tune(small, origin, arguments, callbacks, trainer)
 
-    def _examples(self):
-        """What layers are refitted on; taken from the data once."""
-        if self._inputs is None:
-            self._inputs = example_inputs(self._feed, graphs.read(self._original))
-        return self._inputs
+    def _repair(self, channels, kept, small):
+        if self._inputs is None:  # taken from the data once
+            num = share_of_training(trained_examples(self._feed, self._fit_kwargs), *_REPAIR)
+            self._inputs = example_inputs(self._feed, graphs.read(self._original), num)
+        return refit(channels, kept, small, self._inputs, thorough=not self._trains)
 
     def _announce(self):
         """Says what will be done, and evaluates the whole model."""

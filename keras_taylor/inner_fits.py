@@ -17,7 +17,7 @@ class _Recorded:
     tensors: dict
 
 
-def refit_inside(walks, number, read, axes_masks, num_fit, num_examples, random):
+def refit_inside(walks, number, read, axes_masks, num_fit, num_examples, random, thorough):
     """Refits, in place, a layer inside a closed one that lost inputs.
 
     Args:
@@ -29,6 +29,7 @@ def refit_inside(walks, number, read, axes_masks, num_fit, num_examples, random)
         num_fit: Batches to fit on; the others are held out.
         num_examples: In all batches.
         random: A numpy generator.
+        thorough: As in `refitting.refit`.
 
     Returns:
         A `LayerRepair`.
@@ -47,7 +48,8 @@ def refit_inside(walks, number, read, axes_masks, num_fit, num_examples, random)
     fit = LayerFit(old, new, old.graph.calls[0], new.graph.calls[0], outputs, num_fit)
     if not fit.is_understood():
         return LayerRepair(name, reason="its output is not its kernel times its input")
-    return fit.run(rows_an_example(fit.num_columns, num_examples), random)
+    num_rows = rows_an_example(fit.num_columns, num_examples, thorough)
+    return fit.run(num_rows, random, thorough)
 
 
 def _recorded(walk, number, inner_number, name):

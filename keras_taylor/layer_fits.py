@@ -67,8 +67,11 @@ class LayerFit:
         exact = self._old_layer.compute_dtype == "float32"
         return np.abs(ours - output).max() <= (1e-3 if exact else 3e-2) * np.abs(output).max()
 
-    def run(self, num_positions, random):
-        """Fits on so many positions of each example; a `LayerRepair`."""
+    def run(self, num_positions, random, thorough=True):
+        """Fits on so many positions of each example; a `LayerRepair`.
+
+        With `thorough=False` targets are asked for in full, also where a rectifier hides them.
+        """
         positions = [
             some_positions(len(x), self._view.num_positions(x), num_positions, random) for x in self._inputs
         ]
@@ -91,7 +94,7 @@ class LayerFit:
         if all(s.ridge is None for s in solutions):
             return LayerRepair(self._name, before, before, None, "the fit was no better on held-out examples")
         found = [(s.change, s.constant) for s in solutions]
-        for _ in range(_NUM_EXCUSED if self._sequel.rectified else 0):
+        for _ in range(_NUM_EXCUSED if self._sequel.rectified and thorough else 0):
             found = self._relaxed(regressions, solutions, found, positions, targets)
         self._view.assign(self._view.matrix() + np.stack([change for change, _ in found]))
         if self._place is not None:

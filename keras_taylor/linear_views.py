@@ -10,7 +10,7 @@ from keras import ops
 from keras_taylor.rules.einsum import terms_of
 
 # Rows for each column of a regression, and at least so many: more change little.
-_ROWS_PER_COLUMN, _ROWS = 20, 20_000
+_ROWS, _FEW_ROWS = (20, 20_000), (10, 4000)
 _CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
@@ -332,9 +332,10 @@ def _every_pair(combine, axes):
     return functools.reduce(lambda a, b: combine.outer(a, b).reshape(-1), axes)
 
 
-def rows_an_example(num_columns, num_examples):
+def rows_an_example(num_columns, num_examples, thorough=True):
     """How many rows of each example a regression on so many columns takes, where there are as many."""
-    return -(-max(_ROWS_PER_COLUMN * num_columns, _ROWS) // num_examples)
+    per_column, least = _ROWS if thorough else _FEW_ROWS
+    return -(-max(per_column * num_columns, least) // num_examples)
 
 
 def some_positions(num_examples, num_positions, take, random):

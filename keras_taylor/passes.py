@@ -12,12 +12,13 @@ _FOLD_EVERY = 256
 
 
 def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None, callbacks=()):
-    """Sums over one pass of the data, under plain `fit`.
+    """Sums over one pass of the data, under plain `fit`; a model that has had a pass is not compiled anew.
 
     Returns:
         A float64 array `(num_rows, num_units)`, rows as in `gates.ROWS` and perhaps `log_odds.ODDS_ROWS`.
     """
-    compile_for_scoring(gated, channels.graph.model)
+    if not gated.compiled:
+        compile_for_scoring(gated, channels.graph.model)
     fold = _Fold(gated)
     arguments = feed.fit_arguments(num_examples)
     with warnings.catch_warnings():

@@ -10,10 +10,10 @@ from keras_taylor.linear_views import linear_view, rows_an_example
 from keras_taylor.planning import mask_of
 from keras_taylor.walk import Walk, in_batches, outputs_of
 
-_NUM_HELD_OUT = 2  # batches
+_HELD_OUT = 1 / 4  # of the batches
 
 
-def refit(channels, kept, small, inputs):
+def refit(channels, kept, small, inputs, thorough=True):
     """Refits, in place, the layers of a cut model that lost inputs, from the input to the output.
 
     Each kernel is fitted by least squares: from what the layer reads in the model as it is repaired so
@@ -24,6 +24,8 @@ def refit(channels, kept, small, inputs):
         kept: Bool array `(num_units,)`, what was kept.
         small: The model that was cut by it.
         inputs: Flattened inputs as arrays, batch first, in random order.
+        thorough: `False` where training follows, which does as well what is then left out: layers that
+            read changed values only, targets that a rectifier hides, and most of the rows.
 
     Returns:
         A list of `LayerRepair`.
@@ -31,10 +33,10 @@ def refit(channels, kept, small, inputs):
     batches = in_batches(inputs)
     if len(batches) == 1:
         batches *= 2  # of one example, which can only judge itself
-    num_held_out = min(_NUM_HELD_OUT, len(batches) - 1)
+    num_held_out = max(round(_HELD_OUT * len(batches)), 1)
     before = list(zip(*outputs_of(graphs.read(small), batches[-num_held_out:]), strict=True))
     weights = [np.array(ops.convert_to_numpy(w)) for w in small.weights]
-    side_by_side = _SideBySide(channels, kept, small, batches, num_held_out)
+    side_by_side = _SideBySide(channels, kept, small, batches, num_held_out, thorough)
     repairs = side_by_side.run()
     wanted, after = side_by_side.held_out_outputs()
     fitted = any(one.ridge is not None for one in repairs)
@@ -49,8 +51,8 @@ def refit(channels, kept, small, inputs):
 class _SideBySide:
     """Both models, call by call, the original one step ahead."""
 
-    def __init__(self, channels, kept, small, batches, num_held_out):
-        self._channels, self._kept = channels, kept
+    def __init__(self, channels, kept, small, batches, num_held_out, thorough):
+        self._channels, self._kept, self._thorough = channels, kept, thorough
         self._num_examples = sum(len(batch[0]) for batch in batches)
         self._num_fit = len(batches) - num_held_out
         self._old, self._new = Walk(channels.graph, batches), Walk(graphs.read(small), batches)
@@ -83,8 +85,10 @@ class _SideBySide:
     def _to_refit(self, number, call, lost):
         """Layers that lost inputs, and later ones that do not make the outputs: those have been
         fitted to the examples once, with labels, and learn nothing from them again."""
+        if lost or not self._thorough:
+            return lost
         changed = self._changed.intersection(call.inputs) and call.outputs[0] in self._before_a_mixing_layer
-        return lost or (bool(changed) and self._masks(number) is not None)
+        return bool(changed) and self._masks(number) is not None
 
     def _masks(self, number):
         """Which columns and which outputs of a mixing layer stay; `None` if it is no such layer."""
@@ -119,7 +123,9 @@ class _SideBySide:
             return [None if a is None else mask_of(self._channels, a, self._kept) for a in axes]
 
         walks = (self._old, self._new)
-        return refit_inside(walks, number, read, masks, self._num_fit, self._num_examples, self._random)
+        return refit_inside(
+            *(walks, number, read, masks, self._num_fit, self._num_examples, self._random, self._thorough)
+        )
 
     def _refit(self, number, call):
         if not self._new.graph.is_used_once(call.operation):
@@ -129,7 +135,8 @@ class _SideBySide:
         fit = LayerFit(self._old, self._new, old_call, call, outputs, self._num_fit)
         if not fit.is_understood():
             return LayerRepair(call.name, reason="its output is not its kernel times its input")
-        return fit.run(rows_an_example(fit.num_columns, self._num_examples), self._random)
+        num_rows = rows_an_example(fit.num_columns, self._num_examples, self._thorough)
+        return fit.run(num_rows, self._random, self._thorough)
 
 
 def _before_a_mixing_layer(graph):

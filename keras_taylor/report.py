@@ -107,6 +107,36 @@ class Info:
     command: str = ""
     environment: dict = dataclasses.field(default_factory=lambda: versions())
 
+    @classmethod
+    def before_a_run(cls, channels, costs, exact, goal, criterion, round_to):
+        """The `Info` of a run that has not begun.
+
+        Args:
+            channels: `groups.Channels` of the original.
+            costs: What it costs, by "params", "flops", ...
+            exact: As in `compress`.
+            goal: The parts of the last goal.
+            criterion: A name or a function.
+            round_to: As in `compress`, a number.
+        """
+        return cls(
+            goal=dict(goal),
+            criterion=getattr(criterion, "__name__", str(criterion)),
+            before=costs,
+            after=costs,
+            plan=Plan(before=costs, after=costs, exact=exact),
+            locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in channels.locked},
+            inexact={
+                g.name: {"channels": g.num_units, "changes": list(g.normalised_by)}
+                for g in channels.groups
+                if g.normalised_by
+            },
+            unknown=tuple(channels.unknown),
+            name=channels.graph.model.name,
+            layers={name: stop - start for start, stop, name in channels.space.producers},
+            round_to=round_to,
+        )
+
     @property
     def reduction(self):
         """Fraction of "params" and "flops" that is gone."""

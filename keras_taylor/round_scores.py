@@ -1,12 +1,30 @@
 """Where the scores of each round of `compress` come from."""
 
+import functools
+
 from keras_taylor import criteria
 from keras_taylor.datasets import Feed
+from keras_taylor.groups import read_channels
 from keras_taylor.log_odds import has_odds
+from keras_taylor.masked_scoring import MaskedScorer
+from keras_taylor.plan import Plan
+from keras_taylor.planning import kept_units
 from keras_taylor.sampling import with_drawn_labels
-from keras_taylor.scoring import check_labels, draws_labels, needs_data, score_channels
+from keras_taylor.scoring import (
+    check_labels,
+    draws_labels,
+    gated_for,
+    needs_data,
+    score_channels,
+    scores_of,
+    takes_one_pass,
+)
+from keras_taylor.surgery import cut
 
-_MOST = 10_000  # examples a pass, unless more are asked for
+# Examples a pass, unless more are asked for: an eighth of what is trained on in a round, within these.
+_SHARE, _FEWEST, _MOST = 1 / 8, 512, 10_000
+# A smaller model is scored through the mask of a larger one until it has less than this share of its FLOPs.
+_CUT_AT = 0.7
 
 
 def default_criterion(channels, repaired, draws):
@@ -25,12 +43,14 @@ class RoundScores:
 
     Args:
         model: The original model.
+        read: A function from a model to its `groups.Channels`.
         feed: `datasets.Feed` of the training data.
         score_ds: Other data for the scores; `None`: those of the training.
         criterion, labels: As in `compress`.
-        num_examples: Examples a pass; `None`: all that are not validation data, at most 10,000.
+        num_examples: Examples a pass; `None`: an eighth of those that a round trains on, at least 512, at
+            most 10,000; of `score_ds`, and without training, all, at most 10,000.
         cost: What the goal is about, "params" or "flops".
-        fit_kwargs: What `fit` is called with: class weights and the validation split count here.
+        fit_kwargs: What `fit` is called with: class weights, epochs and the validation split count here.
 
     Attributes:
         apart: Whether scores come from other data than the training's.
@@ -39,33 +59,88 @@ class RoundScores:
         needs_data: Whether the criterion needs any.
     """
 
-    def __init__(self, model, feed, score_ds, criterion, labels, num_examples, cost, fit_kwargs):
+    def __init__(self, model, read, feed, score_ds, criterion, labels, num_examples, cost, fit_kwargs):
         criteria.get(criterion)
+        self._model, self._read = model, read
         self._criterion, self._cost, self._class_weight = criterion, cost, fit_kwargs.get("class_weight")
         self.apart = score_ds is not None
-        split = fit_kwargs.get("validation_split") or 0
+        trained, split = trained_examples(feed, fit_kwargs), fit_kwargs.get("validation_split") or 0
         if self.apart:
             feed = Feed(score_ds, model, feed.batch_size, targets=check_labels(labels) == "data")
-            split = 0
+            split, trained = 0, None
         self.needs_data = needs_data(criterion, feed)
         self._feed = feed if self.needs_data else None
         self.draws = self.needs_data and draws_labels(feed, labels)
-        self.num_examples = num_examples or _available(feed, split)
+        available = min(_MOST, int((feed.num_examples or _MOST) * (1 - split)))
+        self.num_examples = num_examples or share_of_training(trained, _SHARE, _FEWEST, available)
+        self._scorer, self._scorer_after = None, None
 
-    def __call__(self, channels, number, callbacks):
-        """Scores by group in the round after `number` others.
+    def __call__(self, channels, plans, callbacks):
+        """Scores by group.
 
         Args:
             channels: `groups.Channels` of the model as it is.
-            number: How many rounds are done: labels are drawn anew in each.
+            plans: A `Plan` for each round that is done: labels are drawn anew in each.
             callbacks: Keras callbacks of the scoring pass.
         """
         feed = self._feed
         if self.draws:
-            feed = with_drawn_labels(feed, channels.graph, self.num_examples, number)
+            feed = with_drawn_labels(feed, channels.graph, self.num_examples, len(plans))
+        if self.needs_data and takes_one_pass(self._criterion):
+            totals = self._totals(channels, plans, feed, callbacks)
+            if totals is not None:
+                return scores_of(channels, self._criterion, totals)
         arguments = self._criterion, self.num_examples, self._class_weight, callbacks, self._cost
         return score_channels(channels, feed, *arguments)
 
+    def _totals(self, channels, plans, feed, callbacks):
+        """Statistics of one pass through the model of an earlier round, masked; `None` if that cannot be."""
+        base = _last_cut(plans)
+        if self._scorer_after != base:
+            whole = channels if base == len(plans) else self._channels_after(plans[:base])
+            self._scorer = MaskedScorer(whole, gated_for(whole, self._criterion))
+            self._scorer_after = base
+        arguments = feed, self.num_examples, self._class_weight, callbacks
+        return self._scorer.statistics(channels, _composed(plans[base:]), *arguments)
 
-def _available(feed, split):
-    return min(_MOST, int((feed.num_examples or _MOST) * (1 - split)))
+    def _channels_after(self, plans):
+        """The original as some plans leave it: its structure, not what was learnt since."""
+        if not plans:
+            return self._read(self._model)
+        plan = _composed(plans)
+        original = read_channels(self._model, exact=plan.exact)
+        return self._read(cut(original, kept_units(original, plan), carry=False))
+
+
+def trained_examples(feed, fit_kwargs):
+    """How many examples `fit` trains on, one counted once an epoch; `None`: unknown, or none."""
+    epochs = fit_kwargs.get("epochs", 1)
+    if not epochs or feed.num_examples is None:
+        return None
+    return feed.num_examples * (1 - (fit_kwargs.get("validation_split") or 0)) * epochs
+
+
+def share_of_training(trained, share, least, most):
+    """How many examples something beside the training may take, so that it costs a share of it.
+
+    Args:
+        trained: How many examples are trained on; `None`: unknown, or none.
+        share: The share.
+        least, most: At least and at most so many; `most` where `trained` is unknown.
+    """
+    return most if trained is None else min(max(round(trained * share), least), most)
+
+
+def _composed(plans):
+    return functools.reduce(Plan.compose, plans) if plans else None
+
+
+def _last_cut(plans):
+    """After how many plans the model was so much smaller that scoring it by itself pays."""
+    last, whole = 0, None
+    for number, plan in enumerate(plans, 1):
+        what = "params" if plan.after["flops"] is None else "flops"
+        whole = whole or plan.before[what]
+        if plan.after[what] < _CUT_AT * whole:
+            last, whole = number, plan.after[what]
+    return last

@@ -159,7 +159,7 @@ def score_channels(
     if feed is not None:
         if criterion in criteria.BY_COST:
             check_countable(CostModel(channels)(), cost, f"cost={cost!r}")
-        gated = _gated(channels, criterion)
+        gated = gated_for(channels, criterion)
         gather = functools.partial(
             gate_statistics, gated, channels, feed, num_examples, class_weight, callbacks
         )
@@ -176,7 +176,12 @@ def score_channels(
     return scores_of(channels, criterion, totals, apart)
 
 
-def _gated(channels, criterion):
+def takes_one_pass(criterion):
+    """Whether all that a criterion needs of the data are the sums of one pass through gates."""
+    return criterion not in ("oracle", "sensitivity", "fisher")
+
+
+def gated_for(channels, criterion):
     """The model that gathers what a criterion needs."""
     if criterion in ("log_odds", "log_odds_probed"):
         return OddsModel(channels, NUM_PROBES if criterion == "log_odds_probed" else 0)

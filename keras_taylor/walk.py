@@ -12,7 +12,7 @@ from keras_taylor.graph import Ref
 
 # Bytes of values that may be in memory, and the examples that are taken in any case.
 _MEMORY, _FEWEST = 2**30, 64
-_NUM_BATCHES = 8
+_NUM_BATCHES, _BATCH = 8, 64  # at most so many batches, of at least so many examples
 
 
 class Walk:
@@ -110,7 +110,7 @@ def example_inputs(feed, graph, num_examples=512):
 
 def in_batches(inputs):
     """Flattened inputs as a list of at most eight batches, each a list of arrays."""
-    size = -(-len(inputs[0]) // _NUM_BATCHES)
+    size = max(-(-len(inputs[0]) // _NUM_BATCHES), min(_BATCH, -(-len(inputs[0]) // 4)))
     return [[x[k : k + size] for x in inputs] for k in range(0, len(inputs[0]), size)]
 
 

@@ -1,0 +1,116 @@
+"""Scores of a run's rounds: through the mask of one model, from as many examples as pay."""
+
+import helpers
+import keras
+import numpy as np
+import pytest
+import zoo
+
+import keras_taylor
+from keras_taylor import passes, round_scores
+from keras_taylor.datasets import Feed
+from keras_taylor.gates import ROWS, GatedModel
+from keras_taylor.groups import read_channels
+from keras_taylor.log_odds import ODDS_ROWS
+from keras_taylor.masked_scoring import MaskedScorer
+from keras_taylor.passes import gate_statistics
+from keras_taylor.round_scores import share_of_training
+from keras_taylor.scoring import gated_for
+
+NAMES = [
+    *("residual", "zero_pad_shortcut", "dense_block", "separable", "grouped", "channel_shuffle", "siamese"),
+    *("two_inputs", "nested_backbone", "flatten_dense", "lstm_tagger", "attention_parts", "attending"),
+    *("composite_layers", "prelu", "transposed_unet"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_scores_the_smaller_model_that_was_trained_since(name):
+    model = zoo.build(name)
+    x, plan = zoo.inputs_of(model), helpers.random_plan(model)
+    model.compile("sgd", "mse", run_eagerly=helpers.EAGER)
+    small = keras_taylor.prune(model, plan)
+    random = np.random.default_rng(0)
+    for weight in small.trainable_weights:
+        value = keras.ops.convert_to_numpy(weight)
+        weight.assign(value * random.uniform(0.8, 1.2, value.shape).astype(value.dtype))
+    channels, feed = read_channels(small), Feed((x, helpers.targets_of(small, x)), small)
+    wanted = gate_statistics(GatedModel(channels), channels, feed)
+    whole = read_channels(model)
+    scorer = MaskedScorer(whole, GatedModel(whole))
+    first = scorer.statistics(whole, None, feed, None, None, ())
+    found = scorer.statistics(channels, plan, feed, None, None, ())
+    assert first.shape[1] > found.shape[1] == channels.num_units
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+
+
+def small_model():
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(24, activation="relu", name="first")(inputs)
+    x = keras.layers.Dense(24, activation="relu", name="second")(x)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="head")(x))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+def data(num=64):
+    random = np.random.default_rng(0)
+    return random.normal(size=(num, 6)).astype("float32"), random.integers(0, 3, num)
+
+
+def test_rounds_compile_anew_only_where_the_model_has_become_much_smaller(monkeypatch):
+    compiled = []
+
+    def compile_for_scoring(gated, model, mean=False):
+        compiled.append(gated.network.gates.num_units)
+        original(gated, model, mean)
+
+    original = passes.compile_for_scoring
+    monkeypatch.setattr(passes, "compile_for_scoring", compile_for_scoring)
+    _, info = keras_taylor.compress(
+        small_model(), data(), 0.6, increment=0.1, verbose=0, return_info=True, criterion="taylor"
+    )
+    assert len(info.rounds) == 6
+    left = [1.0] + [done.flops / info.before["flops"] for done in info.rounds[:-1]]
+    cut = next(share for share in left if share < 0.7)  # the first round that scores a model by itself
+    assert [share < 0.7 * cut for share in left].count(True) == 0
+    assert len(compiled) == 2 and compiled[0] == 48 > compiled[1]
+
+
+def test_a_run_takes_the_units_that_it_would_take_without_masks(monkeypatch):
+    plans = []
+    for at in (0.7, 2.0):  # with 2.0 every round has a scoring model of its own
+        monkeypatch.setattr(round_scores, "_CUT_AT", at)
+        keras.utils.set_random_seed(0)
+        _, info = keras_taylor.compress(
+            small_model(), data(), 0.5, increment=0.1, verbose=0, return_info=True, shuffle=False
+        )
+        plans.append(info.plan)
+    assert plans[0].layers == plans[1].layers
+
+
+@pytest.mark.parametrize(
+    "trained, examples",
+    [(None, 10_000), (800, 512), (4000, 512), (8000, 1000), (1_000_000, 10_000)],
+)
+def test_scores_take_an_eighth_of_what_is_trained_on(trained, examples):
+    assert share_of_training(trained, 1 / 8, 512, 10_000) == examples
+
+
+@pytest.mark.parametrize(
+    "epochs, options, scored",
+    [(1, {}, 512), (5, {}, 1000), (1, {"score_examples": 700}, 700), (0, {}, 1600), (50, {}, 1600)],
+)
+def test_how_many_examples_are_scored(capsys, epochs, options, scored):
+    keras_taylor.compress(small_model(), data(1600), 0.1, increment=0.1, epochs=epochs, verbose=2, **options)
+    assert f"from at most {scored:,} examples" in capsys.readouterr().out
+
+
+def test_a_pass_draws_the_same_probes_whatever_passes_came_before():
+    model, (x, y) = small_model(), data()
+    channels = read_channels(model)
+    scorer = MaskedScorer(channels, gated_for(channels, "log_odds_probed"))
+    first, second = (scorer.statistics(channels, None, Feed((x, y), model), None, None, ()) for _ in range(2))
+    probes = (*ROWS, *ODDS_ROWS).index("probe")
+    assert np.ptp(first[probes]) > 0
+    np.testing.assert_array_equal(first, second)
