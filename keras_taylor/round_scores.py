@@ -72,7 +72,9 @@ class RoundScores:
         self._feed = feed if self.needs_data else None
         self.draws = self.needs_data and draws_labels(feed, labels)
         available = min(_MOST, int((feed.num_examples or _MOST) * (1 - split)))
-        self.num_examples = num_examples or share_of_training(trained, _SHARE, _FEWEST, available)
+        share = share_of_training(trained, _SHARE, _FEWEST, available)
+        size = feed.batch_size or 32  # whole batches: a smaller last one would be compiled apart
+        self.num_examples = num_examples or min(-(-share // size) * size, available)
         self._scorer, self._scorer_after = None, None
 
     def __call__(self, channels, plans, callbacks):
