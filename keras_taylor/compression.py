@@ -4,6 +4,7 @@ from keras_taylor import wording
 from keras_taylor.descent import Descent
 from keras_taylor.fine_tuning import check_fit_arguments
 from keras_taylor.progress import Reporter
+from keras_taylor.replicas import scope_of
 
 
 def compress(
@@ -130,7 +131,7 @@ def compress(
     >>> small = keras_taylor.compress(model, (x, y), None, max_drop=0.01, validation_data=(x_val, y_val))
     """
     check_fit_arguments(fit_kwargs)
-    with Reporter(verbose) as reporter:
+    with Reporter(verbose) as reporter, scope_of(model):
         run = Descent(
             model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude, exact,
             ratios, scope, rank, balance, round_to, min_channels, repair, labels, distill, learning_rate,

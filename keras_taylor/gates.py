@@ -11,6 +11,7 @@ from keras import ops
 from keras_taylor.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.graph import Ref
 from keras_taylor.losses import example_losses
+from keras_taylor.replicas import num_replicas, summed
 
 # Rows of the statistics: sums over examples, or over batches, of functions of the
 # gate derivative g of each example.
@@ -48,6 +49,7 @@ class Gates(keras.layers.Layer):
             initializer="zeros",
             autocast=False,
             overwrite_with_gradient=True,
+            aggregation="only_first_replica",  # the same in all: `batch_statistics` adds up
             name="statistics",
         )
         self.built = True
@@ -67,7 +69,7 @@ def _carrier(batch, num_units, averaged):
         def backward(*arguments, upstream=None):
             derivative = arguments[0] if upstream is None else upstream
             if averaged:
-                derivative = derivative * ops.cast(batch, derivative.dtype)
+                derivative = derivative * ops.cast(batch * num_replicas(), derivative.dtype)
             update = batch_statistics(derivative, batch, num_units)
             return ops.zeros_like(mask), statistics + update
 
@@ -77,19 +79,22 @@ def _carrier(batch, num_units, averaged):
 
 
 def batch_statistics(derivative, batch, num_units):
-    """The rows of `ROWS` for one batch of gate derivatives `(batch, num_units)`."""
-    examples = ops.cast(batch, derivative.dtype)
-    total = ops.sum(derivative, 0)
-    return ops.stack(
-        [
-            total,
-            ops.sum(ops.abs(derivative), 0),
-            ops.sum(ops.square(derivative), 0),
-            ops.square(total / examples),
-            ops.ones((num_units,), derivative.dtype) * examples,
-            ops.ones((num_units,), derivative.dtype),
-        ]
+    """The rows of `ROWS` for one batch of gate derivatives `(batch, num_units)`, on all replicas together."""
+    ones = ops.ones((num_units,), derivative.dtype)
+    total, absolute, square, examples = ops.unstack(
+        summed(
+            ops.stack(
+                [
+                    ops.sum(derivative, 0),
+                    ops.sum(ops.abs(derivative), 0),
+                    ops.sum(ops.square(derivative), 0),
+                    ones * ops.cast(batch, derivative.dtype),
+                ]
+            )
+        ),
+        4,
     )
+    return ops.stack([total, absolute, square, ops.square(total / examples), examples, ones])
 
 
 class GatedNetwork(keras.layers.Layer):

@@ -7,6 +7,7 @@ from keras import ops
 from keras_taylor.gates import ROWS, GatedModel, Gates, batch_statistics
 from keras_taylor.losses import CLASSES, ExampleLoss, kind_of, losses_by_output
 from keras_taylor.opening import compile_arguments
+from keras_taylor.replicas import summed
 
 # Rows of statistics after `gates.ROWS`: sums over examples, weighted as the examples are.
 ODDS_ROWS = ("odds", "spread", "probe", "probe_square")
@@ -166,7 +167,7 @@ def _statistics(arrived, signs, num_units, copies):
     else:
         rows += [ops.zeros_like(rows[0])] * 2
     examples = ops.shape(derivative)[1]
-    return ops.concatenate([batch_statistics(derivative[0], examples, num_units), ops.stack(rows)])
+    return ops.concatenate([batch_statistics(derivative[0], examples, num_units), summed(ops.stack(rows))])
 
 
 def _repeated(values, copies):

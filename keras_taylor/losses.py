@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_taylor.replicas import num_replicas
+
 _BY_SHAPE = ("crossentropy", "ce")
 # Names of Keras' losses by what they say of a target: a class, one of several marked, yes or no, a number.
 CLASSES = {"sparse_categorical_crossentropy", *_BY_SHAPE}
@@ -44,7 +46,9 @@ class ExampleLoss(keras.losses.Loss):
             if weight is not None:
                 values = _weighted(values, ops.cast(ops.convert_to_tensor(weight), values.dtype))
         total = ops.sum(ops.mean(values, tuple(range(1, len(values.shape)))))
-        return total / ops.cast(ops.shape(values)[0], total.dtype) if self.mean else total
+        if not self.mean:
+            return total
+        return total / ops.cast(ops.shape(values)[0] * num_replicas(), total.dtype)  # as Keras' own means
 
     def _values(self, y_true, y_pred):
         """Values of shape `(batch, ...)`."""

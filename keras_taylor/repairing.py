@@ -9,6 +9,7 @@ from keras_taylor.opening import functional_view
 from keras_taylor.planning import kept_units, mask_of
 from keras_taylor.recalibration import reestimate
 from keras_taylor.refitting import refit
+from keras_taylor.replicas import scope_of
 from keras_taylor.surgery import whole_copy
 from keras_taylor.walk import example_inputs, in_batches
 
@@ -45,14 +46,15 @@ def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_
     >>> small = keras_taylor.prune(model, plan)
     >>> small = keras_taylor.repair(small, model, plan, images)
     """
-    small, model = functional_view(small), functional_view(model)
-    channels = read_channels(model, exact=plan.exact)
-    kept = kept_units(channels, plan)
-    _check_cut(small, channels, kept)
-    feed = Feed(ds, model, batch_size, targets=False)
-    inputs = example_inputs(feed, channels.graph, num_examples)
-    repaired = whole_copy(small)
-    repairs = refit(channels, kept, repaired, inputs)
+    with scope_of(small):
+        small, model = functional_view(small), functional_view(model)
+        channels = read_channels(model, exact=plan.exact)
+        kept = kept_units(channels, plan)
+        _check_cut(small, channels, kept)
+        feed = Feed(ds, model, batch_size, targets=False)
+        inputs = example_inputs(feed, channels.graph, num_examples)
+        repaired = whole_copy(small)
+        repairs = refit(channels, kept, repaired, inputs)
     return (repaired, repairs) if return_repairs else repaired
 
 
@@ -75,11 +77,12 @@ def recalibrate(model, ds, *, num_examples=512, batch_size=None):
 
     >>> small = keras_taylor.recalibrate(keras_taylor.prune(model, plan), images)
     """
-    model = functional_view(model)
-    feed = Feed(ds, model, batch_size, targets=False)
-    inputs = example_inputs(feed, graphs.read(model), num_examples)
-    copy = whole_copy(model)
-    reestimate(copy, in_batches(inputs))
+    with scope_of(model):
+        model = functional_view(model)
+        feed = Feed(ds, model, batch_size, targets=False)
+        inputs = example_inputs(feed, graphs.read(model), num_examples)
+        copy = whole_copy(model)
+        reestimate(copy, in_batches(inputs))
     return copy
 
 

@@ -14,6 +14,7 @@ from keras_taylor.groups import read_channels
 from keras_taylor.log_odds import NUM_PROBES, ODDS_ROWS, OddsModel, shrunk
 from keras_taylor.opening import functional_view
 from keras_taylor.passes import gate_statistics, loss_changes, refuse_class_weight
+from keras_taylor.replicas import scope_of
 from keras_taylor.rules.base import made_by_kernels, weight_of
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.sensitivity import curves
@@ -79,18 +80,19 @@ def score(
     >>> scores["conv1"].shape
     (32,)
     """
-    model = functional_view(model)
-    channels = read_channels(model, include, exclude, exact)
-    criteria.get(criterion)
-    check_cost(cost)
-    feed = None
-    if needs_data(criterion, ds):
-        check_compiled(model, f"criterion={criterion!r}")
-        feed = Feed(ds, model, batch_size, steps_per_epoch, targets=check_labels(labels) == "data")
-        if draws_labels(feed, labels):
-            num_examples = min(num_examples or MAX_DRAWN, MAX_DRAWN)
-            feed = with_drawn_labels(feed, channels.graph, num_examples)
-    return score_channels(channels, feed, criterion, num_examples, class_weight, cost=cost)
+    with scope_of(model):
+        model = functional_view(model)
+        channels = read_channels(model, include, exclude, exact)
+        criteria.get(criterion)
+        check_cost(cost)
+        feed = None
+        if needs_data(criterion, ds):
+            check_compiled(model, f"criterion={criterion!r}")
+            feed = Feed(ds, model, batch_size, steps_per_epoch, targets=check_labels(labels) == "data")
+            if draws_labels(feed, labels):
+                num_examples = min(num_examples or MAX_DRAWN, MAX_DRAWN)
+                feed = with_drawn_labels(feed, channels.graph, num_examples)
+        return score_channels(channels, feed, criterion, num_examples, class_weight, cost=cost)
 
 
 def check_labels(labels):

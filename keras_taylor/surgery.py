@@ -12,6 +12,7 @@ from keras_taylor.groups import read_channels
 from keras_taylor.opening import functional_class, is_functional
 from keras_taylor.optimizers import carry_state
 from keras_taylor.planning import kept_units, mask_of
+from keras_taylor.replicas import scope_of
 from keras_taylor.rules.base import weight_of
 
 
@@ -33,8 +34,9 @@ def prune(model, plan):
         ValueError: if the plan was made for another model.
         UnsupportedModelError: if a layer cannot be made again from its configuration.
     """
-    channels = read_channels(model, exact=plan.exact)
-    return cut(channels, kept_units(channels, plan))
+    with scope_of(model):
+        channels = read_channels(model, exact=plan.exact)
+        return cut(channels, kept_units(channels, plan))
 
 
 def cut(channels, kept, compiled_as=None, optimizer=None, carry=True):

@@ -15,6 +15,7 @@ from keras_taylor.opening import functional_view, own_training
 from keras_taylor.optimizers import StatisticsOptimizer, carry_state, fresh_optimizer, with_batch
 from keras_taylor.planning import plan_of
 from keras_taylor.ranking import Removable, check_choices, choose, flat_scores
+from keras_taylor.replicas import scope_of
 from keras_taylor.scoring import scores_of
 from keras_taylor.surgery import cut, rebuild
 
@@ -81,32 +82,33 @@ class PrunableModel(GatedModel):
         name=None,
     ):
         _check_arguments(model, criterion, loss_reduction)
-        model = functional_view(model)
-        original = read_channels(model)
-        own, weights = rebuild(original, np.ones(original.num_units, bool))
-        include, exclude = layer_names(model, include), layer_names(model, exclude)
-        channels = read_channels(own, include, exclude, exact)
-        super().__init__(channels, frozen=False, name=name or f"prunable_{model.name}")
-        self._arguments = {
-            "criterion": criterion,
-            "include": include,
-            "exclude": exclude,
-            "rank": rank,
-            "balance": balance,
-            "round_to": round_to,
-            "min_channels": min_channels,
-            "loss_reduction": loss_reduction,
-            "exact": exact,
-        }
-        choice = {"rank": rank or criteria.rank_for(criterion), "balance": balance}
-        self._pruning = _Pruning(channels, Limits(round_to, min_channels), choice)
-        self.network.gates.averaged = loss_reduction != "sum"
-        self.built = True
-        settings = compile_settings(model)
-        if settings is not None:
-            self.compile(**settings)
-            if self.optimizer is not None:
-                carry_state(model.optimizer, self.optimizer, self.trainable_variables, weights)
+        with scope_of(model):
+            model = functional_view(model)
+            original = read_channels(model)
+            own, weights = rebuild(original, np.ones(original.num_units, bool))
+            include, exclude = layer_names(model, include), layer_names(model, exclude)
+            channels = read_channels(own, include, exclude, exact)
+            super().__init__(channels, frozen=False, name=name or f"prunable_{model.name}")
+            self._arguments = {
+                "criterion": criterion,
+                "include": include,
+                "exclude": exclude,
+                "rank": rank,
+                "balance": balance,
+                "round_to": round_to,
+                "min_channels": min_channels,
+                "loss_reduction": loss_reduction,
+                "exact": exact,
+            }
+            choice = {"rank": rank or criteria.rank_for(criterion), "balance": balance}
+            self._pruning = _Pruning(channels, Limits(round_to, min_channels), choice)
+            self.network.gates.averaged = loss_reduction != "sum"
+            self.built = True
+            settings = compile_settings(model)
+            if settings is not None:
+                self.compile(**settings)
+                if self.optimizer is not None:
+                    carry_state(model.optimizer, self.optimizer, self.trainable_variables, weights)
 
     def compile(self, optimizer="rmsprop", loss=None, **arguments):
         """As `keras.Model.compile`; the optimizer is wrapped so that it leaves the scores alone.
@@ -116,10 +118,11 @@ class PrunableModel(GatedModel):
         """
         if self._arguments["loss_reduction"] == "auto":
             self.network.gates.averaged = averages_examples(loss)
-        super().compile(optimizer=getattr(optimizer, "wrapped", optimizer), loss=loss, **arguments)
-        if self.optimizer is not None:
-            gates = self.network.gates
-            self.optimizer = StatisticsOptimizer(self.optimizer, lambda v: v is gates.statistics)
+        with scope_of(self):
+            super().compile(optimizer=getattr(optimizer, "wrapped", optimizer), loss=loss, **arguments)
+            if self.optimizer is not None:
+                gates = self.network.gates
+                self.optimizer = StatisticsOptimizer(self.optimizer, lambda v: v is gates.statistics)
 
     def compile_from_config(self, config):
         """Compiles as the configuration says, when a file is loaded."""
@@ -250,19 +253,20 @@ class PrunableModel(GatedModel):
         Raises:
             ValueError: for an optimizer that was built for other weights.
         """
-        channels, kept = self._pruning.channels, self.mask > 0
-        if optimizer is None:
-            return cut(channels, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None))
-        optimizer = getattr(optimizer, "wrapped", optimizer)
-        small, weights = rebuild(channels, kept)
-        settings = compile_settings(self) or {}
-        small.compile(**{**settings, "optimizer": fresh_optimizer(optimizer)})
-        if not carry_state(optimizer, small.optimizer, small.trainable_variables, weights):
-            raise ValueError(
-                "The optimizer's state does not belong to this model. Expected a Keras optimizer that was "
-                f"built with `trainable_variables` of it. Received: optimizer={optimizer!r}"
-            )
-        return small
+        with scope_of(self):
+            channels, kept = self._pruning.channels, self.mask > 0
+            if optimizer is None:
+                return cut(channels, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None))
+            optimizer = getattr(optimizer, "wrapped", optimizer)
+            small, weights = rebuild(channels, kept)
+            settings = compile_settings(self) or {}
+            small.compile(**{**settings, "optimizer": fresh_optimizer(optimizer)})
+            if not carry_state(optimizer, small.optimizer, small.trainable_variables, weights):
+                raise ValueError(
+                    "The optimizer's state does not belong to this model. Expected a Keras optimizer that was "
+                    f"built with `trainable_variables` of it. Received: optimizer={optimizer!r}"
+                )
+            return small
 
     def get_config(self):
         """What `from_config` makes the same wrapper from; weights, masks and scores are not in it."""

@@ -1,0 +1,99 @@
+"""Several devices: what is summed over them, and what their processes agree on.
+
+The only place that knows how each engine spreads a batch over devices:
+
+- JAX (`keras.distribution`) runs one program on the whole batch: sums are over all of it by themselves.
+- TensorFlow (`tf.distribute`) runs the step once a replica, on a part of the batch each.
+- PyTorch's trainer knows one device; in loops with DistributedDataParallel each process is on its own.
+"""
+
+import contextlib
+
+import keras
+
+
+def num_replicas():
+    """By how many Keras divides the loss of a replica, so that the gradients of all of them add up."""
+    strategy = _strategy()
+    return 1 if strategy is None else strategy.num_replicas_in_sync
+
+
+def summed(values):
+    """The sum of a tensor over all replicas, the same in each; outside of replicas the tensor itself."""
+    context = _replica_context()
+    return values if context is None else context.all_reduce("SUM", values)
+
+
+def examples_before(batch):
+    """How many examples of the batch are on replicas before this one, an int32 scalar.
+
+    Args:
+        batch: How many are on this one.
+    """
+    context = _replica_context()
+    if context is None:
+        return 0
+    order = keras.ops.arange(num_replicas())
+    here = keras.ops.cast(order == context.replica_id_in_sync_group, "int32")
+    counts = context.all_reduce("SUM", here * keras.ops.cast(batch, "int32"))
+    return keras.ops.sum(counts * keras.ops.cast(order < context.replica_id_in_sync_group, "int32"))
+
+
+def scope_of(model):
+    """A context in which new variables live where those of a model do.
+
+    As `model.fit` finds the strategy that the model was made under by itself, so do the verbs of this package.
+    """
+    strategy = getattr(model, "distribute_strategy", None)  # what Keras' trainer for TensorFlow has
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def check_batches(num_examples, batch_size, what="ds"):
+    """Refuses batches that cannot be spread over the devices.
+
+    Args:
+        num_examples: How many examples there are, or `None`.
+        batch_size: Examples a batch.
+        what: The argument that they come from.
+
+    Raises:
+        ValueError: if a batch, or what is left for the last one, does not go round.
+    """
+    parts, even = _parts()
+    last = None if num_examples is None else num_examples % batch_size or min(batch_size, num_examples)
+    for size in (batch_size, last):
+        if size is not None and (size % parts if even else size < parts):
+            wanted = f"a multiple of {parts}" if even else f"{parts} or more"
+            raise ValueError(
+                f"A batch of {size} examples cannot be spread over {parts} devices. Expected batches, the last "
+                f"one too, of {wanted} examples: pass another `batch_size`, or leave out examples. "
+                f"Received: {what} of {num_examples} examples in batches of {batch_size}"
+            )
+
+
+def _parts():
+    """Over how many devices a batch is spread, and whether all must get the same number of examples."""
+    distribution = keras.distribution.distribution()
+    if keras.backend.backend() == "jax" and distribution is not None:
+        mesh = distribution.device_mesh
+        return int(mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]), True
+    return num_replicas(), False
+
+
+def _strategy():
+    """The `tf.distribute` strategy of several replicas that is current, or `None`."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    return strategy if strategy.num_replicas_in_sync > 1 else None
+
+
+def _replica_context():
+    """That of the replica that runs, or `None`."""
+    if _strategy() is None:
+        return None
+    import tensorflow as tf
+
+    return tf.distribute.get_replica_context()
