@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import numpy as np
 from keras_taylor.groups import read_channels
 from keras_taylor.plan import Plan
 from keras_taylor.planning import kept_units
+from keras_taylor.replicas import agreed, from_first, is_first
 from keras_taylor.report import Info
 from keras_taylor.surgery import cut
 
@@ -53,6 +55,11 @@ def capture(model, plans, info, seed):
     """The `State` of a run whose last round led to `model`."""
     values = _values(_lasting_variables(model)), _values(model.optimizer.variables)
     return State(plans, info, seed, *values, type(model.optimizer).__name__)
+
+
+def drawn_seed():
+    """A number that the seeds of all rounds come from, the same in all processes."""
+    return int(agreed(np.array([np.random.randint(2**31 - 1)], np.int32))[0])
 
 
 def rebuild(original, state):
@@ -101,6 +108,9 @@ _NAMES, _ARCHITECTURE, _WEIGHTS = "names of layers", "architecture of the model"
 class Backups:
     """The newest states of one run, in a directory.
 
+    Of several processes only the first one reads and writes files; the others hear from it what they
+    hold, so the directory need not be theirs.
+
     Args:
         directory: Path of the directory, made if missing.
         call: What `describe_call` returned; states of another call are refused.
@@ -114,15 +124,26 @@ class Backups:
     """
 
     def __init__(self, directory, call, keep=()):
-        self._directory, self._keep = _writable(directory), frozenset(keep)
+        self._given, self._keep = directory, frozenset(keep)
         self._call = json.loads(json.dumps(call, default=str))  # as it will be read again
+        self.state = self._latest = None
+        content = from_first(self._opened)
+        if content and self.state is None:
+            self.state = _parsed(content, pathlib.Path(directory))[0]
+
+    def _opened(self):
+        """Looks into the directory; returns the content of the newest file, empty if there is none."""
+        self._directory = _writable(self._given)
         self.state = self._newest()
         for path in self._directory.glob(_UNFINISHED):  # of runs that were killed while they wrote
             path.unlink(missing_ok=True)
         self._latest = self.state and self.state.path
+        return self._latest.read_bytes() if self._latest else b""
 
     def write(self, state):
         """Adds a state; it and the one before stay. Warns, and goes on, if that is not possible."""
+        if not is_first():
+            return
         try:
             path = self._written(state)
         except OSError as error:
@@ -147,9 +168,13 @@ class Backups:
         Raises:
             ValueError: if it is gone or damaged.
         """
+        return _parsed(from_first(lambda: self._content_of_round(number)), pathlib.Path(self._given))[0]
+
+    def _content_of_round(self, number):
         paths = [path for path in self._paths() if _round_of(path) == number]
         try:
-            return _read(paths[0])[0]
+            _read(paths[0])
+            return paths[0].read_bytes()
         except (IndexError, OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"The state after round {number}, where one of the goals was reached, cannot be read "
@@ -256,15 +281,19 @@ _ARRAYS = ("variables", "optimizer")
 
 def _read(path):
     """The `State` in a file, and the call that it belongs to."""
-    with open(path, "rb") as file:
-        digest = _digest(file)
-        if digest != _NAME.fullmatch(path.name).group(2):
-            raise ValueError("its content is not what was written")
-        with np.load(file, allow_pickle=False) as content:
-            about = json.loads(content["about"].tobytes())
-            if about["format"] != _FORMAT:
-                raise ValueError(f"format {about['format']}, expected {_FORMAT}")
-            arrays = {kind: [content[f"{kind}-{i}"] for i in range(about[kind])] for kind in _ARRAYS}
+    content = path.read_bytes()
+    if _digest(io.BytesIO(content)) != _NAME.fullmatch(path.name).group(2):
+        raise ValueError("its content is not what was written")
+    return _parsed(content, path)
+
+
+def _parsed(content, path):
+    """The `State` in the content of a file, and the call that it belongs to."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as entries:
+        about = json.loads(entries["about"].tobytes())
+        if about["format"] != _FORMAT:
+            raise ValueError(f"format {about['format']}, expected {_FORMAT}")
+        arrays = {kind: [entries[f"{kind}-{i}"] for i in range(about[kind])] for kind in _ARRAYS}
     plans = [Plan.from_json(json.dumps(plan)) for plan in about["plans"]]
     info = Info.from_json(json.dumps(about["info"]))
     state = State(plans, info, about["seed"], **arrays, optimizer_class=about["optimizer_class"], path=path)

@@ -4,7 +4,7 @@ from keras_taylor import wording
 from keras_taylor.descent import Descent
 from keras_taylor.fine_tuning import check_fit_arguments
 from keras_taylor.progress import Reporter
-from keras_taylor.replicas import scope_of
+from keras_taylor.replicas import is_first, scope_of
 
 
 def compress(
@@ -131,7 +131,7 @@ def compress(
     >>> small = keras_taylor.compress(model, (x, y), None, max_drop=0.01, validation_data=(x_val, y_val))
     """
     check_fit_arguments(fit_kwargs)
-    with Reporter(verbose) as reporter, scope_of(model):
+    with scope_of(model), Reporter(verbose if is_first() else 0) as reporter:
         run = Descent(
             model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude, exact,
             ratios, scope, rank, balance, round_to, min_channels, repair, labels, distill, learning_rate,

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
+from keras_taylor.replicas import check_batches
+
+# Examples a batch of arrays where nothing is said, as in `fit`.
+BATCH_SIZE = 32
+
 
 class Feed:
     """A data set, checked, in the form in which `fit` wants it.
@@ -40,6 +45,7 @@ class Feed:
             self._batches = _iterable(ds, steps_per_epoch)
             self.num_examples = None
         first = self._check(model, targets)
+        self._first_size = len(keras.tree.flatten(first)[0])
         if self.num_examples is None and steps_per_epoch is None:
             self.num_examples = _at_most(self._batches, first)
 
@@ -57,6 +63,25 @@ class Feed:
             return {"x": self._batches, "steps_per_epoch": self.steps_per_epoch}
         return {"x": _limited(self.batches(), num_examples)}
 
+    def check_devices(self, num_examples=None, split=0.0):
+        """Refuses batches that do not go round where several devices share each, as far as they are known.
+
+        Args:
+            num_examples: As in `fit_arguments`.
+            split: The part of arrays that `fit` keeps for validation.
+
+        Raises:
+            ValueError: see `replicas.check_batches`.
+        """
+        if self._arrays is None:
+            limited = num_examples is not None and num_examples < (self.num_examples or sys.maxsize)
+            return check_batches(num_examples if limited else None, self._first_size)
+        total = min(num_examples or self.num_examples, self.num_examples)
+        trained = int(total * (1 - split))
+        for part in (trained, total - trained):
+            if part:
+                check_batches(part, self.batch_size or BATCH_SIZE)
+
     def _spread(self, part, num):
         """So many examples, evenly over the array: data is often sorted by class."""
         if num is None or num >= self.num_examples:
@@ -67,7 +92,7 @@ class Feed:
     def batches(self):
         """Iterates over one epoch of `(x, y, sample_weight)` batches."""
         if self._arrays is not None:
-            size = self.batch_size or 32
+            size = self.batch_size or BATCH_SIZE
             for start in range(0, self.num_examples, size):
                 yield tuple(_slice(part, start, start + size) for part in self._arrays)
         else:

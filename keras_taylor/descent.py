@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_taylor import graph as graphs
 from keras_taylor import wording
-from keras_taylor.backups import Backups, capture, describe_call, rebuild
+from keras_taylor.backups import Backups, capture, describe_call, drawn_seed, rebuild
 from keras_taylor.costs import CostModel
 from keras_taylor.criteria import rank_for
 from keras_taylor.datasets import Feed
@@ -233,7 +233,7 @@ class Descent:
         stops = {number for number, step in enumerate(self._steps, 1) if step.stop is not None}
         backups = Backups(directory, call, keep=stops)
         if backups.state is None:
-            self._seed = int(np.random.randint(2**31 - 1))
+            self._seed = drawn_seed()
         else:
             self.info, self._seed = backups.state.info, backups.state.seed
             self._plans = list(backups.state.plans)

@@ -41,8 +41,9 @@ def distiller(student, teacher, distill=True, has_labels=True):
 def check_trainable(feed, fit_kwargs, distill):
     """Refuses data without labels where there is no teacher, and weights where there is one.
 
-    Keras' distiller would ignore weights of examples and classes.
+    Keras' distiller would ignore weights of examples and classes. Batches have to go round all devices.
     """
+    feed.check_devices(split=fit_kwargs.get("validation_split") or 0)
     if not (feed.has_targets or distill):
         raise ValueError(
             "The data set yields no labels to fine-tune with. Expected `(x, y)` pairs, `distill=True` (the "

@@ -13,6 +13,7 @@ from keras_taylor.export_worker import JobError, ask
 from keras_taylor.exporting import convert_model
 from keras_taylor.layer_times import LayerTimes
 from keras_taylor.quantities import quantity_of
+from keras_taylor.replicas import num_processes
 from keras_taylor.runners import random_arrays, write_arrays
 from keras_taylor.timing import time_model
 
@@ -55,6 +56,7 @@ class Measurements:
         self._tables = {}
         for key, quantity in self._quantities.items():
             if quantity.kind == "latency":
+                _check_alone(key)
                 _check_sizes(channels.graph.model, key)
                 self._tables[key] = LayerTimes(channels, quantity.form, batch_size, cache_dir, say)
         self.before = {}
@@ -232,6 +234,15 @@ def time_exported(path, model, form, batch_size):
         return ask("tensorflow", "time_file", form=form, path=str(path), names=names, batch_size=batch_size)
     except JobError as error:
         raise ExportError(f"The exported model does not run ({error}). Received: model={model!r}") from error
+
+
+def _check_alone(key):
+    """Refuses times where each process would measure its own, and cut by them."""
+    if num_processes() > 1:
+        raise ValueError(
+            "Every process would measure other times, and so make another plan. Expected a single process, or "
+            f"a goal that is no latency. Received: goal for {key!r} in {num_processes()} processes"
+        )
 
 
 def _check_sizes(model, key):

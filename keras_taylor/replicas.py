@@ -10,6 +10,7 @@ The only place that knows how each engine spreads a batch over devices:
 import contextlib
 
 import keras
+import numpy as np
 
 
 def num_replicas():
@@ -71,13 +72,96 @@ def check_batches(num_examples, batch_size, what="ds"):
             )
 
 
+def num_processes():
+    """How many processes run this program together, on one model: each has a part of the devices."""
+    return _process()[1]
+
+
+def is_first():
+    """Whether this is the process that writes files and speaks."""
+    return _process()[0] == 0
+
+
+def agreed(array):
+    """The first process' array, in every process; the others' may have other shapes of as many axes."""
+    if num_processes() == 1:
+        return array
+    array = np.asarray(array)
+    if array.dtype == bool:
+        return agreed(array.astype(np.int32)).astype(bool)
+    shape = _from_first(np.array(array.shape, np.int32))
+    return _from_first(array if is_first() else np.zeros(shape, array.dtype)).astype(array.dtype)
+
+
+def from_first(function):
+    """Bytes that a function without arguments returns in the first process, in every process.
+
+    Raises:
+        ValueError: that of the function, in every process: none of them waits for one that gave up.
+    """
+    if num_processes() == 1:
+        return function()
+    content, error = b"", None
+    if is_first():
+        try:
+            content = function()
+        except ValueError as raised:
+            error = raised
+    complaint = _agreed_bytes(b"" if error is None else str(error).encode())
+    if complaint:
+        raise error or ValueError(complaint.decode())
+    return _agreed_bytes(content)
+
+
+def _agreed_bytes(content):
+    length = int(agreed(np.array([len(content)], np.int32))[0])
+    padded = content.ljust(-(-len(content) // 4) * 4, b"\0")  # engines add up int32, not bytes
+    return agreed(np.frombuffer(padded, np.int32)).tobytes()[:length]
+
+
 def _parts():
     """Over how many devices a batch is spread, and whether all must get the same number of examples."""
-    distribution = keras.distribution.distribution()
-    if keras.backend.backend() == "jax" and distribution is not None:
-        mesh = distribution.device_mesh
-        return int(mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]), True
-    return num_replicas(), False
+    distribution = _distribution()
+    if distribution is None:
+        return num_replicas(), False
+    mesh = distribution.device_mesh
+    parts = int(mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)])
+    # where processes read data of their own, a batch is what one of them reads
+    return parts if distribution.auto_shard_dataset else max(parts // distribution.num_processes, 1), True
+
+
+def _process():
+    """The number of this process, and of how many that work together."""
+    if _distribution() is not None:
+        import jax
+
+        return jax.process_index(), jax.process_count()
+    resolver = getattr(_strategy(), "cluster_resolver", None)
+    if resolver is None or not resolver.cluster_spec().as_dict():
+        return 0, 1
+    return resolver.task_id, resolver.cluster_spec().num_tasks(resolver.task_type)
+
+
+def _from_first(array):
+    """What the first of several processes has; the others give zeros of the same shape."""
+    if _distribution() is not None:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.broadcast_one_to_all(array))
+    import tensorflow as tf
+
+    def total():
+        context = tf.distribute.get_replica_context()
+        first = context.replica_id_in_sync_group == 0
+        return context.all_reduce("SUM", tf.where(first, array, tf.zeros_like(array)))
+
+    strategy = tf.distribute.get_strategy()
+    return strategy.experimental_local_results(strategy.run(total))[0].numpy()
+
+
+def _distribution():
+    """The `keras.distribution` that is current, where the engine heeds it, or `None`."""
+    return keras.distribution.distribution() if keras.backend.backend() == "jax" else None
 
 
 def _strategy():

@@ -9,6 +9,7 @@ from keras_taylor.log_odds import has_odds
 from keras_taylor.masked_scoring import MaskedScorer
 from keras_taylor.plan import Plan
 from keras_taylor.planning import kept_units
+from keras_taylor.replicas import agreed
 from keras_taylor.sampling import with_drawn_labels
 from keras_taylor.scoring import (
     check_labels,
@@ -76,9 +77,11 @@ class RoundScores:
         size = feed.batch_size or 32  # whole batches: a smaller last one would be compiled apart
         self.num_examples = num_examples or min(-(-share // size) * size, available)
         self._scorer, self._scorer_after = None, None
+        if self.needs_data:
+            feed.check_devices(self.num_examples)
 
     def __call__(self, channels, plans, callbacks):
-        """Scores by group.
+        """Scores by group; several processes take the first one's.
 
         Args:
             channels: `groups.Channels` of the model as it is.
@@ -88,12 +91,16 @@ class RoundScores:
         feed = self._feed
         if self.draws:
             feed = with_drawn_labels(feed, channels.graph, self.num_examples, len(plans))
+        totals = None
         if self.needs_data and takes_one_pass(self._criterion):
             totals = self._totals(channels, plans, feed, callbacks)
-            if totals is not None:
-                return scores_of(channels, self._criterion, totals)
-        arguments = self._criterion, self.num_examples, self._class_weight, callbacks, self._cost
-        return score_channels(channels, feed, *arguments)
+        if totals is not None:
+            scores = scores_of(channels, self._criterion, totals)
+        else:
+            arguments = self._criterion, self.num_examples, self._class_weight, callbacks, self._cost
+            scores = score_channels(channels, feed, *arguments)
+        scores.update({name: agreed(values) for name, values in scores.items()})
+        return scores
 
     def _totals(self, channels, plans, feed, callbacks):
         """Statistics of one pass through the model of an earlier round, masked; `None` if that cannot be."""

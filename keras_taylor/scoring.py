@@ -159,6 +159,7 @@ def score_channels(
     """
     totals, apart = None, {}
     if feed is not None:
+        feed.check_devices(num_examples)
         if criterion in criteria.BY_COST:
             check_countable(CostModel(channels)(), cost, f"cost={cost!r}")
         gated = gated_for(channels, criterion)

@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator
 
+import keras
+
+from keras_taylor.datasets import BATCH_SIZE
 from keras_taylor.fine_tuning import evaluate
 from keras_taylor.metric_limit import MetricLimit
+from keras_taylor.replicas import check_batches
 
 
 class Validation:
@@ -28,6 +32,9 @@ class Validation:
             self._data = None
         self._size = fit_kwargs.get("validation_batch_size") or batch_size
         self._steps = fit_kwargs.get("validation_steps")
+        if isinstance(self._data, tuple) and self._steps is None:
+            num_examples = len(keras.tree.flatten(self._data[0])[0])
+            check_batches(num_examples, self._size or BATCH_SIZE, "validation_data")
         MetricLimit(max_drop, monitor or "")  # refuses what is none
         self._max_drop, self._monitor, self._baseline = max_drop, monitor, baseline
         self.limited = max_drop is not None

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_taylor.examples import flat_inputs
 from keras_taylor.graph import Ref
+from keras_taylor.replicas import agreed
 
 # Bytes of values that may be in memory, and the examples that are taken in any case.
 _MEMORY, _FEWEST = 2**30, 64
@@ -94,6 +95,8 @@ def outputs_of(graph, batches):
 def example_inputs(feed, graph, num_examples=512):
     """Flattened inputs in random order, as many as memory holds when two such models are walked.
 
+    Several processes walk the same ones, those of the first: what they fit has to be the same.
+
     Args:
         feed: `datasets.Feed`.
         graph: `graph.Graph` of the model.
@@ -105,7 +108,7 @@ def example_inputs(feed, graph, num_examples=512):
     inputs = flat_inputs(feed, graph.model, num_examples)
     order = np.random.default_rng(0).permutation(len(inputs[0]))
     affordable = max(_MEMORY // max(2 * _peak(graph, inputs), 1), _FEWEST)
-    return [x[order[:affordable]] for x in inputs]
+    return [agreed(x[order[:affordable]]) for x in inputs]
 
 
 def in_batches(inputs):
