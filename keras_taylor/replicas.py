@@ -50,7 +50,7 @@ def scope_of(model):
 
 
 def check_batches(num_examples, batch_size, what="ds"):
-    """Refuses batches that cannot be spread over the devices.
+    """Refuses batches that `fit` cannot spread over the devices.
 
     Args:
         num_examples: How many examples there are, or `None`.
@@ -58,8 +58,16 @@ def check_batches(num_examples, batch_size, what="ds"):
         what: The argument that they come from.
 
     Raises:
-        ValueError: if a batch, or what is left for the last one, does not go round.
+        ValueError: if a batch, or what is left for the last one, does not go round; under a strategy that
+            Keras' trainer cannot run.
     """
+    if _has_workers(_strategy()):
+        raise ValueError(
+            "Keras' trainer cannot `fit` under MultiWorkerMirroredStrategy (keras-team/keras#20585). Expected "
+            "MirroredStrategy, or `keras.distribution.DataParallel` on the JAX backend for several processes; "
+            "a PrunableModel in a training loop of your own, with `strategy.run`, works under either. "
+            "Received: a model made under MultiWorkerMirroredStrategy"
+        )
     parts, even = _parts()
     last = None if num_examples is None else num_examples % batch_size or min(batch_size, num_examples)
     for size in (batch_size, last):
@@ -115,7 +123,7 @@ def from_first(function):
 
 def _agreed_bytes(content):
     length = int(agreed(np.array([len(content)], np.int32))[0])
-    padded = content.ljust(-(-len(content) // 4) * 4, b"\0")  # engines add up int32, not bytes
+    padded = content.ljust(-(-len(content) // 4) * 4, b"\0")  # JAX adds them up, and knows int32 everywhere
     return agreed(np.frombuffer(padded, np.int32)).tobytes()[:length]
 
 
@@ -132,31 +140,18 @@ def _parts():
 
 def _process():
     """The number of this process, and of how many that work together."""
-    if _distribution() is not None:
-        import jax
-
-        return jax.process_index(), jax.process_count()
-    resolver = getattr(_strategy(), "cluster_resolver", None)
-    if resolver is None or not resolver.cluster_spec().as_dict():
+    if _distribution() is None:
         return 0, 1
-    return resolver.task_id, resolver.cluster_spec().num_tasks(resolver.task_type)
+    import jax
+
+    return jax.process_index(), jax.process_count()
 
 
 def _from_first(array):
     """What the first of several processes has; the others give zeros of the same shape."""
-    if _distribution() is not None:
-        from jax.experimental import multihost_utils
+    from jax.experimental import multihost_utils
 
-        return np.asarray(multihost_utils.broadcast_one_to_all(array))
-    import tensorflow as tf
-
-    def total():
-        context = tf.distribute.get_replica_context()
-        first = context.replica_id_in_sync_group == 0
-        return context.all_reduce("SUM", tf.where(first, array, tf.zeros_like(array)))
-
-    strategy = tf.distribute.get_strategy()
-    return strategy.experimental_local_results(strategy.run(total))[0].numpy()
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def _distribution():
@@ -172,6 +167,14 @@ def _strategy():
 
     strategy = tf.distribute.get_strategy()
     return strategy if strategy.num_replicas_in_sync > 1 else None
+
+
+def _has_workers(strategy):
+    if strategy is None:
+        return False
+    import tensorflow as tf
+
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
 def _replica_context():

@@ -184,6 +184,54 @@ def training(job):
     return {**found, "plan": np.array(prunable.plan.to_json()), **with_prefix("stripped", values(small))}
 
 
+def loop(job):
+    """As `training` up to the first pruning, in a loop that runs each step under the strategy."""
+    import tensorflow as tf
+
+    import keras_taylor
+
+    with job.scope():
+        strategy = tf.distribute.get_strategy()
+        prunable = keras_taylor.PrunableModel(build(normalised=False), criterion="taylor_batch")
+    (x, y), size = job.data()
+
+    def step(batch):
+        with tf.GradientTape() as tape:
+            loss = prunable.compute_loss(batch[0], batch[1], prunable(batch[0], training=True))
+        gradients = tape.gradient(loss, prunable.trainable_variables)
+        prunable.optimizer.apply_gradients(zip(gradients, prunable.trainable_variables, strict=True))
+
+    run = tf.function(lambda batch: strategy.run(step, args=(batch,)))
+    for batch in strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensor_slices((x, y)).batch(size)):
+        run(batch)
+    found = with_prefix("first", prunable.scores)
+    prunable.prune(0.3)
+    return {**found, "plan": np.array(prunable.plan.to_json()), **with_prefix("stripped", values(prunable.strip()))}
+
+
+def refused(job):
+    """What is said where the data, or the engine, does not allow a pass."""
+    import keras_taylor
+
+    with job.scope():
+        model = build()
+    data, size = job.data(int(os.environ.get("NUM_EXAMPLES", NUM_EXAMPLES)))
+    found = {}
+    for name, call in {
+        "score": lambda: keras_taylor.score(model, data, batch_size=size),
+        "compress": lambda: keras_taylor.compress(model, data, 0.3, batch_size=size, verbose=0, criterion="magnitude"),
+        "validation": lambda: keras_taylor.compress(
+            model, tuple(part[:size] for part in data), 0.3, batch_size=size, verbose=0, validation_data=data
+        ),
+    }.items():
+        try:
+            call()
+            found[name] = np.array("nothing")
+        except ValueError as error:
+            found[name] = np.array(str(error))
+    return found
+
+
 def compress(job, callbacks=(), **arguments):
     """A run of two rounds."""
     import keras_taylor
@@ -222,7 +270,7 @@ def survive(job):
     return compress(job, [Die()], backup_dir=directory)
 
 
-TASKS = {f.__name__: f for f in (scores, uneven, training, compress, survive)}
+TASKS = {f.__name__: f for f in (scores, uneven, training, loop, refused, compress, survive)}
 
 
 def main(engine, task, folder):
