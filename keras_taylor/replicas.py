@@ -169,6 +169,31 @@ def _strategy():
     return strategy if strategy.num_replicas_in_sync > 1 else None
 
 
+def check_layout(variable, shape, name):
+    """Refuses a shape that the layout of a variable over devices does not allow.
+
+    Args:
+        variable: A Keras variable.
+        shape: What is to be left of it.
+        name: Of the variable, for messages.
+
+    Raises:
+        ValueError: if an axis does not divide by the number of devices that share it.
+    """
+    if _distribution() is None:
+        return
+    sharding = variable.value.sharding
+    try:
+        sharding.shard_shape(tuple(shape))
+    except ValueError as error:
+        raise ValueError(
+            f"Weight '{name}' is spread over devices by {sharding.spec} on {dict(sharding.mesh.shape)}, and what "
+            "the plan leaves of it does not divide by their number. Expected multiples: make the plan with "
+            "`round_to`, say, or lay this weight out otherwise in the `LayoutMap`. "
+            f"Received: plan that leaves the shape {tuple(shape)} of {tuple(variable.shape)}"
+        ) from error
+
+
 def _has_workers(strategy):
     if strategy is None:
         return False

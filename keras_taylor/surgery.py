@@ -12,7 +12,7 @@ from keras_taylor.groups import read_channels
 from keras_taylor.opening import functional_class, is_functional
 from keras_taylor.optimizers import carry_state
 from keras_taylor.planning import kept_units, mask_of
-from keras_taylor.replicas import scope_of
+from keras_taylor.replicas import check_layout, scope_of
 from keras_taylor.rules.base import weight_of
 
 
@@ -75,6 +75,7 @@ def rebuild(channels, kept):
         from and a tuple with a bool array, or `None`, for each axis.
     """
     surgeon = _Surgeon(channels, kept)
+    surgeon.check_layouts()
     small = surgeon.container(channels.graph.structures[id(channels.graph.model)])
     weights = surgeon.copy_all_weights()
     surgeon.set_trainable_flags()
@@ -92,6 +93,18 @@ class _Surgeon:
         self._effect_of_site = {id(c.site): e for c, e in reversed(pairs)}
         self._made = {}  # id of an operation -> (it, its successor)
         self._containers = {}  # id of a structure -> (model or opened layer, its successor)
+
+    def check_layouts(self):
+        """Refuses widths that weights which are spread over devices cannot have."""
+        for call, effect in zip(self._channels.graph.calls, self._channels.effects, strict=True):
+            for name, axes in effect.weights.items():
+                weight = weight_of(call.operation, name)
+                if weight is not None:
+                    shape = [
+                        size if labels is None else int(self._mask(labels).sum())
+                        for size, labels in zip(weight.shape, axes, strict=True)
+                    ]
+                    check_layout(weight, shape, f"{call.name}/{name}")
 
     def container(self, structure):
         """The successor of a model, sub-model or opened layer, made once however often it is used."""

@@ -18,6 +18,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 
 NUM_EXAMPLES, BATCH_SIZE = 44, 8
+# What is the same everywhere need not be compiled twice.
+CRITERIA = {
+    "jax": ("taylor", "log_odds"),
+    "tensorflow": ("taylor", "log_odds", "taylor_batch", "fisher", "oracle"),
+}
 NUM_DEVICES = {"jax": 4, "tensorflow": 2, "torch": 1}
 
 
@@ -29,6 +34,8 @@ class Job:
         self.num_processes = 2 if engine == "processes" else 1
         self.scope = contextlib.nullcontext
         self.backend = backend
+        if backend == "jax":
+            sys.modules["tensorflow"] = None  # Keras would import it, for seconds, to set its seed
         start = getattr(self, f"_{engine}_{backend}", None)
         if start is not None:
             start(int(os.environ.get("NUM_DEVICES", NUM_DEVICES[backend])))
@@ -63,6 +70,13 @@ class Job:
 
         keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
 
+    def _processes_torch(self, number):
+        import torch.distributed as dist
+
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{os.environ['PORT']}", rank=self.process, world_size=2
+        )
+
     def _devices_tensorflow(self, number):
         import tensorflow as tf
 
@@ -87,11 +101,13 @@ class Job:
         random = np.random.default_rng(1)
         y = np.arange(number) % 3
         x = (random.normal(0, 1, (number, 6, 6, 2)) + y[:, None, None, None]).astype("float32")
-        if self.backend != "jax" or self.num_processes == 1:
+        if self.backend == "tensorflow" or self.num_processes == 1:
             return (x, y), BATCH_SIZE
         size = BATCH_SIZE // 2
         mine = np.arange(number) // size % 2 == self.process
-        mine[-(number % BATCH_SIZE) :] = np.arange(number % BATCH_SIZE) // (number % BATCH_SIZE // 2) == self.process
+        mine[-(number % BATCH_SIZE) :] = (
+            np.arange(number % BATCH_SIZE) // (number % BATCH_SIZE // 2) == self.process
+        )
         return (x[mine], y[mine]), size
 
 
@@ -137,11 +153,11 @@ def scores(job):
         model = build()
     data, size = job.data()
     found = {}
-    for criterion in ("taylor", "log_odds", "taylor_batch", "taylor2", "fisher", "oracle"):
+    for criterion in CRITERIA[job.backend]:
         result = keras_taylor.score(model, data, criterion=criterion, batch_size=size)
         found.update(with_prefix(criterion, result))
         if criterion == "taylor":
-            plan = keras_taylor.make_plan(model, result, 0.3)
+            plan = keras_taylor.make_plan(model, result, 0.3, round_to=2)
     small = keras_taylor.prune(model, plan)
     found["plan"] = np.array(plan.to_json())
     found.update(with_prefix("pruned", values(small)))
@@ -157,7 +173,9 @@ def uneven(job):
     data, size = job.data(int(os.environ["NUM_EXAMPLES"]))
     found = {}
     for criterion in ("taylor", "log_odds"):
-        found.update(with_prefix(criterion, keras_taylor.score(model, data, criterion=criterion, batch_size=size)))
+        found.update(
+            with_prefix(criterion, keras_taylor.score(model, data, criterion=criterion, batch_size=size))
+        )
     prunable = keras_taylor.PrunableModel(model)
     prunable.optimizer.learning_rate = 0.0
     (x, y) = data
@@ -172,7 +190,7 @@ def training(job):
     with job.scope():
         model = build(normalised=False)  # BatchNormalization takes the statistics of each replica by itself
     (x, y), size = job.data()
-    prunable = keras_taylor.PrunableModel(model, criterion="taylor_batch")
+    prunable = keras_taylor.PrunableModel(model, criterion="taylor_batch", round_to=2)
     arguments = {"batch_size": size, "verbose": 0, "shuffle": False}
     prunable.fit(x, y, **arguments)
     found = with_prefix("first", prunable.scores)
@@ -184,6 +202,39 @@ def training(job):
     return {**found, "plan": np.array(prunable.plan.to_json()), **with_prefix("stripped", values(small))}
 
 
+def ddp(job):
+    """As `loop`, in the loop of `examples/torch_ddp.py`, or one of a single process like it."""
+    import torch
+
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+    import torch_ddp
+
+    import keras_taylor
+
+    prunable = keras_taylor.PrunableModel(build(normalised=False), round_to=2)
+    (x, y), size = job.data()
+    batches = list(zip(torch.tensor(x).split(size), torch.tensor(y).split(size), strict=True))
+    optimizer = torch.optim.SGD([v.value for v in prunable.trainable_variables[:-1]], lr=0.05, momentum=0.9)
+    if job.num_processes > 1:
+        replica = torch.nn.parallel.DistributedDataParallel(prunable)
+    else:
+        replica = type(
+            "Replica", (), {"__call__": lambda _, *a, **k: prunable(*a, **k), "module": prunable}
+        )()
+    torch_ddp.train_epoch(replica, optimizer, batches)
+    found = with_prefix("first", prunable.scores)
+    prunable.prune(0.3)
+    torch_ddp.train_epoch(replica, optimizer, batches)
+    found.update(with_prefix("second", prunable.scores))
+    if job.num_processes > 1:
+        torch_ddp.average_statistics(prunable)
+    return {
+        **found,
+        "plan": np.array(prunable.plan.to_json()),
+        **with_prefix("stripped", values(prunable.strip())),
+    }
+
+
 def loop(job):
     """As `training` up to the first pruning, in a loop that runs each step under the strategy."""
     import tensorflow as tf
@@ -192,7 +243,7 @@ def loop(job):
 
     with job.scope():
         strategy = tf.distribute.get_strategy()
-        prunable = keras_taylor.PrunableModel(build(normalised=False), criterion="taylor_batch")
+        prunable = keras_taylor.PrunableModel(build(normalised=False), criterion="taylor_batch", round_to=2)
     (x, y), size = job.data()
 
     def step(batch):
@@ -202,11 +253,17 @@ def loop(job):
         prunable.optimizer.apply_gradients(zip(gradients, prunable.trainable_variables, strict=True))
 
     run = tf.function(lambda batch: strategy.run(step, args=(batch,)))
-    for batch in strategy.experimental_distribute_dataset(tf.data.Dataset.from_tensor_slices((x, y)).batch(size)):
+    for batch in strategy.experimental_distribute_dataset(
+        tf.data.Dataset.from_tensor_slices((x, y)).batch(size)
+    ):
         run(batch)
     found = with_prefix("first", prunable.scores)
     prunable.prune(0.3)
-    return {**found, "plan": np.array(prunable.plan.to_json()), **with_prefix("stripped", values(prunable.strip()))}
+    return {
+        **found,
+        "plan": np.array(prunable.plan.to_json()),
+        **with_prefix("stripped", values(prunable.strip())),
+    }
 
 
 def refused(job):
@@ -216,10 +273,14 @@ def refused(job):
     with job.scope():
         model = build()
     data, size = job.data(int(os.environ.get("NUM_EXAMPLES", NUM_EXAMPLES)))
+    odd = {"first": np.arange(6), "second": np.arange(10, 18)}  # one unit of the first goes
     found = {}
     for name, call in {
         "score": lambda: keras_taylor.score(model, data, batch_size=size),
-        "compress": lambda: keras_taylor.compress(model, data, 0.3, batch_size=size, verbose=0, criterion="magnitude"),
+        "compress": lambda: keras_taylor.compress(
+            model, data, 0.3, batch_size=size, verbose=0, criterion="magnitude"
+        ),
+        "prune": lambda: keras_taylor.prune(model, keras_taylor.make_plan(model, odd, 0.2)),
         "validation": lambda: keras_taylor.compress(
             model, tuple(part[:size] for part in data), 0.3, batch_size=size, verbose=0, validation_data=data
         ),
@@ -241,7 +302,7 @@ def compress(job, callbacks=(), **arguments):
     data, size = job.data()
     np.random.seed(job.process)  # what is drawn from here on may differ
     small, info = keras_taylor.compress(
-        model, data, 0.4, increment=0.2, batch_size=size, epochs=1, shuffle=False, verbose=0,
+        model, data, 0.4, increment=0.2, round_to=2, batch_size=size, epochs=1, shuffle=False, verbose=0,
         callbacks=list(callbacks), return_info=True, validation_data=data, **arguments,
     )  # fmt: skip
     return {
@@ -270,7 +331,7 @@ def survive(job):
     return compress(job, [Die()], backup_dir=directory)
 
 
-TASKS = {f.__name__: f for f in (scores, uneven, training, loop, refused, compress, survive)}
+TASKS = {f.__name__: f for f in (scores, uneven, training, loop, ddp, refused, compress, survive)}
 
 
 def main(engine, task, folder):
