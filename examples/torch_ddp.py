@@ -18,7 +18,7 @@ def train_epoch(replica, optimizer, batches):
     for x, y in batches:
         loss = torch.nn.functional.cross_entropy(replica(x, training=True), y)
         optimizer.zero_grad()
-        loss.backward()  # DDP averages over workers: gradients of weights, and what the batch adds to the scores
+        loss.backward()  # DDP averages over workers: weights' gradients, and what batches add to scores
         optimizer.step()
         replica.module.update_scores()  # so it is the same on all workers, and the same units go
     return loss

@@ -240,8 +240,8 @@ def _check_alone(key):
     """Refuses times where each process would measure its own, and cut by them."""
     if num_processes() > 1:
         raise ValueError(
-            "Every process would measure other times, and so make another plan. Expected a single process, or "
-            f"a goal that is no latency. Received: goal for {key!r} in {num_processes()} processes"
+            "Every process would measure other times, and make another plan by them. Expected one process, "
+            f"or a goal that is no latency. Received: goal for {key!r} in {num_processes()} processes"
         )
 
 

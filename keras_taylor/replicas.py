@@ -43,7 +43,7 @@ def examples_before(batch):
 def scope_of(model):
     """A context in which new variables live where those of a model do.
 
-    As `model.fit` finds the strategy that the model was made under by itself, so do the verbs of this package.
+    `model.fit` finds the strategy that the model was made under by itself; so do the verbs of this package.
     """
     strategy = getattr(model, "distribute_strategy", None)  # what Keras' trainer for TensorFlow has
     return contextlib.nullcontext() if strategy is None else strategy.scope()
@@ -63,19 +63,21 @@ def check_batches(num_examples, batch_size, what="ds"):
     """
     if _has_workers(_strategy()):
         raise ValueError(
-            "Keras' trainer cannot `fit` under MultiWorkerMirroredStrategy (keras-team/keras#20585). Expected "
-            "MirroredStrategy, or `keras.distribution.DataParallel` on the JAX backend for several processes; "
-            "a PrunableModel in a training loop of your own, with `strategy.run`, works under either. "
+            "Keras' trainer cannot `fit` under MultiWorkerMirroredStrategy (keras-team/keras#20585). "
+            "Expected MirroredStrategy, or `keras.distribution.DataParallel` on JAX for several processes; a "
+            "PrunableModel in a training loop of your own, with `strategy.run`, works under either. "
             "Received: a model made under MultiWorkerMirroredStrategy"
         )
     parts, even = _parts()
-    last = None if num_examples is None else num_examples % batch_size or min(batch_size, num_examples)
-    for size in (batch_size, last):
-        if size is not None and (size % parts if even else size < parts):
+    sizes = [batch_size] if num_examples is None or num_examples >= batch_size else []
+    if num_examples is not None and num_examples % batch_size:
+        sizes.append(num_examples % batch_size)
+    for size in sizes:
+        if size % parts if even else size < parts:
             wanted = f"a multiple of {parts}" if even else f"{parts} or more"
             raise ValueError(
-                f"A batch of {size} examples cannot be spread over {parts} devices. Expected batches, the last "
-                f"one too, of {wanted} examples: pass another `batch_size`, or leave out examples. "
+                f"A batch of {size} examples cannot be spread over {parts} devices. Expected batches, the "
+                f"last one too, of {wanted} examples: pass another `batch_size`, or leave out examples. "
                 f"Received: {what} of {num_examples} examples in batches of {batch_size}"
             )
 
@@ -187,9 +189,9 @@ def check_layout(variable, shape, name):
         sharding.shard_shape(tuple(shape))
     except ValueError as error:
         raise ValueError(
-            f"Weight '{name}' is spread over devices by {sharding.spec} on {dict(sharding.mesh.shape)}, and what "
-            "the plan leaves of it does not divide by their number. Expected multiples: make the plan with "
-            "`round_to`, say, or lay this weight out otherwise in the `LayoutMap`. "
+            f"Weight '{name}' is spread over devices by {sharding.spec} on {dict(sharding.mesh.shape)}, and "
+            "what the plan leaves of it does not divide by their number. Expected multiples: make the plan "
+            "with `round_to`, say, or lay this weight out otherwise in the `LayoutMap`. "
             f"Received: plan that leaves the shape {tuple(shape)} of {tuple(variable.shape)}"
         ) from error
 

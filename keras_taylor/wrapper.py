@@ -263,8 +263,8 @@ class PrunableModel(GatedModel):
             small.compile(**{**settings, "optimizer": fresh_optimizer(optimizer)})
             if not carry_state(optimizer, small.optimizer, small.trainable_variables, weights):
                 raise ValueError(
-                    "The optimizer's state does not belong to this model. Expected a Keras optimizer that was "
-                    f"built with `trainable_variables` of it. Received: optimizer={optimizer!r}"
+                    "The optimizer's state does not belong to this model. Expected a Keras optimizer that "
+                    f"was built with `trainable_variables` of it. Received: optimizer={optimizer!r}"
                 )
             return small
 

@@ -1,11 +1,12 @@
 """A program that the tests of several devices start as often as there are processes.
 
 `python distributed_job.py ENGINE TASK FOLDER`, the backend by `KERAS_BACKEND`. Engines are "single",
-"devices" (four for JAX, two for TensorFlow), "processes" (two, `PROCESS` and `PORT` in the environment)
+"devices" (four for JAX, two for TensorFlow), "processes" (two, `PROCESS` and `PORTS` in the environment)
 and "sharded" (weights over devices). What a task finds goes to `FOLDER/PROCESS.npz`.
 """
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -29,13 +30,13 @@ NUM_DEVICES = {"jax": 4, "tensorflow": 2, "torch": 1}
 class Job:
     """How one process takes part: the scope in which models are made, and its share of the data."""
 
-    def __init__(self, engine, backend):
+    def __init__(self, engine, backend, folder):
         self.process = int(os.environ.get("PROCESS", 0))
         self.num_processes = 2 if engine == "processes" else 1
+        self.ports = os.environ.get("PORTS", "").split(",")
         self.scope = contextlib.nullcontext
         self.backend = backend
-        if backend == "jax":
-            sys.modules["tensorflow"] = None  # Keras would import it, for seconds, to set its seed
+        self.folder = pathlib.Path(folder)
         start = getattr(self, f"_{engine}_{backend}", None)
         if start is not None:
             start(int(os.environ.get("NUM_DEVICES", NUM_DEVICES[backend])))
@@ -64,7 +65,7 @@ class Job:
 
         # an engine that waits for a worker that died says so after this many seconds, by default 100
         jax.distributed.initialize(
-            f"127.0.0.1:{os.environ['PORT']}", 2, self.process, heartbeat_timeout_seconds=10
+            f"127.0.0.1:{self.ports[0]}", 2, self.process, heartbeat_timeout_seconds=10
         )
         import keras
 
@@ -74,7 +75,7 @@ class Job:
         import torch.distributed as dist
 
         dist.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{os.environ['PORT']}", rank=self.process, world_size=2
+            "gloo", init_method=f"tcp://127.0.0.1:{self.ports[0]}", rank=self.process, world_size=2
         )
 
     def _devices_tensorflow(self, number):
@@ -85,10 +86,9 @@ class Job:
         self.scope = tf.distribute.MirroredStrategy([f"CPU:{k}" for k in range(number)]).scope
 
     def _processes_tensorflow(self, number):
-        ports = (int(os.environ["PORT"]), int(os.environ["PORT"]) + 1)
         os.environ["TF_CONFIG"] = json.dumps(
             {
-                "cluster": {"worker": [f"127.0.0.1:{port}" for port in ports]},
+                "cluster": {"worker": [f"127.0.0.1:{port}" for port in self.ports]},
                 "task": {"type": "worker", "index": self.process},
             }
         )
@@ -273,14 +273,12 @@ def refused(job):
     with job.scope():
         model = build()
     data, size = job.data(int(os.environ.get("NUM_EXAMPLES", NUM_EXAMPLES)))
-    odd = {"first": np.arange(6), "second": np.arange(10, 18)}  # one unit of the first goes
     found = {}
     for name, call in {
         "score": lambda: keras_taylor.score(model, data, batch_size=size),
         "compress": lambda: keras_taylor.compress(
             model, data, 0.3, batch_size=size, verbose=0, criterion="magnitude"
         ),
-        "prune": lambda: keras_taylor.prune(model, keras_taylor.make_plan(model, odd, 0.2)),
         "validation": lambda: keras_taylor.compress(
             model, tuple(part[:size] for part in data), 0.3, batch_size=size, verbose=0, validation_data=data
         ),
@@ -302,8 +300,8 @@ def compress(job, callbacks=(), **arguments):
     data, size = job.data()
     np.random.seed(job.process)  # what is drawn from here on may differ
     small, info = keras_taylor.compress(
-        model, data, 0.4, increment=0.2, round_to=2, batch_size=size, epochs=1, shuffle=False, verbose=0,
-        callbacks=list(callbacks), return_info=True, validation_data=data, **arguments,
+        model, data, 0.4, increment=0.2, round_to=2, batch_size=size, epochs=1, shuffle=False,
+        callbacks=list(callbacks), return_info=True, validation_data=data, **{"verbose": 0, **arguments},
     )  # fmt: skip
     return {
         "rounds": np.array(json.dumps([done.layers for done in info.rounds])),
@@ -327,22 +325,52 @@ def survive(job):
             if self.rounds == 2 and job.process == 1 and "DIES" in os.environ:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    directory = pathlib.Path(sys.argv[3]) / f"backups_{job.process}"
-    return compress(job, [Die()], backup_dir=directory)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        arguments = {"criterion": "magnitude", "repair": False, "verbose": 2}  # less to compile
+        found = compress(job, [Die()], backup_dir=job.folder / f"backups_{job.process}", **arguments)
+    return {**found, "said": np.array(said.getvalue())}
 
 
-TASKS = {f.__name__: f for f in (scores, uneven, training, loop, ddp, refused, compress, survive)}
+def layouts(job):
+    """How weights are spread over devices before and after a cut, and what is said where they cannot be."""
+    import keras_taylor
+
+    model = build(normalised=False)
+    prunable = keras_taylor.PrunableModel(model, round_to=2)
+    (x, y), size = job.data()
+    prunable.fit(x, y, batch_size=size, verbose=0)
+    prunable.prune(0.4)
+    models = {"model": model, "stripped": prunable.strip()}
+    models["pruned"] = keras_taylor.prune(model, prunable.plan)
+    models["pruned"].fit(x, y, batch_size=size, verbose=0)
+    found = {}
+    for stage, each in models.items():
+        for weight in each.weights:
+            sharding = weight.value.sharding
+            found[f"{stage}: {weight.path}"] = np.array(
+                f"{sharding.spec} {sharding.shard_shape(weight.shape)}"
+            )
+    try:
+        keras_taylor.prune(model, prunable.plan.keep("first", [0, 1, 2, 3, 4]))
+    except ValueError as error:
+        found["refused"] = np.array(str(error))
+    return found
+
+
+TASKS = {f.__name__: f for f in (scores, uneven, training, loop, ddp, refused, compress, survive, layouts)}
 
 
 def main(engine, task, folder):
     """Runs one task and writes what it found."""
-    job = Job(engine, os.environ["KERAS_BACKEND"])
+    if os.environ["KERAS_BACKEND"] != "tensorflow":
+        sys.modules["tensorflow"] = None  # Keras would import it, for seconds, to set its seed
+    job = Job(engine, os.environ["KERAS_BACKEND"], folder)
     import keras
 
     keras.utils.set_random_seed(0)  # weights of a model have to be the same in all processes
     for one in task.split("+"):
         found = TASKS[one](job)
-        np.savez(pathlib.Path(folder) / f"{one}_{job.process}.npz", **found)
+        np.savez(job.folder / f"{one}_{job.process}.npz", **found)
 
 
 if __name__ == "__main__":
