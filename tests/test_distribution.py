@@ -187,9 +187,8 @@ def test_two_processes_give_what_one_device_gives(task, processes, alone):
 def test_a_worker_that_dies_ends_the_job_and_the_same_call_goes_on(tmp_path, alone):
     codes, said = launch("processes", "survive", tmp_path, DIES="1")
     assert codes[0] not in (0, None) and codes[1] == -9, said  # `launch` waits for five minutes at most
-    assert (
-        "`compress` had completed 1 of 2 rounds; the same call, with the same `backup_dir`, goes on from there."
-    ) in said[0]
+    note = "had completed 1 of 2 rounds; the same call, with the same `backup_dir`, goes on from there."
+    assert note in said[0]
     assert [path.name[:10] for path in (tmp_path / "backups_0").iterdir()] == ["round-0001"]
     assert not (tmp_path / "backups_1").exists()  # only the first process writes
     found = found_by("processes", "survive", tmp_path)["survive"]
