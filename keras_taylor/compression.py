@@ -98,8 +98,8 @@ def compress(
             the same random numbers as one that was not: shuffling of arrays, dropout, what
             callbacks draw from global generators. Not so generators of the caller's own,
             the order in a data set that shuffles by itself, and the state of callbacks:
-            data and callbacks are not kept. One run at a time may use a directory. `None`:
-            nothing is kept, nothing is seeded.
+            data and callbacks are not kept. One run at a time may use a directory; of several
+            processes of a run only the first one does. `None`: nothing is kept, nothing is seeded.
         return_info: Also return an `Info`.
         verbose: 0 is silent, 1 a live bar (in a notebook the table and plot of the rounds too), 2 lines
             only, "auto" whichever suits the output.

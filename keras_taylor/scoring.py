@@ -53,7 +53,7 @@ def score(
             diagonal of the true Fisher information. `None`: those of `ds`, drawn if it has none.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: score only the channels that these make / none of them.
-        batch_size: Examples a batch, for arrays. All criteria but `taylor_batch` are
+        batch_size: Examples a batch, for arrays, over all devices. All criteria but `taylor_batch` are
             the same at every batch size.
         steps_per_epoch: Batches in a pass over an endless data set.
         class_weight: As in `model.fit`.
