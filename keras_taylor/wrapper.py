@@ -163,8 +163,8 @@ class PrunableModel(GatedModel):
     def update_scores(self, gradient=None, loss_scale=1.0):
         """Adds a batch to the scores, in training loops whose optimizer does not.
 
-        Where gradients are averaged over workers (DistributedDataParallel), what is added is the mean of their
-        parts: the scores, which are means over examples, are the same as for all examples in one process.
+        Where gradients are averaged over workers (DistributedDataParallel), what is added is the mean of
+        their parts: scores, which are means over examples, are those of all examples together.
 
         A Keras optimizer that gets the gradients of all `trainable_variables` does it by
         itself. Other optimizers must not get the last one: hand it to this method.
