@@ -73,11 +73,12 @@ def check_batches(num_examples, batch_size, what="ds"):
     if num_examples is not None and num_examples % batch_size:
         sizes.append(num_examples % batch_size)
     for size in sizes:
-        if size % parts if even else size < parts:
-            wanted = f"a multiple of {parts}" if even else f"{parts} or more"
+        # TensorFlow gives each device the same number, rounded up, as long as there are some
+        if size % parts if even else (parts - 1) * -(-size // parts) >= size:
+            wanted = f"a multiple of {parts} examples" + ("" if even else ", or enough for the last device")
             raise ValueError(
-                f"A batch of {size} examples cannot be spread over {parts} devices. Expected batches, the "
-                f"last one too, of {wanted} examples: pass another `batch_size`, or leave out examples. "
+                f"A batch of {size} examples cannot be spread over {parts} devices. Expected in each batch, "
+                f"the last one too, {wanted}: pass another `batch_size`, or leave out examples. "
                 f"Received: {what} of {num_examples} examples in batches of {batch_size}"
             )
 

@@ -176,8 +176,9 @@ def uneven(job):
         found.update(
             with_prefix(criterion, keras_taylor.score(model, data, criterion=criterion, batch_size=size))
         )
-    prunable = keras_taylor.PrunableModel(model)
-    prunable.optimizer.learning_rate = 0.0
+    with job.scope():
+        prunable = keras_taylor.PrunableModel(build(normalised=False))
+    prunable.optimizer.learning_rate = 0.0  # Keras weighs examples by the size of their part
     (x, y) = data
     prunable.fit(x, y, batch_size=size, verbose=0, shuffle=False)
     return {**found, **with_prefix("prunable", prunable.scores)}

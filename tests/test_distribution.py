@@ -1,5 +1,6 @@
 """Several devices give what one gives: scores, plans, weights, and runs that survive a worker."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -12,6 +13,8 @@ import distributed_job
 import numpy as np
 import pytest
 from helpers import BACKEND
+
+from keras_taylor import replicas
 
 FOLDER = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -139,20 +142,36 @@ def test_a_whole_run_reaches_the_goal(devices):
 @in_one_process
 def test_batches_that_do_not_go_round_are_refused_before_any_work(devices):
     found, number = devices["refused"][0], TOO_MANY[BACKEND]
-    size, parts, wanted = (3, 4, "a multiple of 4") if BACKEND == "jax" else (1, 2, "2 or more")
+    size, parts, wanted = (
+        (3, 4, "a multiple of 4 examples")
+        if BACKEND == "jax"
+        else (1, 2, "a multiple of 2 examples, or enough for the last device")
+    )
     for call, what in (("score", "ds"), ("compress", "ds"), ("validation", "validation_data")):
         assert str(found[call]) == (
-            f"A batch of {size} examples cannot be spread over {parts} devices. Expected batches, the last "
-            f"one too, of {wanted} examples: pass another `batch_size`, or leave out examples. Received: "
+            f"A batch of {size} examples cannot be spread over {parts} devices. Expected in each batch, the "
+            f"last one too, {wanted}: pass another `batch_size`, or leave out examples. Received: "
             f"{what} of {number} examples in batches of 8"
         )
 
 
 @only["tensorflow"]
 def test_shares_that_are_not_equal(tmp_path, alone):
-    """Of the last five examples two are on the first of four replicas, one on each of the others."""
-    found = found_by("devices", "uneven", tmp_path, NUM_DEVICES="4", NUM_EXAMPLES="45")
-    assert_equal(found["uneven"][0], alone("uneven", NUM_EXAMPLES="45"))
+    """Of the last seven examples four replicas get two, two, two and one."""
+    found = found_by("devices", "uneven", tmp_path, NUM_DEVICES="4", NUM_EXAMPLES="47")
+    assert_equal(found["uneven"][0], alone("uneven", NUM_EXAMPLES="47"))
+
+
+@only["tensorflow"]
+@pytest.mark.parametrize(
+    ("size", "goes"), [(3, False), (4, True), (5, False), (6, False), (7, True), (9, False)]
+)
+def test_which_batches_leave_a_device_without_examples(size, goes, monkeypatch):
+    monkeypatch.setattr(replicas, "num_replicas", lambda: 4)
+    with (
+        contextlib.nullcontext() if goes else pytest.raises(ValueError, match=f"A batch of {size} examples ")
+    ):
+        replicas.check_batches(16 + size if size < 8 else size, 8 if size < 8 else size)
 
 
 @only["jax"]
