@@ -36,9 +36,10 @@ def in_process(measure, argv):
 def machine(backends):
     """One line: processor, versions, date."""
     versions = [f"{b} {_version(*_DISTRIBUTIONS[b])}" for b in backends]
+    versions = ", ".join([f"Keras {_version('keras')}", *versions])
     return (
         f"{os.cpu_count()}-core CPU ({platform.machine()}), no GPU; Python {platform.python_version()}, "
-        f"Keras {_version('keras')}, {', '.join(versions)}; {datetime.date.today().isoformat()}."
+        f"{versions}; {datetime.date.today().isoformat()}."
     )
 
 
