@@ -54,7 +54,10 @@ class OddsModel(GatedModel):
         self._copies = 1 + num_probes
 
     def call(self, inputs, training=None):
-        """The outputs for each example and, after all of these, for its probes."""
+        """The outputs for each example, followed by those for its probes.
+
+        So a batch that is sharded over devices is still sharded alike after it is repeated.
+        """
         return super().call(_repeated(inputs, self._copies), training)
 
     def example_losses(self, loss, mean=False):
@@ -80,13 +83,15 @@ class OddsGates(Gates):
         self._slots = None
 
     def call(self, like):
-        """The carrier; like the batch, first for the examples, then for their probes."""
+        """The carrier; like the batch, each example is followed by its probes."""
         rows = ops.shape(like)[0]
         examples = rows // self._copies
-        signs = ops.zeros((examples, self.num_units))
+        signs = ops.zeros((examples, 1, self.num_units))
         if self._copies > 1:
-            draws = keras.random.uniform((rows - examples, self.num_units), seed=self._seed)
-            signs = ops.concatenate([signs, ops.where(draws < 0.5, -1.0, 1.0)])
+            draws = keras.random.uniform((self._copies - 1, examples, self.num_units), seed=self._seed)
+            draws = ops.transpose(ops.where(draws < 0.5, -1.0, 1.0), (1, 0, 2))
+            signs = ops.concatenate([signs, draws], axis=1)
+        signs = ops.reshape(signs, (rows, self.num_units))
         mask, statistics = ops.convert_to_tensor(self.mask), ops.convert_to_tensor(self.statistics)
         carrier = _carrier(self.num_units, self._copies)(mask, statistics, signs)
         self._slots = carrier[:, self.num_units :]
@@ -150,32 +155,33 @@ def _carrier(num_units, copies):
 
 def _statistics(arrived, signs, num_units, copies):
     """All rows for one batch, out of the derivatives of examples and probes and what the loss told."""
-    arrived = ops.reshape(arrived, (copies, -1, num_units + _NUM_SLOTS))
+    arrived = ops.reshape(arrived, (-1, copies, num_units + _NUM_SLOTS))
     derivative = arrived[..., :num_units]
     q, spread, weight = (arrived[..., num_units + k : num_units + k + 1] for k in range(_NUM_SLOTS))
     g = ops.where(weight > 0, derivative / ops.maximum(weight, 1e-30), 0.0)
     d = ops.clip(-g / ops.maximum(q, _FLOOR), -_CLAMP, _CLAMP)
-    weight, q0, d0 = weight[0], ops.maximum(q[0], _FLOOR), d[0]
+    first = slice(0, 1)  # of each example, before its probes
+    weight, q0, d0 = weight[:, first], ops.maximum(q[:, first], _FLOOR), d[:, first]
     odds = ops.logaddexp(ops.log1p(-q0), ops.log(q0) + d0)
-    spread = spread[0] * ops.square(g[0]) / q0 / 2
-    rows = [ops.sum(weight * odds, 0), ops.sum(weight * spread, 0)]
+    spread = spread[:, first] * ops.square(g[:, first]) / q0 / 2
+    rows = [ops.sum(weight * odds, (0, 1)), ops.sum(weight * spread, (0, 1))]
     if copies > 1:
-        signs = ops.reshape(signs, (copies, -1, num_units))[1:]
+        signs = ops.reshape(signs, (-1, copies, num_units))[:, 1:]
         gone = ops.exp(ops.log(q0) + d0 - odds)
-        probe = -weight * gone * signs * (d[1:] - d0) / _STEP / 2
-        rows += [ops.sum(ops.mean(probe, 0), 0), ops.sum(ops.mean(ops.square(probe), 0), 0)]
+        probe = -weight * gone * signs * (d[:, 1:] - d0) / _STEP / 2
+        rows += [ops.sum(ops.mean(probe, 1), 0), ops.sum(ops.mean(ops.square(probe), 1), 0)]
     else:
         rows += [ops.zeros_like(rows[0])] * 2
-    examples = ops.shape(derivative)[1]
-    return ops.concatenate([batch_statistics(derivative[0], examples, num_units), summed(ops.stack(rows))])
+    examples = ops.shape(derivative)[0]
+    return ops.concatenate([batch_statistics(derivative[:, 0], examples, num_units), summed(ops.stack(rows))])
 
 
 def _repeated(values, copies):
-    """Arrays one after the other, so many times along the first axis."""
+    """Each row so many times, one after the other."""
     if copies == 1:
         return values
     return keras.tree.map_structure(
-        lambda x: x if x is None else ops.concatenate([ops.convert_to_tensor(x)] * copies), values
+        lambda x: x if x is None else ops.repeat(ops.convert_to_tensor(x), copies, axis=0), values
     )
 
 

@@ -6,7 +6,8 @@ import pytest
 from helpers import fingerprint
 
 import keras_taylor
-from keras_taylor.log_odds import shrunk
+from keras_taylor.groups import read_channels
+from keras_taylor.log_odds import OddsModel, shrunk
 
 CRITERIA = ["log_odds", "log_odds_probed"]
 NUM = 24
@@ -93,6 +94,15 @@ def test_probes_see_curvature_that_one_pass_does_not():
     found = {c: keras_taylor.score(model, (x, y), criterion=c, batch_size=256) for c in [*CRITERIA, "oracle"]}
     errors = {c: np.abs(found[c]["units"] - found["oracle"]["units"]).mean() for c in CRITERIA}
     assert errors["log_odds_probed"] < 0.5 * errors["log_odds"]
+
+
+def test_every_example_is_followed_by_its_probes():
+    """So a batch that is sharded over devices need not be moved between them."""
+    model = compiled(linear(3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    outputs = keras.ops.convert_to_numpy(OddsModel(read_channels(model), num_probes=2)(images()))
+    expected = keras.ops.convert_to_numpy(model(images()))
+    np.testing.assert_allclose(outputs[::3], expected, rtol=1e-5, atol=1e-6)
+    assert (np.abs(outputs[1::3] - expected).max(1) > 1e-3).all()
 
 
 def test_examples_of_no_weight_and_certain_predictions_do_no_harm():
