@@ -13,15 +13,15 @@ import time
 
 from common import in_process, machine, markdown_table, on_each_backend
 
-# A name in the table, the backend of the process, `jit_compile`; of a file: the format and threads.
+# A name in the table, the backend of the process, `jit_compile`; of a file: the format.
 RUNTIMES = {
     "jax": ("jax", "auto"),
     "tensorflow": ("tensorflow", "auto"),
-    "tensorflow XLA": ("tensorflow", True),
     "torch": ("torch", "auto"),
-    "torch.compile": ("torch", True),
     "LiteRT": ("tensorflow", "litert"),
     "ONNX Runtime": ("tensorflow", "onnx"),
+    "tensorflow XLA": ("tensorflow", True),
+    "torch.compile": ("torch", True),
 }
 # From one layer's output (the model's input) to that of another.
 PARTS = {
@@ -39,16 +39,18 @@ HEAD = """# What half of the FLOPs is worth in time
 `keras.applications.ResNet50` at {size} px, random weights (what is measured does not depend on them), cut
 by `make_plan(goal={{"flops": {goal}}}, round_to={round_to})` with magnitude scores: {params:.2f} of the
 parameters and {flops:.2f} of the FLOPs are left. Keras models run by `predict_on_batch` ("XLA", ".compile":
-with `jit_compile=True`), files made by `export` in their runtimes. Original and pruned take turns in one
-process: {repetitions} repetitions after a warm-up, each the medians of 3 to 50 calls. "Time" and "FLOPs"
-are pruned / original: the median over the repetitions, in brackets the least and the largest; the speed-up
-is its inverse. A part of the network ("conv2": the first stage of blocks) runs as a model of its own.
-Threads: what a runtime was given; Keras' backends take their default.
+with `jit_compile=True`), files made by `export` in their runtimes. Every process has {cores} core(s), and a
+file's runtime as many threads. Original and pruned take turns in one process: {repetitions} repetitions
+after a warm-up, each the medians of 3 to 50 calls. "FLOPs", "time" and "processor" are pruned / original;
+of the times the median over the repetitions, in brackets the least and the largest of the wall times. The
+speed-up is the inverse of the processor times' ratio. A part of the network ("conv2": the first stage of
+blocks) runs as a model of its own.
 """
 
 
-def measure(runtime, size, batches, parts, goal, round_to, threads, repetitions):
+def measure(runtime, size, batches, parts, goal, round_to, cores, repetitions):
     """For each batch size and part: ratio of FLOPs, and pairs of seconds (original, pruned)."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])  # before a backend counts them
     import keras
 
     import keras_taylor
@@ -66,11 +68,10 @@ def measure(runtime, size, batches, parts, goal, round_to, threads, repetitions)
     for part in ["whole"] if how is True else parts:  # what compiles for minutes
         cuts = [_part(one, part) for one in both]
         flops = [keras_taylor.analyze(one).costs["flops"] for one in cuts]
-        for batch in batches if part == "whole" else batches[:1]:
-            for used, calls in _calls(how, cuts, batch, threads):
-                pairs = _pairs(calls, repetitions)
-                found["rows"].append([part, batch, used, flops[1] / flops[0], pairs])
-                print(runtime, part, batch, used, file=sys.stderr, flush=True)
+        for batch in batches if part == "whole" and how is not True else batches[:1]:
+            pairs = _pairs(_calls(how, cuts, batch, cores), repetitions)
+            found["rows"].append([part, batch, flops[1] / flops[0], pairs])
+            print(runtime, part, batch, file=sys.stderr, flush=True)
     return found
 
 
@@ -84,7 +85,7 @@ def _part(model, name):
 
 
 def _calls(how, models, batch, threads):
-    """Pairs of functions without arguments, original and pruned, for each number of threads."""
+    """Two functions without arguments: the original and the pruned model."""
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -92,11 +93,7 @@ def _calls(how, models, batch, threads):
     if how not in ENDINGS:
         for model in models:
             model.compile(jit_compile=how)
-        yield (
-            "default",
-            [lambda m=m, x=x: m.predict_on_batch(x) for m, x in zip(models, xs, strict=True)],
-        )
-        return
+        return [lambda m=m, x=x: m.predict_on_batch(x) for m, x in zip(models, xs, strict=True)]
     import keras_taylor
 
     with tempfile.TemporaryDirectory() as folder:
@@ -104,8 +101,7 @@ def _calls(how, models, batch, threads):
         for model, path in zip(models, paths, strict=True):
             keras_taylor.export(model, path, batch_size=batch, tolerance=float("inf"))
         run = _litert if how == "litert" else _onnx
-        for number in threads:
-            yield str(number), [run(path, x, number) for path, x in zip(paths, xs, strict=True)]
+        return [run(path, x, threads) for path, x in zip(paths, xs, strict=True)]
 
 
 def _litert(path, x, threads):
@@ -133,32 +129,33 @@ def _onnx(path, x, threads):
     return lambda: session.run(None, {name: x})
 
 
-def _pairs(calls, repetitions, seconds=0.6):
-    """Seconds of one call of each; a repetition is the medians of several calls, which take turns."""
+def _pairs(calls, repetitions, seconds=0.3):
+    """Seconds (wall, processor) of one call of each: the medians of several calls, which take turns."""
 
     def timed(call):
-        start = time.perf_counter()
+        wall, processor = time.perf_counter(), time.process_time()
         call()
-        return time.perf_counter() - start
+        return time.perf_counter() - wall, time.process_time() - processor
 
     for call in calls:  # compiles
         call()
-    turns = min(50, max(3, round(seconds / sum(map(timed, calls)))))
+    turns = min(50, max(3, round(seconds / sum(timed(call)[0] for call in calls))))
     pairs = []
     for _ in range(repetitions):
         rounds = [[timed(call) for call in calls] for _ in range(turns)]
-        pairs.append([statistics.median(column) for column in zip(*rounds, strict=True)])
+        both = zip(*rounds, strict=True)
+        pairs.append([[statistics.median(column) for column in zip(*times, strict=True)] for times in both])
     return pairs
 
 
-def table_row(runtime, part, batch, threads, flops, pairs):
-    ratios = [new / old for old, new in pairs]
-    ratio = statistics.median(ratios)
-    old, new = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
+def table_row(runtime, part, batch, flops, pairs):
+    walls, processors = ([new[k] / old[k] for old, new in pairs] for k in range(2))
+    ratio = statistics.median(processors)
+    times = [1000 * statistics.median(pair[k][1] for pair in pairs) for k in range(2)]
     return [
-        *(runtime, part, str(batch), threads, f"{flops:.2f}"),
-        *(f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})", f"{1 / ratio:.2f}"),
-        *(f"{old:.1f}", f"{new:.1f}"),
+        *(runtime, part, str(batch), f"{flops:.2f}"),
+        f"{statistics.median(walls):.2f} ({min(walls):.2f} to {max(walls):.2f})",
+        *(f"{ratio:.2f}", f"{1 / ratio:.2f}", *(f"{one:.1f}" for one in times)),
     ]
 
 
@@ -168,20 +165,22 @@ def main():
     parser.add_argument("--size", type=int, default=224, help="pixels")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of LiteRT and ONNX Runtime")
+    parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--goal", type=float, default=0.5)
     parser.add_argument("--round-to", type=int, default=8)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=5)
     arguments = vars(parser.parse_args())
-    rows = []
-    for runtime in arguments.pop("runtimes"):
+    runtimes = arguments.pop("runtimes")
+    header = ["runtime", "part", "batch", "FLOPs", "time", "processor", "speed-up", "ms before", "ms after"]
+    for runtime in runtimes:
         backend = RUNTIMES[runtime][0]
         found = on_each_backend(__file__, [backend], runtime=runtime, **arguments)[backend]
-        rows += [table_row(runtime, *row) for row in found["rows"]]
-    print(HEAD.format(**arguments, **found["left"]))
-    print(machine(["tensorflow", "jax", "torch"]), end="\n\n")
-    header = ["runtime", "part", "batch", "threads", "FLOPs", "time", "speed-up", "ms before", "ms after"]
-    print(markdown_table(header, rows))
+        if runtime == runtimes[0]:
+            print(HEAD.format(**arguments, **found["left"]))
+            print(machine(["tensorflow", "jax", "torch"]), end="\n\n")
+            print(markdown_table(header, []), flush=True)
+        for row in found["rows"]:
+            print("| " + " | ".join(table_row(runtime, *row)) + " |", flush=True)
 
 
 if __name__ == "__main__":
