@@ -150,7 +150,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 8, 64, 1024])
     parser.add_argument("--units", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=512)
     arguments = parser.parse_args()
     units, rows = arguments.units, []
     for kind in ("squares", "signed"):
