@@ -33,6 +33,18 @@ NAMES = [
 ]
 
 
+@functools.cache
+def needs_compiled_steps():
+    """Skips where `jit_compile=True` cannot work: `torch.compile` needs a C++ compiler on a CPU."""
+    if BACKEND == "torch":
+        import torch
+
+        try:
+            torch.compile(torch.sin)(torch.ones(3))
+        except Exception as error:
+            pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
+
+
 def random_scores(model, seed=0, exact=True):
     random = np.random.default_rng(seed)
     return {g.name: random.random(g.num_units) for g in read_channels(model, exact=exact).groups}

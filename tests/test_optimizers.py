@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import zoo
-from helpers import BACKEND
+from helpers import BACKEND, needs_compiled_steps
 
 import keras_taylor
 
@@ -97,12 +97,22 @@ def test_weights_of_examples_and_classes_count():
     assert_scores(scores_while_training(model, class_weight=classes), expected)
 
 
+SLOW_ON_TORCH = [pytest.mark.slow] if BACKEND == "torch" else []  # torch.compile takes a minute
+
+
 @pytest.mark.parametrize(
-    "arguments", [{"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 3}]
+    "arguments",
+    [
+        pytest.param({"jit_compile": True}, marks=SLOW_ON_TORCH),
+        {"run_eagerly": True},
+        {"steps_per_execution": 3},
+    ],
 )
 def test_scores_under_every_way_of_running(arguments):
-    if BACKEND == "torch" and "run_eagerly" not in arguments:
-        pytest.skip("torch.compile needs a compiler; steps_per_execution is not for torch")
+    if BACKEND == "torch" and "steps_per_execution" in arguments:
+        pytest.skip("steps_per_execution is not for torch")
+    if "jit_compile" in arguments:
+        needs_compiled_steps()
     model = plain_net(**arguments)
     assert_scores(scores_while_training(model), keras_taylor.score(model, some_data()))
 

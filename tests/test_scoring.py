@@ -298,6 +298,24 @@ def test_global_mixed_precision(policy):
     assert np.isfinite(small.fit(net.x, y, verbose=0).history["loss"]).all()
 
 
+SLOW_ON_TORCH = [pytest.mark.slow] if BACKEND == "torch" else []  # torch.compile takes a minute
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(p, marks=SLOW_ON_TORCH) for p in ("float32", "mixed_bfloat16", "mixed_float16")],
+    indirect=True,
+)
+def test_compiled_steps(policy):
+    """XLA on TensorFlow and JAX, `torch.compile` on PyTorch: exact scores, as far as the policy has them."""
+    helpers.needs_compiled_steps()
+    net, y, g = regression()
+    net.model.compile("sgd", "mse", jit_compile=True)
+    assert net.model.jit_compile is True
+    tolerance = 1e-6 if policy == "float32" else 3e-2
+    np.testing.assert_allclose(net.score(y, batch_size=10), np.square(g).mean(0), rtol=tolerance)
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16"], indirect=True)
 def test_inputs_are_not_rounded_before_a_float32_layer(policy):
     x = inputs = keras.Input((4,), dtype="float32")
