@@ -33,14 +33,12 @@ def in_process(measure, argv):
     return True
 
 
-def machine(backends):
-    """One line: processor, versions, date."""
+def machine(backends, device=None):
+    """One line: processor (or another device's name), versions, date."""
+    device = device or f"{os.cpu_count()}-core CPU ({platform.machine()}), no GPU"
     versions = [f"{b} {_version(*_DISTRIBUTIONS[b])}" for b in backends]
     versions = ", ".join([f"Keras {_version('keras')}", *versions])
-    return (
-        f"{os.cpu_count()}-core CPU ({platform.machine()}), no GPU; Python {platform.python_version()}, "
-        f"{versions}; {datetime.date.today().isoformat()}."
-    )
+    return f"{device}; Python {platform.python_version()}, {versions}; {datetime.date.today().isoformat()}."
 
 
 def markdown_table(header, rows):
