@@ -1,5 +1,6 @@
 """What the benchmarks share: one process a backend, and tables."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -31,6 +32,21 @@ def in_process(measure, argv):
         return False
     print(json.dumps(measure(**json.loads(argv[2]))))
     return True
+
+
+@contextlib.contextmanager
+def without_initializers(layer_class, value="zeros"):
+    """Within it weights are all one value: random ones take long, and only the structure is looked at."""
+    add_weight = layer_class.add_weight
+
+    def add(self, shape=None, initializer=None, **arguments):
+        return add_weight(self, shape, initializer=value, **arguments)
+
+    layer_class.add_weight = add
+    try:
+        yield
+    finally:
+        layer_class.add_weight = add_weight
 
 
 def machine(backends, device=None):

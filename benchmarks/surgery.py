@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 
-from common import BACKENDS, in_process, machine, markdown_table, on_each_backend
+from common import BACKENDS, in_process, machine, markdown_table, on_each_backend, without_initializers
 
 
 def measure(what, **arguments):
@@ -52,10 +52,10 @@ def measure_all(image_size=96):
     from keras_taylor.costs import CostModel
     from keras_taylor.groups import read_channels
 
-    _without_initializers(keras.layers.Layer)
     results = {}
     for name in [name for name, member in vars(keras.applications).items() if callable(member)]:
-        model = getattr(keras.applications, name)(weights=None, input_shape=(image_size, image_size, 3))
+        with without_initializers(keras.layers.Layer):
+            model = getattr(keras.applications, name)(weights=None, input_shape=(image_size, image_size, 3))
         start = time.perf_counter()
         channels = read_channels(model)
         params = CostModel(channels)()["params"]
@@ -64,16 +64,6 @@ def measure_all(image_size=96):
         del model, channels
         keras.backend.clear_session()
     return results
-
-
-def _without_initializers(layer_class):
-    """Random weights would take minutes, and only the structure is read."""
-    add_weight = layer_class.add_weight
-
-    def add_zeros(self, shape=None, initializer=None, **arguments):
-        return add_weight(self, shape, initializer="zeros", **arguments)
-
-    layer_class.add_weight = add_zeros
 
 
 def _seconds(function):

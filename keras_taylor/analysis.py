@@ -154,24 +154,23 @@ def analyze(
     if ds is not None:
         scan = SensitivityScan(channels, ds, batch_size, steps_per_epoch, fractions, criterion, num_examples)
     costs = CostModel(channels)
-    before, after = costs(), costs(_with_one_each(channels, channels.groups))
-    alone = {group.name: costs(_with_one_each(channels, [group])) for group in channels.groups}
+    before, after = costs(), costs(_with_one_each(channels))
+    alone = costs.each_alone()
     return Analysis(
         groups=tuple(channels.groups + channels.locked),
         costs=before,
         reachable={what: 1 - after[what] / before[what] for what in before if before[what]},
         unknown=tuple(channels.unknown),
         probed=tuple(channels.probed),
-        behind={name: _saved(before, without) for name, without in alone.items()},
+        behind={g.name: _saved(before, a) for g, a in zip(channels.groups, alone, strict=True)},
         sensitivity=scan and scan.run(reporter),
     )
 
 
-def _with_one_each(channels, groups):
-    """The mask of kept units when these groups keep one channel each."""
-    kept = np.ones(channels.num_units, bool)
-    for group in groups:
-        kept[group.start + 1 : group.start + group.num_units] = False
+def _with_one_each(channels):
+    """The mask of kept units when every group keeps one channel."""
+    kept = np.zeros(channels.num_units, bool)
+    kept[[group.start for group in channels.groups]] = True
     return kept
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from keras_taylor.attention import inner_layers
 from keras_taylor.configurations import completed, keep_configuration
+from keras_taylor.copies import kept_copy
 from keras_taylor.opening import UnsupportedModelError, compile_arguments
-from keras_taylor.optimizers import fresh_optimizer, kept_part
+from keras_taylor.optimizers import fresh_optimizer
 from keras_taylor.rules.base import is_keras_own, replaced
 
 
@@ -94,15 +95,60 @@ def uninitialized(layer):
     """
     with contextlib.ExitStack() as stack:
         for each in _with_inner_layers(layer):
-            stack.enter_context(replaced(each, add_weight=_adding_zeros(each.add_weight)))
+            stack.enter_context(replaced(each, add_weight=_adding(each.add_weight, lambda name: _zeros)))
         yield
 
 
-def _adding_zeros(add_weight):
-    def add_zeros(shape=None, initializer=None, **arguments):
-        return add_weight(shape, initializer=_zeros, **arguments)
+@contextlib.contextmanager
+def initialized_with(layer, source, masks, done):
+    """Within it, the layer's new weights have the values of `source`'s, cut, from the start, or are zeros.
 
-    return add_zeros
+    So no other array of a weight's size is there beside it. Only for weights that are found by their names
+    in a layer of Keras' own: `build` of another one might assign to them. What a distribution divides
+    among devices is made by a compiled initializer, and copied later.
+
+    Args:
+        layer: The layer that will be built.
+        source: The layer that it was cloned from.
+        masks: As in `copy_weights`.
+        done: A set, to which the names of such weights are added.
+    """
+    alone = len(_with_inner_layers(layer)) == 1 and keras.distribution.distribution() is None
+    weights = _by_name(source) if alone and is_keras_own(type(layer)) else {}
+
+    def initializer_of(name):
+        if name not in weights or name in done:
+            return _zeros
+
+        def initialize(shape, dtype=None):
+            value = kept_copy(weights[name], masks.get(id(weights[name]), ()))
+            if tuple(value.shape) != tuple(shape):
+                return _zeros(shape, dtype)
+            done.add(name)
+            return keras.ops.convert_to_tensor(value, dtype)
+
+        return initialize
+
+    with (
+        uninitialized(layer),
+        replaced(layer, add_weight=_adding(type(layer).add_weight.__get__(layer), initializer_of)),
+    ):
+        yield
+
+
+def _adding(add_weight, initializer_of):
+    """`add_weight` with other initializers, found by the names of weights."""
+
+    def add(shape=None, initializer=None, **arguments):
+        return add_weight(shape, initializer=initializer_of(arguments.get("name")), **arguments)
+
+    return add
+
+
+def _by_name(layer):
+    """A layer's weights by name, without those that share one."""
+    names = [weight.name for weight in layer.weights]
+    return {weight.name: weight for weight in layer.weights if names.count(weight.name) == 1}
 
 
 def _with_inner_layers(layer):
@@ -131,18 +177,18 @@ def build_like(clone, layer, name):
         )
 
 
-def copy_weights(source, target, masks=None):
+def copy_weights(source, target, masks=None, done=()):
     """Copies weights, cut along the axes that have a mask.
 
     Args:
         source, target: Layers of the same class.
         masks: For each weight of `source` (by `id`) a tuple with a bool array, or
             `None`, for each axis.
+        done: Names of weights that have their values already (`initialized_with`).
     """
     for old, new in zip(source.weights, target.weights, strict=True):
-        value = kept_part(keras.ops.convert_to_numpy(old.value), (masks or {}).get(id(old), ()))
-        # a copy: JAX donates buffers, and a shared one would be lost to the source
-        new.assign(np.array(value))
+        if not (old.name == new.name and new.name in done):
+            new.assign(kept_copy(old, (masks or {}).get(id(old), ())))
     if hasattr(target, "finalize_state"):  # layers with `adapt` compute with values made from their weights
         target.finalize_state()
 

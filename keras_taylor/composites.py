@@ -153,13 +153,9 @@ def _described(call, shapes, without=()):
     config = configuration_of(call.operation).items()
     config = {k: v for k, v in config if k not in ("name", *without)}
     config = {k: v for k, v in config.items() if not k.endswith("initializer")}  # they have seeds
-    arguments = [x if isinstance(x, (int, float, str, bool)) else None for x in _arguments(call)]
+    arguments = [x if isinstance(x, (int, float, str, bool)) else None for x in call.site.flat]
     sizes = [shapes[index] for index in call.inputs]
     return type(call.operation), json.dumps([config, arguments, sizes], sort_keys=True, default=repr)
-
-
-def _arguments(call):
-    return keras.tree.flatten((call.site.args, call.site.kwargs))
 
 
 def _recipe(call, shapes, read_channels):
@@ -234,8 +230,8 @@ def _read_at(call, shapes, which, read_channels):
         shape = (batch if first is None else first, *(length if size is None else size for size in rest))
         return keras.KerasTensor(shape, dtype=x.dtype)
 
-    flat = [stand_in(x) for x in _arguments(call)]
-    args, kwargs = keras.tree.pack_sequence_as((call.site.args, call.site.kwargs), flat)
+    flat = [stand_in(x) for x in call.site.flat]
+    args, kwargs = call.site.packed(flat)
     with inlined(call.operation):
         return batch, read_channels(read_inside(call.operation, args, kwargs))
 

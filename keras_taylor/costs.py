@@ -52,6 +52,16 @@ class CostModel:
         kept = np.ones(self.num_units, bool) if kept is None else kept
         return np.diff(np.append(0, np.cumsum(kept))[[*self._starts, self.num_units]])
 
+    def each_alone(self, gone=None):
+        """Costs when one group loses channels and all others are whole: a list of dicts, one a group.
+
+        Args:
+            gone: How many units it loses; `None`: all but one.
+        """
+        whole = self.counts()
+        alone = np.minimum(whole, 1) if gone is None else whole - gone
+        return self.by_groups.each_alone(whole, alone)
+
     def _params(self):
         terms = {}
         for _, factor, axes in weights_of(self._channels):
@@ -111,10 +121,8 @@ def unit_savings(channels, what):
     """What each unit saves if it goes alone, of one cost, at least 1: a float64 array `(num_units,)`."""
     costs, savings = CostModel(channels), np.ones(channels.num_units)
     whole = costs()[what]
-    for group in channels.groups:
-        kept = np.ones(channels.num_units, bool)
-        kept[group.start] = False
-        savings[group.start : group.start + group.num_units] = max(whole - costs(kept)[what], 1)
+    for group, alone in zip(channels.groups, costs.each_alone(gone=1), strict=True):
+        savings[group.start : group.start + group.num_units] = max(whole - alone[what], 1)
     return savings
 
 

@@ -1,6 +1,8 @@
 """Reads any Keras model into one flat list of operations."""
 
+import collections
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -50,6 +52,11 @@ class Call:
     outputs: tuple
     closed: str | None = None
 
+    @functools.cached_property
+    def flat(self):
+        """The flattened call arguments, a tuple."""
+        return _flattened(self.args, self.kwargs)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
@@ -62,6 +69,17 @@ class Site:
     args: tuple
     kwargs: dict
     outputs: tuple
+
+    @functools.cached_property
+    def flat(self):
+        """The flattened call arguments, a tuple."""
+        return _flattened(self.args, self.kwargs)
+
+    def packed(self, flat):
+        """Positional and keyword arguments like these, with other leaves."""
+        if _is_plain(self.args, self.kwargs):
+            return tuple(flat), {}
+        return keras.tree.pack_sequence_as((self.args, self.kwargs), list(flat))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +120,11 @@ class Graph:
 
     def is_used_once(self, operation):
         """Whether an operation has one call."""
-        return sum(call.operation is operation for call in self.calls) == 1
+        return self._num_calls[id(operation)] == 1
+
+    @functools.cached_property
+    def _num_calls(self):
+        return collections.Counter(id(call.operation) for call in self.calls)
 
     def layers(self):
         """Names and layers that have a call, each layer once."""
@@ -196,8 +218,7 @@ def _read_once(structure, several_ways):
 
 def tensor_positions(call):
     """Where tensors stand among a call's flattened arguments."""
-    flat = keras.tree.flatten((call.args, call.kwargs))
-    return [i for i, x in enumerate(flat) if isinstance(x, Ref)]
+    return [i for i, x in enumerate(call.flat) if isinstance(x, Ref)]
 
 
 def num_inbound_nodes(layer):
@@ -236,9 +257,8 @@ class _Reader:
             self.bindings.setdefault(placeholder, []).append(index)
         for site in structure.sites:
             name = prefix + _local_name(structure, site.operation)
-            args, kwargs = keras.tree.map_structure(
-                lambda x: Ref(tensors[id(x)]) if isinstance(x, keras.KerasTensor) else x,
-                (site.args, site.kwargs),
+            args, kwargs = site.packed(
+                Ref(tensors[id(x)]) if isinstance(x, keras.KerasTensor) else x for x in site.flat
             )
             inner, closed = self._inside(site, name)
             if inner is None:
@@ -260,7 +280,7 @@ class _Reader:
             return None, None
         if id(operation) in self._several_ways:
             return None, "it is called in several ways"
-        key = (id(operation), *map(_signature, keras.tree.flatten((site.args, site.kwargs))))
+        key = (id(operation), *map(_signature, site.flat))
         if key not in self._opened:
             self._opened[key] = self._open(operation, site)
         return self._opened[key]
@@ -285,11 +305,7 @@ class _Reader:
 
     def _output_shapes(self, site, args, kwargs, taken):
         """Recorded shapes, inferred anew where a sub-model is fed other shapes than it was made with."""
-        recorded = [
-            tuple(t.shape)
-            for t in keras.tree.flatten((site.args, site.kwargs))
-            if isinstance(t, keras.KerasTensor)
-        ]
+        recorded = [tuple(t.shape) for t in site.flat if isinstance(t, keras.KerasTensor)]
         # a reshape in an opened layer may know more by now
         is_settled = not hasattr(site.operation, "newshape")
         if is_settled and recorded == [self.shapes[i] for i in taken]:
@@ -318,7 +334,16 @@ def _completed(operation, inputs, outputs):
 
 
 def _taken(args, kwargs):
-    return tuple(x.index for x in keras.tree.flatten((args, kwargs)) if isinstance(x, Ref))
+    return tuple(x.index for x in _flattened(args, kwargs) if isinstance(x, Ref))
+
+
+def _flattened(args, kwargs):
+    return tuple(args if _is_plain(args, kwargs) else keras.tree.flatten((args, kwargs)))
+
+
+def _is_plain(args, kwargs):
+    """Whether there is nothing to flatten: most calls are so, and `keras.tree` is slow on PyTorch."""
+    return not kwargs and not any(map(keras.tree.is_nested, args))
 
 
 def _read_structure(model, name):

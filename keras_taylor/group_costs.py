@@ -38,11 +38,72 @@ class GroupCosts:
         Returns:
             A dict with ints "params", "flops" and "activation_memory" (bytes); `None` where unknown.
         """
-        fixed, channels = self._linear
-        widths = fixed + channels @ np.asarray(counts, np.float64)
-        counted = {what: _total(terms, widths) for what, terms in self.terms.items()}
+        widths = self._sizes(counts)
+        counted = {what: self._products(what, widths) for what in self.terms}
+        costs = {what: None if one is None else round(math.fsum(one)) for what, one in counted.items()}
         memory = None if self.memory is None else round(float(self._alive(widths).max()))
-        return {**counted, "activation_memory": memory}
+        return {**costs, "activation_memory": memory}
+
+    def each_alone(self, whole, alone):
+        """Costs with one group cut and all others whole, for each group.
+
+        Only what a group has a part in is counted anew.
+
+        Args:
+            whole: How many units all have, `(num_groups,)`.
+            alone: How many the group has that is cut, `(num_groups,)`.
+
+        Returns:
+            A list of dicts as `__call__` gives them, one a group.
+        """
+        gone = np.asarray(whole) - np.asarray(alone)
+        widths, lost = self._sizes(whole), [{} for _ in range(self.num_groups)]
+        for width, group, multiple in zip(*(one.tolist() for one in self._parts), strict=True):
+            lost[group][width] = multiple * float(gone[group])
+        columns = {what: self._each_alone_of(what, widths, lost) for what in self.terms}
+        columns["activation_memory"] = self._each_peak(widths, lost)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _each_alone_of(self, what, widths, lost):
+        """One cost for each group, with the widths that it loses, or `None`s."""
+        if self.terms[what] is None:
+            return [None] * self.num_groups
+        products, of_width, costs = self._products(what, widths), self._terms_of_width(what), []
+        whole = math.fsum(products)
+        for one in lost:
+            changes = []
+            for term in {term for width in one for term in of_width.get(width, ())}:
+                factor, axes = self.terms[what][term]
+                changes += [-products[term], factor * math.prod(widths[a] - one.get(a, 0.0) for a in axes)]
+            costs.append(round(math.fsum([whole, *changes])))
+        return costs
+
+    def _terms_of_width(self, what):
+        found = {}
+        for term, (_, axes) in enumerate(self.terms[what]):
+            for width in set(axes):
+                found.setdefault(width, []).append(term)
+        return found
+
+    def _each_peak(self, widths, lost):
+        """The peak of memory for each group, or `None`s: looked at anew where it has tensors."""
+        if self.memory is None:
+            return [None] * self.num_groups
+        places = {}
+        for size, width, first, last in self.memory:
+            places.setdefault(width, []).append((size, first, last))
+        alive = self._alive(widths)
+        before = np.maximum.accumulate(np.append(0.0, alive))
+        after = np.append(np.maximum.accumulate(alive[::-1])[::-1], 0.0)
+        peaks = []
+        for one in lost:
+            spans = [(size * num, f, s) for width, num in one.items() for size, f, s in places.get(width, ())]
+            start, stop = min((f for _, f, _ in spans), default=0), max((s for _, _, s in spans), default=-1)
+            within = alive[start : stop + 1].copy()
+            for size, first, last in spans:
+                within[first - start : last - start + 1] -= size
+            peaks.append(round(float(max(before[start], within.max(initial=0.0), after[stop + 1]))))
+        return peaks
 
     def slopes(self, counts, what):
         """How much of a cost one unit of each group makes up: its derivative, `(num_groups,)`.
@@ -51,37 +112,66 @@ class GroupCosts:
             counts: Array `(num_groups,)`.
             what: A cost that is known.
         """
-        fixed, channels = self._linear
-        widths = fixed + channels @ np.asarray(counts, np.float64)
+        widths = self._sizes(counts)
         by_width = np.zeros(widths.size)
         if what == "activation_memory":
             alive = self._alive(widths)
             worst = int(alive.argmax())
             for size, place, first, last in self.memory:
                 by_width[place] += size * (first <= worst <= last)
-            return by_width @ channels
-        for factor, axes in self.terms[what]:
-            for number, axis in enumerate(axes):
-                others = [*axes[:number], *axes[number + 1 :]]
-                by_width[axis] += factor * math.prod(widths[others])
-        return by_width @ channels
+        else:
+            factors, axes = self._arrays[what]
+            for number in range(axes.shape[1]):
+                others = _product(factors, np.delete(axes, number, 1), widths)
+                np.add.at(by_width, axes[:, number], others)
+        numbers, groups, multiples = self._parts
+        return np.bincount(groups, multiples * by_width[numbers], self.num_groups)
+
+    def _sizes(self, counts):
+        """All widths, and a 1 that shorter terms are filled up with."""
+        numbers, groups, multiples = self._parts
+        own = multiples * np.asarray(counts, np.float64)[groups]
+        return np.append(self._fixed + np.bincount(numbers, own, len(self.widths)), 1.0)
+
+    def _products(self, what, widths):
+        """The values of a cost's terms, a list, `None` where unknown."""
+        return None if self.terms[what] is None else _product(*self._arrays[what], widths).tolist()
 
     @functools.cached_property
-    def _linear(self):
-        fixed = np.array([one for one, _ in self.widths], np.float64)
-        channels = np.zeros((len(self.widths), self.num_groups))
-        for number, (_, parts) in enumerate(self.widths):
-            for group, multiple in parts:
-                channels[number, group] = multiple
-        return fixed, channels
+    def _fixed(self):
+        return np.array([one for one, _ in self.widths], np.float64)
+
+    @functools.cached_property
+    def _parts(self):
+        """Widths, groups that have a part in them, and channels a unit, three arrays."""
+        parts = [(n, *part) for n, (_, several) in enumerate(self.widths) for part in several]
+        numbers, groups, multiples = np.array(parts, np.int64).reshape(-1, 3).T
+        return numbers, groups, multiples.astype(np.float64)
+
+    @functools.cached_property
+    def _arrays(self):
+        """For each cost that is known the factors of its terms, and their widths, a row each."""
+        arrays = {}
+        for what, terms in self.terms.items():
+            if terms is not None:
+                longest = max((len(axes) for _, axes in terms), default=0)
+                rows = [[*axes, *[len(self.widths)] * (longest - len(axes))] for _, axes in terms]
+                factors = np.array([factor for factor, _ in terms], np.float64)
+                arrays[what] = factors, np.array(rows, np.int64).reshape(-1, longest)
+        return arrays
+
+    @functools.cached_property
+    def _places(self):
+        sizes, places, first, last = np.array(self.memory, np.float64).reshape(-1, 4).T
+        return sizes, places.astype(int), first.astype(int), last.astype(int)
 
     def _alive(self, widths):
         """Bytes that are alive at each step."""
-        sizes, places, first, last = np.array(self.memory, np.float64).reshape(-1, 4).T
+        sizes, places, first, last = self._places
         change = np.zeros(int(last.max(initial=0)) + 2)
-        sizes = sizes * widths[places.astype(int)]
-        np.add.at(change, first.astype(int), sizes)
-        np.add.at(change, last.astype(int) + 1, -sizes)
+        sizes = sizes * widths[places]
+        np.add.at(change, first, sizes)
+        np.add.at(change, last + 1, -sizes)
         return np.cumsum(change)
 
     def to_dict(self):
@@ -101,7 +191,6 @@ def _frozen(value):
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _total(terms, widths):
-    if terms is None:
-        return None
-    return round(math.fsum(factor * math.prod(widths[list(axes)]) for factor, axes in terms))
+def _product(factors, axes, widths):
+    """The values of terms."""
+    return factors * functools.reduce(np.multiply, (widths[column] for column in axes.T), 1.0)

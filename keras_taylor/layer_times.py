@@ -206,8 +206,7 @@ class _Grid:
             for key, edit in edits.items()
         }
         layer = clone_operation(call.operation, call.name, changes)
-        site = keras.tree.flatten((call.site.args, call.site.kwargs))
-        dtype = next(x.dtype for x in site if isinstance(x, keras.KerasTensor))
+        dtype = next(x.dtype for x in call.site.flat if isinstance(x, keras.KerasTensor))
         labels = self._channels.labels[call.inputs[0]]
         shape = list(self._channels.graph.shapes[call.inputs[0]])
         for axis, size in enumerate(labels.shape):

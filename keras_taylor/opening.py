@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import math
+import sys
 
 import keras
 
@@ -172,7 +173,8 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
             given = {id(x) for x in keras.tree.flatten(inputs)}
             # a sub-model that hands its input through would put out a tensor that has been made already
             outputs = keras.tree.map_structure(lambda y: keras.ops.copy(y) if id(y) in given else y, outputs)
-            function = make(inputs, outputs)
+            with recursing(_num_calls(outputs)):
+                function = make(inputs, outputs)
         except Exception as error:
             text = (str(error).strip().splitlines() or [""])[0]
             open_ended = any(None in x.shape[1:] for x in keras.tree.flatten(inputs))
@@ -193,6 +195,31 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
             node.operation.name = f"{type(node.operation).__name__.lower()}_{number}"
         _settle_shape(node, shapes)
     return function
+
+
+@contextlib.contextmanager
+def recursing(num_calls):
+    """Within it Keras can make a model of so many calls, whatever the recursion limit is.
+
+    It goes from the outputs to the inputs by recursion, a frame a call; nothing else here does.
+    """
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, 2 * num_calls + 1000))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def _num_calls(outputs):
+    """How many calls lead to symbolic tensors."""
+    seen, ahead = set(), [y for y in keras.tree.flatten(outputs) if isinstance(y, keras.KerasTensor)]
+    while ahead:
+        operation, number, _ = ahead.pop()._keras_history
+        if (id(operation), number) not in seen:
+            seen.add((id(operation), number))
+            ahead.extend(operation._inbound_nodes[number].input_tensors)
+    return len(seen)
 
 
 def _settle_shape(node, shapes):

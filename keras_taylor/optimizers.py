@@ -7,6 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.copies import kept_copy
+
 # What becomes of each row of `gates.ROWS` when the loss is scaled by S: it is S^power times as large.
 _POWERS = np.array([1, 1, 2, 2, 0, 0], np.float32)
 
@@ -161,24 +163,15 @@ def carry_state(source, target, variables, weights):
     if not source.built or len(source.variables) != len(target.variables):
         return False
     for old, new in zip(source.variables, target.variables, strict=True):
-        value = ops.convert_to_numpy(old)
-        reference = references.get(id(new))
+        reference, masks = references.get(id(new)), ()
         if reference is not None:
             before, masks = weights[id(reference)]
             if tuple(old.shape) != tuple(before.shape):
                 continue
-            value = kept_part(value, masks)
-        if value.shape == tuple(new.shape) and new.name != "learning_rate":
-            new.assign(np.array(value))
+        value = kept_copy(old, masks)
+        if tuple(value.shape) == tuple(new.shape) and new.name != "learning_rate":
+            new.assign(value)
     return True
-
-
-def kept_part(value, masks):
-    """An array without what the masks (bool arrays or `None`, one an axis) leave out."""
-    for axis, mask in enumerate(masks):
-        if mask is not None and not mask.all():
-            value = np.compress(mask, value, axis)
-    return value
 
 
 def _build(optimizer, variables):

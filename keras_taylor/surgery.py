@@ -6,12 +6,18 @@ import keras
 import numpy as np
 
 from keras_taylor.attention import head_counts, inner_layers, is_attention
-from keras_taylor.cloning import clone_operation, compile_settings, copy_weights, uninitialized
+from keras_taylor.cloning import (
+    clone_operation,
+    compile_settings,
+    copy_weights,
+    initialized_with,
+    uninitialized,
+)
 from keras_taylor.configurations import warn_of_file
 from keras_taylor.groups import read_channels
-from keras_taylor.opening import functional_class, is_functional
+from keras_taylor.opening import functional_class, is_functional, recursing
 from keras_taylor.optimizers import carry_state
-from keras_taylor.planning import kept_units, mask_of
+from keras_taylor.planning import kept_units
 from keras_taylor.replicas import check_layout, scope_of
 from keras_taylor.rules.base import weight_of
 
@@ -84,7 +90,7 @@ def rebuild(channels, kept):
 
 class _Surgeon:
     def __init__(self, channels, kept):
-        self._channels, self._kept = channels, kept
+        self._channels, self._stays = channels, np.append(kept, True)  # unit -1 is what stays
         self._inside = channels.graph.inside
         calls = channels.graph.calls
         pairs = list(zip(calls, channels.effects, strict=True))
@@ -92,6 +98,7 @@ class _Surgeon:
         self._effect_of_operation = {id(c.operation): e for c, e in reversed(pairs)}
         self._effect_of_site = {id(c.site): e for c, e in reversed(pairs)}
         self._made = {}  # id of an operation -> (it, its successor)
+        self._origins = {}  # id of a successor -> (what it succeeds, names of weights that have their values)
         self._containers = {}  # id of a structure -> (model or opened layer, its successor)
 
     def check_layouts(self):
@@ -137,7 +144,8 @@ class _Surgeon:
         layers = [self._input(structure, 0), *(self._successor(site) for site in structure.sites)]
         with contextlib.ExitStack() as stack:
             for layer in filter(_will_be_built, layers):
-                stack.enter_context(uninitialized(layer))
+                stack.enter_context(self._with_weights(layer))
+            stack.enter_context(recursing(len(layers)))
             return keras.Sequential(layers, name=structure.model.name)
 
     def _functional(self, structure):
@@ -149,7 +157,8 @@ class _Surgeon:
         inputs, outputs = keras.tree.map_structure(
             lambda t: tensors[id(t)], (structure.inputs, structure.outputs)
         )
-        return _class_of(structure.model)(inputs=inputs, outputs=outputs, name=structure.model.name)
+        with recursing(len(structure.sites)):
+            return _class_of(structure.model)(inputs=inputs, outputs=outputs, name=structure.model.name)
 
     def _applied(self, site, tensors):
         """What comes out when the successor of what a site applies is applied."""
@@ -159,7 +168,7 @@ class _Surgeon:
             flat = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
             training = {} if kwargs.get("training") is None else {"training": kwargs["training"]}
             return operation(flat if len(flat) > 1 else flat[0], **training)
-        with uninitialized(operation) if _will_be_built(operation) else contextlib.nullcontext():
+        with self._with_weights(operation) if _will_be_built(operation) else contextlib.nullcontext():
             outputs = operation(*args, **kwargs)
         if inner is not None and is_attention(inner.model):
             for old, new in zip(inner_layers(inner.model), inner_layers(operation), strict=True):
@@ -193,21 +202,26 @@ class _Surgeon:
             new = clone_operation(operation, self._names[id(operation)], changes)
             warn_of_file(new)
             self._made[id(operation)] = (operation, new)
+            self._origins[id(new)] = (operation, set())
         return self._made[id(operation)][1]
+
+    def _with_weights(self, layer):
+        """Within it a layer is built with its weights, as far as they are known by then."""
+        if id(layer) not in self._origins:
+            return uninitialized(layer)
+        old, done = self._origins[id(layer)]
+        return initialized_with(layer, old, self._masks_of(old), done)
 
     def _arguments(self, site, tensors):
         effect = self._effect_of_site.get(id(site))
-        flat = [
-            tensors[id(x)] if isinstance(x, keras.KerasTensor) else x
-            for x in keras.tree.flatten((site.args, site.kwargs))
-        ]
+        flat = [tensors[id(x)] if isinstance(x, keras.KerasTensor) else x for x in site.flat]
         for position, edit in (effect.arguments if effect else {}).items():
             if self._touched(edit):
                 flat[position] = self._value(edit)
-        return keras.tree.pack_sequence_as((site.args, site.kwargs), flat)
+        return site.packed(flat)
 
     def _mask(self, labels):
-        return mask_of(self._channels, labels, self._kept)
+        return self._stays[self._channels.units(labels)]
 
     def _touched(self, edit):
         return not all(self._mask(labels).all() for labels in edit.labels)
@@ -219,16 +233,20 @@ class _Surgeon:
         weights = {}
         for old, new in self._made.values():
             if isinstance(old, keras.Layer) and id(old) in self._effect_of_operation:
-                axes_of = self._effect_of_operation[id(old)].weights
-                masks = {
-                    id(weight): tuple(None if a is None else self._mask(a) for a in axes)
-                    for name, axes in axes_of.items()
-                    if (weight := weight_of(old, name)) is not None
-                }
-                copy_weights(old, new, masks)
+                masks = self._masks_of(old)
+                _, done = self._origins.get(id(new), (old, ()))
+                copy_weights(old, new, masks, done)
                 pairs = zip(old.weights, new.weights, strict=True)
                 weights.update({id(after): (before, masks.get(id(before), ())) for before, after in pairs})
         return weights
+
+    def _masks_of(self, layer):
+        """For each weight of a layer (by `id`) what is kept along each axis."""
+        return {
+            id(weight): tuple(None if a is None else self._mask(a) for a in axes)
+            for name, axes in self._effect_of_operation[id(layer)].weights.items()
+            if (weight := weight_of(layer, name)) is not None
+        }
 
     def set_trainable_flags(self):
         """Containers first: setting one's flag sets those of all its layers."""

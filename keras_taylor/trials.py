@@ -256,10 +256,7 @@ def run_call(call, operation, inputs, arguments=None):
     Returns:
         Its flattened outputs as a list of arrays.
     """
-    flat = [
-        ops.convert_to_tensor(inputs[x.index]) if isinstance(x, Ref) else x
-        for x in keras.tree.flatten((call.args, call.kwargs))
-    ]
+    flat = [ops.convert_to_tensor(inputs[x.index]) if isinstance(x, Ref) else x for x in call.flat]
     for position, value in (arguments or {}).items():
         flat[position] = value
     args, kwargs = keras.tree.pack_sequence_as((call.args, call.kwargs), flat)
@@ -279,8 +276,7 @@ def random_input(random, shape, dtype):
 
 def dtype_of(call, index):
     """The type of one of a call's tensors."""
-    site = keras.tree.flatten((call.site.args, call.site.kwargs))
-    tensors = [x for x in site if isinstance(x, keras.KerasTensor)]
+    tensors = [x for x in call.site.flat if isinstance(x, keras.KerasTensor)]
     return keras.backend.standardize_dtype(tensors[call.inputs.index(index)].dtype)
 
 

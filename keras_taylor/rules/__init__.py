@@ -159,7 +159,8 @@ def apply(space, call, labels, shapes, positions, rule=None):
 
     Args:
         space: `LabelSpace` that collects unions and locks.
-        call: Object with `name`, `operation`, `args`, `kwargs`, `inputs`, `outputs`, perhaps `closed`.
+        call: Object with `name`, `operation`, `args`, `kwargs`, `flat`, `inputs` and `outputs`, perhaps
+            `closed`.
         labels: Label array of every tensor seen so far, by index.
         shapes: Shape of every tensor.
         positions: Where tensors stand among the call's flattened arguments.
@@ -168,14 +169,13 @@ def apply(space, call, labels, shapes, positions, rule=None):
     Returns:
         A `base.Effect`.
     """
-    flat = keras.tree.flatten((call.args, call.kwargs))
     context = Context(
         space=space,
         name=call.name,
         operation=call.operation,
         inputs=[Tensor(labels[i], shapes[i]) for i in call.inputs],
         positions=positions,
-        arguments=[None if i in positions else x for i, x in enumerate(flat)],
+        arguments=[None if i in positions else x for i, x in enumerate(call.flat)],
         args=call.args,
         kwargs=call.kwargs,
         output_shapes=[shapes[i] for i in call.outputs],
