@@ -269,15 +269,13 @@ def _checked(values, group, criterion):
 
 def _filter_norms(channels):
     """Mean over the layers that make a unit of the L2 norm of its filters, `(num_units,)`."""
-    norms = _per_unit(
-        channels, lambda _, effect: made_by_kernels(effect), lambda rows: np.sqrt(np.square(rows).sum(1))
-    )
+    norms = _per_unit(channels, lambda _, effect: made_by_kernels(effect), _norms_along)
     return np.where(np.isnan(norms), 0, norms)  # what only padding makes has no filter
 
 
 def _gammas(channels):
     """Mean absolute BatchNormalization scale of each unit, NaN where it has none."""
-    return _per_unit(channels, _scaled_by_gammas, lambda rows: np.abs(rows).mean(1))
+    return _per_unit(channels, _scaled_by_gammas, lambda gamma, _: np.abs(gamma, dtype=np.float64))
 
 
 def _per_unit(channels, select, reduce):
@@ -288,13 +286,20 @@ def _per_unit(channels, select, reduce):
             continue
         seen.add(id(call.operation))
         for name, axis, labels in select(call, effect):
-            weight = keras.ops.convert_to_numpy(weight_of(call.operation, name)).astype(np.float64)
-            values = reduce(np.moveaxis(weight, axis, 0).reshape(labels.size, -1))
+            weight = keras.ops.convert_to_numpy(weight_of(call.operation, name))
+            # types that NumPy does not know (bfloat16) are cast, others only as they are added up
+            values = reduce(weight if weight.dtype.kind == "f" else weight.astype(np.float64), axis)
             units = channels.units(labels)
             np.add.at(total, units[units >= 0], values[units >= 0])
             np.add.at(number, units[units >= 0], 1)
     with np.errstate(invalid="ignore"):
         return total / number
+
+
+def _norms_along(kernel, axis):
+    """L2 norms of the parts of a kernel along an axis, without an array of its size beside it."""
+    axes = list(range(kernel.ndim))
+    return np.sqrt(np.einsum(kernel, axes, kernel, axes, [axis % kernel.ndim], dtype=np.float64))
 
 
 def _scaled_by_gammas(call, effect):
