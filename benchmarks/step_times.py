@@ -74,7 +74,11 @@ def main():
     parser.add_argument("--jit", nargs="+", default=["auto"], choices=["auto", "true", "false"])
     parser.add_argument("--repetitions", type=int, default=5)
     arguments = parser.parse_args()
-    rows = []
+    print(HEAD.format(repetitions=arguments.repetitions))
+    print(machine(arguments.backends), end="\n\n")
+    header = ["model", "backend", "policy", "jit", "train s", "score / train", "wrapped / train"]
+    header += ["first train s", "first score s", "first wrapped s"]
+    print(markdown_table(header, []), flush=True)
     for name, policy, jit, backend in itertools.product(
         arguments.models, arguments.policies, arguments.jit, arguments.backends
     ):
@@ -82,11 +86,7 @@ def main():
             continue  # it is the default there
         options = {"model_name": name, "policy": policy, "jit": {"true": True, "false": False}.get(jit, jit)}
         found = on_each_backend(__file__, [backend], repetitions=arguments.repetitions, **options)
-        rows.append(row(name, backend, policy, found[backend]))
-    print(HEAD.format(repetitions=arguments.repetitions))
-    print(machine(arguments.backends), end="\n\n")
-    header = ["model", "backend", "policy", "jit", "train s", "score / train", "wrapped / train"]
-    print(markdown_table([*header, "first train s", "first score s", "first wrapped s"], rows))
+        print("| " + " | ".join(row(name, backend, policy, found[backend])) + " |", flush=True)
 
 
 if __name__ == "__main__":
