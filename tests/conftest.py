@@ -10,6 +10,11 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import keras
 import pytest
 
+if keras.backend.backend() == "tensorflow":  # likewise Grappler's
+    import tensorflow
+
+    tensorflow.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
 
 def pytest_collection_finish():
     gc.freeze()  # libraries stay: what collects garbage need not look at them again and again
