@@ -143,7 +143,11 @@ def _parts():
 
 def _process():
     """The number of this process, and of how many that work together."""
-    if _distribution() is None:
+    distribution = _distribution()
+    if distribution is None:
+        return 0, 1
+    devices = distribution.device_mesh.backend_mesh.devices.flat
+    if len({device.process_index for device in devices}) == 1:  # each process has a model of its own
         return 0, 1
     import jax
 
