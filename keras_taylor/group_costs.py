@@ -157,7 +157,7 @@ class GroupCosts:
                 longest = max((len(axes) for _, axes in terms), default=0)
                 rows = [[*axes, *[len(self.widths)] * (longest - len(axes))] for _, axes in terms]
                 factors = np.array([factor for factor, _ in terms], np.float64)
-                arrays[what] = factors, np.array(rows, np.int64).reshape(-1, longest)
+                arrays[what] = factors, np.array(rows, np.int64).reshape(len(rows), longest)
         return arrays
 
     @functools.cached_property
