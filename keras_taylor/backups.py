@@ -91,7 +91,7 @@ def describe_call(model, **settings):
     """What a state belongs to: digests of the model and of its weights, and the settings, a dict."""
     weights = hashlib.sha256()
     for weight in model.weights:
-        value = keras.ops.convert_to_numpy(weight.value)
+        value = keras.ops.convert_to_numpy(weight)
         weights.update(f"{value.dtype}{value.shape}".encode())
         weights.update(np.ascontiguousarray(value).tobytes())
     return {
@@ -319,7 +319,7 @@ def _lasting_variables(model):
 
 
 def _values(variables):
-    return [_as_numpy_knows(keras.ops.convert_to_numpy(v.value)) for v in variables]
+    return [_as_numpy_knows(keras.ops.convert_to_numpy(v)) for v in variables]
 
 
 def _as_numpy_knows(value):

@@ -26,7 +26,7 @@ def kept_copy(variable, masks=()):
     shape = tuple(variable.shape)
     masks = [None if mask is None or mask.all() else mask for mask in masks]
     if math.prod(shape) * 4 <= _MOST_PARTS * _BLOCK_BYTES:
-        return _cut(ops.convert_to_numpy(variable.value), masks)
+        return _cut(ops.convert_to_numpy(variable), masks)
     axis = int(np.argmax(shape))
     length = max(_BLOCK_BYTES * shape[axis] // (4 * math.prod(shape)), 1)
     starts = range(0, shape[axis], length)

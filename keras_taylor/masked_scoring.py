@@ -72,10 +72,10 @@ class MaskedScorer:
 
 def _scattered(source, target, masks):
     """The target's values as a new array, those of the source where the masks (one an axis) are true."""
-    value = np.array(ops.convert_to_numpy(target.value))
+    value = np.array(ops.convert_to_numpy(target))
     masks = masks or [None] * value.ndim
     places = [
         np.arange(n) if m is None else np.flatnonzero(m) for n, m in zip(value.shape, masks, strict=True)
     ]
-    value[np.ix_(*places)] = ops.convert_to_numpy(source.value)
+    value[np.ix_(*places)] = ops.convert_to_numpy(source)
     return value
