@@ -638,6 +638,7 @@ def test_a_callback_that_stops_in_an_epoch_ends_the_round():
 
 SCRIPT = """
 import sys, time
+import conftest  # compiles as the tests' own process does: numbers are compared to the bit
 import keras
 from test_survival import run
 class Slow(keras.callbacks.Callback):
