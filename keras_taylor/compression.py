@@ -73,7 +73,7 @@ def compress(
         min_channels: Every group keeps at least so many.
         repair: Refit the layers that lost inputs by least squares after each cut (see
             `keras_taylor.repair`): with `epochs=0` to the original, on at most 512 examples; else, before
-            fine-tuning, to the model of the round before, on a sixteenth of those that a round trains on,
+            fine-tuning, to the model of the round before, on one in 32 of those that a round trains on,
             128 to 512, and with less care for what training does as well.
         labels: What scores take for labels: "data" those of `ds`, "model" ones drawn from the model's
             own predictions in each round, `None` those of `ds` if it has some.

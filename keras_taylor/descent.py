@@ -36,7 +36,7 @@ from keras_taylor.surgery import cut, whole_copy
 from keras_taylor.validating import Validation
 from keras_taylor.walk import example_inputs
 
-_REPAIR = 1 / 16, 128, 512  # examples of a repair: share of what a round trains on, least, most
+_REPAIR = 1 / 32, 128, 512  # examples of a repair: share of what a round trains on, least, most
 
 
 class CompressionInterrupted(KeyboardInterrupt):

@@ -13,7 +13,8 @@ from keras_taylor.replicas import agreed
 
 # Bytes of values that may be in memory, and the examples that are taken in any case.
 _MEMORY, _FEWEST = 2**30, 64
-_NUM_BATCHES, _BATCH = 8, 64  # at most so many batches, of at least so many examples
+_NUM_BATCHES, _BATCH = 8, 64  # at most so many batches, of at least so many examples if there are four such
+_SPARE = 8  # examples a batch from which on a few may be left out
 
 
 class Walk:
@@ -112,9 +113,17 @@ def example_inputs(feed, graph, num_examples=512):
 
 
 def in_batches(inputs):
-    """Flattened inputs as a list of at most eight batches, each a list of arrays."""
-    size = max(-(-len(inputs[0]) // _NUM_BATCHES), min(_BATCH, -(-len(inputs[0]) // 4)))
-    return [[x[k : k + size] for x in inputs] for k in range(0, len(inputs[0]), size)]
+    """Flattened inputs as a list of at most eight batches, each a list of arrays.
+
+    They have the same size, so that nothing is compiled twice: up to seven examples are left out, but of
+    the fewest none.
+    """
+    num = len(inputs[0])
+    count = min(max(num // _BATCH, 4), _NUM_BATCHES)
+    if num >= _SPARE * count:
+        num -= num % count
+    size = -(-num // count)
+    return [[x[k : min(k + size, num)] for x in inputs] for k in range(0, num, size)]
 
 
 def _peak(graph, inputs):

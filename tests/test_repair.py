@@ -11,6 +11,7 @@ from keras_taylor.costs import CostModel
 from keras_taylor.groups import read_channels
 from keras_taylor.plan import LayerPlan, Plan
 from keras_taylor.planning import kept_units, plan_of
+from keras_taylor.walk import in_batches
 
 layers = keras.layers
 
@@ -239,3 +240,15 @@ def test_layers_that_lost_inputs_are_refitted():
     }
     _, repairs = keras_taylor.repair(small, model, plan, inputs_for(model, 32), return_repairs=True)
     assert readers <= {one.name for one in repairs}
+
+
+@pytest.mark.parametrize("num", [1, 5, 63, 128, 130, 300, 512, 1000])
+def test_walked_batches(num):
+    """At most eight batches, of one size wherever that leaves out a few examples only, and in order."""
+    (batches,) = zip(*in_batches([np.arange(num)]), strict=True)
+    sizes = {len(one) for one in batches}
+    assert len(batches) <= 8
+    assert len(sizes) == 1 or num < 32
+    joined = np.concatenate(batches)
+    assert np.array_equal(joined, np.arange(len(joined)))
+    assert num - len(joined) < (8 if num >= 32 else 1)
