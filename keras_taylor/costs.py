@@ -30,7 +30,7 @@ class CostModel:
         self._starts = [group.start for group in channels.groups]
         self.num_units = channels.num_units
         self._widths = [(1, ())]  # fixed part; pairs of group and channels a unit
-        self._index = {}
+        self._index, self._seen = {}, {}
         terms = {"params": self._params(), "flops": self._flops()}
         memory = self._memory()
         self.by_groups = GroupCosts(tuple(self._widths), terms, memory, len(self._starts))
@@ -92,10 +92,18 @@ class CostModel:
 
     def _width(self, labels):
         """The number of a width: how many of these positions are kept."""
+        if id(labels) not in self._seen:  # the weights of a layer often have the same array
+            self._seen[id(labels)] = self._width_of(labels), labels
+        return self._seen[id(labels)][0]
+
+    def _width_of(self, labels):
         units = self._channels.units(labels).reshape(-1)
         groups = np.searchsorted(self._starts, units[units >= 0], "right") - 1
-        sizes = {number: self._channels.groups[number].num_units for number in np.unique(groups).tolist()}
-        parts = tuple((number, int((groups == number).sum()) // size) for number, size in sizes.items())
+        numbers, counts = np.unique(groups, return_counts=True)
+        parts = tuple(
+            (number, count // self._channels.groups[number].num_units)
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+        )
         width = (int((units < 0).sum()), parts)
         if width not in self._index:
             self._index[width] = len(self._widths)
