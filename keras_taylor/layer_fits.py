@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 from keras import ops
 
-from keras_taylor.least_squares import Regression
-from keras_taylor.linear_views import linear_view, some_positions
+from keras_taylor.least_squares import Regression, threads_for
+from keras_taylor.linear_views import linear_view, rows_an_example, some_positions
 from keras_taylor.streams import Sequel, constant_place, is_linear
 
 # How often targets are relaxed where a rectifier hides them: twice was no better on held-out images.
@@ -51,12 +51,19 @@ class LayerFit:
         self._sequel = Sequel(old, new, call, self._old_view, self._view, outputs)
         self._place = constant_place(new.graph, call, self._view)
 
-    @property
-    def num_columns(self):
-        """Columns of the regression."""
-        return self._view.matrix().shape[1]
+    def run(self, num_examples, random, thorough=True):
+        """Fits on some positions of so many examples; a `LayerRepair`.
 
-    def is_understood(self):
+        With `thorough=False` targets are asked for in full, also where a rectifier hides them.
+        """
+        num_columns = self._view.matrix().shape[1]
+        num_positions = rows_an_example(num_columns, num_examples, thorough)
+        with threads_for(num_positions * num_examples, num_columns):
+            if not self._is_understood():
+                return LayerRepair(self._name, reason="its output is not its kernel times its input")
+            return self._fitted(num_positions, random, thorough)
+
+    def _is_understood(self):
         """Whether the original's output is its activation of rows times matrix plus bias."""
         x = self._old_inputs[0]
         places = np.arange(min(self._old_view.num_positions(x), 64))
@@ -67,11 +74,7 @@ class LayerFit:
         exact = self._old_layer.compute_dtype == "float32"
         return np.abs(ours - output).max() <= (1e-3 if exact else 3e-2) * np.abs(output).max()
 
-    def run(self, num_positions, random, thorough=True):
-        """Fits on so many positions of each example; a `LayerRepair`.
-
-        With `thorough=False` targets are asked for in full, also where a rectifier hides them.
-        """
+    def _fitted(self, num_positions, random, thorough):
         positions = [
             some_positions(len(x), self._view.num_positions(x), num_positions, random) for x in self._inputs
         ]

@@ -1,15 +1,18 @@
 """Ridge regression on rows that come in batches, the ridge chosen on held-out ones."""
 
+import contextlib
 import dataclasses
 import functools
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
+from threadpoolctl import ThreadpoolController
 
 # Candidates, relative to the mean of the diagonal of X'X, and which is tried first. Infinity, which leaves
 # the start but for the constant, is always tried: it costs nothing.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _FIRST = 2
+_ONE_THREAD = 2e9  # multiplications that are done on one processor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -321,6 +324,26 @@ class _Kernel:
         mean = np.trace(products) / self._x.shape[1]
         products.flat[:: len(products) + 1] += ridge * max(mean, 1e-30)
         return products
+
+
+@contextlib.contextmanager
+def threads_for(num_rows, num_columns):
+    """Within it NumPy and SciPy multiply small matrices on one thread.
+
+    OpenBLAS' threads go on spinning for some milliseconds when they are done. Between a backend's operations
+    they take the processors away from its threads, which costs more than they won.
+
+    Args:
+        num_rows, num_columns: Of the largest matrix whose second moments are taken.
+    """
+    limit = 1 if num_rows * num_columns**2 < _ONE_THREAD else None
+    with _openblas().limit(limits=limit):
+        yield
+
+
+@functools.cache
+def _openblas():
+    return ThreadpoolController().select(internal_api="openblas")
 
 
 def _solver(make):

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import threadpoolctl
 
-from keras_taylor.least_squares import RIDGES, Moments, Regression, _downhill
+from keras_taylor.least_squares import RIDGES, Moments, Regression, _downhill, threads_for
 
 
 def problem(num_rows, columns=6, outputs=3, noise=0.0):
@@ -107,3 +108,18 @@ def test_the_best_ridge_is_reached_from_the_first():
     assert _downhill((0, 1, 2, 3, 4, 5), error, 1) == 3
     assert 5 not in tried
     assert _downhill((0, 1, 2, 3, 4, 5), error, 5) == 3
+
+
+def test_threads():
+    """Small products are made on one thread, large ones on as many as before; afterwards all is as it was."""
+    openblas = threadpoolctl.ThreadpoolController().select(internal_api="openblas")
+
+    def threads():
+        return [library.num_threads for library in openblas.lib_controllers]
+
+    before = threads()
+    with threads_for(5000, 500):
+        assert set(threads()) <= {1}
+    with threads_for(100_000, 5000):
+        assert threads() == before
+    assert threads() == before
