@@ -70,10 +70,11 @@ def interleaved_fits(models, x, y, batch_size, repetitions):
         x, y: Arrays of a few batches: one `fit` over them is one measurement.
     """
     steps = -(-len(x) // batch_size)
+    data = _batches(x, y, batch_size)
 
     def seconds_a_step(model):
         wall, processor = time.perf_counter(), time.process_time()
-        model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0)
+        model.fit(**data, verbose=0)
         return (time.perf_counter() - wall) / steps, (time.process_time() - processor) / steps
 
     warm_up = {name: seconds_a_step(model)[0] * steps for name, model in models.items()}
@@ -82,6 +83,25 @@ def interleaved_fits(models, x, y, batch_size, repetitions):
         for name, model in models.items():
             times[name].append(seconds_a_step(model))
     return {"first": warm_up, "times": times, "jit": str(next(iter(models.values())).jit_compile)}
+
+
+def _batches(x, y, batch_size):
+    """Arguments of `fit` for arrays in their order.
+
+    On TensorFlow without tf.data's tuner: it sleeps 10 ms, then twice as long each time, and the end of a
+    short epoch often waits until it wakes, up to as long again as the epoch took.
+    """
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        return {"x": x, "y": y, "batch_size": batch_size, "shuffle": False}
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return {
+        "x": tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size).prefetch(2).with_options(options)
+    }
 
 
 def _version(*names):
