@@ -64,6 +64,7 @@ def arguments():
     parser.add_argument("--increment", type=float, default=0.1)
     parser.add_argument("--criterion", help="else log_odds, while training taylor")
     parser.add_argument("--score-examples", type=int, help="else an eighth of those of a round's training")
+    parser.add_argument("--no-repair", action="store_true", help="fine-tune right after each cut")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning, a round")
     parser.add_argument("--learning-rate", type=float, default=0.001, help="falls to 0 in each round")
     parser.add_argument("--while-training", action="store_true", help="prune inside one fit")
@@ -80,6 +81,7 @@ def by_rounds(model, train, options):
         increment=options.increment,
         criterion=options.criterion,
         score_examples=options.score_examples,
+        repair=not options.no_repair,
         epochs=options.epochs,
         return_info=True,
     )
