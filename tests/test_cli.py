@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -317,7 +318,10 @@ def test_a_model_that_is_not_compiled_gets_the_loss_that_its_outputs_want():
 
 
 def test_another_backend_starts_anew(tmp_path):
-    other = "jax" if keras.backend.backend() == "torch" else "torch"
+    installed = [name for name in ("torch", "jax", "tensorflow") if importlib.util.find_spec(name)]
+    other = next((name for name in installed if name != keras.backend.backend()), None)
+    if other is None:
+        pytest.skip("only one backend is installed")
     small_model().save(tmp_path / "model.keras")
     command = [sys.executable, "-m", "keras_taylor", "analyze", str(tmp_path / "model.keras")]
     done = subprocess.run([*command, "--backend", other], capture_output=True, text=True, check=True)
