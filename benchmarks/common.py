@@ -70,7 +70,7 @@ def interleaved_fits(models, x, y, batch_size, repetitions):
         x, y: Arrays of a few batches: one `fit` over them is one measurement.
     """
     steps = -(-len(x) // batch_size)
-    data = _batches(x, y, batch_size)
+    data = _fit_arguments(x, y, batch_size)
 
     def seconds_a_step(model):
         wall, processor = time.perf_counter(), time.process_time()
@@ -85,11 +85,11 @@ def interleaved_fits(models, x, y, batch_size, repetitions):
     return {"first": warm_up, "times": times, "jit": str(next(iter(models.values())).jit_compile)}
 
 
-def _batches(x, y, batch_size):
+def _fit_arguments(x, y, batch_size):
     """Arguments of `fit` for arrays in their order.
 
-    On TensorFlow without tf.data's tuner: it sleeps 10 ms, then twice as long each time, and the end of a
-    short epoch often waits until it wakes, up to as long again as the epoch took.
+    On TensorFlow without tf.data's tuner: with it the end of a short epoch often waits, up to as long again
+    as the epoch took.
     """
     import keras
 

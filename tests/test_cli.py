@@ -328,6 +328,13 @@ def test_another_backend_starts_anew(tmp_path):
     assert "channels can leave" in done.stdout
 
 
+def test_a_backend_that_is_not_installed_is_refused(run, monkeypatch):
+    other = next(name for name in ("torch", "jax") if name != keras.backend.backend())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = refused(run, "analyze", "model.keras", "--backend", other)
+    assert f'{other} is not installed: pip install "keras-taylor[{other}]"' in message
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
 def test_the_page_opens_in_a_browser(run, tmp_path):
     run(*COMPRESS, "--epochs", "1", "--report", "report.html")
