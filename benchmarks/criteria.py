@@ -234,7 +234,7 @@ def sizes(quick):
 
 def all_criteria():
     """Criteria by name, all but the oracle."""
-    from keras_taylor import criteria
+    from keras_taylor.scores import criteria
 
     named = {name: name for name in criteria.WITH_DATA | criteria.LABEL_FREE if name != "oracle"}
     return named | {"taylor_abs_normalized": criteria.taylor_abs_normalized}

@@ -159,7 +159,7 @@ def mean_accuracy(y, outputs):
 def exported(model, data, options):
     """What `export` found, and whether it was within the tolerance."""
     import keras_taylor
-    from keras_taylor.differences import TOLERANCES, complaint
+    from keras_taylor.exports.export_parity import TOLERANCES, complaint
 
     options = dict(options)
     if options.get("quantize") == "int8":

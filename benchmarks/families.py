@@ -147,7 +147,7 @@ def described(model):
 
 def unlocked(model):
     """The share of the parameters that lie in weights of which a part can go."""
-    from keras_taylor.groups import read_channels
+    from keras_taylor.reading.groups import read_channels
     from keras_taylor.rules.base import weight_of
 
     channels, free, seen = read_channels(model), 0, set()
@@ -168,9 +168,9 @@ def laws(model, reachable):
     import numpy as np
 
     import keras_taylor
-    from keras_taylor.gates import GatedModel
-    from keras_taylor.groups import read_channels
-    from keras_taylor.planning import kept_units
+    from keras_taylor.plans.planning import kept_units
+    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.scores.gates import GatedModel
 
     x = random_inputs(model)
     goal = min(GOAL, 0.9 * reachable)

@@ -47,9 +47,9 @@ def plans_of(model):
     import numpy as np
 
     import keras_taylor
-    from keras_taylor.costs import CostModel
-    from keras_taylor.groups import read_channels
-    from keras_taylor.planning import kept_units
+    from keras_taylor.budget.costs import CostModel
+    from keras_taylor.plans.planning import kept_units
+    from keras_taylor.reading.groups import read_channels
 
     channels = read_channels(model)
     costs = CostModel(channels)

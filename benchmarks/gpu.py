@@ -75,9 +75,9 @@ def _model(kind, image_size):
     import keras
 
     import keras_taylor
-    from keras_taylor.gates import GatedModel
-    from keras_taylor.groups import read_channels
-    from keras_taylor.passes import compile_for_scoring
+    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.scores.gates import GatedModel
+    from keras_taylor.scores.scoring_passes import compile_for_scoring
 
     model = keras.applications.ResNet50(weights=None, input_shape=(image_size, image_size, 3))
     model.compile(keras.optimizers.SGD(1e-4, momentum=0.9), "sparse_categorical_crossentropy")

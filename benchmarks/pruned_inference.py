@@ -105,7 +105,7 @@ def _calls(how, models, batch, threads):
 
 
 def _litert(path, x, threads):
-    from keras_taylor.runners import litert_runtime
+    from keras_taylor.exports.runners import litert_runtime
 
     interpreter = litert_runtime()[0](model_path=path, num_threads=threads)
     interpreter.allocate_tensors()

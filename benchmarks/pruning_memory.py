@@ -53,7 +53,7 @@ def measure(model_name="VGG16", goal=0.3, image_size=224):
     import numpy as np
 
     import keras_taylor
-    from keras_taylor.groups import read_channels
+    from keras_taylor.reading.groups import read_channels
 
     small = keras.Sequential([keras.Input((4096,)), keras.layers.Dense(2048)])
     keras_taylor.prune(small, keras_taylor.Plan())  # imports what Keras imports late

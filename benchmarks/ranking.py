@@ -169,10 +169,10 @@ def accuracies(case, plan):
 def sums_of_scores(network, arguments):
     """Rows: criterion, goal, and the share of all scores that goes with each way to choose, nothing cut."""
     import keras_taylor
-    from keras_taylor.costs import CostModel
-    from keras_taylor.groups import read_channels
-    from keras_taylor.planning import kept_units
-    from keras_taylor.ranking import flat_scores
+    from keras_taylor.budget.costs import CostModel
+    from keras_taylor.plans.planning import kept_units
+    from keras_taylor.plans.ranking import flat_scores
+    from keras_taylor.reading.groups import read_channels
 
     case = case_of(network, arguments.fashion)
     channels = read_channels(case.model, exact=case.exact)

@@ -94,8 +94,8 @@ def compared(name, model, arguments):
 
 def multiples(model, cache_dir):
     """The multiple that the table of layer times says is worth keeping to, by format."""
-    from keras_taylor.groups import read_channels
-    from keras_taylor.layer_times import LayerTimes
+    from keras_taylor.budget.layer_times import LayerTimes
+    from keras_taylor.reading.groups import read_channels
 
     names = dict(zip(FORMS, ("litert", "litert-int8", "onnx"), strict=True))
     channels, found = read_channels(model), {}

@@ -12,7 +12,7 @@ import time
 import numpy as np
 from common import machine, markdown_table
 
-FOLD = 256  # steps between two transfers to float64, as in `keras_taylor.passes`
+FOLD = 256  # steps between two transfers to float64, as in `keras_taylor.scores.scoring_passes`
 # In which order replicas are added, how often that is done, whether sums move to float64, and in what.
 WAYS = {
     "sequential": ("sequential", "step", True, "float32"),

@@ -34,9 +34,9 @@ def measure(model_name, policy, jit, image_size=96, batch_size=16, steps=2, repe
     import numpy as np
 
     import keras_taylor
-    from keras_taylor.gates import GatedModel
-    from keras_taylor.groups import read_channels
-    from keras_taylor.passes import compile_for_scoring
+    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.scores.gates import GatedModel
+    from keras_taylor.scores.scoring_passes import compile_for_scoring
 
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(policy)

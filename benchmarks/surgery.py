@@ -22,7 +22,7 @@ def measure_ratio(repetitions=5, image_size=224, model_name="ResNet50"):
     import numpy as np
 
     import keras_taylor
-    from keras_taylor.groups import read_channels
+    from keras_taylor.reading.groups import read_channels
 
     keras.utils.set_random_seed(0)
     model = getattr(keras.applications, model_name)(weights=None, input_shape=(image_size, image_size, 3))
@@ -49,8 +49,8 @@ def measure_all(image_size=96):
     """Calls, parameters and seconds to read and to count, for every model."""
     import keras
 
-    from keras_taylor.costs import CostModel
-    from keras_taylor.groups import read_channels
+    from keras_taylor.budget.costs import CostModel
+    from keras_taylor.reading.groups import read_channels
 
     results = {}
     for name in [name for name, member in vars(keras.applications).items() if callable(member)]:

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import keras_taylor
-from keras_taylor.demo import small_network as small_cnn
+from keras_taylor.cli.demo import small_network as small_cnn
 
 
 def digits():

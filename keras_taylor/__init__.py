@@ -1,21 +1,22 @@
 """Really smaller Keras 3 models: Taylor pruning of whole channels."""
 
-from keras_taylor.analysis import Analysis, analyze
-from keras_taylor.artefacts import Artefact, ExportError
-from keras_taylor.callbacks import TaylorPruning
-from keras_taylor.compression import compress
-from keras_taylor.descent import CompressionInterrupted
-from keras_taylor.exporting import export, measure_artefacts
-from keras_taylor.opening import UnsupportedModelError
-from keras_taylor.plan import Plan
-from keras_taylor.planning import make_plan
-from keras_taylor.repairing import recalibrate, repair
-from keras_taylor.report import Info
+__version__ = "0.1.0"
+
+from keras_taylor.cutting.repairing import recalibrate, repair
+from keras_taylor.cutting.surgery import prune
+from keras_taylor.exports.artifacts import Artefact, ExportError
+from keras_taylor.exports.exporting import export, measure_artefacts
+from keras_taylor.loop.callbacks import TaylorPruning
+from keras_taylor.loop.compression import compress
+from keras_taylor.loop.compression_run import CompressionInterrupted
+from keras_taylor.loop.wrapper import PrunableModel
+from keras_taylor.plans.plan import Plan
+from keras_taylor.plans.planning import make_plan
+from keras_taylor.reading.tracing import UnsupportedModelError
+from keras_taylor.reports.analysis import Analysis, analyze
+from keras_taylor.reports.report import Info
 from keras_taylor.rules.registry import register_rule
-from keras_taylor.scoring import score
-from keras_taylor.surgery import prune
-from keras_taylor.version import VERSION
-from keras_taylor.wrapper import PrunableModel
+from keras_taylor.scores.scoring import score
 
 __all__ = [
     "Analysis",
@@ -38,4 +39,3 @@ __all__ = [
     "repair",
     "score",
 ]
-__version__ = VERSION

@@ -1,6 +1,6 @@
 """`python -m keras_taylor`: the command line."""
 
-from keras_taylor.cli import main
+from keras_taylor.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -10,12 +10,12 @@ import pytest
 import zoo
 
 import keras_taylor
-from keras_taylor.costs import CostModel
-from keras_taylor.gates import GatedModel
-from keras_taylor.graph import num_inbound_nodes, read
-from keras_taylor.groups import read_channels
-from keras_taylor.planning import kept_units, plan_of
-from keras_taylor.ranking import Removable
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.plans.planning import kept_units, plan_of
+from keras_taylor.plans.ranking import Removable
+from keras_taylor.reading.graph import num_inbound_nodes, read
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores.gates import GatedModel
 
 BACKEND = keras.backend.backend()
 # Models with insides that are opened: what is made of them is Functional.

@@ -12,10 +12,10 @@ import pytest
 from helpers import BACKEND, all_layers, random_plan, random_scores, reachable, relative_difference
 
 import keras_taylor
-from keras_taylor.costs import CostModel
-from keras_taylor.gates import GatedModel
-from keras_taylor.groups import read_channels
-from keras_taylor.planning import kept_units
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.plans.planning import kept_units
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores.gates import GatedModel
 
 pytestmark = [
     pytest.mark.slow,

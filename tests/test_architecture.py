@@ -1,4 +1,4 @@
-"""The floors and captions of DESIGN.md, held against the code."""
+"""The packages and modules of DESIGN.md, held against the code."""
 
 import ast
 import pathlib
@@ -6,54 +6,80 @@ import re
 
 import pytest
 
+import keras_taylor
+
 ROOT = pathlib.Path(__file__).parent.parent
-ROWS = re.findall(
-    r"^\| (\d+) \| `(\w+)(?:\.py|/)` \| (.*) \|$", (ROOT / "DESIGN.md").read_text(), re.MULTILINE
-)
-FLOORS = {name: int(floor) for floor, name, _ in ROWS}
+HOUSE = ROOT / "keras_taylor"
+ROWS = re.findall(r"^\| `(\w+)/` \| (.*) \| (`.*`) \|$", (ROOT / "DESIGN.md").read_text(), re.MULTILINE)
+PACKAGES = {name: re.findall(r"`(\w+)`", modules) for name, _, modules in ROWS}
+ORDER = [*PACKAGES, "__main__"]
+MODULES = [(package, module) for package, modules in PACKAGES.items() for module in modules]
+FILES = sorted(HOUSE.rglob("*.py"))
+MOST_ENTRIES, MOST_MODULES, MOST_PARAMETERS, MOST_PUBLIC_PARAMETERS = 14, 19, 8, 15
 
 
-def files_of(name):
-    package = ROOT / "keras_taylor" / name
-    return sorted(package.glob("*.py")) if package.is_dir() else [package.with_suffix(".py")]
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
+def functions_in(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
 def imported(path):
-    """Modules of the package that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Package and module (`None` where a whole package is named) of all imports anywhere in a file.
+
+    Imports in strings count, too: of code that another process runs.
+    """
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name}: a relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = re.findall(r"from (keras_taylor\.[\w.]+) import", node.value)
         else:
             continue
-        yield from (name.split(".")[1] for name in names if name.startswith("keras_taylor."))
+        for name in names:
+            _, *parts = name.split(".")
+            if name.startswith("keras_taylor.") and parts[0] in PACKAGES:
+                is_module = len(parts) > 1 and parts[1] in PACKAGES[parts[0]]
+                yield parts[0], parts[1] if is_module else None
 
 
-def test_every_module_has_a_row_and_every_row_a_module():
-    paths = (ROOT / "keras_taylor").iterdir()
-    modules = {p.stem for p in paths if p.suffix == ".py" or (p / "__init__.py").exists()} - {"__init__"}
-    assert sorted(FLOORS) == sorted(modules)
+def test_every_package_has_a_row_and_every_row_a_package():
+    assert sorted(PACKAGES) == sorted(p.parent.name for p in HOUSE.glob("*/__init__.py"))
 
 
-@pytest.mark.parametrize("name", FLOORS)
-def test_a_module_imports_only_from_lower_floors(name):
-    found = {module for path in files_of(name) for module in imported(path)} - {name}
-    assert {module for module in found if FLOORS[module] >= FLOORS[name]} == set()
+def test_the_house_stays_small():
+    entries = [p for p in HOUSE.iterdir() if p.name != "__pycache__"]
+    assert len(entries) <= MOST_ENTRIES, sorted(p.name for p in entries)
 
 
-@pytest.mark.parametrize(("name", "caption"), [(name, caption) for _, name, caption in ROWS])
-def test_the_first_docstring_line_is_the_caption(name, caption):
-    assert ast.get_docstring(ast.parse(files_of(name)[0].read_text())).splitlines()[0] == caption
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_has_its_place_in_the_row_of_its_package(package):
+    modules = sorted(p.stem for p in (HOUSE / package).glob("*.py") if p.stem != "__init__")
+    assert sorted(PACKAGES[package]) == modules
+    assert len(modules) + 1 <= MOST_MODULES
 
 
-@pytest.mark.parametrize("name", FLOORS)
-def test_no_module_bears_the_name_of_a_function(name):
-    functions = [
-        n.name
-        for p in files_of(name)
-        for n in ast.walk(ast.parse(p.read_text()))
-        if hasattr(n, "args") and hasattr(n, "name")
-    ]
-    assert name not in functions
+@pytest.mark.parametrize(("package", "module"), MODULES)
+def test_a_module_imports_only_what_stands_before_it(package, module):
+    found = set(imported(HOUSE / package / f"{module}.py"))
+    later = {p for p, _ in found if ORDER.index(p) > ORDER.index(package)}
+    assert later == set(), "packages that stand further down in DESIGN.md"
+    within = PACKAGES[package]
+    beside = {m for p, m in found if p == package} - {None, module}
+    assert {m for m in beside if within.index(m) >= within.index(module)} == set(), "modules further right"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_first_docstring_line_of_a_package_is_its_caption(package):
+    caption = next(caption for name, caption, _ in ROWS if name == package)
+    assert ast.get_docstring(tree_of(HOUSE / package / "__init__.py")).splitlines()[0] == caption
+
+
+def test_no_package_or_module_bears_the_name_of_a_public_function():
+    names = {*PACKAGES, *(module for _, module in MODULES)}
+    assert names.isdisjoint(keras_taylor.__all__)

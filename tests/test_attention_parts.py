@@ -8,10 +8,10 @@ from helpers import BACKEND, predict, relative_difference
 from keras import layers, ops
 
 import keras_taylor
-from keras_taylor.costs import CostModel
-from keras_taylor.gates import GatedModel
-from keras_taylor.groups import read_channels
-from keras_taylor.surgery import rebuild
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.cutting.surgery import rebuild
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores.gates import GatedModel
 
 
 def groups_of(model):

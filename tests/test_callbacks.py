@@ -10,7 +10,7 @@ from test_compress import same, small_model, state, stripes
 from test_prunable import count_traces, refused
 
 import keras_taylor
-from keras_taylor.schedule import removed_at
+from keras_taylor.budget.schedule import removed_at
 
 
 def wrapped(**arguments):

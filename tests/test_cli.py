@@ -16,7 +16,7 @@ import pytest
 from test_compress import small_model, stripes
 
 import keras_taylor
-from keras_taylor import cli, loading
+from keras_taylor.cli import commands, loading
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def run(capsys, monkeypatch, tmp_path):
     def typed(*words):
         monkeypatch.setattr(sys, "argv", ["keras-taylor", *words])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            commands.main()
         captured = capsys.readouterr()
         return stopped.value.code, captured.out, captured.err
 

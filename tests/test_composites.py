@@ -14,14 +14,14 @@ from helpers import case, predict, relative_difference
 from keras import layers
 
 import keras_taylor
-from keras_taylor.attention import inner_layers
-from keras_taylor.costs import CostModel
-from keras_taylor.gates import GatedModel
-from keras_taylor.groups import read_channels
-from keras_taylor.plan import LayerPlan
-from keras_taylor.planning import kept_units
-from keras_taylor.refitting import refit
-from keras_taylor.surgery import cut
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.cutting.refitting import refit
+from keras_taylor.cutting.surgery import cut
+from keras_taylor.plans.plan import LayerPlan
+from keras_taylor.plans.planning import kept_units
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.rules.attention import inner_layers
+from keras_taylor.scores.gates import GatedModel
 
 
 def around(block, length=None):

@@ -15,8 +15,8 @@ from helpers import predict
 from keras import layers, ops
 
 import keras_taylor
-from keras_taylor.cloning import clone_operation
-from keras_taylor.configurations import configuration_of
+from keras_taylor.reading.cloning import clone_operation
+from keras_taylor.reading.configurations import configuration_of
 
 X = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
 LOADS = "The smaller model is saved with what the layer was made from, so that its file loads. "

@@ -7,8 +7,8 @@ import zoo
 from helpers import NAMES, case
 from keras import layers
 
-from keras_taylor.costs import CostModel
-from keras_taylor.groups import read_channels
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.reading.groups import read_channels
 
 
 def costs_of(model, kept=None):

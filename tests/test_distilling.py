@@ -7,7 +7,7 @@ from helpers import fingerprint
 from test_compress import small_model, stripes
 
 import keras_taylor
-from keras_taylor.distilling import distiller, output_imitation
+from keras_taylor.loop.distilling import distiller, output_imitation
 
 layers = keras.layers
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import BACKEND
 
-from keras_taylor import replicas
+from keras_taylor.support import replicas
 
 FOLDER = pathlib.Path(__file__).parent
 pytestmark = pytest.mark.slow

@@ -16,11 +16,11 @@ import pytest
 from helpers import BACKEND, fingerprint, predict, random_plan
 
 import keras_taylor
-from keras_taylor import export_worker, exporting, runners
-from keras_taylor.artefacts import Artefact, artefact_table
-from keras_taylor.differences import accuracy, compared, complaint
-from keras_taylor.export_worker import JobError, ask
-from keras_taylor.tables import render
+from keras_taylor.exports import export_worker, exporting, runners
+from keras_taylor.exports.artifacts import Artefact, artefact_table
+from keras_taylor.exports.export_parity import accuracy, compared, complaint
+from keras_taylor.exports.export_worker import JobError, ask
+from keras_taylor.support.tables import render
 
 pytest.importorskip("tensorflow")
 HAS_ONNX = all(map(pytest.importorskip, ("tf2onnx", "onnxruntime")))

@@ -8,11 +8,11 @@ from helpers import EAGER, predict, relative_difference
 from keras import layers, ops
 
 import keras_taylor
-from keras_taylor.costs import CostModel
-from keras_taylor.gates import GatedModel
-from keras_taylor.groups import read_channels
-from keras_taylor.plan import LayerPlan
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.plans.plan import LayerPlan
+from keras_taylor.reading.groups import read_channels
 from keras_taylor.rules.feedback import gated
+from keras_taylor.scores.gates import GatedModel
 
 NUM, STEPS, UNITS, OUTPUTS = 6, 5, 4, 3
 

@@ -7,12 +7,12 @@ from helpers import fingerprint
 from test_log_odds import NUM, compiled, images, labels, linear
 
 import keras_taylor
-from keras_taylor import fisher
-from keras_taylor.costs import CostModel
-from keras_taylor.datasets import Feed
-from keras_taylor.gates import ROWS, GatedModel
-from keras_taylor.groups import read_channels
-from keras_taylor.passes import gate_statistics
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores import fisher
+from keras_taylor.scores.gates import ROWS, GatedModel
+from keras_taylor.scores.scoring_passes import gate_statistics
+from keras_taylor.support.datasets import Feed
 
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 

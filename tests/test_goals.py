@@ -8,8 +8,8 @@ import pytest
 from test_compress import refused, same, small_model, state, stripes
 
 import keras_taylor
-from keras_taylor.goals import Goal, parse_goals
-from keras_taylor.schedule import steps
+from keras_taylor.budget.goals import Goal, parse_goals
+from keras_taylor.budget.schedule import steps
 
 
 def run(goal, model=None, ds=None, **arguments):
@@ -255,7 +255,7 @@ def test_what_is_measured_is_measured_after_the_checks(monkeypatch):
     def measure(*args, **kwargs):
         raise AssertionError("measured before the data was looked at")
 
-    monkeypatch.setattr("keras_taylor.descent.Measurements", measure)
+    monkeypatch.setattr("keras_taylor.loop.compression_run.Measurements", measure)
     refused(ValueError, "Received: max_drop=0.1", goal={"bytes": 5000}, max_drop=0.1)
     refused(ValueError, "Unknown criterion", goal={"bytes": 5000}, criterion="best")
 

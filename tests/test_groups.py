@@ -9,7 +9,7 @@ import zoo
 from helpers import NAMES, case
 from keras import layers, ops
 
-from keras_taylor.groups import read_channels
+from keras_taylor.reading.groups import read_channels
 
 
 def groups_of(name):

@@ -16,11 +16,11 @@ from helpers import fingerprint, predict, relative_difference
 from keras import layers, ops
 
 import keras_taylor
-from keras_taylor.costs import CostModel
-from keras_taylor.gates import GatedModel
-from keras_taylor.groups import read_channels
-from keras_taylor.planning import kept_units
-from keras_taylor.surgery import whole_copy
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.cutting.surgery import whole_copy
+from keras_taylor.plans.planning import kept_units
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores.gates import GatedModel
 
 BUILDERS = {
     name: zoo.BUILDERS[name] for name in ("layernorm", "causal_transformer", "mlp_mixer", "vit_parts")
@@ -284,10 +284,10 @@ def test_the_pruned_transformer_is_what_numpy_computes_from_sliced_weights():
     plan = keras_taylor.Plan(
         {
             **{
-                name: keras_taylor.plan.LayerPlan(8, tuple(stays.tolist()))
+                name: keras_taylor.plans.plan.LayerPlan(8, tuple(stays.tolist()))
                 for name in ("words", "attention/attention_output", "down")
             },
-            "up": keras_taylor.plan.LayerPlan(7, tuple(hidden.tolist())),
+            "up": keras_taylor.plans.plan.LayerPlan(7, tuple(hidden.tolist())),
         },
         exact=False,
     )
@@ -328,7 +328,7 @@ def test_the_true_loss_change_is_that_of_the_pruned_model():
     base = np.square(predict(network, x)[0] - y).mean()
     for unit in range(6):
         kept = tuple(k for k in range(6) if k != unit)
-        layer = keras_taylor.plan.LayerPlan(6, kept)
+        layer = keras_taylor.plans.plan.LayerPlan(6, kept)
         small = keras_taylor.prune(
             network, keras_taylor.Plan({"conv1": layer, "project": layer}, exact=False)
         )
@@ -508,7 +508,7 @@ def test_compress_opens_tells_and_remembers(epochs):
     assert "stem" in info.pruned_layers
     assert info.inexact["stem"]["channels"] == 6
     assert "LayerNormalization 'stem_norm'" in info.inexact["stem"]["changes"]
-    again = keras_taylor.report.Info.from_json(info.to_json())
+    again = keras_taylor.reports.report.Info.from_json(info.to_json())
     assert again.inexact == info.inexact
     assert again.plan.exact is False
     assert "their removal changes the values of" in info.to_html()

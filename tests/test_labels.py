@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_taylor.labels import FIXED, LabelSpace
+from keras_taylor.rules.labels import FIXED, LabelSpace
 
 
 def test_labels_are_fresh_and_never_zero():

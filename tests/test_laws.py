@@ -13,12 +13,12 @@ import zoo
 from helpers import NAMES, case, fingerprint, predict, relative_difference
 
 import keras_taylor
-from keras_taylor.costs import CostModel
-from keras_taylor.gates import GatedModel
-from keras_taylor.groups import read_channels
-from keras_taylor.plan import LayerPlan
-from keras_taylor.planning import kept_units
-from keras_taylor.surgery import whole_copy
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.cutting.surgery import whole_copy
+from keras_taylor.plans.plan import LayerPlan
+from keras_taylor.plans.planning import kept_units
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores.gates import GatedModel
 
 # bfloat16 keeps 8 bits, and a sum of fewer terms is rounded at other places
 TOLERANCE = {"mixed_dtype": 2e-2}

@@ -9,14 +9,15 @@ import zoo
 from helpers import case
 
 import keras_taylor
-from keras_taylor import layer_times, measuring, timing
-from keras_taylor.fitting import check_reachable, fitting_units
-from keras_taylor.goals import parse_goal
-from keras_taylor.groups import read_channels
-from keras_taylor.layer_times import LayerTimes, grid_of
-from keras_taylor.measuring import Measurements
-from keras_taylor.ranking import Removable
-from keras_taylor.surgery import rebuild
+from keras_taylor.budget import layer_times, measuring
+from keras_taylor.budget.goals import parse_goal
+from keras_taylor.budget.layer_times import LayerTimes, grid_of
+from keras_taylor.budget.measuring import Measurements
+from keras_taylor.cutting.surgery import rebuild
+from keras_taylor.exports import timing
+from keras_taylor.loop.measured_search import check_reachable, fitting_units
+from keras_taylor.plans.ranking import Removable
+from keras_taylor.reading.groups import read_channels
 
 
 def net(*widths):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from keras_taylor.least_squares import RIDGES, Moments, Regression, _downhill, threads_for
+from keras_taylor.support.least_squares import RIDGES, Moments, Regression, _downhill, threads_for
 
 
 def problem(num_rows, columns=6, outputs=3, noise=0.0):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import BACKEND
 
-from keras_taylor.linear_views import linear_view
+from keras_taylor.reading.linear_views import linear_view
 
 layers = keras.layers
 CASES = [

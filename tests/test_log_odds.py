@@ -6,8 +6,8 @@ import pytest
 from helpers import fingerprint
 
 import keras_taylor
-from keras_taylor.groups import read_channels
-from keras_taylor.log_odds import OddsModel, shrunk
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores.log_odds import OddsModel, shrunk
 
 CRITERIA = ["log_odds", "log_odds_probed"]
 NUM = 24

@@ -14,14 +14,14 @@ from test_cli import refused, run  # noqa: F401
 from test_compress import stripes
 
 import keras_taylor
-from keras_taylor import plots, sensitivity_scan
-from keras_taylor.costs import CostModel
-from keras_taylor.datasets import Feed
-from keras_taylor.divergences import divergence
-from keras_taylor.groups import read_channels
-from keras_taylor.loss_curves import LossCurve, Sensitivity
-from keras_taylor.planning import plan_of
-from keras_taylor.progress import Reporter, about
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.plans.planning import plan_of
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.reports import plots, sensitivity_scan
+from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
+from keras_taylor.scores.divergences import divergence
+from keras_taylor.support.datasets import Feed
+from keras_taylor.support.progress import Reporter, about
 
 
 def pruned(model, name, units, exact=True):

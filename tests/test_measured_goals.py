@@ -7,17 +7,17 @@ import zoo
 from helpers import case, random_scores
 
 import keras_taylor
-from keras_taylor import layer_times
-from keras_taylor.artefacts import ExportError
-from keras_taylor.costs import CostModel
-from keras_taylor.export_arguments import FORMS
-from keras_taylor.fitting import TRIES, check_reachable, fitting_units
-from keras_taylor.goals import parse_goal
-from keras_taylor.groups import read_channels
-from keras_taylor.measuring import Calibration, Measurements, WeightBytes
-from keras_taylor.quantities import Quantity, amount_of, quantity_of
-from keras_taylor.ranking import Removable, flat_scores
-from keras_taylor.surgery import rebuild
+from keras_taylor.budget import layer_times
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.budget.goals import parse_goal
+from keras_taylor.budget.measured_costs import Quantity, amount_of, quantity_of
+from keras_taylor.budget.measuring import Calibration, Measurements, WeightBytes
+from keras_taylor.cutting.surgery import rebuild
+from keras_taylor.exports.artifacts import ExportError
+from keras_taylor.exports.export_arguments import FORMS
+from keras_taylor.loop.measured_search import TRIES, check_reachable, fitting_units
+from keras_taylor.plans.ranking import Removable, flat_scores
+from keras_taylor.reading.groups import read_channels
 
 
 def message_of(function, *args, **kwargs):

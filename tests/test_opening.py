@@ -12,7 +12,7 @@ from helpers import case, fingerprint, predict
 from keras import layers, ops
 
 import keras_taylor
-from keras_taylor.groups import read_channels
+from keras_taylor.reading.groups import read_channels
 
 IMAGES = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype("float32")
 

@@ -10,10 +10,10 @@ import zoo
 from helpers import case, random_scores
 
 import keras_taylor
-from keras_taylor.costs import CostModel
-from keras_taylor.groups import read_channels
-from keras_taylor.plan import LayerPlan, Plan
-from keras_taylor.planning import kept_units, plan_of
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.plans.plan import LayerPlan, Plan
+from keras_taylor.plans.planning import kept_units, plan_of
+from keras_taylor.reading.groups import read_channels
 
 
 def message_of(function, *args, **kwargs):

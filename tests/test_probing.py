@@ -10,8 +10,8 @@ from helpers import case, check_law_two
 from keras import layers, ops
 
 import keras_taylor
-from keras_taylor import trials
-from keras_taylor.groups import read_channels
+from keras_taylor.reading import rule_checks
+from keras_taylor.reading.groups import read_channels
 
 SIZE = (4, 6)
 
@@ -107,7 +107,7 @@ def test_what_fails_on_random_numbers_is_locked():
 
 
 def test_a_layer_with_weights_is_never_guessed(monkeypatch):
-    monkeypatch.setattr(trials, "is_channelwise", None)
+    monkeypatch.setattr(rule_checks, "is_channelwise", None)
 
     class Weighted(layers.Layer):
         def build(self, shape):
@@ -165,7 +165,7 @@ def test_the_analysis_says_what_was_probed():
 def test_a_layer_is_probed_once(monkeypatch):
     model = model_with(layers.Lambda(lambda x: x * 2))
     before = read_channels(model)
-    monkeypatch.setattr(trials, "is_channelwise", None)
+    monkeypatch.setattr(rule_checks, "is_channelwise", None)
     assert read_channels(model).probed == before.probed
 
 

@@ -11,8 +11,8 @@ from helpers import NAMES, case, fingerprint, predict, random_scores, reachable,
 from test_compress import small_model, stripes
 
 import keras_taylor
-from keras_taylor.groups import read_channels
-from keras_taylor.planning import kept_units
+from keras_taylor.plans.planning import kept_units
+from keras_taylor.reading.groups import read_channels
 
 
 @pytest.mark.parametrize("name", NAMES)

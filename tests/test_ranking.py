@@ -10,12 +10,12 @@ import zoo
 from helpers import case, random_scores
 
 import keras_taylor
-from keras_taylor import prices
-from keras_taylor.costs import CostModel
-from keras_taylor.groups import read_channels
-from keras_taylor.limits import Limits, ratio_limits
-from keras_taylor.planning import kept_units
-from keras_taylor.ranking import choose
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.plans import prices
+from keras_taylor.plans.limits import Limits, ratio_limits
+from keras_taylor.plans.planning import kept_units
+from keras_taylor.plans.ranking import choose
+from keras_taylor.reading.groups import read_channels
 
 
 def message_of(function, *args, **kwargs):
@@ -174,7 +174,7 @@ def test_rounds_add_up_to_an_even_cut():
         ceilings = {"params": (1 - goal) * before}
         costs = CostModel(channels)
         kept = choose(channels, costs, flat, ceilings, goal, scope="layer", whole=whole)
-        model = keras_taylor.prune(model, keras_taylor.planning.plan_of(channels, costs, kept))
+        model = keras_taylor.prune(model, keras_taylor.plans.planning.plan_of(channels, costs, kept))
         shares = [g.num_units / whole[g.name] for g in read_channels(model).groups]
         assert max(shares) - min(shares) <= 1 / 10
 
@@ -268,7 +268,7 @@ def test_a_unit_that_saves_much_goes_before_one_that_saves_little():
             for name in ("taylor", "taylor_batch", "taylor_abs", "taylor2", "log_odds", "oracle")
         ),
         *((name, "score") for name in ("magnitude", "random", "fisher", "sensitivity")),
-        (keras_taylor.criteria.magnitude, "score"),
+        (keras_taylor.scores.criteria.magnitude, "score"),
     ],
 )
 def test_scores_know_how_they_are_ranked(criterion, rank):
@@ -276,12 +276,12 @@ def test_scores_know_how_they_are_ranked(criterion, rank):
     values = {"cheap": np.full(8, 1.0), "dear": np.full(8, 1.5), "large": np.full(200, 50.0)}
     plans = {how: plan_for(model, 0.2, values, rank=how) for how in ("score", "cost")}
     assert plans["score"] != plans["cost"]
-    assert plan_for(model, 0.2, keras_taylor.criteria.Scores(values, criterion)) == plans[rank]
+    assert plan_for(model, 0.2, keras_taylor.scores.criteria.Scores(values, criterion)) == plans[rank]
     assert plan_for(model, 0.2, values) == plans["score"]
 
 
 def test_scores_know_their_criterion():
-    for criterion in ("magnitude", keras_taylor.criteria.magnitude):
+    for criterion in ("magnitude", keras_taylor.scores.criteria.magnitude):
         assert keras_taylor.score(stack(4, 4), criterion=criterion).criterion == criterion
 
 

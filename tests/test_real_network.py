@@ -9,9 +9,9 @@ import pytest
 from helpers import random_plan, relative_difference
 
 import keras_taylor
-from keras_taylor.gates import GatedModel
-from keras_taylor.groups import read_channels
-from keras_taylor.planning import kept_units
+from keras_taylor.plans.planning import kept_units
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores.gates import GatedModel
 
 BESIDE = pathlib.Path(__file__).parents[2] / "shared" / "data"
 DATA = pathlib.Path(os.environ.get("KERAS_TAYLOR_DATA", BESIDE))

@@ -7,8 +7,8 @@ import zoo
 from helpers import case, check_law_two, predict
 from keras import layers, ops
 
-from keras_taylor.costs import CostModel
-from keras_taylor.groups import read_channels
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.reading.groups import read_channels
 
 SEQUENCE, VIDEO = (4, 3), (3, 5, 5, 2)
 

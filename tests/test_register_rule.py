@@ -10,8 +10,8 @@ from helpers import check_law_two
 from keras import layers, ops
 
 import keras_taylor
-from keras_taylor import trials
-from keras_taylor.groups import read_channels
+from keras_taylor.reading import rule_checks
+from keras_taylor.reading.groups import read_channels
 from keras_taylor.rules import registry
 from keras_taylor.rules.base import Effect
 
@@ -211,7 +211,7 @@ def test_what_has_passed_is_not_tried_again(monkeypatch):
     keras_taylor.register_rule(Scale, weights={"scale": ("channels",)})
     model = model_with(Scale())
     read_channels(model)
-    monkeypatch.setattr(trials, "_Trial", None)
+    monkeypatch.setattr(rule_checks, "_Trial", None)
     read_channels(model)
 
 

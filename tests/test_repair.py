@@ -7,11 +7,11 @@ from helpers import BACKEND, NAMES, case, fingerprint, predict, random_plan, rel
 from zoo import build, inputs_of
 
 import keras_taylor
-from keras_taylor.costs import CostModel
-from keras_taylor.groups import read_channels
-from keras_taylor.plan import LayerPlan, Plan
-from keras_taylor.planning import kept_units, plan_of
-from keras_taylor.walk import in_batches
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.plans.plan import LayerPlan, Plan
+from keras_taylor.plans.planning import kept_units, plan_of
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.walk import in_batches
 
 layers = keras.layers
 
@@ -143,9 +143,9 @@ def test_a_block_makes_up_for_what_the_stream_has_lost(monkeypatch):
     plan = Plan({"a1": LayerPlan(12, kept), "b1": LayerPlan(12, kept)})
     small, x = keras_taylor.prune(model, plan), inputs_for(model)
     wanted = predict(model, x)
-    monkeypatch.setattr("keras_taylor.layer_fits._NUM_EXCUSED", 0)  # which sees the stream as well
+    monkeypatch.setattr("keras_taylor.cutting.layer_fits._NUM_EXCUSED", 0)  # which sees the stream as well
     ours = keras_taylor.repair(small, model, plan, x)
-    monkeypatch.setattr("keras_taylor.streams.is_linear", lambda layer: False)
+    monkeypatch.setattr("keras_taylor.reading.downstream.is_linear", lambda layer: False)
     apart = keras_taylor.repair(small, model, plan, x)
     assert distance(predict(ours, x), wanted) < 0.97 * distance(predict(apart, x), wanted)
 

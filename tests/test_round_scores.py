@@ -7,15 +7,16 @@ import pytest
 import zoo
 
 import keras_taylor
-from keras_taylor import passes, round_scores
-from keras_taylor.datasets import Feed
-from keras_taylor.gates import ROWS, GatedModel
-from keras_taylor.groups import read_channels
-from keras_taylor.log_odds import ODDS_ROWS
-from keras_taylor.masked_scoring import MaskedScorer
-from keras_taylor.passes import gate_statistics
-from keras_taylor.round_scores import share_of_training
-from keras_taylor.scoring import gated_for
+from keras_taylor.loop import round_scores
+from keras_taylor.loop.masked_scoring import MaskedScorer
+from keras_taylor.loop.round_scores import share_of_training
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores import scoring_passes
+from keras_taylor.scores.gates import ROWS, GatedModel
+from keras_taylor.scores.log_odds import ODDS_ROWS
+from keras_taylor.scores.scoring import gated_for
+from keras_taylor.scores.scoring_passes import gate_statistics
+from keras_taylor.support.datasets import Feed
 
 NAMES = [
     *("residual", "zero_pad_shortcut", "dense_block", "separable", "grouped", "channel_shuffle", "siamese"),
@@ -65,8 +66,8 @@ def test_rounds_compile_anew_only_where_the_model_has_become_much_smaller(monkey
         compiled.append(gated.network.gates.num_units)
         original(gated, model, mean)
 
-    original = passes.compile_for_scoring
-    monkeypatch.setattr(passes, "compile_for_scoring", compile_for_scoring)
+    original = scoring_passes.compile_for_scoring
+    monkeypatch.setattr(scoring_passes, "compile_for_scoring", compile_for_scoring)
     _, info = keras_taylor.compress(
         small_model(), data(), 0.6, increment=0.1, verbose=0, return_info=True, criterion="taylor"
     )

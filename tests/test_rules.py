@@ -7,8 +7,8 @@ import zoo
 from helpers import check_law_two
 from keras import layers
 
-from keras_taylor.costs import CostModel
-from keras_taylor.groups import read_channels
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.reading.groups import read_channels
 
 SIZE = (5, 6, 3)
 

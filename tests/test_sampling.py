@@ -6,9 +6,9 @@ import pytest
 from test_compress import small_model, stripes
 
 import keras_taylor
-from keras_taylor.datasets import Feed
-from keras_taylor.graph import read
-from keras_taylor.sampling import with_drawn_labels
+from keras_taylor.reading.graph import read
+from keras_taylor.scores.sampling import with_drawn_labels
+from keras_taylor.support.datasets import Feed
 
 layers = keras.layers
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from keras_taylor.schedule import fractions
+from keras_taylor.budget.schedule import fractions
 
 
 def test_equal_steps_and_the_rest():

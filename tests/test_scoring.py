@@ -12,9 +12,9 @@ from helpers import BACKEND, EAGER
 from keras import layers, ops
 
 import keras_taylor
-from keras_taylor import criteria
-from keras_taylor.gates import GatedModel
-from keras_taylor.groups import read_channels
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores import criteria
+from keras_taylor.scores.gates import GatedModel
 
 REFERENCES = json.loads((pathlib.Path(__file__).parent / "data" / "scores.json").read_text())
 NUM = 20
@@ -421,7 +421,7 @@ def test_the_oracle_is_brute_force_removal():
     loss = model.evaluate(x, y, verbose=0)
     for unit in range(5):
         kept = tuple(k for k in range(5) if k != unit)
-        plan = keras_taylor.Plan({"block0_a": keras_taylor.plan.LayerPlan(5, kept)})
+        plan = keras_taylor.Plan({"block0_a": keras_taylor.plans.plan.LayerPlan(5, kept)})
         change = keras_taylor.prune(model, plan).evaluate(x, y, verbose=0) - loss
         assert scores["block0_a"][unit] == pytest.approx(change, rel=1e-3, abs=1e-5 * loss)
 

@@ -7,13 +7,13 @@ from helpers import NAMES, case, fingerprint, predict, targets_of
 from test_repair import inputs_for, redundant
 
 import keras_taylor
-from keras_taylor.costs import CostModel
-from keras_taylor.datasets import Feed
-from keras_taylor.divergences import divergence
-from keras_taylor.gates import GatedModel
-from keras_taylor.groups import read_channels
-from keras_taylor.least_squares import Moments
-from keras_taylor.sensitivity import Curve, curves
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.scores.divergences import divergence
+from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.sensitivity import Curve, curves
+from keras_taylor.support.datasets import Feed
+from keras_taylor.support.least_squares import Moments
 
 ORDERS = np.array([3, 0, 2, 1])
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import keras_taylor
-from keras_taylor import copies
-from keras_taylor.costs import CostModel
-from keras_taylor.groups import read_channels
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.reading.groups import read_channels
+from keras_taylor.support import copies
 
 
 def residual_net(blocks):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import keras_taylor
-from keras_taylor.backups import _NAME
+from keras_taylor.loop.backups import _NAME
 
 
 def tiny_model(units=6, weight_seed=0, activation="relu", compiled=True, **compile_arguments):
@@ -193,7 +193,7 @@ def test_a_finished_run_returns_at_once(whole, capsys):
 
 def test_killed_between_the_last_state_and_the_removal_of_the_others(copied, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(keras_taylor.backups.Backups, "_remove_all_but", lambda self, paths: None)
+        patch.setattr(keras_taylor.loop.backups.Backups, "_remove_all_but", lambda self, paths: None)
         run(backup_dir=copied)
     assert rounds_in(copied) == [1, 2, 3]
     fits = Fits()
@@ -288,7 +288,7 @@ def foreign(path):
     with open(path.parent / "other", "wb") as file:
         np.savez(file, a=np.zeros(3))
     content = (path.parent / "other").read_bytes()
-    digest = keras_taylor.backups.hashlib.sha256(content).hexdigest()[:16]
+    digest = keras_taylor.loop.backups.hashlib.sha256(content).hexdigest()[:16]
     os.rename(path.parent / "other", path.parent / f"round-0002-{digest}.npz")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_taylor.labels import FIXED
+from keras_taylor.rules.labels import FIXED
 from keras_taylor.rules.probing import is_valuewise
 
 

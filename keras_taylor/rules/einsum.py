@@ -5,9 +5,9 @@ import math
 import keras
 import numpy as np
 
-from keras_taylor.labels import FIXED
 from keras_taylor.rules.base import Edit, Effect, Work, is_elementwise
 from keras_taylor.rules.elementwise import cut_constant, locked
+from keras_taylor.rules.labels import FIXED
 
 
 def einsum_dense(ctx):

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from keras_taylor.labels import FIXED
 from keras_taylor.rules.base import Edit, Effect, Tensor, elements, is_elementwise
+from keras_taylor.rules.labels import FIXED
 
 
 def unary(ctx):

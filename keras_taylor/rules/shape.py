@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from keras_taylor.labels import FIXED
 from keras_taylor.rules.base import Edit, Effect, Tensor, elements
 from keras_taylor.rules.elementwise import locked, merged
+from keras_taylor.rules.labels import FIXED
 
 
 def concatenate(ctx):

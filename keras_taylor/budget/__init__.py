@@ -1,0 +1,1 @@
+"""What is counted or measured of a model, and what a goal asks of it."""

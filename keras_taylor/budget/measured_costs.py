@@ -1,0 +1,130 @@
+"""What is measured of a model, not counted: bytes of its file, time of a call; amounts with their units."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from keras_taylor.exports.export_arguments import FORMS
+
+BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+_DEFAULTS = {"bytes": "litert", "latency": "keras"}
+_STAND_INS = {"bytes": "params", "latency": "flops"}
+_EXAMPLES = {"bytes": '"256 KiB"', "latency": '"2.5 ms"'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """What is measured, and of what: `Quantity("bytes", "litert-int8")`.
+
+    Attributes:
+        kind: "bytes" of the file that `export` writes, or "latency" of one call.
+        form: Key of `export_arguments.FORMS`; the latency of "keras" is that of the model itself, on
+            this process's backend, as `predict_on_batch` runs it.
+    """
+
+    kind: str
+    form: str
+
+    @property
+    def units(self):
+        """Unit -> how many bytes, or nanoseconds, it is."""
+        return BYTES if self.kind == "bytes" else TIMES
+
+
+def quantity_of(what):
+    """The `Quantity` that a part of a goal asks for; `None` for what is no measured one.
+
+    Args:
+        what: As "bytes" (float32 LiteRT), "bytes:litert-int8", "latency" (the Keras backend),
+            "latency:onnx".
+    """
+    if not isinstance(what, str):
+        return None
+    kind, _, form = what.partition(":")
+    if kind not in _DEFAULTS or (form or _DEFAULTS[kind]) not in FORMS or what.endswith(":"):
+        return None
+    return Quantity(kind, form or _DEFAULTS[kind])
+
+
+def measured_keys():
+    """What a goal may ask for that is measured, as text."""
+    return f"'bytes', 'latency', or one of these with a format ({', '.join(FORMS)}) as in 'bytes:litert-int8'"
+
+
+def parse_amount(what, value):
+    """What a user lets be left of something measured, as an int: bytes or nanoseconds.
+
+    Args:
+        what: A measured part of a goal.
+        value: A whole number of bytes or of milliseconds; or a text with a unit, "256 KiB", "350 us".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    quantity = quantity_of(what)
+    amount = None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-zµ]+)\s*", value)
+        factor = match and quantity.units.get(match[2].replace("µ", "u"))
+        amount = factor and round(float(match[1]) * factor)
+    elif not isinstance(value, bool) and hasattr(value, "__index__"):
+        amount = int(value) * (1 if quantity.kind == "bytes" else TIMES["ms"])
+    if not amount or amount < 0:
+        unit = "bytes" if quantity.kind == "bytes" else "milliseconds"
+        raise ValueError(
+            f"What may be left of '{what}' is a whole number of {unit}, or a text with a unit "
+            f"({', '.join(quantity.units)}) like {_EXAMPLES[quantity.kind]}; a number between 0 and 1 is the "
+            f"fraction to remove. Received: goal={{{what!r}: {value!r}}}"
+        )
+    return amount
+
+
+def amount_of(what, value, named=True):
+    """An amount of a cost as text: "20,500 params", "12,400 bytes:onnx", "1.25 ms latency".
+
+    Args:
+        what: The cost.
+        value: An int; of latencies nanoseconds.
+        named: Whether the cost's name follows.
+    """
+    quantity = quantity_of(what)
+    counted = quantity is None or quantity.kind == "bytes"
+    amount = f"{value:,}" if counted else f"{value / TIMES['ms']:.4g} ms"
+    return f"{amount} {what}" if named else amount
+
+
+def stand_in(what):
+    """The counted cost that stands for a measured one; a counted one itself."""
+    quantity = quantity_of(what)
+    return what if quantity is None else _STAND_INS[quantity.kind]
+
+
+def counted(ceilings, before):
+    """What may be left of costs, those that are measured replaced by ones that are counted.
+
+    Args:
+        ceilings: Cost -> what may be left.
+        before: Costs of the whole model.
+
+    Returns:
+        A dict: "params" stands for bytes and "flops" for latencies, the same share of them left.
+    """
+    found = {}
+    for what, ceiling in ceilings.items():
+        name = stand_in(what)
+        if name != what:
+            ceiling = ceiling / before[what] * before[name]
+        found[name] = min(ceiling, found.get(name, ceiling))
+    return found
+
+
+def without_measured(parts: Mapping, wanted):
+    """Refuses parts of a goal that have to be measured, where there is nothing to measure with."""
+    found = [what for what in parts if quantity_of(what) is not None]
+    if found:
+        raise ValueError(
+            f"'{found[0]}' is measured on a model that was built, which is done by `keras_taylor.compress` "
+            "only. Here a goal is about what can be counted: 'params', 'flops', 'activation_memory'. "
+            f"Received: {wanted}"
+        )

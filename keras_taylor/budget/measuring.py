@@ -1,0 +1,253 @@
+"""Bytes of files and times of calls: measured, and predicted in between for any widths."""
+
+import pathlib
+import tempfile
+
+import keras
+import numpy as np
+
+from keras_taylor.budget.costs import CostModel, weights_of
+from keras_taylor.budget.layer_times import LayerTimes
+from keras_taylor.budget.measured_costs import quantity_of
+from keras_taylor.exports.artifacts import ExportError, size_of
+from keras_taylor.exports.export_arguments import FORMS, check_installed
+from keras_taylor.exports.export_worker import JobError, ask
+from keras_taylor.exports.exporting import convert_model
+from keras_taylor.exports.runners import random_arrays, write_arrays
+from keras_taylor.exports.timing import time_model
+from keras_taylor.support.replicas import num_processes
+
+_BYTES_A_NUMBER = {None: 4, "float16": 2, "dynamic": 1, "int8": 1}  # of matrices; all else is float32
+_NOT_QUANTIZED = 1024  # "dynamic" leaves smaller matrices as they are
+_DOUBTED = 1.05  # a time so many times the predicted one is measured twice
+_NUM_CALIBRATION = 4  # examples for "int8": neither sizes nor times depend on their values
+
+
+class Measurements:
+    """What goals ask of a network that has to be measured, for one network at several widths.
+
+    Every measurement teaches the predictions: between two of them they run straight, in the bytes of
+    the weights (`WeightBytes`) or in the sum of the layers' own times (`LayerTimes`), and they go
+    through each.
+
+    Args:
+        channels: `groups.Channels` of the whole model.
+        keys: Measured parts of a goal, as in `goals.Goal.measured`.
+        batch_size: Examples a call, where times are measured.
+        cache_dir, say: As in `layer_times.LayerTimes`.
+
+    Attributes:
+        keys: The parts.
+        before: What was measured of the whole model: key -> int, bytes or nanoseconds.
+
+    Raises:
+        ValueError: if the latency of a model with inputs of unknown size is asked for.
+        ImportError: if a format needs a package that is missing.
+        ExportError: if the model cannot be exported.
+    """
+
+    def __init__(self, channels, keys, batch_size=1, cache_dir=None, say=None):
+        self._batch_size = batch_size
+        self.keys = tuple(keys)
+        self._quantities = {key: quantity_of(key) for key in self.keys}
+        for quantity in self._quantities.values():
+            check_installed(FORMS[quantity.form][0])
+        self._calibrations = {key: Calibration() for key in self.keys}
+        self._tables = {}
+        for key, quantity in self._quantities.items():
+            if quantity.kind == "latency":
+                _check_alone(key)
+                _check_sizes(channels.graph.model, key)
+                self._tables[key] = LayerTimes(channels, quantity.form, batch_size, cache_dir, say)
+        self.before = {}
+        self.before = self.observe(channels, np.ones(channels.num_units, bool), channels.graph.model)
+
+    def costs(self, channels):
+        """What a `CostModel` counts of these channels, and a prediction of each measured part."""
+        surrogates = {
+            key: self._tables[key](channels) if key in self._tables else WeightBytes(channels, quantity.form)
+            for key, quantity in self._quantities.items()
+        }
+        return PredictedCosts(channels, surrogates, self._calibrations)
+
+    def best_multiple(self):
+        """The multiple of channels that is worth keeping to where times count, see `LayerTimes`; else 1."""
+        return max((table.best_multiple() for table in self._tables.values()), default=1)
+
+    def measure(self, model):
+        """Exports a model and measures it: key -> int, bytes or nanoseconds."""
+        with tempfile.TemporaryDirectory() as folder:
+            return {key: self._measured(model, folder, self._quantities[key]) for key in self.keys}
+
+    def _measured(self, model, folder, quantity):
+        if quantity.kind == "bytes":
+            return size_of(exported(model, folder, quantity.form))
+        if quantity.form == "keras":
+            return time_model(model, self._batch_size)
+        path = exported(model, folder, quantity.form, self._batch_size)
+        return time_exported(path, model, quantity.form, self._batch_size)
+
+    def observe(self, channels, kept, model):
+        """Measures a model and lets the predictions learn from it.
+
+        Args:
+            channels: `groups.Channels` that it was cut from.
+            kept: The units that it kept, a bool array `(num_units,)`.
+            model: It.
+
+        Returns:
+            What was measured: key -> int, bytes or nanoseconds.
+        """
+        found = self.measure(model)
+        costs = self.costs(channels)
+        if any(key in self.before and found[key] > _DOUBTED * costs(kept)[key] for key in self._tables):
+            again = self.measure(model)  # something else may have kept the machine busy
+            found = {key: min(value, again[key]) for key, value in found.items()}
+        counted = costs.surrogates(kept)
+        for key, value in found.items():
+            self._calibrations[key].learn(counted[key], value)
+        return found
+
+
+class PredictedCosts:
+    """Counted costs and predicted ones at any set of widths, called like a `CostModel`.
+
+    Args:
+        channels: `groups.Channels`.
+        surrogates: For each key a function of a mask of kept units to a number that grows with
+            what is measured.
+        calibrations: For each key the `Calibration` from that number.
+    """
+
+    def __init__(self, channels, surrogates, calibrations):
+        self.counted, self.num_units = CostModel(channels), channels.num_units
+        self._surrogates, self._calibrations = surrogates, calibrations
+
+    def surrogates(self, kept):
+        """The numbers that the predictions are made from, by key."""
+        return {key: surrogate(kept) for key, surrogate in self._surrogates.items()}
+
+    @property
+    def by_groups(self):
+        """Counted costs from how many units each group keeps, as of a `CostModel`."""
+        return self.counted.by_groups
+
+    def counts(self, kept=None):
+        """How many units each group keeps, an int64 array."""
+        return self.counted.counts(kept)
+
+    def __call__(self, kept=None):
+        """Costs with only some units kept (`None`: all): a dict of ints."""
+        kept = np.ones(self.num_units, bool) if kept is None else kept
+        predicted = {key: self._calibrations[key](value) for key, value in self.surrogates(kept).items()}
+        return {**self.counted(kept), **{key: round(value) for key, value in predicted.items()}}
+
+
+class Calibration:
+    """A rising function through what was measured, straight in between.
+
+    With one measurement it is the line through zero, beyond the first and the last of several
+    the line goes on.
+    """
+
+    def __init__(self):
+        self._points = {}
+
+    def learn(self, counted, measured):
+        """Takes note of a measurement; of several of the same the last one counts."""
+        self._points[float(counted)] = float(measured)
+
+    def __call__(self, counted):
+        """What will be measured, a float."""
+        x = np.array(sorted(self._points))
+        y = np.maximum.accumulate([self._points[value] for value in x])
+        if len(x) == 1:
+            return y[0] * counted / x[0]
+        k = np.clip(np.searchsorted(x, counted) - 1, 0, len(x) - 2)
+        return y[k] + (counted - x[k]) * (y[k + 1] - y[k]) / (x[k + 1] - x[k])
+
+
+class WeightBytes:
+    """Bytes of all weights at any set of widths, in a format's precision: what files consist of.
+
+    A file's size is nearly affine in it: what else is in there does not depend on widths, or goes
+    with the channels as the small vectors do.
+
+    Args:
+        channels: `groups.Channels`.
+        form: Key of `export_arguments.FORMS`.
+    """
+
+    def __init__(self, channels, form):
+        self._quantize = FORMS[form][1]
+        self._weights = [
+            (len(weight.shape) > 1, factor, [channels.units(axis) for axis in axes])
+            for weight, factor, axes in weights_of(channels)
+        ]
+
+    def __call__(self, kept):
+        """Bytes with only some units kept, an int."""
+        kept = np.append(kept, True)  # the -1 of what stays
+        total = 0
+        for is_matrix, factor, axes in self._weights:
+            size = factor * int(np.prod([kept[axis].sum() for axis in axes], dtype=np.int64))
+            quantized = is_matrix and not (self._quantize == "dynamic" and size < _NOT_QUANTIZED)
+            total += size * (_BYTES_A_NUMBER[self._quantize] if quantized else 4)
+        return total
+
+
+def exported(model, folder, form, batch_size=None):
+    """The file that `export` writes of a model, in a folder: its path.
+
+    Args:
+        model: A built Sequential or Functional model.
+        folder: A directory.
+        form: Key of `export_arguments.FORMS`.
+        batch_size: Examples a call takes; `None`: any number.
+    """
+    format, quantize, ending = FORMS[form]
+    path = pathlib.Path(folder) / f"{form}-{batch_size}{ending}"
+    calibration = None
+    if quantize == "int8":
+        calibration = str(pathlib.Path(folder) / "calibration.npz")
+        dtypes = [keras.backend.standardize_dtype(t.dtype) for t in model.inputs]
+        shapes = [t.shape for t in model.inputs]
+        write_arrays(calibration, random_arrays(shapes, dtypes, _NUM_CALIBRATION))
+    order = {"format": format, "quantize": quantize, "int8_io": False, "batch_size": batch_size}
+    convert_model(model, folder, path, order, calibration)
+    return path
+
+
+def time_exported(path, model, form, batch_size):
+    """Nanoseconds of one call of what was exported of a model.
+
+    Args:
+        path: What `exported` returned.
+        model: The model that was exported.
+        form, batch_size: As there.
+
+    Raises:
+        ExportError: if it does not run.
+    """
+    names = [t.name for t in model.inputs]
+    try:
+        return ask("tensorflow", "time_file", form=form, path=str(path), names=names, batch_size=batch_size)
+    except JobError as error:
+        raise ExportError(f"The exported model does not run ({error}). Received: model={model!r}") from error
+
+
+def _check_alone(key):
+    """Refuses times where each process would measure its own, and cut by them."""
+    if num_processes() > 1:
+        raise ValueError(
+            "Every process would measure other times, and make another plan by them. Expected one process, "
+            f"or a goal that is no latency. Received: goal for {key!r} in {num_processes()} processes"
+        )
+
+
+def _check_sizes(model, key):
+    if any(size is None for tensor in model.inputs for size in tensor.shape[1:]):
+        raise ValueError(
+            "How long a call takes is unknown because the model's input has axes of unknown size. Expected a "
+            f"model made with a fixed input shape, or parameters in their place. Received: goal for {key!r}"
+        )

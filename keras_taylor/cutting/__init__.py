@@ -1,0 +1,1 @@
+"""The smaller model that a plan describes, and its repair."""

@@ -1,0 +1,1 @@
+"""SavedModel, LiteRT, ONNX and Keras files: converted, run, compared, measured."""

@@ -1,0 +1,384 @@
+"""From a model round by round down to its goals."""
+
+import dataclasses
+import gc
+import warnings
+
+import keras
+import numpy as np
+
+from keras_taylor.budget.costs import CostModel
+from keras_taylor.budget.feasibility import reach
+from keras_taylor.budget.goals import parse_goals
+from keras_taylor.budget.measured_costs import stand_in
+from keras_taylor.budget.measuring import Measurements
+from keras_taylor.budget.schedule import Step, steps
+from keras_taylor.cutting.refitting import refit
+from keras_taylor.cutting.surgery import cut, whole_copy
+from keras_taylor.loop import messages
+from keras_taylor.loop.backups import Backups, capture, describe_call, drawn_seed, rebuild
+from keras_taylor.loop.distilling import check_trainable, distiller
+from keras_taylor.loop.fine_tuning import Diverged, fine_tune, fine_tuning_rate, learning_rate_of
+from keras_taylor.loop.measured_search import check_reachable, draft, fitting_units
+from keras_taylor.loop.round_scores import RoundScores, default_criterion, share_of_training, trained_examples
+from keras_taylor.loop.validating import Validation
+from keras_taylor.plans.limits import AUTO, Limits, check_round_to, ratio_limits
+from keras_taylor.plans.planning import kept_units, plan_of
+from keras_taylor.plans.ranking import Removable, choose, flat_scores, in_turn
+from keras_taylor.reading import graph as graphs
+from keras_taylor.reading.groups import layer_names, read_channels
+from keras_taylor.reading.tracing import view_to_train
+from keras_taylor.reading.walk import example_inputs
+from keras_taylor.reports.report import Info, Round
+from keras_taylor.scores.criteria import rank_for
+from keras_taylor.scores.scoring import check_compiled, check_labels, draws_labels
+from keras_taylor.support.datasets import Feed
+from keras_taylor.support.optimizers import has_schedule
+from keras_taylor.support.progress import Clock
+
+_REPAIR = 1 / 32, 128, 512  # examples of a repair: share of what a round trains on, least, most
+
+
+class CompressionInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `compress`.
+
+    Attributes:
+        model: The model of the last complete round (the one given, if there is none).
+        info: The `Info` of the rounds that were completed.
+        models: Of several goals: the models of those that were reached.
+    """
+
+    def __init__(self, model, info, models=()):
+        super().__init__(f"interrupted after {len(info.rounds)} complete rounds; see .model and .info")
+        self.model = model
+        self.info = info
+        self.models = list(models)
+
+
+class Descent:
+    """One call of `compress`: everything checked when it is made, then round by round.
+
+    Args: as of `compress`.
+
+    Attributes:
+        info: The `Info` of the run.
+    """
+
+    def __init__(
+        self, model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude, exact,
+        ratios, scope, rank, balance, round_to, min_channels, repair, labels, distill, learning_rate,
+        max_drop, monitor, baseline, backup_dir, fit_kwargs, reporter,
+    ):  # fmt: skip
+        self._reporter = reporter
+        model = view_to_train(model)
+        check_compiled(model, "`compress`")
+        self._original, self._given_goal, self._increment = model, goal, increment
+        self._fit_kwargs = dict(fit_kwargs)
+        self._include = layer_names(model, include)
+        self._exclude, self._exact = layer_names(model, exclude), exact
+        self._carry = not has_schedule(model.optimizer)
+        channels = read_channels(model, self._include, self._exclude, exact)
+        self._grouped = channels.grouped
+        self._round_to = round_to
+        self._limits = Limits(
+            1 if round_to == AUTO else round_to, min_channels, ratio_limits(channels, ratios)
+        )
+        self._choice = {"scope": scope, "rank": rank or "score", "balance": balance}
+        self._whole = {group.name: group.num_units for group in channels.groups}
+        costs = CostModel(channels)
+        self._before = costs()
+        least = self._removable_for(channels)(costs).least()
+        as_far_as_it_goes = None if max_drop is None else costs(least)
+        self._goals = parse_goals(goal, measurable=True, furthest=as_far_as_it_goes)
+        for one in self._goals:
+            one.check(self._before)
+        check_round_to(round_to, self._goals[-1].measured)
+        self._measurements = None
+        if not self._goals[-1].measured:
+            self._set_out(channels, least)
+        self._feed = Feed(
+            ds,
+            model,
+            self._fit_kwargs.pop("batch_size", None),
+            self._fit_kwargs.pop("steps_per_epoch", None),
+            self._fit_kwargs.pop("sample_weight", None),
+            targets=check_labels(labels) == "data",
+        )
+        criterion = criterion or default_criterion(channels, repair, draws_labels(self._feed, labels))
+        self._choice["rank"] = rank or rank_for(criterion)
+        self._trains = self._fit_kwargs.get("epochs", 1) != 0
+        if self._trains:
+            check_trainable(self._feed, self._fit_kwargs, distill)
+        self._distill, self._teacher = distill, None
+        self._repairs = repair
+        self._rate = fine_tuning_rate(model.optimizer, learning_rate, repair) if self._trains else None
+        self._validation = Validation(self._fit_kwargs, self._feed.batch_size, max_drop, monitor, baseline)
+        self._scores = RoundScores(
+            *(model, self._read, self._feed, score_ds, criterion, labels, score_examples),
+            *(stand_in(next(iter(self._goals[-1].parts))), self._fit_kwargs),
+        )
+        if self._goals[-1].measured:  # takes a while, so after all that may be wrong with the call
+            self._measure(channels)
+            self._set_out(channels, self._removable_for(channels)(costs).least())
+        about = {"goal": self._goals[-1].parts, "criterion": criterion, "round_to": self._limits.round_to}
+        self.info = Info.before_a_run(channels, self._before, exact, **about)
+        self._plans, self._inputs = [], None  # of the completed rounds; of repairs
+        limit = {"max_drop": max_drop, "monitor": monitor, "baseline": baseline}
+        self._backups = None if backup_dir is None else self._open_backups(backup_dir, limit)
+
+    def _removable_for(self, channels):
+        """A function of costs to what may go at all: how many units, whichever they are."""
+        scores, bounds = np.zeros(channels.num_units), self._limits.bounds(channels)
+        return lambda costs: Removable(channels, costs, scores, self._limits.round_to, bounds=bounds)
+
+    def _measure(self, channels):
+        """Measures the original and the smallest model; refuses goals out of reach."""
+        self._measurements = Measurements(channels, self._goals[-1].measured, say=self._reporter.say)
+        self._before = {**self._before, **self._measurements.before}
+        if self._round_to == AUTO:
+            self._limits = dataclasses.replace(self._limits, round_to=self._measurements.best_multiple())
+        ceilings = self._goals[-1].ceilings(self._before)
+        arguments = ceilings, self._measurements, lambda mask: draft(channels, mask), self._given_goal
+        check_reachable(channels, self._removable_for(channels), *arguments)
+
+    def _set_out(self, channels, least):
+        """Finds the steps to the goals; refuses goals out of reach."""
+        last = Step(self._goals[-1].ceilings(self._before), stop=len(self._goals) - 1)
+        self._steps = steps(self._goals, self._before, self._increment)
+        if not self._steps and self._limits.bounds(channels)[0].any():
+            self._steps = [last]  # the ratios ask for more than the goals
+        self._least = self._costs(channels)(least)
+        self._kept(channels, np.zeros(channels.num_units), last)
+
+    def until_done(self):
+        """Runs the rounds that are left.
+
+        Returns:
+            A list: the model of each goal that was reached, and the one where the run ended if it ended
+            between two.
+        """
+        self._announce()
+        current, models = self._so_far()
+        try:
+            while len(self._plans) < len(self._steps) and not self.info.stop_reason:
+                small = self._round(current, len(self._plans) + 1)
+                if small is None:
+                    reason = self._validation.complaint(self.info.rounds[-1].metrics, len(self._plans) + 1)
+                    self._stop(reason, expected=self._given_goal is None)
+                else:
+                    current = small
+                    if self._steps[len(self._plans) - 1].stop is not None:
+                        models.append(current)
+                self._back_up(current)
+        except Diverged as error:
+            rate = self._rate or float(keras.ops.convert_to_numpy(self._original.optimizer.learning_rate))
+            self._stop(messages.undone(error, len(self._plans), rate))
+        except KeyboardInterrupt as interrupt:
+            self.info.stop_reason = "interrupted"
+            raise CompressionInterrupted(current, self.info, models) from interrupt
+        except Exception as error:
+            error.add_note(
+                messages.what_is_kept(len(self._plans), len(self._steps), self._backups is not None)
+            )
+            raise
+        return self._ended(current, models)
+
+    def _ended(self, current, models):
+        if not self.info.stop_reason:
+            self.info.stop_reason = "goal reached" if self._steps else "the model keeps to the goal as it is"
+        if self._backups is not None and self.info.stop_reason == "goal reached":
+            self._backups.finish()
+        if not models or (self._plans and models[-1] is not current):
+            models.append(current if self._plans else whole_copy(self._original))
+        if self.info.metrics:
+            held = [done.metrics for done in self.info.rounds if done.held]
+            self.info.metrics["after"] = held[-1] if held else self.info.metrics["before"]
+        return models
+
+    def _stop(self, reason, expected=False):
+        """Ends the run before its goal."""
+        self.info.stop_reason = reason
+        if not expected:
+            warnings.warn(reason, stacklevel=4)
+        self._reporter.say(f"stopped: {reason}")
+
+    def _open_backups(self, directory, limit):
+        """Looks for the state of a run of the same call; refuses that of another."""
+        goals = [dict(goal.parts) for goal in self._goals]
+        furthest = max(self._goals[-1].fractions(self._before).values())
+        schedule = [round(step.share * furthest, 9) for step in self._steps]
+        call = describe_call(
+            self._original,
+            goal=goals if goals[1:] else goals[0],
+            schedule=None if self._measurements else schedule,
+            increment=self._increment if self._measurements else None,
+            criterion=self.info.criterion,
+            include=self._include,
+            exclude=self._exclude,
+            exact=self._exact,
+            **{**dataclasses.asdict(self._limits), "round_to": self._round_to},
+            **self._choice,
+            **limit,
+            repair=self._repairs,
+            distill=self._distill is not False,
+            labels="model" if self._scores.draws else "data",
+            score_examples=self._scores.num_examples,
+            scores_apart=self._scores.apart,
+            epochs=self._fit_kwargs.get("epochs", 1),
+            batch_size=self._feed.batch_size,
+            steps_per_epoch=self._feed.steps_per_epoch,
+            validation_split=self._fit_kwargs.get("validation_split"),
+            examples=self._feed.num_examples,
+        )
+        stops = {number for number, step in enumerate(self._steps, 1) if step.stop is not None}
+        backups = Backups(directory, call, keep=stops)
+        if backups.state is None:
+            self._seed = drawn_seed()
+        else:
+            self.info, self._seed = backups.state.info, backups.state.seed
+            self._plans = list(backups.state.plans)
+            if self._measurements:  # times are never the same again: what was measured then counts
+                self._before = self.info.before
+                self._limits = dataclasses.replace(self._limits, round_to=self.info.round_to)
+                self._steps = steps(self._goals, self._before, self._increment)
+        return backups
+
+    def _so_far(self):
+        """The model that the next round starts from, and those of the goals that are reached already."""
+        met = sum(goal.is_met(self._before, self._before) for goal in self._goals)
+        models = [whole_copy(self._original) for _ in range(met)]
+        if not self._plans:
+            return self._original, models
+        state, self._backups.state = self._backups.state, None  # its arrays need not stay in memory
+        self._reporter.say(f"resumed after round {len(self._plans)} of {len(self._steps)} from {state.path}")
+        current = rebuild(self._original, state)
+        for number, step in enumerate(self._steps[: len(self._plans)], 1):
+            if step.stop is not None:
+                last = number == len(self._plans)
+                models.append(current if last else rebuild(self._original, self._backups.of_round(number)))
+        return current, models
+
+    def _back_up(self, model):
+        if self._backups is not None and self._plans:
+            self._backups.write(capture(model, self._plans, self.info, self._seed))
+
+    def _round(self, model, number):
+        """One round; the smaller model, or `None` if its metric fell too far."""
+        self._draw_anew(number)
+        clock, step = Clock(), self._steps[number - 1]
+        name = f"round {number}/{len(self._steps)}"
+        with clock.phase("score"):
+            channels = self._read(model)
+            scores = self._scores(channels, self._plans, self._reporter.callback(f"{name}: scoring"))
+        self._draw_anew(number)  # whatever was made for the scores
+        with clock.phase("prune"):
+            flat = flat_scores(channels, scores)
+            kept = self._fitting(channels, flat, step)
+            plan = plan_of(channels, CostModel(channels), kept, flat)
+            total = self.info.plan.compose(plan)
+            if not self._trains:  # the original says more than what was repaired before
+                channels = read_channels(self._original, exact=self._exact)
+                kept = kept_units(channels, total)
+            small = cut(channels, kept, compiled_as=self._original, carry=self._carry)
+        with clock.phase("repair"):
+            repairs = self._repair(channels, kept, small) if self._repairs else []
+        with clock.phase("fit"):
+            history, step_losses = self._fine_tune(
+                small, model, self._reporter.callback(f"{name}: fine-tuning")
+            )
+        judged = self._validation.limited or step.stop is not None
+        measured = self._measurements.measure(small) if self._measurements and step.stop is not None else {}
+        layers = {n: [p.width, len(p.kept)] for n, p in plan.layers.items()}
+        done = Round(
+            *(number, {**plan.after, **measured}, layers, history, step_losses, clock.seconds),
+            repairs=[dataclasses.asdict(one) for one in repairs],
+            metrics=self._validation.metrics(small) if judged else {},
+        )
+        done.held = not judged or self._validation.holds(done.metrics)
+        self.info.rounds.append(done)
+        self._reporter.say(f"{name}: {messages.described(done, self._before)}")
+        if done.held:
+            self._accept(plan, total, step)
+        gc.collect()  # models are full of cycles: their weights and compiled functions would wait long
+        self._reporter.show(self.info)
+        return small if done.held else None
+
+    def _draw_anew(self, number):
+        """A round depends on its number, not on what was drawn before, so it can be repeated."""
+        if self._backups is not None:
+            keras.utils.set_random_seed(self._seed + number)
+
+    def _accept(self, plan, total, step):
+        self._plans.append(plan)
+        self.info.plan, self.info.after = total, dict(self.info.rounds[-1].costs)
+        if step.stop is not None:
+            goal, done = self._goals[step.stop], self.info.rounds[-1]
+            self.info.stops.append(
+                {"goal": dict(goal.parts), "round": done.number, "costs": done.costs, "metrics": done.metrics}
+            )
+
+    def _read(self, model):
+        return read_channels(model, self._include, self._exclude, self._exact, self._grouped)
+
+    def _costs(self, channels):
+        return self._measurements.costs(channels) if self._measurements else CostModel(channels)
+
+    def _how(self, step):
+        """How units are chosen on the way to a step, see `ranking.in_turn`."""
+        return {**self._choice, "whole": self._whole, "share": step.share}
+
+    def _kept(self, channels, flat, step):
+        arguments = flat, step.ceilings, self._given_goal, self._limits
+        return choose(channels, self._costs(channels), *arguments, **self._how(step))
+
+    def _fitting(self, channels, flat, step):
+        """The units that stay after a step; where a goal is reached, what is measured holds, too."""
+        if self._measurements is None or step.stop is None:
+            return self._kept(channels, flat, step)
+
+        def removable_for(costs):
+            arguments = flat, step.ceilings, self._given_goal, self._limits
+            return in_turn(channels, costs, *arguments, **self._how(step))
+
+        arguments = step.ceilings, self._measurements, lambda mask: draft(channels, mask), self._given_goal
+        return fitting_units(channels, removable_for, *arguments)[0]
+
+    def _fine_tune(self, small, origin, callbacks):
+        if not self._trains:
+            return {}, []
+        arguments = {**self._feed.fit_arguments(), **self._fit_kwargs}
+        with learning_rate_of(small, self._rate):
+            trainer = None
+            if self._distill:
+                self._teacher = self._teacher or whole_copy(self._original)
+                trainer = distiller(small, self._teacher, self._distill, self._feed.has_targets)
+            return fine_tune(small, origin, arguments, callbacks, trainer)
+
+    def _repair(self, channels, kept, small):
+        if self._inputs is None:  # taken from the data once
+            num = share_of_training(trained_examples(self._feed, self._fit_kwargs), *_REPAIR)
+            self._inputs = example_inputs(self._feed, graphs.read(self._original), num)
+        return refit(channels, kept, small, self._inputs, thorough=not self._trains)
+
+    def _announce(self):
+        """Says what will be done, and evaluates the whole model."""
+        lines = messages.opening(
+            self._original,
+            self.info,
+            num_rounds=len(self._steps),
+            scored=self._scores.num_examples if self._scores.needs_data else None,
+            draws=self._scores.draws,
+            repairs=self._repairs,
+            carries=self._carry,
+            rate=self._rate,
+            epochs=self._fit_kwargs.get("epochs", 1),
+        )
+        for line in [*lines, *reach(self._goals, self._before, self._least)]:
+            self._reporter.say(line)
+        if not self._plans:
+            copy = whole_copy(self._original)  # evaluating leaves traces
+            metrics = self._validation.metrics(copy)
+            self.info.metrics = {"before": metrics} if metrics else {}
+        watched = self._validation.watch(self.info.metrics.get("before", {}))
+        if watched:
+            self._reporter.say(watched)

@@ -1,0 +1,1 @@
+"""What was removed, what was left and why: tables, curves, pictures, one HTML page."""

@@ -1,0 +1,1 @@
+"""Gates, the losses that feed them, and what makes a channel important."""
