@@ -41,7 +41,7 @@ def digits(size=8, channels=1):
 
 
 def trained(model, x, y, epochs):
-    """The model, after so many epochs; its normalisations follow within them."""
+    """The model, after so many epochs; its normalizations follow within them."""
     import keras
 
     for layer in model.layers:
@@ -115,10 +115,10 @@ MODELS = {
 
 HEAD = """# Every format, from every backend
 
-Each cell of a backend: the largest difference between the artefact's outputs and those of the Keras model
+Each cell of a backend: the largest difference between the artifact's outputs and those of the Keras model
 on that backend, relative to the output's largest value, over 100 test images, and the accuracy on all test
 images less the Keras model's, in points; "refused" is what is past the default tolerance. Size, memory and
-arena in KiB; latency in ms of a call with one example, on one thread, of the artefact exported from {backend}
+arena in KiB; latency in ms of a call with one example, on one thread, of the artifact exported from {backend}
 ("Keras": on that backend, with its own threads). LiteRT for one example a call, int8 with integers in and
 out, calibrated on training images. ResNet-20: CIFAR-10, 1000 test images; the others were trained here, on
 TensorFlow, for 10 to 20 epochs of handwritten digits, 450 test images (MobileNetV2: width 0.5, 48 px; "two
@@ -212,8 +212,8 @@ def difference(found):
     return text if found["accepted"] else text + " (refused)"
 
 
-def number(value, unit, form):
-    return "" if value is None else format(value / unit, form)
+def number(value, unit, variant):
+    return "" if value is None else format(value / unit, variant)
 
 
 def main():

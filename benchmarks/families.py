@@ -147,10 +147,10 @@ def described(model):
 
 def unlocked(model):
     """The share of the parameters that lie in weights of which a part can go."""
-    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.reading.groups import label_model
     from keras_taylor.rules.base import weight_of
 
-    channels, free, seen = read_channels(model), 0, set()
+    channels, free, seen = label_model(model), 0, set()
     for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
         if id(call.operation) in seen:
             continue
@@ -169,14 +169,14 @@ def laws(model, reachable):
 
     import keras_taylor
     from keras_taylor.plans.planning import kept_units
-    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.reading.groups import label_model
     from keras_taylor.scores.gates import GatedModel
 
     x = random_inputs(model)
     goal = min(GOAL, 0.9 * reachable)
     plan = keras_taylor.make_plan(model, keras_taylor.score(model, criterion="magnitude"), goal)
     small = keras_taylor.prune(model, plan)
-    channels = read_channels(model)
+    channels = label_model(model)
     gated = GatedModel(channels)
     gated.mask = kept_units(channels, plan)
     given = predicted(small, x)

@@ -24,7 +24,7 @@ HEAD = """# Goals
 What `make_plan` removes, of parameters and of FLOPs, at goals from 10 to 80 %. "Within a unit": at each
 of them the goal would be missed with the last unit back; and what is removed grows with the goal.
 Seconds: reading the network and sixteen plans. FLOPs: ours to those that TensorFlow's profiler counts in
-the frozen graph (convolutions, dense layers, normalisations, activations, pooling), the whole network
+the frozen graph (convolutions, dense layers, normalizations, activations, pooling), the whole network
 and the one pruned by half of its FLOPs.
 """
 
@@ -49,9 +49,9 @@ def plans_of(model):
     import keras_taylor
     from keras_taylor.budget.costs import CostModel
     from keras_taylor.plans.planning import kept_units
-    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.reading.groups import label_model
 
-    channels = read_channels(model)
+    channels = label_model(model)
     costs = CostModel(channels)
     random = np.random.default_rng(0)
     scores = {group.name: random.random(group.num_units) for group in channels.groups}

@@ -75,7 +75,7 @@ def _model(kind, image_size):
     import keras
 
     import keras_taylor
-    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.reading.groups import label_model
     from keras_taylor.scores.gates import GatedModel
     from keras_taylor.scores.scoring_passes import compile_for_scoring
 
@@ -84,7 +84,7 @@ def _model(kind, image_size):
     if kind == "wrapped":
         return keras_taylor.PrunableModel(model)
     if kind == "score":
-        gated = GatedModel(read_channels(model))
+        gated = GatedModel(label_model(model))
         compile_for_scoring(gated, model)
         return gated
     return model

@@ -29,8 +29,8 @@ out; size and arena in KiB; latency in ms of one image on one thread, all eight 
 """
 
 
-def artefacts(model, name, folder, calibration, test):
-    """An `Artefact` for each precision, int8 with integers in and out."""
+def artifacts(model, name, folder, calibration, test):
+    """An `Artifact` for each precision, int8 with integers in and out."""
     import keras_taylor
 
     for precision, quantize in PRECISIONS.items():
@@ -80,9 +80,9 @@ def main():
     costs = {name: keras_taylor.analyze(model).costs for name, model in models.items()}
     with tempfile.TemporaryDirectory() as folder:
         found = [
-            one for n, m in models.items() for one in artefacts(m, n, folder, x_train[::20], tuple(test))
+            one for n, m in models.items() for one in artifacts(m, n, folder, x_train[::20], tuple(test))
         ]
-        found = keras_taylor.measure_artefacts(found, repetitions=200)
+        found = keras_taylor.measure_artifacts(found, repetitions=200)
     less = {what: 1 - costs["pruned"][what] / costs["original"][what] for what in ("params", "flops")}
     print(HEAD.format(**less))
     print(machine([keras.backend.backend()]), end="\n\n")

@@ -38,15 +38,15 @@ def networks(size):
 
 
 def exported(model, name, folder, calibration):
-    """An `Artefact` for each format; how exact they are is no question here."""
+    """An `Artifact` for each format; how exact they are is no question here."""
     import keras_taylor
 
-    for form, options in FORMATS.items():
+    for variant, options in FORMATS.items():
         options = {**options, "path": os.path.join(folder, options["path"].format(name))}
         if options.get("quantize") == "int8":
             options["calibration"] = calibration
         yield keras_taylor.export(model, tolerance=float("inf"), **options)
-        print(name, form, file=sys.stderr, flush=True)
+        print(name, variant, file=sys.stderr, flush=True)
 
 
 def compared(name, model, goal, steps, repetitions):
@@ -67,13 +67,13 @@ def compared(name, model, goal, steps, repetitions):
             small = keras_taylor.prune(model, plan)
             costs[step] = {what: value / before[what] for what, value in plan.after.items()}
             made += exported(small, f"{name}-{step}", folder, calibration)
-        made = keras_taylor.measure_artefacts(made, repetitions=repetitions)
+        made = keras_taylor.measure_artifacts(made, repetitions=repetitions)
     originals, *others = [made[k : k + len(FORMATS)] for k in range(0, len(made), len(FORMATS))]
     for (step, cost), pruned in zip(costs.items(), others, strict=True):
-        for form, old, new in zip(FORMATS, originals, pruned, strict=True):
+        for variant, old, new in zip(FORMATS, originals, pruned, strict=True):
             bytes_ratio = new.num_bytes / old.num_bytes
             yield [
-                *(name, str(step), form, f"{cost['params']:.2f}", f"{bytes_ratio:.2f}"),
+                *(name, str(step), variant, f"{cost['params']:.2f}", f"{bytes_ratio:.2f}"),
                 *(f"{100 * (bytes_ratio - cost['params']):+.1f}", f"{cost['flops']:.2f}"),
                 f"{new.latency_ms / old.latency_ms:.2f}",
                 *(f"{one.latency_ms:.2f}" for one in (old, new)),

@@ -53,7 +53,7 @@ def measure(model_name="VGG16", goal=0.3, image_size=224):
     import numpy as np
 
     import keras_taylor
-    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.reading.groups import label_model
 
     small = keras.Sequential([keras.Input((4096,)), keras.layers.Dense(2048)])
     keras_taylor.prune(small, keras_taylor.Plan())  # imports what Keras imports late
@@ -65,7 +65,7 @@ def measure(model_name="VGG16", goal=0.3, image_size=224):
         shape = (image_size, image_size, 3)
         model = getattr(keras.applications, model_name)(weights=None, input_shape=shape)
     random = np.random.default_rng(0)
-    scores = {g.name: random.random(g.num_units) for g in read_channels(model).groups}
+    scores = {g.name: random.random(g.num_units) for g in label_model(model).groups}
     plan = keras_taylor.make_plan(model, scores, goal)
     before = resident()
     with Peak() as peak:

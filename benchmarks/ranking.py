@@ -172,10 +172,10 @@ def sums_of_scores(network, arguments):
     from keras_taylor.budget.costs import CostModel
     from keras_taylor.plans.planning import kept_units
     from keras_taylor.plans.ranking import flat_scores
-    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.reading.groups import label_model
 
     case = case_of(network, arguments.fashion)
-    channels = read_channels(case.model, exact=case.exact)
+    channels = label_model(case.model, exact=case.exact)
     costs = CostModel(channels)
     for criterion in arguments.criteria:
         scores = keras_taylor.score(

@@ -10,7 +10,7 @@ import tempfile
 
 from common import machine, markdown_table
 
-FORMS = {
+VARIANTS = {
     "LiteRT float32": ("{}.tflite", None),
     "LiteRT int8": ("{}-int8.tflite", "int8"),
     "ONNX": ("{}.onnx", None),
@@ -47,14 +47,14 @@ def networks():
 
 
 def exported(model, name, folder):
-    """An `Artefact` for each format."""
+    """An `Artifact` for each format."""
     import numpy as np
 
     import keras_taylor
 
     shape = (20, *model.inputs[0].shape[1:])
     calibration = np.random.default_rng(0).standard_normal(shape).astype("float32")
-    for form, (path, quantize) in FORMS.items():
+    for variant, (path, quantize) in VARIANTS.items():
         yield keras_taylor.export(
             model,
             os.path.join(folder, path.format(name)),
@@ -63,7 +63,7 @@ def exported(model, name, folder):
             batch_size=1,
             tolerance=float("inf"),
         )
-        print(name, form, file=sys.stderr, flush=True)
+        print(name, variant, file=sys.stderr, flush=True)
 
 
 def compared(name, model, arguments):
@@ -80,28 +80,28 @@ def compared(name, model, arguments):
             left[step] = plan.after["flops"] / plan.before["flops"]
             made += exported(keras_taylor.prune(model, plan), f"{name}-{step}", folder)
         runs = [
-            keras_taylor.measure_artefacts(made, repetitions=arguments.repetitions)
+            keras_taylor.measure_artifacts(made, repetitions=arguments.repetitions)
             for _ in range(arguments.turns)
         ]
     times = [min(one.latency_ms for one in several) for several in zip(*runs, strict=True)]
     chosen = multiples(model, arguments.cache_dir)
     for number, (step, flops) in enumerate(left.items()):
-        for k, form in enumerate(FORMS):
-            ms, first = times[number * len(FORMS) + k], times[k - len(FORMS)]
-            cells = [name, form, str(step), f"{flops:.3f}", f"{ms:.3f}", f"{ms / first:.2f}"]
-            yield [*cells, str(chosen[form])]
+        for k, variant in enumerate(VARIANTS):
+            ms, first = times[number * len(VARIANTS) + k], times[k - len(VARIANTS)]
+            cells = [name, variant, str(step), f"{flops:.3f}", f"{ms:.3f}", f"{ms / first:.2f}"]
+            yield [*cells, str(chosen[variant])]
 
 
 def multiples(model, cache_dir):
     """The multiple that the table of layer times says is worth keeping to, by format."""
     from keras_taylor.budget.layer_times import LayerTimes
-    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.reading.groups import label_model
 
-    names = dict(zip(FORMS, ("litert", "litert-int8", "onnx"), strict=True))
-    channels, found = read_channels(model), {}
-    for form, name in names.items():
+    names = dict(zip(VARIANTS, ("litert", "litert-int8", "onnx"), strict=True))
+    channels, found = label_model(model), {}
+    for variant, name in names.items():
         print(name, "layer times", file=sys.stderr, flush=True)
-        found[form] = LayerTimes(channels, name, cache_dir=cache_dir).best_multiple()
+        found[variant] = LayerTimes(channels, name, cache_dir=cache_dir).best_multiple()
     return found
 
 

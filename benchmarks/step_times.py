@@ -34,7 +34,7 @@ def measure(model_name, policy, jit, image_size=96, batch_size=16, steps=2, repe
     import numpy as np
 
     import keras_taylor
-    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.reading.groups import label_model
     from keras_taylor.scores.gates import GatedModel
     from keras_taylor.scores.scoring_passes import compile_for_scoring
 
@@ -43,7 +43,7 @@ def measure(model_name, policy, jit, image_size=96, batch_size=16, steps=2, repe
     model = getattr(keras.applications, model_name)(weights=None, input_shape=(image_size, image_size, 3))
     optimizer = keras.optimizers.SGD(1e-4, momentum=0.9)
     model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=jit)
-    gated = GatedModel(read_channels(model))
+    gated = GatedModel(label_model(model))
     compile_for_scoring(gated, model)
     models = {"train": model, "score": gated, "wrapped": keras_taylor.PrunableModel(model)}
     random = np.random.default_rng(0)

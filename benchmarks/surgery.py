@@ -22,12 +22,12 @@ def measure_ratio(repetitions=5, image_size=224, model_name="ResNet50"):
     import numpy as np
 
     import keras_taylor
-    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.reading.groups import label_model
 
     keras.utils.set_random_seed(0)
     model = getattr(keras.applications, model_name)(weights=None, input_shape=(image_size, image_size, 3))
     random = np.random.default_rng(0)
-    scores = {g.name: random.random(g.num_units) for g in read_channels(model).groups}
+    scores = {g.name: random.random(g.num_units) for g in label_model(model).groups}
 
     def clone():
         copy = keras.models.clone_model(model)
@@ -50,14 +50,14 @@ def measure_all(image_size=96):
     import keras
 
     from keras_taylor.budget.costs import CostModel
-    from keras_taylor.reading.groups import read_channels
+    from keras_taylor.reading.groups import label_model
 
     results = {}
     for name in [name for name, member in vars(keras.applications).items() if callable(member)]:
         with without_initializers(keras.layers.Layer):
             model = getattr(keras.applications, name)(weights=None, input_shape=(image_size, image_size, 3))
         start = time.perf_counter()
-        channels = read_channels(model)
+        channels = label_model(model)
         params = CostModel(channels)()["params"]
         seconds = time.perf_counter() - start
         results[name] = [len(channels.graph.calls), len(channels.groups), channels.num_units, params, seconds]

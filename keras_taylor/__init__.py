@@ -4,8 +4,8 @@ __version__ = "0.1.0"
 
 from keras_taylor.cutting.repairing import recalibrate, repair
 from keras_taylor.cutting.surgery import prune
-from keras_taylor.exports.artifacts import Artefact, ExportError
-from keras_taylor.exports.exporting import export, measure_artefacts
+from keras_taylor.exports.artifacts import Artifact, ExportError
+from keras_taylor.exports.exporting import export, measure_artifacts
 from keras_taylor.loop.callbacks import TaylorPruning
 from keras_taylor.loop.compression import compress
 from keras_taylor.loop.compression_run import CompressionInterrupted
@@ -20,7 +20,7 @@ from keras_taylor.scores.scoring import score
 
 __all__ = [
     "Analysis",
-    "Artefact",
+    "Artifact",
     "CompressionInterrupted",
     "ExportError",
     "Info",
@@ -32,7 +32,7 @@ __all__ = [
     "compress",
     "export",
     "make_plan",
-    "measure_artefacts",
+    "measure_artifacts",
     "prune",
     "recalibrate",
     "register_rule",

@@ -111,13 +111,13 @@ class Job:
         return (x[mine], y[mine]), size
 
 
-def build(normalised=True):
+def build(normalized=True):
     """A small classifier with the same weights at every call."""
     import keras
 
     x = inputs = keras.Input((6, 6, 2), name="images")
     x = keras.layers.Conv2D(6, 3, name="first")(x)
-    if normalised:
+    if normalized:
         x = keras.layers.BatchNormalization(name="norm")(x)
     x = keras.layers.Conv2D(8, 3, activation="relu", name="second")(keras.layers.ReLU(name="relu")(x))
     x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
@@ -177,7 +177,7 @@ def uneven(job):
             with_prefix(criterion, keras_taylor.score(model, data, criterion=criterion, batch_size=size))
         )
     with job.scope():
-        prunable = keras_taylor.PrunableModel(build(normalised=False))
+        prunable = keras_taylor.PrunableModel(build(normalized=False))
     prunable.optimizer.learning_rate = 0.0  # Keras weighs examples by the size of their part
     (x, y) = data
     prunable.fit(x, y, batch_size=size, verbose=0, shuffle=False)
@@ -189,7 +189,7 @@ def training(job):
     import keras_taylor
 
     with job.scope():
-        model = build(normalised=False)  # BatchNormalization takes the statistics of each replica by itself
+        model = build(normalized=False)  # BatchNormalization takes the statistics of each replica by itself
     (x, y), size = job.data()
     prunable = keras_taylor.PrunableModel(model, criterion="taylor_batch", round_to=2)
     arguments = {"batch_size": size, "verbose": 0, "shuffle": False}
@@ -212,7 +212,7 @@ def ddp(job):
 
     import keras_taylor
 
-    prunable = keras_taylor.PrunableModel(build(normalised=False), round_to=2)
+    prunable = keras_taylor.PrunableModel(build(normalized=False), round_to=2)
     (x, y), size = job.data()
     batches = list(zip(torch.tensor(x).split(size), torch.tensor(y).split(size), strict=True))
     optimizer = torch.optim.SGD([v.value for v in prunable.trainable_variables[:-1]], lr=0.05, momentum=0.9)
@@ -244,7 +244,7 @@ def loop(job):
 
     with job.scope():
         strategy = tf.distribute.get_strategy()
-        prunable = keras_taylor.PrunableModel(build(normalised=False), criterion="taylor_batch", round_to=2)
+        prunable = keras_taylor.PrunableModel(build(normalized=False), criterion="taylor_batch", round_to=2)
     (x, y), size = job.data()
 
     def step(batch):
@@ -297,7 +297,7 @@ def compress(job, callbacks=(), **arguments):
     import keras_taylor
 
     with job.scope():
-        model = build(normalised=False)
+        model = build(normalized=False)
     data, size = job.data()
     np.random.seed(job.process)  # what is drawn from here on may differ
     small, info = keras_taylor.compress(
@@ -336,7 +336,7 @@ def layouts(job):
     """How weights are spread over devices before and after a cut, and what is said where they cannot be."""
     import keras_taylor
 
-    model = build(normalised=False)
+    model = build(normalized=False)
     prunable = keras_taylor.PrunableModel(model, round_to=2)
     (x, y), size = job.data()
     prunable.fit(x, y, batch_size=size, verbose=0)

@@ -12,9 +12,9 @@ import zoo
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.planning import kept_units, plan_of
-from keras_taylor.plans.ranking import Removable
+from keras_taylor.plans.ranking import RemovalOrder
 from keras_taylor.reading.graph import num_inbound_nodes, read
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gates import GatedModel
 
 BACKEND = keras.backend.backend()
@@ -47,21 +47,21 @@ def needs_compiled_steps():
 
 def random_scores(model, seed=0, exact=True):
     random = np.random.default_rng(seed)
-    return {g.name: random.random(g.num_units) for g in read_channels(model, exact=exact).groups}
+    return {g.name: random.random(g.num_units) for g in label_model(model, exact=exact).groups}
 
 
 def reachable(model, exact=True):
     """The largest fraction of the parameters that can be removed."""
-    channels = read_channels(model, exact=exact)
+    channels = label_model(model, exact=exact)
     costs = CostModel(channels)
-    removable = Removable(channels, costs, np.zeros(channels.num_units))
-    return 1 - costs(removable.least())["params"] / costs()["params"]
+    removal_order = RemovalOrder(channels, costs, np.zeros(channels.num_units))
+    return 1 - costs(removal_order.least())["params"] / costs()["params"]
 
 
 def random_plan(model, seed=0, fraction=0.4, exact=True):
     """A plan that takes some units, at least one, out of every group that has two or more."""
     random = np.random.default_rng(seed)
-    channels = read_channels(model, exact=exact)
+    channels = label_model(model, exact=exact)
     kept = np.ones(channels.num_units, bool)
     for group in channels.groups:
         num = min(group.num_units - 1, max(1, round(fraction * group.num_units)))
@@ -145,7 +145,7 @@ def _hash(variables):
 
 def check_law_two(model, x, tolerance=1e-5, exact=True):
     """Gates at zero equal the pruned model, for a random plan; returns that one."""
-    channels = read_channels(model, exact=exact)
+    channels = label_model(model, exact=exact)
     plan = random_plan(model, exact=exact)
     kept = kept_units(channels, plan)
     assert not kept.all()

@@ -14,7 +14,7 @@ from helpers import BACKEND, all_layers, random_plan, random_scores, reachable, 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gates import GatedModel
 
 pytestmark = [
@@ -80,7 +80,7 @@ def test_all_models_are_there():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_is_read_whole(name, no_initializers):
     model = build(name)
-    channels = read_channels(model)
+    channels = label_model(model)
     costs = CostModel(channels)
     assert channels.unknown == []
     assert costs()["params"] == model.count_params()
@@ -88,7 +88,7 @@ def test_a_model_is_read_whole(name, no_initializers):
     reasons = locked_because(channels)
     if name.startswith("ConvNeXt"):  # the residual stream goes through LayerNormalization
         assert 0.90 <= reachable(model) <= 0.96
-        assert any("normalised together" in reason for reason in reasons)
+        assert any("normalized together" in reason for reason in reasons)
         assert reachable(model, exact=False) >= 0.999
     else:
         assert reachable(model) >= 0.99
@@ -145,7 +145,7 @@ def test_gates_at_zero_equal_the_pruned_model(name):
 
 
 @pytest.mark.parametrize("name", ["ConvNeXtTiny"], indirect=True)
-def test_gates_at_zero_equal_the_pruned_model_also_where_it_is_normalised(name):
+def test_gates_at_zero_equal_the_pruned_model_also_where_it_is_normalized(name):
     small = check_law_two(name, exact=False)
     assert small.get_layer("convnext_tiny_head_layernorm").gamma.shape[0] < 768
 
@@ -162,7 +162,7 @@ def check_law_two(name, exact=True):
     assert small.count_params() == plan.after["params"]
 
     x = x[:2]
-    channels = read_channels(model, exact=exact)
+    channels = label_model(model, exact=exact)
     gated = GatedModel(channels)
     before = output(model, x)
     assert np.ptp(before[0], axis=0).max() > 1e-3 * np.abs(before[0]).max()  # the input is seen
@@ -177,7 +177,7 @@ def check_law_two(name, exact=True):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_goals_are_met_within_a_unit(name, no_initializers):
     model = build(name)
-    channels = read_channels(model)
+    channels = label_model(model)
     costs, scores = CostModel(channels), random_scores(model)
     flat = np.concatenate([scores[group.name] for group in channels.groups])
     for what, goal in (("params", 0.2), ("params", 0.7), ("flops", 0.45)):
@@ -201,4 +201,4 @@ def test_flops_are_those_of_the_profiler_within_a_percent(name, no_initializers)
     options = tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
     options["output"] = "none"
     counted = tf.compat.v1.profiler.profile(graph=graph, options=options).total_float_ops
-    assert CostModel(read_channels(model))()["flops"] == pytest.approx(counted, rel=0.01)
+    assert CostModel(label_model(model))()["flops"] == pytest.approx(counted, rel=0.01)

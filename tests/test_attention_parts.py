@@ -10,18 +10,18 @@ from keras import layers, ops
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.cutting.surgery import rebuild
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gates import GatedModel
 
 
 def groups_of(model):
-    return {g.name: (g.num_units, set(g.producers)) for g in read_channels(model).groups}
+    return {g.name: (g.num_units, set(g.producers)) for g in label_model(model).groups}
 
 
 def cut(model, **kept):
     """The model with these units of its groups; the laws hold for it too."""
     zoo.randomized(model)
-    channels = read_channels(model)
+    channels = label_model(model)
     mask = np.ones(channels.num_units, bool)
     for group in channels.groups:
         if group.name in kept:
@@ -131,7 +131,7 @@ def test_the_inside_of_multi_head_attention(dropout, masked):
     inputs = keras.Input((5, 8))
     arguments = {"attention_mask": np.tril(np.ones((1, 5, 5), "bool"))} if masked else {}
     model = attention(inputs, layers.MultiHeadAttention(4, 3, value_dim=3, dropout=dropout), **arguments)
-    assert read_channels(model).unknown == []
+    assert label_model(model).unknown == []
     ((name, (num, producers)),) = groups_of(model).items()
     assert num == 4
     assert producers == {"query", "key", "value"}
@@ -148,7 +148,7 @@ def test_the_inside_of_grouped_query_attention(dropout, kept):
     inputs = keras.Input((5, 8))
     arguments = {} if dropout else {"use_causal_mask": True}
     model = attention(inputs, layers.GroupQueryAttention(3, 6, 3, dropout=dropout), **arguments)
-    assert read_channels(model).unknown == []
+    assert label_model(model).unknown == []
     ((name, (num, producers)),) = groups_of(model).items()
     assert num == 3
     assert producers == {"query", "key", "value"}
@@ -224,7 +224,7 @@ def test_what_lets_channels_leave(function):
     inputs = keras.Input((5, 8))
     x = layers.Dense(6, activation="tanh", name="stem")(inputs)
     model = keras.Model(inputs, layers.Dense(2, name="head")(function(x)))
-    assert read_channels(model).unknown == []
+    assert label_model(model).unknown == []
     assert groups_of(model) == {"stem": (6, {"stem"})}
     cut(model, stem=(0, 3, 4))
 
@@ -290,13 +290,13 @@ def test_flops_of_attention():
     projections = 3 * 2 * 5 * 8 * 12 + 2 * 5 * 12 * 8
     products = 2 * (2 * 4 * 5 * 5 * 3) + 60 + 3 * 100  # scores and values, the scale, softmax
     rest = 40 + 8 * 40 + 2 * (2 * 5 * 8 * 7) + 40 + 2 * 8 * 3
-    assert CostModel(read_channels(zoo.build("attention_parts")))()["flops"] == projections + products + rest
+    assert CostModel(label_model(zoo.build("attention_parts")))()["flops"] == projections + products + rest
 
 
 def test_flops_of_fused_attention_are_those_of_its_parts():
     inputs = keras.Input((5, 8))
     q, k, v = (zoo.heads(inputs, num, name) for num, name in ((8, "q"), (4, "k"), (4, "v")))
-    channels = read_channels(keras.Model(inputs, read(ops.dot_product_attention(q, k, v), 2)))
+    channels = label_model(keras.Model(inputs, read(ops.dot_product_attention(q, k, v), 2)))
     costs = CostModel(channels)
     head = 2 * 8 * 5 * 3 * 2
     assert costs()["flops"] == 2 * 5 * 8 * (24 + 12 + 12) + 2 * 8 * 5 * 5 * (3 + 3) + head
@@ -311,7 +311,7 @@ def test_gate_derivatives_are_those_of_the_loss(name):
     x = zoo.inputs_of(model, 8)
     targets = [np.zeros(y.shape, "float32") for y in predict(model, x)]
     scores = keras_taylor.score(model, (x, targets), criterion=lambda statistics: statistics.mean)
-    channels = read_channels(model)
+    channels = label_model(model)
     gated = GatedModel(channels)
 
     def loss(unit, value):

@@ -110,9 +110,9 @@ def test_a_file_for_a_microcontroller(run):
     words = ("export", "model.keras", "-o", "tiny.tflite", "--format", "litert-int8", "--data", "data.npz")
     words = (*words, "--batch-size", "1", "--int8-io")
     code, out, _ = run(*words, "--json", "--max-kib", "64", "--max-arena-kib", "64")
-    artefact = keras_taylor.Artefact.from_json(out)
-    assert code == 0 and 0 < artefact.arena_bytes < 64 * 1024 and artefact.batch_size == 1
-    assert next(iter(artefact.inputs.values()))["dtype"] == "int8"
+    artifact = keras_taylor.Artifact.from_json(out)
+    assert code == 0 and 0 < artifact.arena_bytes < 64 * 1024 and artifact.batch_size == 1
+    assert next(iter(artifact.inputs.values()))["dtype"] == "int8"
     os.remove("tiny.tflite")
     code, out, err = run(*words, "--max-arena-kib", "0.1")
     assert code == 1 and "The tensor arena takes" in err and "accepted are 102" in err
@@ -138,7 +138,7 @@ def test_a_metric_that_may_not_fall_ends_the_run(run):
     assert [one["held"] for one in info["rounds"]] == [info["after"] != info["before"]]
 
 
-def test_inexact_opens_what_is_normalised_together(run):
+def test_inexact_opens_what_is_normalized_together(run):
     x = inputs = keras.Input((4, 4))
     x = keras.layers.LayerNormalization()(keras.layers.Dense(6, name="stem")(x))
     x = keras.layers.Dense(2, name="head")(keras.layers.Flatten()(x))
@@ -148,7 +148,7 @@ def test_inexact_opens_what_is_normalised_together(run):
     assert code == 0
     group = next(g for g in json.loads(out)["groups"] if g["name"] == "stem")
     assert group["reason"] is None
-    assert len(group["normalised_by"]) == 1
+    assert len(group["normalized_by"]) == 1
     random = np.random.default_rng(0)
     np.savez("normed.npz", x=random.normal(size=(32, 4, 4)), y=random.integers(0, 2, 32))
     command = ("compress", "normed.keras", "--data", "normed.npz", "--goal", "0.4", "--epochs", "0")

@@ -19,7 +19,7 @@ from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.surgery import cut
 from keras_taylor.plans.plan import LayerPlan
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.scores.gates import GatedModel
 
@@ -95,7 +95,7 @@ def test_the_smaller_model_has_the_same_layers_and_takes_any_length():
     assert first.num_heads < 3 and first.width < 20 and first.width == 2 * first.up[0].units
     assert (first.num_groups, first.size) == (1, 4)
     assert [x.shape for x in small.inputs] == [x.shape for x in model.inputs] == [(None, None)] * 2
-    channels = read_channels(model)
+    channels = label_model(model)
     gated = GatedModel(channels)
     gated.mask = kept_units(channels, case("open_decoder").plan)
     x = {"tokens": tokens(11), "mask": np.ones((4, 11), "int32")}
@@ -104,7 +104,7 @@ def test_the_smaller_model_has_the_same_layers_and_takes_any_length():
 
 def test_gates_inside_are_there_while_it_runs_only():
     model = case("open_decoder").model
-    gated = GatedModel(read_channels(model))
+    gated = GatedModel(label_model(model))
     x = case("open_decoder").x
     before = predict(model, x)
     gated.mask = np.zeros(gated.mask.shape)
@@ -121,7 +121,7 @@ def test_scores_are_the_derivatives_of_the_gates_inside():
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     x = tokens(5, num=8)
     scores = keras_taylor.score(model, (x, x), criterion=lambda s: s.mean * s.num_examples)
-    channels = read_channels(model)
+    channels = label_model(model)
     gated = GatedModel(channels)
 
     def loss(mask):
@@ -174,11 +174,11 @@ def test_a_layer_whose_configuration_is_incomplete_is_made_from_its_attributes(c
 
 def test_flops_are_counted_where_the_length_is_known():
     block = functools.partial(zoo.Decoder, 3, 1, 4, 20, name="block")
-    assert CostModel(read_channels(around(block())))()["flops"] is None
+    assert CostModel(label_model(around(block())))()["flops"] is None
     model = around(block(), length=6)
     plan = helpers.random_plan(model)
     small = keras_taylor.prune(model, plan)
-    assert plan.before["flops"] > plan.after["flops"] == CostModel(read_channels(small))()["flops"] > 0
+    assert plan.before["flops"] > plan.after["flops"] == CostModel(label_model(small))()["flops"] > 0
     assert small.input_shape == (None, 6)
 
 
@@ -242,7 +242,7 @@ def test_what_a_unit_inside_did_is_taken_over_by_those_that_stay():
 
 def test_projections_inside_that_lost_heads_are_refitted():
     model = around(zoo.Decoder(3, 1, 4, 20, name="block"))
-    channels = read_channels(model)
+    channels = label_model(model)
     kept = np.ones(channels.num_units, bool)
     kept[[0, 4]] = False
     x = tokens(7, num=64)

@@ -8,11 +8,11 @@ from helpers import NAMES, case
 from keras import layers
 
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 
 
 def costs_of(model, kept=None):
-    return CostModel(read_channels(model))(kept)
+    return CostModel(label_model(model))(kept)
 
 
 @pytest.mark.parametrize("name", NAMES)

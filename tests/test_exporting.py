@@ -17,7 +17,7 @@ from helpers import BACKEND, fingerprint, predict, random_plan
 
 import keras_taylor
 from keras_taylor.exports import export_worker, exporting, runners
-from keras_taylor.exports.artifacts import Artefact, artefact_table
+from keras_taylor.exports.artifacts import Artifact, artifact_table
 from keras_taylor.exports.export_parity import accuracy, compared, complaint
 from keras_taylor.exports.export_worker import JobError, ask
 from keras_taylor.support.tables import render
@@ -59,54 +59,54 @@ def inputs_of(model, rows=40, seed=1):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The model, and a function from a variant to its artefact, each made once."""
+    """The model, and a function from a variant to its artifact, each made once."""
     keras.utils.set_random_seed(3)
     model = two_headed()
-    folder = tmp_path_factory.mktemp("artefacts")
+    folder = tmp_path_factory.mktemp("artifacts")
 
     @functools.cache
-    def artefact(name):
+    def artifact(name):
         options = dict(VARIANTS[name])
         if options.get("quantize") == "int8":
             options["calibration"] = inputs_of(model)
         return keras_taylor.export(model, folder / name, **options)
 
-    return collections.namedtuple("Made", "model artefact folder")(model, artefact, folder)
+    return collections.namedtuple("Made", "model artifact folder")(model, artifact, folder)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_format_runs_and_is_measured(made, name):
-    artefact = made.artefact(name)
+    artifact = made.artifact(name)
     options = VARIANTS[name]
-    assert artefact.path == str(made.folder / name)
-    assert artefact.format == exporting.checked_format(made.folder / name, options.get("format"))
-    assert artefact.relative_difference <= exporting.TOLERANCES[artefact.quantize]
-    assert artefact.agreement > 0.9
-    assert list(artefact.inputs) == ["image", "extra"]
+    assert artifact.path == str(made.folder / name)
+    assert artifact.format == exporting.checked_format(made.folder / name, options.get("format"))
+    assert artifact.relative_difference <= exporting.TOLERANCES[artifact.quantize]
+    assert artifact.agreement > 0.9
+    assert list(artifact.inputs) == ["image", "extra"]
     batch = options.get("batch_size")
-    assert artefact.inputs["image"]["shape"] == [batch, 8, 8, 3]
-    assert artefact.latency_batch == (batch or 1)
-    assert 0 < artefact.latency_ms <= artefact.latency_p90_ms
-    assert artefact.num_bytes > 2000
-    assert (artefact.peak_memory is None) == (sys.platform != "linux")
-    assert (artefact.arena_bytes or 0) > 0 or artefact.format != "litert"
+    assert artifact.inputs["image"]["shape"] == [batch, 8, 8, 3]
+    assert artifact.latency_batch == (batch or 1)
+    assert 0 < artifact.latency_ms <= artifact.latency_p90_ms
+    assert artifact.num_bytes > 2000
+    assert (artifact.peak_memory is None) == (sys.platform != "linux")
+    assert (artifact.arena_bytes or 0) > 0 or artifact.format != "litert"
     assert [n for n in os.listdir(made.folder) if n.startswith(".")] == []
 
 
 def test_names_of_outputs_are_kept(made):
     for name in ("free", "free.tflite", "free.onnx"):
-        assert sorted(made.artefact(name).outputs) == ["class", "value"]
+        assert sorted(made.artifact(name).outputs) == ["class", "value"]
 
 
 def test_quantized_files_are_smaller_and_less_exact(made):
     names = ("free.tflite", "half.tflite", "dynamic.tflite")
-    sizes, differences = zip(*((a.num_bytes, a.difference) for a in map(made.artefact, names)), strict=True)
+    sizes, differences = zip(*((a.num_bytes, a.difference) for a in map(made.artifact, names)), strict=True)
     assert sizes[0] > 1.5 * sizes[1] > 1.5 * sizes[2]
     assert differences[0] < differences[1] < differences[2]
 
 
 def test_int8_reads_and_gives_what_was_asked_for(made):
-    plain, integers = made.artefact("int8.tflite"), made.artefact("integers.tflite")
+    plain, integers = made.artifact("int8.tflite"), made.artifact("integers.tflite")
     assert plain.inputs["image"] == {"shape": [1, 8, 8, 3], "dtype": "float32"}
     for details in (*integers.inputs.values(), *integers.outputs.values()):
         assert details["dtype"] == "int8"
@@ -117,7 +117,7 @@ def test_onnx_runtime_gives_the_outputs_of_the_model(made):
     """Not by the runner, which the check itself goes by."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(made.artefact("free.onnx").path)
+    session = onnxruntime.InferenceSession(made.artifact("free.onnx").path)
     x = inputs_of(made.model, rows=5, seed=2)
     outputs = session.run(["class", "value"], dict(zip(("image", "extra"), x, strict=True)))
     for ours, theirs in zip(outputs, predict(made.model, x), strict=True):
@@ -129,8 +129,8 @@ def test_tensorflow_serves_the_outputs_of_the_model(made):
     import tensorflow as tf
 
     x = inputs_of(made.model, rows=5, seed=2)
-    served = tf.saved_model.load(made.artefact("free").path).signatures["serving_default"]
-    interpreter = tf.lite.Interpreter(made.artefact("free.tflite").path)
+    served = tf.saved_model.load(made.artifact("free").path).signatures["serving_default"]
+    interpreter = tf.lite.Interpreter(made.artifact("free.tflite").path)
     for outputs in (
         served(image=tf.constant(x[0]), extra=tf.constant(x[1])),
         interpreter.get_signature_runner()(image=x[0], extra=x[1]),
@@ -144,9 +144,9 @@ def test_a_keras_file_loads_without_the_optimizer(made, tmp_path):
     model.compile("adam", "mse")
     model.fit(np.ones((8, 4)), np.ones((8, 64)), verbose=0)
     model.save(tmp_path / "trained.keras")
-    artefact = keras_taylor.export(model, tmp_path / "small.keras")
-    assert artefact.num_bytes < 0.7 * os.path.getsize(tmp_path / "trained.keras")
-    loaded = keras.models.load_model(artefact.path)
+    artifact = keras_taylor.export(model, tmp_path / "small.keras")
+    assert artifact.num_bytes < 0.7 * os.path.getsize(tmp_path / "trained.keras")
+    loaded = keras.models.load_model(artifact.path)
     x = np.ones((3, 4), "float32")
     np.testing.assert_array_equal(predict(loaded, x)[0], predict(model, x)[0])
 
@@ -166,8 +166,8 @@ def test_architectures(build, tmp_path):
     model = build()
     model.compile("sgd", "mse")
     before = fingerprint(model)
-    artefact = keras_taylor.export(model, tmp_path / "model.tflite")
-    assert artefact.relative_difference <= 1e-5
+    artifact = keras_taylor.export(model, tmp_path / "model.tflite")
+    assert artifact.relative_difference <= 1e-5
     assert fingerprint(model) == before
 
 
@@ -175,9 +175,9 @@ def test_many_outputs_and_names_that_tensorflow_changes(tmp_path):
     first, second = keras.Input((4,), name="in-put.1"), keras.Input((4,), name="2nd")
     model = keras.Model([first, second], [keras.layers.Dense(2)(first - second) for _ in range(12)])
     for name in ("model", "model.tflite", "model.onnx"):
-        artefact = keras_taylor.export(model, tmp_path / name)
-        assert artefact.relative_difference < 1e-5
-        assert len(artefact.outputs) == 12
+        artifact = keras_taylor.export(model, tmp_path / name)
+        assert artifact.relative_difference < 1e-5
+        assert len(artifact.outputs) == 12
 
 
 def test_what_onnx_has_no_operation_for_says_so(tmp_path):
@@ -202,9 +202,9 @@ def test_recurrent_layers_and_half_precision_in_lite_rt(tmp_path):
 
 def test_a_chain_of_dense_layers_and_its_arena(tmp_path):
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32), keras.layers.Dense(8)])
-    artefact = keras_taylor.export(model, tmp_path / "chain.tflite", batch_size=1)
-    assert artefact.arena_bytes == 4 * (64 + 32)  # the first product, input and output at once
-    assert list(artefact.outputs) == ["output_0"]
+    artifact = keras_taylor.export(model, tmp_path / "chain.tflite", batch_size=1)
+    assert artifact.arena_bytes == 4 * (64 + 32)  # the first product, input and output at once
+    assert list(artifact.outputs) == ["output_0"]
 
 
 def test_accuracy_on_data_and_a_metric_of_ones_own(made, tmp_path):
@@ -212,12 +212,12 @@ def test_accuracy_on_data_and_a_metric_of_ones_own(made, tmp_path):
     x = np.random.default_rng(0).standard_normal((50, 4)).astype("float32")
     y = predict(model, x)[0].argmax(-1)
     y[:10] = (y[:10] + 1) % 3
-    artefact = keras_taylor.export(model, tmp_path / "a.onnx", data=(x, y))
-    assert (artefact.metric, artefact.model_metric) == (0.8, 0.8)
-    artefact = keras_taylor.export(
+    artifact = keras_taylor.export(model, tmp_path / "a.onnx", data=(x, y))
+    assert (artifact.metric, artifact.model_metric) == (0.8, 0.8)
+    artifact = keras_taylor.export(
         model, tmp_path / "b.onnx", data=(x, y), metric=lambda y, outputs: len(y) + outputs.shape[1]
     )
-    assert artefact.metric == 53
+    assert artifact.metric == 53
 
 
 def test_layers_of_the_users_own_module(tmp_path):
@@ -304,26 +304,26 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["first.tflite"]
 
 
-def test_artefacts_are_timed_in_turn(made):
+def test_artifacts_are_timed_in_turn(made):
     names = ("free.tflite", "int8.tflite", "free.onnx")
-    measured = keras_taylor.measure_artefacts([made.artefact(n) for n in names], 4, repetitions=5)
+    measured = keras_taylor.measure_artifacts([made.artifact(n) for n in names], 4, repetitions=5)
     assert [one.latency_batch for one in measured] == [4, 1, 4]
     assert [
         dataclasses.replace(one, latency_ms=0, latency_p90_ms=0, latency_batch=1) for one in measured
     ] == [
-        dataclasses.replace(made.artefact(n), latency_ms=0, latency_p90_ms=0, latency_batch=1) for n in names
+        dataclasses.replace(made.artifact(n), latency_ms=0, latency_p90_ms=0, latency_batch=1) for n in names
     ]
-    text = render(artefact_table(measured), width=140)
+    text = render(artifact_table(measured), width=140)
     assert all(name in text for name in names)
     with pytest.raises(ValueError, match="No such file: 'nowhere'"):
-        keras_taylor.measure_artefacts([dataclasses.replace(measured[0], path="nowhere")])
+        keras_taylor.measure_artifacts([dataclasses.replace(measured[0], path="nowhere")])
     with pytest.raises(ValueError, match="nothing to measure"):
-        keras_taylor.measure_artefacts([])
+        keras_taylor.measure_artifacts([])
 
 
 def test_budgets_of_bytes(made, tmp_path):
     path = tmp_path / "model.tflite"
-    size = made.artefact("integers.tflite").num_bytes
+    size = made.artifact("integers.tflite").num_bytes
     options = {"quantize": "int8", "int8_io": True, "calibration": inputs_of(made.model)}
     keras_taylor.export(made.model, path, max_bytes=size + 100, max_arena_bytes=1e6, **options)
     with pytest.raises(keras_taylor.ExportError, match=r"file takes .* bytes; accepted are 1,000\..*prune"):
@@ -335,14 +335,14 @@ def test_budgets_of_bytes(made, tmp_path):
         keras_taylor.export(made.model, tmp_path / "other.tflite", max_bytes=-1)
 
 
-def test_an_artefact_as_text(made):
-    artefact = made.artefact("integers.tflite")
-    assert Artefact.from_json(artefact.to_json()) == artefact
-    assert json.loads(artefact.to_json())["quantize"] == "int8"
-    assert "integers.tflite" in str(artefact)
-    assert "litert int8" in str(artefact)
-    with pytest.raises(ValueError, match="This is no `Artefact`"):
-        Artefact.from_json("{}")
+def test_an_artifact_as_text(made):
+    artifact = made.artifact("integers.tflite")
+    assert Artifact.from_json(artifact.to_json()) == artifact
+    assert json.loads(artifact.to_json())["quantize"] == "int8"
+    assert "integers.tflite" in str(artifact)
+    assert "litert int8" in str(artifact)
+    with pytest.raises(ValueError, match="This is no `Artifact`"):
+        Artifact.from_json("{}")
 
 
 REFUSED = {
@@ -400,8 +400,8 @@ def test_outputs_that_say_nothing(tmp_path):
     inputs = keras.Input((4,))
     model = keras.Model(inputs, keras.ops.zeros_like(inputs) + 3)
     with pytest.warns(UserWarning, match="the same outputs for all samples"):
-        artefact = keras_taylor.export(model, tmp_path / "a.onnx")
-    assert artefact.agreement is None
+        artifact = keras_taylor.export(model, tmp_path / "a.onnx")
+    assert artifact.agreement is None
 
 
 def test_outputs_that_are_not_finite(tmp_path):
@@ -436,8 +436,8 @@ def test_differences_and_what_is_made_of_them():
 
 
 def test_what_is_accepted():
-    fields = {f.name: None for f in dataclasses.fields(Artefact)}
-    exact = Artefact(**{**fields, "difference": 1.0, "relative_difference": 0.2, "agreement": 0.95})
+    fields = {f.name: None for f in dataclasses.fields(Artifact)}
+    exact = Artifact(**{**fields, "difference": 1.0, "relative_difference": 0.2, "agreement": 0.95})
     half = dataclasses.replace(exact, agreement=0.5)
     assert complaint(exact, 0.1, 0) != ""
     assert complaint(exact, 0.2, 0) == ""

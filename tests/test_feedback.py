@@ -10,7 +10,7 @@ from keras import layers, ops
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.plan import LayerPlan
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.rules.feedback import gated
 from keras_taylor.scores.gates import GatedModel
 
@@ -140,7 +140,7 @@ def test_derivatives_are_those_of_a_gate_at_every_place_where_a_unit_is_read(nam
 def test_closed_gates_are_removal(name):
     """Of the gated model, the smaller one and NumPy, each knows nothing of the others."""
     case = CASES[name]()
-    channels = read_channels(case.model)
+    channels = label_model(case.model)
     small = keras_taylor.prune(case.model, keras_taylor.Plan({case.layer.name: LayerPlan(UNITS, (0, 2))}))
     network = GatedModel(channels)
     network.mask = gate = np.array([1, 0, 1, 0], "float32")
@@ -192,9 +192,9 @@ def test_what_is_left_is_what_one_would_make_by_hand(make):
     x = zoo.inputs_of(model)
     np.testing.assert_array_equal(predict(small, x)[0], predict(by_hand, x)[0])
     assert small.count_params() == by_hand.count_params()
-    assert CostModel(read_channels(small))() == CostModel(read_channels(by_hand))()
+    assert CostModel(label_model(small))() == CostModel(label_model(by_hand))()
     kept = np.isin(np.arange(UNITS), keep)
-    assert CostModel(read_channels(model))(kept) == CostModel(read_channels(by_hand))()
+    assert CostModel(label_model(model))(kept) == CostModel(label_model(by_hand))()
 
 
 def test_convolutional_ones_have_the_derivative_of_their_own_gates():
@@ -206,7 +206,7 @@ def test_convolutional_ones_have_the_derivative_of_their_own_gates():
     model.compile("sgd", "mse", run_eagerly=EAGER)
     found = []
     keras_taylor.score(model, (x, y), criterion=lambda s: found.append(s.mean) or s.mean_square)
-    network = GatedModel(read_channels(model))
+    network = GatedModel(label_model(model))
 
     def loss(mask):
         network.mask = mask

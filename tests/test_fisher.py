@@ -8,7 +8,7 @@ from test_log_odds import NUM, compiled, images, labels, linear
 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import fisher
 from keras_taylor.scores.gates import ROWS, GatedModel
 from keras_taylor.scores.scoring_passes import gate_statistics
@@ -70,7 +70,7 @@ def test_more_examples_than_rows_keep_the_products_in_the_mean(monkeypatch):
     monkeypatch.setattr(fisher, "_MOST_ROWS", 512)
     model = compiled(linear(3), CROSS_ENTROPY)
     x, y = images(4000), labels(3, 4000)
-    channels = read_channels(model)
+    channels = label_model(model)
     gated = GatedModel(channels, gates=fisher.FisherGates(channels.num_units, name="gates"))
     totals = gate_statistics(gated, channels, Feed((x, y), model, 100))
     assert totals.shape[0] == len(ROWS) + 512
@@ -89,7 +89,7 @@ def test_what_is_saved_counts():
     x = keras.layers.Dense(4, activation="relu", name="late")(x)
     model = compiled(keras.Model(inputs, keras.layers.Dense(40, name="head")(x)), CROSS_ENTROPY)
     data = np.random.default_rng(0).normal(size=(32, 8, 8, 2)).astype("float32"), labels(3, 32)
-    channels, sums = read_channels(model), {}
+    channels, sums = label_model(model), {}
     saved = {what: CostModel(channels)()[what] for what in ("params", "flops")}
     for what in saved:
         scores = keras_taylor.score(model, data, criterion="fisher", cost=what)

@@ -9,11 +9,11 @@ import zoo
 from helpers import NAMES, case
 from keras import layers, ops
 
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 
 
 def groups_of(name):
-    return {g.name: (g.num_units, set(g.producers)) for g in read_channels(case(name).model).groups}
+    return {g.name: (g.num_units, set(g.producers)) for g in label_model(case(name).model).groups}
 
 
 def locked_of(channels):
@@ -21,7 +21,7 @@ def locked_of(channels):
 
 
 def test_a_chain_has_a_group_a_layer_and_its_output_is_locked():
-    channels = read_channels(case("chain").model)
+    channels = label_model(case("chain").model)
     assert groups_of("chain") == {"conv1": (6, {"conv1"}), "conv2": (8, {"conv2"})}
     assert locked_of(channels) == {"head": (3, "model output")}
     assert channels.unknown == []
@@ -61,7 +61,7 @@ def test_squeeze_and_excite_gates_live_with_what_they_gate():
 
 
 def test_flattened_channels_are_one_unit_at_all_positions():
-    channels = read_channels(case("flatten_dense").model)
+    channels = label_model(case("flatten_dense").model)
     (flat,) = [
         channels.units(e.weights["gamma"][0])
         for c, e in zip(channels.graph.calls, channels.effects, strict=True)
@@ -88,7 +88,7 @@ def test_a_channel_shuffle_keeps_what_is_kept_regular():
 
 
 def test_a_depth_multiplier_repeats_channels():
-    channels = read_channels(case("depth_multiplier").model)
+    channels = label_model(case("depth_multiplier").model)
     (made,) = [
         channels.units(e.outputs[0]).reshape(-1)
         for c, e in zip(channels.graph.calls, channels.effects, strict=True)
@@ -109,13 +109,13 @@ def test_a_sub_model_used_twice_has_one_group_a_layer():
 
 
 def test_a_tensor_that_is_an_output_is_locked_with_all_that_meet_it():
-    channels = read_channels(case("output_in_the_middle").model)
+    channels = label_model(case("output_in_the_middle").model)
     assert [g.name for g in channels.groups] == ["conv1"]
     assert locked_of(channels)["features"] == (5, "model output")
 
 
 def test_slices_split_a_layer_into_groups():
-    channels = read_channels(case("split_and_slice").model)
+    channels = label_model(case("split_and_slice").model)
     assert [(g.name, g.num_units) for g in channels.groups[:3]] == [
         ("conv1", 3),
         ("conv1#2", 2),
@@ -123,14 +123,14 @@ def test_slices_split_a_layer_into_groups():
     ]
 
 
-def test_what_is_normalised_over_channels_is_locked_with_a_reason():
-    channels = read_channels(case("layernorm").model)
-    assert locked_of(channels)["conv1"] == (6, "normalised together ('norm'); `exact=False` opens it")
+def test_what_is_normalized_over_channels_is_locked_with_a_reason():
+    channels = label_model(case("layernorm").model)
+    assert locked_of(channels)["conv1"] == (6, "normalized together ('norm'); `exact=False` opens it")
     assert [g.name for g in channels.groups] == ["expand"]
 
 
 def test_an_operation_without_a_rule_locks_what_it_touches_and_is_named():
-    channels = read_channels(case("unknown_layer").model)
+    channels = label_model(case("unknown_layer").model)
     assert channels.unknown == ["reversed/take_0"]
     assert locked_of(channels)["conv2"] == (5, "read by Take, which has no rule ('reversed/take_0')")
     assert {g.name for g in channels.groups} == {"conv1", "conv3"}
@@ -142,14 +142,14 @@ def test_a_subclass_of_a_known_layer_is_unknown():
 
     x = inputs = keras.Input((8, 8, 3))
     x = Twisted(6, 3, name="twisted")(layers.Conv2D(5, 3, name="conv")(x))
-    channels = read_channels(zoo.classified(inputs, x))
+    channels = label_model(zoo.classified(inputs, x))
     assert channels.groups == []
     assert channels.unknown == ["twisted"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_units_are_counted_group_by_group(name):
-    channels = read_channels(case(name).model)
+    channels = label_model(case(name).model)
     stops = np.cumsum([g.num_units for g in channels.groups])
     assert [g.start for g in channels.groups] == [0, *stops[:-1]]
     assert channels.num_units == stops[-1]
@@ -160,7 +160,7 @@ def test_units_are_counted_group_by_group(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_never_have_units(name):
-    channels = read_channels(case(name).model)
+    channels = label_model(case(name).model)
     for index in channels.graph.outputs:
         assert (channels.units(channels.labels[index]) < 0).all()
 
@@ -195,14 +195,14 @@ def test_what_mixes_channels_locks_them(function):
     x = inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(6, 3, name="conv")(x)
     y = function(x)
-    channels = read_channels(keras.Model(inputs, [layers.Dense(2, name="head")(y)]))
+    channels = label_model(keras.Model(inputs, [layers.Dense(2, name="head")(y)]))
     assert "conv" not in [g.name for g in channels.groups]
 
 
 def test_a_channel_taken_out_alone_stays_and_those_that_nobody_reads_may_go():
     x = inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(6, 3, name="conv")(x)[..., 2:3]
-    channels = read_channels(zoo.classified(inputs, x))
+    channels = label_model(zoo.classified(inputs, x))
     assert [(g.name, g.num_units) for g in channels.groups] == [("conv", 5)]
     assert locked_of(channels)["conv"][0] == 1
 
@@ -210,19 +210,19 @@ def test_a_channel_taken_out_alone_stays_and_those_that_nobody_reads_may_go():
 def test_exclude_locks_by_name_expression_and_layer():
     model = case("residual").model
     for exclude in (["block0_a"], "block0_a", [model.get_layer("block0_a")], [re.escape("block0_a")]):
-        names = [g.name for g in read_channels(model, exclude=exclude).groups]
+        names = [g.name for g in label_model(model, exclude=exclude).groups]
         assert names == ["stem", "block1_a"]
-    assert [g.name for g in read_channels(model, exclude="block._a").groups] == ["stem"]
+    assert [g.name for g in label_model(model, exclude="block._a").groups] == ["stem"]
 
 
 def test_excluding_one_layer_of_a_stream_locks_the_stream():
-    channels = read_channels(case("residual").model, exclude="block1_b")
+    channels = label_model(case("residual").model, exclude="block1_b")
     assert [g.name for g in channels.groups] == ["block0_a", "block1_a"]
     assert locked_of(channels)["stem"] == (6, "excluded by the caller")
 
 
 def test_include_locks_all_others():
-    channels = read_channels(case("residual").model, include=["block0_a", "block0_b"])
+    channels = label_model(case("residual").model, include=["block0_a", "block0_b"])
     assert [g.name for g in channels.groups] == ["block0_a"]
     assert locked_of(channels)["stem"] == (6, "not included by the caller")
 
@@ -230,7 +230,7 @@ def test_include_locks_all_others():
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_names_that_match_nothing_are_refused(argument):
     with pytest.raises(ValueError) as error:
-        read_channels(case("chain").model, **{argument: ["conv9"]})
+        label_model(case("chain").model, **{argument: ["conv9"]})
     assert str(error.value) == (
         f"`{argument}` names a layer that the model does not have. Expected layer names, regular "
         "expressions that match whole names, or layers of the model; it has conv1, conv1_bn, conv1_act, "
@@ -241,12 +241,12 @@ def test_names_that_match_nothing_are_refused(argument):
 def test_a_layer_of_another_model_is_refused():
     other = layers.Dense(3, name="other")
     with pytest.raises(ValueError, match=r"Received: exclude=<Dense name=other, built=False>$"):
-        read_channels(case("chain").model, exclude=[other])
+        label_model(case("chain").model, exclude=[other])
 
 
 def test_a_sequential_model_that_is_not_built_is_refused():
     with pytest.raises(ValueError) as error:
-        read_channels(keras.Sequential([layers.Dense(3)], name="digits"))
+        label_model(keras.Sequential([layers.Dense(3)], name="digits"))
     assert str(error.value) == (
         "Model 'digits' is not built: its weights do not exist yet. Give it a `keras.Input` as its first "
         "layer, or call it once on a batch of data. Received: model=<Sequential name=digits, built=False>"
@@ -255,4 +255,4 @@ def test_a_sequential_model_that_is_not_built_is_refused():
 
 def test_what_is_no_model_is_refused():
     with pytest.raises(ValueError, match=r"^Expected a `keras.Model`. Received: model=3 \(of type int\)$"):
-        read_channels(3)
+        label_model(3)

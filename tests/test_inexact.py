@@ -1,4 +1,4 @@
-"""`exact=False`: channels that are normalised together leave, too. Every law holds for what is left."""
+"""`exact=False`: channels that are normalized together leave, too. Every law holds for what is left."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.cutting.surgery import whole_copy
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gates import GatedModel
 
 BUILDERS = {
@@ -117,10 +117,10 @@ def weights_of(network):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_normalised_together_is_open_and_the_group_says_so(name):
+def test_what_is_normalized_together_is_open_and_the_group_says_so(name):
     opened = keras_taylor.analyze(case(name).model, exact=False)
     closed = keras_taylor.analyze(case(name).model)
-    groups = [g for g in opened.groups if g.normalised_by]
+    groups = [g for g in opened.groups if g.normalized_by]
     assert groups
     if name != "mlp_mixer":  # what mixes tokens acts beside channels then, and keeps its own units
         assert opened.reachable["params"] > closed.reachable["params"]
@@ -130,7 +130,7 @@ def test_what_is_normalised_together_is_open_and_the_group_says_so(name):
         assert group.prunable
         assert not prunable & set(group.producers)
         assert group.name in hinted
-    assert not any(g.normalised_by for g in closed.groups)
+    assert not any(g.normalized_by for g in closed.groups)
     assert "open with exact=False" not in " ".join(str(closed).split())
 
 
@@ -138,7 +138,7 @@ def test_the_table_names_what_a_removal_changes():
     text = " ".join(str(keras_taylor.analyze(case("shared_norm").model, exact=False)).split())
     assert "exact=False" in text
     assert keras_taylor.analyze(case("bert").model, exact=False).groups[0] == dataclasses.replace(
-        read_channels(case("bert").model, exact=False).groups[0],
+        label_model(case("bert").model, exact=False).groups[0],
         name="words",
         producers=(
             "words",
@@ -148,7 +148,7 @@ def test_the_table_names_what_a_removal_changes():
             "attention1/attention_output",
             "down1",
         ),
-        normalised_by=tuple(
+        normalized_by=tuple(
             f"LayerNormalization '{norm}'" for norm in ("norm0", "norm0_a", "norm0_b", "norm1_a", "norm1_b")
         ),
     )
@@ -160,9 +160,9 @@ def test_a_hint_is_given_only_where_it_helps():
     y = ops.softmax(
         layers.Dense(6, name="shares")(layers.LayerNormalization()(layers.Dense(5, name="free")(y)))
     )
-    locked = {g.name: g.reason for g in read_channels(keras.Model(inputs, layers.Dense(2)(y))).locked}
+    locked = {g.name: g.reason for g in label_model(keras.Model(inputs, layers.Dense(2)(y))).locked}
     assert not locked["beside_inputs"].endswith("opens it")
-    assert locked["shares"].startswith("normalised together")
+    assert locked["shares"].startswith("normalized together")
     assert not locked["shares"].endswith("opens it")
     assert locked["free"].endswith("; `exact=False` opens it")
 
@@ -181,7 +181,7 @@ def test_an_empty_plan_changes_nothing_to_the_bit(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_gates_at_zero_equal_the_pruned_model(name):
     network, x, plan, small = case(name).model, case(name).x, case(name).plan, case(name).small
-    channels = read_channels(network, exact=False)
+    channels = label_model(network, exact=False)
     gated = GatedModel(channels)
     open_gates = predict(gated, x)
     assert relative_difference(open_gates, predict(network, x)) <= 2e-6
@@ -197,9 +197,9 @@ def test_shapes_and_costs_are_those_of_the_plan(name):
     assert plan.exact is False
     assert plan.before["params"] == network.count_params()
     assert plan.after["params"] == small.count_params() < network.count_params()
-    assert plan.after["flops"] == CostModel(read_channels(small, exact=False))()["flops"]
-    for group in read_channels(network, exact=False).groups:
-        if group.normalised_by:
+    assert plan.after["flops"] == CostModel(label_model(small, exact=False))()["flops"]
+    for group in label_model(network, exact=False).groups:
+        if group.normalized_by:
             for producer in group.producers:
                 assert len(plan.layers[producer].kept) < plan.layers[producer].width
     assert [y.shape for y in small.outputs] == [y.shape for y in network.outputs]
@@ -252,7 +252,7 @@ def test_all_verbs_leave_the_model_alone_and_the_pruned_one_trains(name):
     plan = keras_taylor.make_plan(network, scores, goal, exact=False)
     small = keras_taylor.prune(network, plan)
     assert fingerprint(network) == before
-    channels = read_channels(network, exact=False)
+    channels = label_model(network, exact=False)
     assert set(scores) == {g.name for g in channels.groups}
     costs, kept = CostModel(channels), kept_units(channels, plan)
     ceiling = (1 - goal) * network.count_params()
@@ -266,7 +266,7 @@ def test_all_verbs_leave_the_model_alone_and_the_pruned_one_trains(name):
     assert any(not np.array_equal(a, b) for a, b in zip(weights, weights_of(small), strict=True))
 
 
-def normalised(x, gamma, beta, epsilon):
+def normalized(x, gamma, beta, epsilon):
     mean = x.mean(-1, keepdims=True)
     return (x - mean) / np.sqrt(np.square(x - mean).mean(-1, keepdims=True) + epsilon) * gamma + beta
 
@@ -303,7 +303,7 @@ def test_the_pruned_transformer_is_what_numpy_computes_from_sliced_weights():
 
     ids = zoo.inputs_of(network)
     x = weight("words/embeddings")[:, stays][ids]
-    y = normalised(x, weight("norm1/gamma")[stays], weight("norm1/beta")[stays], 1e-3)
+    y = normalized(x, weight("norm1/gamma")[stays], weight("norm1/beta")[stays], 1e-3)
     q, k, v = (
         np.einsum("btc,chd->bthd", y, weight(f"{part}/kernel")[stays]) + weight(f"{part}/bias")
         for part in ("query", "key", "value")
@@ -315,7 +315,7 @@ def test_the_pruned_transformer_is_what_numpy_computes_from_sliced_weights():
     y = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-6) * weight("norm2/scale")[stays]
     y = np.maximum(y @ weight("up/kernel")[np.ix_(stays, hidden)] + weight("up/bias")[hidden], 0)
     x = x + y @ weight("down/kernel")[np.ix_(hidden, stays)] + weight("down/bias")[stays]
-    x = normalised(x, weight("norm3/gamma")[stays], weight("norm3/beta")[stays], 1e-3)
+    x = normalized(x, weight("norm3/gamma")[stays], weight("norm3/beta")[stays], 1e-3)
     wanted = x @ weight("head/kernel")[stays] + weight("head/bias")
     assert relative_difference(predict(small, ids), [wanted]) <= 1e-5
     assert relative_difference(predict(network, ids), [wanted]) > 1e-2
@@ -337,10 +337,10 @@ def test_the_true_loss_change_is_that_of_the_pruned_model():
 
 
 @pytest.mark.parametrize("name", ["layernorm", "bert", "over_space_too", "all_kinds"])
-def test_scores_are_derivatives_of_the_loss_with_the_normalisations(name):
+def test_scores_are_derivatives_of_the_loss_with_the_normalizations(name):
     network, x = case(name).model, case(name).x
     y = helpers.targets_of(network, x)
-    channels = read_channels(network, exact=False)
+    channels = label_model(network, exact=False)
 
     means = []
 
@@ -375,7 +375,7 @@ def test_a_plan_remembers_through_json_and_composition():
     assert keras_taylor.Plan().compose(keras_taylor.Plan()).exact is True
 
 
-def test_an_exact_plan_cannot_take_what_is_normalised_together():
+def test_an_exact_plan_cannot_take_what_is_normalized_together():
     plan = dataclasses.replace(case("layernorm").plan, exact=True)
     with pytest.raises(
         ValueError, match=r"that cannot leave\. Received: plan\.layers\['conv1'\], channel \d$"
@@ -404,7 +404,7 @@ def test_what_is_not_understood_stays(axis, norm):
     x = layers.Dense(6, name="before")(x)
     x = norm()(layers.Permute((2, 1))(x) if axis == 1 else x)
     network = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(x)))
-    assert "before" in {g.name for g in read_channels(network, exact=False).locked}
+    assert "before" in {g.name for g in label_model(network, exact=False).locked}
 
 
 @pytest.mark.skipif(helpers.BACKEND == "torch", reason="Keras on PyTorch takes the last axes only")
@@ -413,7 +413,7 @@ def test_channels_on_another_axis_than_the_last():
     x = layers.Permute((3, 1, 2))(layers.Conv2D(6, 3, name="conv")(layers.Permute((2, 3, 1))(x)))
     x = layers.LayerNormalization(axis=1)(layers.UnitNormalization(axis=1)(x))
     network = zoo.randomized(keras.Model(inputs, layers.Dense(2)(layers.Flatten()(x))))
-    assert len(read_channels(network, exact=False).groups[0].normalised_by) == 2
+    assert len(label_model(network, exact=False).groups[0].normalized_by) == 2
     helpers.check_law_two(network, zoo.inputs_of(network), exact=False)
 
 
@@ -421,19 +421,19 @@ def test_groups_of_a_group_normalization_leave_as_a_whole():
     x = inputs = keras.Input(zoo.SIZE)
     x = layers.GroupNormalization(4, name="norm")(layers.Conv2D(12, 3, name="conv1")(x))
     network = zoo.randomized(zoo.classified(inputs, zoo.conv(x, 5, "conv2", kernel=1)))
-    assert {g.name: g.num_units for g in read_channels(network).groups} == {"conv1": 4, "conv2": 5}
+    assert {g.name: g.num_units for g in label_model(network).groups} == {"conv1": 4, "conv2": 5}
     x = zoo.inputs_of(network)
     small = helpers.check_law_two(network, x)
     assert small.get_layer("norm").groups == 2
     assert small.get_layer("conv1").filters == 6
-    assert not any(g.normalised_by for g in read_channels(network, exact=False).groups)
+    assert not any(g.normalized_by for g in label_model(network, exact=False).groups)
     # of a single group that is left, channels could leave that no plan for the original can say
-    assert {g.name: g.num_units for g in read_channels(network, exact=False).groups} == {
+    assert {g.name: g.num_units for g in label_model(network, exact=False).groups} == {
         "conv1": 2,
         "conv2": 5,
     }
-    locked = {(g.name, g.reason) for g in read_channels(network, exact=False).locked}
-    assert ("conv1", "of several groups that are normalised two stay ('norm')") in locked
+    locked = {(g.name, g.reason) for g in label_model(network, exact=False).locked}
+    assert ("conv1", "of several groups that are normalized two stay ('norm')") in locked
 
 
 @keras.saving.register_keras_serializable("inexact")
@@ -448,7 +448,7 @@ class Standardised(layers.Layer):
         return self.scale * x / (0.1 + ops.mean(ops.abs(x), -1, keepdims=True))
 
 
-def standardised(right=True):
+def standardized(right=True):
     """A rule for it; one that forgets the mean does not hold."""
 
     def gated(layer, x, gate):
@@ -458,7 +458,7 @@ def standardised(right=True):
 
     def rule(ctx):
         tensor = ctx.inputs[0]
-        if not ctx.normalise(tensor.labels):
+        if not ctx.normalize(tensor.labels):
             return keras_taylor.rules.base.Effect(outputs=[ctx.fixed()])
         return keras_taylor.rules.base.Effect(
             outputs=[tensor.labels], weights={"scale": (tensor.along(-1),)}, gated=gated
@@ -467,26 +467,26 @@ def standardised(right=True):
     return rule
 
 
-def with_standardised():
+def with_standardized():
     x = inputs = keras.Input((5, 4))
-    x = Standardised(name="standardised")(layers.Dense(8, name="stem")(x))
+    x = Standardised(name="standardized")(layers.Dense(8, name="stem")(x))
     return zoo.randomized(keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(x))))
 
 
-def test_a_registered_normalisation_opens_if_its_rule_holds():
+def test_a_registered_normalization_opens_if_its_rule_holds():
     registered = keras_taylor.rules.registry.REGISTERED
     try:
-        keras_taylor.register_rule(Standardised, standardised())
-        network = with_standardised()
-        assert read_channels(network).groups == []
-        (group,) = read_channels(network, exact=False).groups
-        assert group.normalised_by == ("Standardised 'standardised'",)
+        keras_taylor.register_rule(Standardised, standardized())
+        network = with_standardized()
+        assert label_model(network).groups == []
+        (group,) = label_model(network, exact=False).groups
+        assert group.normalized_by == ("Standardised 'standardized'",)
         helpers.check_law_two(network, zoo.inputs_of(network), exact=False)
-        keras_taylor.register_rule(Standardised, standardised(right=False))
+        keras_taylor.register_rule(Standardised, standardized(right=False))
         with pytest.raises(
-            ValueError, match=r"does not hold for layer 'standardised': .*Received: standardised="
+            ValueError, match=r"does not hold for layer 'standardized': .*Received: standardized="
         ):
-            read_channels(with_standardised(), exact=False)
+            label_model(with_standardized(), exact=False)
     finally:
         registered.pop(Standardised, None)
 
@@ -519,7 +519,7 @@ def test_compress_opens_tells_and_remembers(epochs):
 def test_compress_says_what_is_open_before_it_starts(capsys):
     network = whole_copy(case("layernorm").model)
     keras_taylor.compress(network, data_of(network), 0.5, increment=0.5, exact=False, epochs=0, verbose=2)
-    line = "open with exact=False only, as they are normalised together: 6 channel units (conv1)"
+    line = "open with exact=False only, as they are normalized together: 6 channel units (conv1)"
     assert line in capsys.readouterr().out
 
 
@@ -587,7 +587,7 @@ def test_a_wrapped_model_prunes_strips_and_survives_a_file(name, tmp_path):
     prunable.fit(x, y, epochs=1, verbose=0)
     prunable.prune(0.6 * helpers.reachable(network, exact=False))
     assert any(
-        prunable.plan.layers[n] for g in read_channels(network, exact=False).groups[:1] for n in g.producers
+        prunable.plan.layers[n] for g in label_model(network, exact=False).groups[:1] for n in g.producers
     )
     assert prunable.plan.exact is False
     prunable.fit(x, y, epochs=1, verbose=0)
@@ -611,7 +611,7 @@ def test_the_next_step_of_the_stripped_model_is_that_of_the_wrapped_one():
     assert relative_difference(predict(small, x), predict(prunable, x)) <= 1e-5
 
 
-def test_the_callback_prunes_what_is_normalised_together():
+def test_the_callback_prunes_what_is_normalized_together():
     network, (x, y) = case("layernorm").model, data_of(case("layernorm").model, 16)
     prunable = keras_taylor.PrunableModel(network, exact=False)
     goal = 0.9 * helpers.reachable(network, exact=False)
@@ -626,7 +626,7 @@ def test_half_precision_stays_finite_with_one_channel_left():
     x = layers.Dense(6, name="before", dtype="mixed_float16")(x)
     x = layers.LayerNormalization(epsilon=1e-12, dtype="mixed_float16")(x)
     network = zoo.randomized(keras.Model(inputs, layers.Dense(2, dtype="float32")(x)))
-    gated = GatedModel(read_channels(network, exact=False))
+    gated = GatedModel(label_model(network, exact=False))
     gated.mask = np.arange(6) == 2
     assert np.isfinite(predict(gated, zoo.inputs_of(network))[0]).all()
 
@@ -660,7 +660,7 @@ def with_patches():
 
 def test_positions_are_no_constants():
     network = with_patches()
-    channels = read_channels(network, exact=False)
+    channels = label_model(network, exact=False)
     assert channels.groups == []
     assert channels.unknown == ["patches"]
     call = next(call for call in channels.graph.calls if call.name == "patches")
@@ -681,11 +681,11 @@ def test_an_encoder_of_patches_opens_by_a_rule_for_what_is_in_it():
     )
     try:
         network = with_patches()
-        (group,) = read_channels(network, exact=False).groups
+        (group,) = label_model(network, exact=False).groups
         assert (group.name, group.num_units) == ("patches", 8)
         small = helpers.check_law_two(network, zoo.inputs_of(network), exact=False)
         assert small.get_layer("patches").places.output_dim == small.get_layer("patches").width < 8
-        (work,) = [e.work for e in read_channels(network).effects if "places.embeddings" in e.weights]
+        (work,) = [e.work for e in label_model(network).effects if "places.embeddings" in e.weights]
         assert [one.factor for one in work] == [2.0 * 5]  # a multiplication and an addition at every patch
     finally:
         keras_taylor.rules.registry.REGISTERED.pop(PatchEncoder)

@@ -17,7 +17,7 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.cutting.surgery import whole_copy
 from keras_taylor.plans.plan import LayerPlan
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gates import GatedModel
 
 # bfloat16 keeps 8 bits, and a sum of fewer terms is rounded at other places
@@ -44,7 +44,7 @@ def test_an_empty_plan_changes_nothing_to_the_bit(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_gates_at_zero_equal_the_pruned_model(name):
     model, x, plan, small = case(name).model, case(name).x, case(name).plan, case(name).small
-    channels = read_channels(model)
+    channels = label_model(model)
     kept = kept_units(channels, plan)
     assert not kept.all()
     gated = GatedModel(channels)
@@ -61,8 +61,8 @@ def test_costs_are_those_of_the_plan(name):
     model, plan, small = case(name).model, case(name).plan, case(name).small
     assert plan.before["params"] == model.count_params()
     assert plan.after["params"] == small.count_params() < model.count_params()
-    assert plan.before == CostModel(read_channels(model))()
-    assert plan.after == CostModel(read_channels(small))()
+    assert plan.before == CostModel(label_model(model))()
+    assert plan.after == CostModel(label_model(small))()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,7 +108,7 @@ def test_the_reached_reduction_is_the_goal_or_one_unit_more(name):
     model = case(name).model
     scores, goal = helpers.random_scores(model, seed=5), 0.5 * helpers.reachable(model)
     plan = keras_taylor.make_plan(model, scores, goal)
-    channels = read_channels(model)
+    channels = label_model(model)
     costs, kept = CostModel(channels), kept_units(channels, plan)
     ceiling = (1 - goal) * model.count_params()
     assert plan.after["params"] <= ceiling
@@ -184,7 +184,7 @@ def test_sub_models_are_reached_by_name():
     assert small.layers[1] is small.get_layer("backbone")
 
 
-def test_a_regulariser_survives_with_its_strength():
+def test_a_regularizer_survives_with_its_strength():
     model, small = case("chain").model, case("chain").small
     before = model.get_layer("conv2").kernel_regularizer
     after = small.get_layer("conv2").kernel_regularizer

@@ -16,8 +16,8 @@ from keras_taylor.budget.measuring import Measurements
 from keras_taylor.cutting.surgery import rebuild
 from keras_taylor.exports import timing
 from keras_taylor.loop.measured_search import check_reachable, fitting_units
-from keras_taylor.plans.ranking import Removable
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.plans.ranking import RemovalOrder
+from keras_taylor.reading.groups import label_model
 
 
 def net(*widths):
@@ -45,7 +45,7 @@ def clock(monkeypatch, tmp_path):
     """What was timed, one list a job; times follow a law that tests may change."""
     calls = []
 
-    def time_layers(form, layers, batch_size):
+    def time_layers(variant, layers, batch_size):
         calls.append(layers)
         return [clock.law(one) for one in layers]
 
@@ -80,12 +80,12 @@ def law_of(model):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_between_its_widths_a_bilinear_law_is_met(clock, seed):
-    channels = read_channels(net(24, 40))
+    channels = label_model(net(24, 40))
     kept = some_kept(channels, seed)
     times = LayerTimes(channels, "keras", cache_dir=clock.folder)
     small = rebuild(channels, kept)[0]
     assert times(channels)(kept) == pytest.approx(law_of(small))
-    smaller = read_channels(small)
+    smaller = label_model(small)
     assert times(smaller)(np.ones(smaller.num_units, bool)) == pytest.approx(law_of(small))
 
 
@@ -93,7 +93,7 @@ def test_between_its_widths_a_bilinear_law_is_met(clock, seed):
     "name", ["residual", "concat", "shared_layer", "flatten_dense", "lstm_tagger", "transformer"]
 )
 def test_less_never_takes_longer(clock, name):
-    channels = read_channels(case(name).model)
+    channels = label_model(case(name).model)
     total = LayerTimes(channels, "keras", cache_dir=clock.folder)(channels)
     kept = some_kept(channels)
     assert 0 < total(kept) <= total(np.ones(channels.num_units, bool))
@@ -104,10 +104,10 @@ def test_less_never_takes_longer(clock, name):
 )
 def test_what_was_cut_is_the_same_network(clock, name):
     """Tables of the whole model hold for what is left of it."""
-    channels = read_channels(case(name).model)
+    channels = label_model(case(name).model)
     times = LayerTimes(channels, "keras", cache_dir=clock.folder)
     kept = some_kept(channels)
-    smaller = read_channels(rebuild(channels, kept)[0])
+    smaller = label_model(rebuild(channels, kept)[0])
     assert times(smaller)(np.ones(smaller.num_units, bool)) == pytest.approx(times(channels)(kept))
 
 
@@ -128,13 +128,13 @@ def test_the_grid_is_of_round_widths(num, grid):
 
 
 def test_equal_layers_are_timed_once(clock):
-    LayerTimes(read_channels(net(16, 16, 16)), "keras", cache_dir=clock.folder)
+    LayerTimes(label_model(net(16, 16, 16)), "keras", cache_dir=clock.folder)
     found = [json.dumps(point, sort_keys=True) for point in clock()]
     assert len(found) == len(set(found)) == 2 + 4 + 2 + 2  # first, inner, depthwise, head
 
 
 def test_what_was_timed_is_kept(clock):
-    channels = read_channels(net(8, 12))
+    channels = label_model(net(8, 12))
     first = LayerTimes(channels, "keras", cache_dir=clock.folder)
     timed = len(clock.calls)
     again = LayerTimes(channels, "keras", cache_dir=clock.folder)
@@ -146,7 +146,7 @@ def test_what_was_timed_is_kept(clock):
 
 
 def test_a_table_that_cannot_be_read_is_made_anew(clock):
-    channels = read_channels(net(8))
+    channels = label_model(net(8))
     table = LayerTimes(channels, "keras", cache_dir=clock.folder)._table
     timed = len(clock())
     table.path.write_text("{")
@@ -157,14 +157,14 @@ def test_a_table_that_cannot_be_read_is_made_anew(clock):
 
 def test_keras_own_folder_holds_the_tables(clock, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", clock.folder)
-    path = LayerTimes(read_channels(net(8)), "keras")._table.path
+    path = LayerTimes(label_model(net(8)), "keras")._table.path
     assert path.is_file()
     assert str(path.parent) == f"{clock.folder}/keras_taylor"
 
 
 def test_how_long_it_takes_is_said_once(clock):
     said = []
-    LayerTimes(read_channels(net(24, 40)), "keras", cache_dir=clock.folder, say=said.append)
+    LayerTimes(label_model(net(24, 40)), "keras", cache_dir=clock.folder, say=said.append)
     (text,) = said
     assert text.startswith(f"timing {len(clock())} layers for 'keras', once for this machine: about ")
 
@@ -172,12 +172,12 @@ def test_how_long_it_takes_is_said_once(clock):
 def test_a_folder_that_cannot_be_written_to_is_no_failure(clock, tmp_path):
     said = []
     (tmp_path / "file").write_text("")
-    LayerTimes(read_channels(net(8)), "keras", cache_dir=tmp_path / "file", say=said.append)
+    LayerTimes(label_model(net(8)), "keras", cache_dir=tmp_path / "file", say=said.append)
     assert any(text.startswith("the times of layers cannot be kept") for text in said)
 
 
 def test_what_cannot_be_timed_is_left_to_the_whole(clock):
-    channels = read_channels(net(24, 40))
+    channels = label_model(net(24, 40))
     clock.law = lambda point: None if point["layer"]["class_name"] == "Dense" else bilinear(point)
     times = LayerTimes(channels, "keras", cache_dir=clock.folder)(channels)
     kept = some_kept(channels)
@@ -189,7 +189,7 @@ def test_what_cannot_be_timed_is_left_to_the_whole(clock):
 def test_a_network_of_which_nothing_can_be_timed_is_refused(clock):
     clock.law = lambda point: None
     with pytest.raises(ValueError, match=r"None of the layers can be timed alone.*Ask for FLOPs") as error:
-        LayerTimes(read_channels(net(8)), "keras", cache_dir=clock.folder)
+        LayerTimes(label_model(net(8)), "keras", cache_dir=clock.folder)
     assert str(error.value).endswith("as 'keras'")
 
 
@@ -197,7 +197,7 @@ def test_unknown_sizes_are_refused(clock):
     inputs = keras.Input((None, None, 3))
     model = zoo.classified(inputs, zoo.conv(inputs, 6, "conv1"))
     with pytest.raises(ValueError, match=r"axes of unknown size.*Received: goal for 'latency'"):
-        Measurements(read_channels(model), ["latency"], cache_dir=clock.folder)
+        Measurements(label_model(model), ["latency"], cache_dir=clock.folder)
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 8, 16])
@@ -207,7 +207,7 @@ def test_the_multiple_that_pays_is_found(clock, multiple):
         return 700 + 5 * read * made * ("depthwise" not in str(point).lower()) + 200 * read
 
     clock.law = law
-    times = LayerTimes(read_channels(net(64, 64)), "keras", cache_dir=clock.folder)
+    times = LayerTimes(label_model(net(64, 64)), "keras", cache_dir=clock.folder)
     assert times.best_multiple() == multiple
 
 
@@ -219,12 +219,12 @@ def eights(point):
 
 def test_narrow_layers_have_no_say_in_the_multiple(clock):
     clock.law = lambda point: 10**7 if max(numbers(point)) <= 16 else eights(point)
-    times = LayerTimes(read_channels(net(16, 16, 64, 64)), "keras", cache_dir=clock.folder)
+    times = LayerTimes(label_model(net(16, 16, 64, 64)), "keras", cache_dir=clock.folder)
     assert times.best_multiple() == 8
 
 
 def test_noise_at_a_narrow_width_does_not_raise_wider_ones(clock):
-    channels = read_channels(net(16, 64, 64))
+    channels = label_model(net(16, 64, 64))
     whole = np.ones(channels.num_units, bool)
     expected = LayerTimes(channels, "keras", cache_dir=clock.folder)(channels)(whole)
     clock.law = lambda point: bilinear(point) * (50 if numbers(point) == (16, 16) else 1)
@@ -264,13 +264,13 @@ def test_auto_needs_times(goal):
 def test_a_latency_is_met_by_measuring(clock):
     goal = {"latency": 0.4}
     model = net(24, 40)
-    channels = read_channels(model)
+    channels = label_model(model)
     wanted = parse_goal(goal, measurable=True)
     measurements = Measurements(channels, wanted.measured, cache_dir=clock.folder)
     assert measurements.before == {"latency": 10 * model.count_params()}
     flat = np.random.default_rng(0).random(channels.num_units)
     arguments = (
-        *(channels, lambda costs: Removable(channels, costs, flat), wanted.ceilings(measurements.before)),
+        *(channels, lambda costs: RemovalOrder(channels, costs, flat), wanted.ceilings(measurements.before)),
         *(measurements, lambda kept: rebuild(channels, kept)[0], goal),
     )
     check_reachable(*arguments)
@@ -284,7 +284,7 @@ def test_a_latency_is_met_by_measuring(clock):
 
 
 def test_a_time_that_is_doubted_is_taken_again(clock, monkeypatch):
-    channels = read_channels(net(24, 40))
+    channels = label_model(net(24, 40))
     measurements = Measurements(channels, ["latency"], cache_dir=clock.folder)
     predicted = measurements.before["latency"]
     times = iter([2 * predicted, predicted + 7, predicted + 9])
@@ -331,12 +331,12 @@ def test_slow_models_are_called_a_few_times_anyway(monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["keras", "litert-int8", "onnx"])
-def test_layers_and_models_are_really_timed(tmp_path, form):
-    if form != "keras":
+def test_layers_and_models_are_really_timed(tmp_path, variant):
+    if variant != "keras":
         pytest.importorskip("tensorflow")
-    if form == "onnx":
+    if variant == "onnx":
         pytest.importorskip("tf2onnx")
-    key, channels = f"latency:{form}", read_channels(net(6))
+    key, channels = f"latency:{variant}", label_model(net(6))
     measurements = Measurements(channels, [key], cache_dir=tmp_path)
     costs = measurements.costs(channels)
     assert 0 < measurements.before[key] == costs()[key]

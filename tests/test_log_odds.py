@@ -6,7 +6,7 @@ import pytest
 from helpers import fingerprint
 
 import keras_taylor
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.log_odds import OddsModel, shrunk
 
 CRITERIA = ["log_odds", "log_odds_probed"]
@@ -99,7 +99,7 @@ def test_probes_see_curvature_that_one_pass_does_not():
 def test_every_example_is_followed_by_its_probes():
     """So a batch that is sharded over devices need not be moved between them."""
     model = compiled(linear(3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    outputs = keras.ops.convert_to_numpy(OddsModel(read_channels(model), num_probes=2)(images()))
+    outputs = keras.ops.convert_to_numpy(OddsModel(label_model(model), num_probes=2)(images()))
     expected = keras.ops.convert_to_numpy(model(images()))
     np.testing.assert_allclose(outputs[::3], expected, rtol=1e-5, atol=1e-6)
     assert (np.abs(outputs[1::3] - expected).max(1) > 1e-3).all()

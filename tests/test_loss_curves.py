@@ -16,7 +16,7 @@ from test_compress import stripes
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.planning import plan_of
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.reports import plots, sensitivity_scan
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
 from keras_taylor.scores.divergences import divergence
@@ -26,7 +26,7 @@ from keras_taylor.support.progress import Reporter, about
 
 def pruned(model, name, units, exact=True):
     """The model without some units of one group, really cut."""
-    channels = read_channels(model, exact=exact)
+    channels = label_model(model, exact=exact)
     (group,) = [g for g in channels.groups if g.name == name]
     kept = np.ones(channels.num_units, bool)
     kept[group.start + units] = False
@@ -69,7 +69,7 @@ def test_losses_are_those_of_the_pruned_model(name):
     check_against_pruned(model, (x, y), dataclasses.replace(sensitivity, curves=first))
 
 
-def test_losses_of_channels_that_are_normalised_together():
+def test_losses_of_channels_that_are_normalized_together():
     model, x = case("layernorm").model, case("layernorm").x
     y = targets_of(model, x)
     sensitivity = keras_taylor.analyze(model, (x, y), exact=False, fractions=(0.5,), verbose=0).sensitivity
@@ -85,7 +85,7 @@ def test_divergence_over_the_zoo(name):
         model, x, fractions=(0.5,), criterion="magnitude", verbose=0
     ).sensitivity
     assert fingerprint(model) == before
-    groups = {g.name: g for g in read_channels(model).groups if g.num_units > 1}
+    groups = {g.name: g for g in label_model(model).groups if g.num_units > 1}
     assert set(sensitivity.curves) == set(groups) and sensitivity.whole == {"divergence": 0.0}
     for group, curve in sensitivity.curves.items():
         assert np.isfinite(curve.values["divergence"]).all() and (curve.values["divergence"] >= 0).all()
@@ -108,14 +108,14 @@ def compiled(model):
 
 
 def trained():
-    """A classifier with a regulariser and two metrics, and 48 examples with weights."""
+    """A classifier with a regularizer and two metrics, and 48 examples with weights."""
     keras.utils.set_random_seed(0)
     model, (x, y) = compiled(network("l2")), stripes()
     model.fit(x, y, epochs=2, batch_size=16, verbose=0)
     return model, (x, y, np.linspace(0.5, 1.5, len(y)).astype("float32"))
 
 
-def test_weights_of_examples_and_metrics_count_and_regularisers_do_not():
+def test_weights_of_examples_and_metrics_count_and_regularizers_do_not():
     model, data = trained()
     sensitivity = keras_taylor.analyze(model, data, fractions=(0.4, 0.8), verbose=0).sensitivity
     assert set(sensitivity.whole) == {"loss", "accuracy", "weighted_accuracy"}

@@ -14,10 +14,10 @@ from keras_taylor.budget.measured_costs import Quantity, amount_of, quantity_of
 from keras_taylor.budget.measuring import Calibration, Measurements, WeightBytes
 from keras_taylor.cutting.surgery import rebuild
 from keras_taylor.exports.artifacts import ExportError
-from keras_taylor.exports.export_arguments import FORMS
+from keras_taylor.exports.export_arguments import VARIANTS
 from keras_taylor.loop.measured_search import TRIES, check_reachable, fitting_units
-from keras_taylor.plans.ranking import Removable, flat_scores
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.plans.ranking import RemovalOrder, flat_scores
+from keras_taylor.reading.groups import label_model
 
 
 def message_of(function, *args, **kwargs):
@@ -63,7 +63,7 @@ def test_what_is_no_amount_is_refused(what, value):
 def test_unknown_measured_goals_are_refused(what):
     text = message_of(parse_goal, {what: 0.5}, measurable=True)
     assert text.startswith("`goal` says how much to remove.")
-    formats = f"{', '.join(FORMS)}"
+    formats = f"{', '.join(VARIANTS)}"
     assert (f"or one of these with a format ({formats})" in text) == (what != "byte")
 
 
@@ -115,7 +115,7 @@ def test_predictions_go_through_what_was_measured():
 @pytest.mark.parametrize("name", ["chain", "residual", "depthwise", "grouped"])
 def test_bytes_of_weights_are_those_of_the_smaller_model(name):
     model = case(name).model
-    channels = read_channels(model)
+    channels = label_model(model)
     kept = np.random.default_rng(0).random(channels.num_units) < 0.6
     for group in channels.groups:
         kept[group.start] = True
@@ -144,7 +144,7 @@ def invented_layer_times(monkeypatch, tmp_path):
     monkeypatch.setattr(
         layer_times,
         "time_layers",
-        lambda form, layers, batch_size: [1000 + one["shape"][-1] for one in layers],
+        lambda variant, layers, batch_size: [1000 + one["shape"][-1] for one in layers],
     )
 
 
@@ -160,7 +160,7 @@ def setting(goal, measured=Invented, **limits):
         x = keras.layers.Conv2D(width, 3, padding="same", activation="relu")(x)
         x = keras.layers.BatchNormalization()(x)
     model = zoo.classified(inputs, x)
-    channels = read_channels(model)
+    channels = label_model(model)
     flat = flat_scores(channels, random_scores(model))
     wanted = parse_goal(goal, measurable=True)
     measurements = measured(channels, wanted.measured)
@@ -170,23 +170,23 @@ def setting(goal, measured=Invented, **limits):
         built.append(rebuild(channels, kept)[0])
         return built[-1]
 
-    def removable_for(costs):
-        return Removable(channels, costs, flat, **limits)
+    def removal_order_for(costs):
+        return RemovalOrder(channels, costs, flat, **limits)
 
     ceilings = wanted.ceilings(measurements.costs(channels)())
-    return built, (channels, removable_for, ceilings, measurements, build, goal)
+    return built, (channels, removal_order_for, ceilings, measurements, build, goal)
 
 
 @pytest.mark.parametrize("goal", [{"bytes": 0.3}, {"bytes": 0.6}, {"latency": 0.5}, {"latency": "1 ms"}])
 def test_what_was_measured_holds_and_hardly_more_goes(goal):
     built, arguments = setting(goal)
     check_reachable(*arguments)
-    channels, removable_for = arguments[:2]
+    channels, removal_order_for = arguments[:2]
     ((what, ceiling),) = arguments[2].items()
     kept, found = fitting_units(*arguments)
     assert found == {what: law_of(channels, kept)}
-    removable = removable_for(CostModel(channels))
-    values = [law_of(channels, removable.mask(num)) for num in range(channels.num_units)]
+    removal_order = removal_order_for(CostModel(channels))
+    values = [law_of(channels, removal_order.mask(num)) for num in range(channels.num_units)]
     best = max(value for value in values if value <= ceiling)
     aimed = max(value for value in values if value <= {"bytes": 1.0, "latency": 0.97}[what] * ceiling)
     assert min(aimed, {"bytes": 0.99, "latency": 0.93}[what] * ceiling) <= found[what] <= best
@@ -203,8 +203,8 @@ def test_predictions_are_exact_for_the_whole_model():
 def test_a_counted_part_that_asks_for_more_decides():
     built, arguments = setting({"bytes": 0.1, "params": 0.6})
     kept, found = fitting_units(*arguments)
-    channels, removable_for, ceilings = arguments[:3]
-    assert (kept == removable_for(CostModel(channels)).until({"params": ceilings["params"]})).all()
+    channels, removal_order_for, ceilings = arguments[:3]
+    assert (kept == removal_order_for(CostModel(channels)).until({"params": ceilings["params"]})).all()
     assert found["bytes"] < 0.9 * ceilings["bytes"]
     assert len(built) == 1
 
@@ -270,11 +270,11 @@ def test_the_file_that_is_exported_is_under_its_goal(tmp_path, goal):
     _, arguments = setting(goal, Measurements)
     check_reachable(*arguments)
     kept, found = fitting_units(*arguments)
-    format, quantize, ending = FORMS[quantity_of(what).form]
+    format, quantize, ending = VARIANTS[quantity_of(what).variant]
     calibration = np.random.default_rng(1).random((20, 8, 8, 3)) if quantize == "int8" else None
     small = rebuild(arguments[0], kept)[0]
-    artefact = keras_taylor.export(
+    artifact = keras_taylor.export(
         small, tmp_path / f"small{ending}", format, quantize, calibration, tolerance=float("inf")
     )
-    assert artefact.num_bytes == found[what] <= arguments[2][what]
+    assert artifact.num_bytes == found[what] <= arguments[2][what]
     assert found[what] > 0.97 * arguments[2][what]

@@ -12,7 +12,7 @@ from helpers import case, fingerprint, predict
 from keras import layers, ops
 
 import keras_taylor
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 
 IMAGES = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype("float32")
 
@@ -90,7 +90,7 @@ def test_what_cannot_be_seen_stays_closed_and_says_why(run):
 
 
 def test_control_flow_stays_closed():
-    channels = read_channels(case("branching").model)
+    channels = label_model(case("branching").model)
     assert channels.unknown == ["branching"]
     (locked,) = (g for g in channels.locked if g.name == "conv2")
     # JAX runs the functions with symbolic inputs and fails before it can be told
@@ -101,7 +101,7 @@ def test_control_flow_stays_closed():
 
 def test_what_can_be_seen_is_pruned_inside():
     model = around(Inner(with_constant))
-    channels = read_channels(model)
+    channels = label_model(model)
     assert [g.name for g in channels.groups] == ["before", "inner/conv", "after"]
     plan = keras_taylor.make_plan(model, keras_taylor.score(model, criterion="magnitude"), 0.3)
     small = keras_taylor.prune(model, plan)

@@ -14,7 +14,7 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.plan import LayerPlan
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 
 
 def message_of(function, *args, **kwargs):
@@ -29,7 +29,7 @@ def test_a_goal_is_reached_and_hardly_more(what, goal):
     model = case("chain").model
     scores = random_scores(model)
     plan = keras_taylor.make_plan(model, scores, {what: goal})
-    channels = read_channels(model)
+    channels = label_model(model)
     costs, kept = CostModel(channels), kept_units(channels, plan)
     ceiling = (1 - goal) * plan.before[what]
     assert plan.after[what] == costs(kept)[what] <= ceiling
@@ -134,7 +134,7 @@ def test_what_is_no_goal_is_refused(goal):
 
 def test_a_goal_out_of_reach_is_refused_with_the_largest_one():
     model = case("chain").model
-    channels = read_channels(model)
+    channels = label_model(model)
     kept = np.zeros(14, bool)
     kept[[0, 6]] = True
     least = CostModel(channels)(kept)["params"]
@@ -164,7 +164,7 @@ def test_what_blocks_most_is_named_with_the_parameters_that_it_holds():
 def test_the_largest_goal_counts_the_floor():
     model = case("chain").model
     text = message_of(keras_taylor.make_plan, model, random_scores(model), 0.9, min_channels=5)
-    channels = read_channels(model)
+    channels = label_model(model)
     kept = np.zeros(14, bool)
     kept[[0, 1, 2, 3, 4, 6, 7, 8, 9, 10]] = True
     least = CostModel(channels)(kept)["params"]

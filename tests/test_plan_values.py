@@ -13,7 +13,7 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.plan import LayerPlan, Plan
 from keras_taylor.plans.planning import kept_units, plan_of
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 
 
 def message_of(function, *args, **kwargs):
@@ -37,7 +37,7 @@ def chain(widths=(6, 8), names=("conv1", "conv2"), kernel=3, seed=0):
 @pytest.mark.parametrize("name", helpers.NAMES)
 def test_costs_are_the_same_without_the_model(name):
     model, exact = case(name).model, case(name).plan.exact
-    channels = read_channels(model, exact=exact)
+    channels = label_model(model, exact=exact)
     costs = CostModel(channels)
     structure = Plan.from_json(case(name).plan.to_json()).structure
     random = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def test_costs_are_the_same_without_the_model(name):
 @pytest.mark.parametrize("name", ["chain", "residual", "grouped", "zero_pad_shortcut", "siamese"])
 def test_every_layer_can_keep_one_unit_less(name):
     model = case(name).model
-    channels = read_channels(model)
+    channels = label_model(model)
     flat = np.random.default_rng(0).random(channels.num_units)
     plan = plan_of(channels, CostModel(channels), np.ones(channels.num_units, bool), flat)
     for layer, units in plan.structure.layers.items():
@@ -292,7 +292,7 @@ def test_composed_plans_can_be_edited():
     small = keras_taylor.prune(model, first)
     second = ranked_plan(small, 0.2, seed=1)
     plan = Plan().compose(first).compose(second)
-    channels = read_channels(model)
+    channels = label_model(model)
     assert plan.structure.layers == first.structure.layers
     assert sorted(plan.structure.order) == list(range(channels.num_units))
     left = kept_units(channels, plan)

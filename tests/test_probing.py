@@ -11,7 +11,7 @@ from keras import layers, ops
 
 import keras_taylor
 from keras_taylor.reading import rule_checks
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 
 SIZE = (4, 6)
 
@@ -23,7 +23,7 @@ def model_with(function):
 
 
 def is_let_through(function):
-    channels = read_channels(model_with(function))
+    channels = label_model(model_with(function))
     through = "before" in [g.name for g in channels.groups]
     assert len(channels.probed) + len(channels.unknown) == 1
     assert through == bool(channels.probed)
@@ -55,7 +55,7 @@ def test_what_leaves_each_channel_to_itself(function):
     assert is_let_through(layers.Lambda(function))
     for layer in (layers.Lambda(function), custom(function)):  # the custom one is opened
         model = model_with(layer)
-        assert "before" in [g.name for g in read_channels(model).groups]
+        assert "before" in [g.name for g in label_model(model).groups]
         check_law_two(model, zoo.inputs_of(model))
 
 
@@ -63,7 +63,7 @@ COUNTER = itertools.count()
 TRAPS = {
     "the other way round": lambda x: ops.flip(x, axis=-1),
     "rolled": lambda x: ops.roll(x, 1, axis=-1),
-    "normalised": ops.softmax,
+    "normalized": ops.softmax,
     "mean": lambda x: x - ops.mean(x, axis=-1, keepdims=True),
     "running sum": lambda x: ops.cumsum(x, axis=-1),
     "a factor for each place": lambda x: x * ops.convert_to_tensor(np.arange(1, 7, dtype="float32")),
@@ -71,7 +71,7 @@ TRAPS = {
     "the number of channels": lambda x: x / x.shape[-1],
     "the number of channels, fixed": lambda x: ops.reshape(ops.reshape(x, (-1, 24)), (-1, 4, 6)),
     "one channel counts": lambda x: ops.concatenate([x[..., :1], x[..., 1:] * x[..., :1]], -1),
-    "neighbours": lambda x: ops.reshape(
+    "neighbors": lambda x: ops.reshape(
         ops.repeat(ops.max(ops.reshape(x, (-1, 4, 3, 2)), -1), 2, -1), (-1, 4, 6)
     ),
     "other examples": lambda x: x - ops.mean(x, axis=0, keepdims=True),
@@ -89,7 +89,7 @@ def test_what_mixes_is_locked(trap):
     assert not is_let_through(layers.Lambda(TRAPS[trap], output_shape=None))
     if trap not in ("another every time", "noise", "not a number"):
         model = model_with(custom(TRAPS[trap]))
-        if read_channels(model).groups:  # opened: what it does is known, constants are cut with the channels
+        if label_model(model).groups:  # opened: what it does is known, constants are cut with the channels
             check_law_two(model, zoo.inputs_of(model))
 
 
@@ -103,7 +103,7 @@ def test_what_fails_on_random_numbers_is_locked():
 
     model = model_with(layers.Lambda(fails, name="fails"))
     symbolic.append(True)
-    assert read_channels(model).unknown == ["fails"]
+    assert label_model(model).unknown == ["fails"]
 
 
 def test_a_layer_with_weights_is_never_guessed(monkeypatch):
@@ -117,7 +117,7 @@ def test_a_layer_with_weights_is_never_guessed(monkeypatch):
             return x * self.scale
 
     model = model_with(Weighted(name="weighted"))
-    assert read_channels(model).unknown == ["weighted"]
+    assert label_model(model).unknown == ["weighted"]
 
 
 def test_operations_without_a_rule():
@@ -141,7 +141,7 @@ def test_activations_of_the_users(activation, through):
         x = inputs = keras.Input(SIZE)
         x = layer(layers.Dense(6, name="before")(x))
         model = zoo.randomized(keras.Model(inputs, layers.Dense(2, name="head")(x)))
-        channels = read_channels(model)
+        channels = label_model(model)
         names = ["before", "made"] if isinstance(layer, layers.Dense) else ["before"]
         assert [g.name for g in channels.groups] == [
             n for n in names if through or (n, names[-1]) == ("before", "made")
@@ -164,9 +164,9 @@ def test_the_analysis_says_what_was_probed():
 
 def test_a_layer_is_probed_once(monkeypatch):
     model = model_with(layers.Lambda(lambda x: x * 2))
-    before = read_channels(model)
+    before = label_model(model)
     monkeypatch.setattr(rule_checks, "is_channelwise", None)
-    assert read_channels(model).probed == before.probed
+    assert label_model(model).probed == before.probed
 
 
 def test_a_lambda_survives_surgery_with_its_arguments():

@@ -12,7 +12,7 @@ from test_compress import small_model, stripes
 
 import keras_taylor
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -20,7 +20,7 @@ def test_masked_as_a_plan_says_it_is_the_pruned_model(name):
     known = case(name)
     before = fingerprint(known.model)
     prunable = keras_taylor.PrunableModel(known.model)
-    prunable.mask = kept_units(read_channels(known.model), known.plan)
+    prunable.mask = kept_units(label_model(known.model), known.plan)
     assert relative_difference(predict(prunable, known.x), predict(known.small, known.x)) < 1e-5
     small = prunable.strip()
     assert small.to_json() == known.small.to_json()
@@ -185,7 +185,7 @@ class Shaken(keras_taylor.PrunableModel):
 
     @property
     def scores(self):
-        return {g.name: self.random.random(g.num_units) for g in self._pruning.channels.groups}
+        return {g.name: self.random.random(g.num_units) for g in self._pruning.labeled.groups}
 
 
 @pytest.mark.parametrize("rank", ["score", "cost"])

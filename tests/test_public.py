@@ -9,7 +9,7 @@ import keras_taylor
 def test_public_names():
     assert sorted(keras_taylor.__all__) == [
         "Analysis",
-        "Artefact",
+        "Artifact",
         "CompressionInterrupted",
         "ExportError",
         "Info",
@@ -21,7 +21,7 @@ def test_public_names():
         "compress",
         "export",
         "make_plan",
-        "measure_artefacts",
+        "measure_artifacts",
         "prune",
         "recalibrate",
         "register_rule",

@@ -14,8 +14,8 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans import prices
 from keras_taylor.plans.limits import Limits, ratio_limits
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.plans.ranking import choose
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.plans.ranking import choose_kept
+from keras_taylor.reading.groups import label_model
 
 
 def message_of(function, *args, **kwargs):
@@ -33,7 +33,7 @@ def stack(*widths, size=8):
 
 
 def widths_left(plan, model):
-    channels = read_channels(model, exact=plan.exact)
+    channels = label_model(model, exact=plan.exact)
     counts = CostModel(channels).counts(kept_units(channels, plan))
     return dict(zip([group.name for group in channels.groups], counts.tolist(), strict=True))
 
@@ -134,12 +134,12 @@ def test_a_goal_that_ratios_put_out_of_reach_is_refused():
 
 def test_ratios_are_shares_of_the_original_in_later_rounds():
     model = stack(10, 10)
-    limits = Limits(ratios=ratio_limits(read_channels(model), {"conv0": 0.5, "conv1": (0, 0.3)}))
+    limits = Limits(ratios=ratio_limits(label_model(model), {"conv0": 0.5, "conv1": (0, 0.3)}))
     whole = {"conv0": 10, "conv1": 10}
-    assert [b.tolist() for b in limits.bounds(read_channels(model), whole, 0.4)] == [[2, 0], [5, 3]]
+    assert [b.tolist() for b in limits.bounds(label_model(model), whole, 0.4)] == [[2, 0], [5, 3]]
     small = keras_taylor.prune(model, plan_for(model, 0.01, ratios={"conv0": 0.2, "conv1": 0.1}))
-    assert [b.tolist() for b in limits.bounds(read_channels(small), whole, 0.4)] == [[0, 0], [3, 2]]
-    assert [b.tolist() for b in limits.bounds(read_channels(small), whole)] == [[3, 0], [3, 2]]
+    assert [b.tolist() for b in limits.bounds(label_model(small), whole, 0.4)] == [[0, 0], [3, 2]]
+    assert [b.tolist() for b in limits.bounds(label_model(small), whole)] == [[3, 0], [3, 2]]
 
 
 @pytest.mark.parametrize("goal", [0.2, 0.5, 0.9, {"flops": 0.6}])
@@ -169,13 +169,13 @@ def test_rounds_add_up_to_an_even_cut():
     scores = random_scores(model)
     whole, before = {"conv0": 10, "conv1": 20, "conv2": 30}, model.count_params()
     for goal in (0.2, 0.4, 0.6):
-        channels = read_channels(model)
+        channels = label_model(model)
         flat = np.concatenate([np.sort(scores[g.name])[: g.num_units] for g in channels.groups])
         ceilings = {"params": (1 - goal) * before}
         costs = CostModel(channels)
-        kept = choose(channels, costs, flat, ceilings, goal, scope="layer", whole=whole)
+        kept = choose_kept(channels, costs, flat, ceilings, goal, scope="layer", whole=whole)
         model = keras_taylor.prune(model, keras_taylor.plans.planning.plan_of(channels, costs, kept))
-        shares = [g.num_units / whole[g.name] for g in read_channels(model).groups]
+        shares = [g.num_units / whole[g.name] for g in label_model(model).groups]
         assert max(shares) - min(shares) <= 1 / 10
 
 
@@ -287,7 +287,7 @@ def test_scores_know_their_criterion():
 
 def best_sum(model, scores, goal):
     """The least sum of scores that meets a goal, by trying how many units go of each group."""
-    channels = read_channels(model)
+    channels = label_model(model)
     costs = CostModel(channels)
     ceilings = {what: (1 - share) * costs()[what] for what, share in goal.items()}
     ranked = [np.sort(scores[group.name]) for group in channels.groups]
@@ -305,7 +305,7 @@ def test_ranking_by_cost_loses_little_more_than_the_best_choice(goal, seed):
     model = stack(9, 12, 7)
     scores = random_scores(model, seed)
     plan = plan_for(model, goal, scores, rank="cost")
-    channels = read_channels(model)
+    channels = label_model(model)
     flat = np.concatenate([scores[g.name] for g in channels.groups])
     lost = flat[~kept_units(channels, plan)].sum()
     assert all(plan.after[what] <= (1 - share) * plan.before[what] for what, share in goal.items())
@@ -317,7 +317,7 @@ def test_few_units_stand_for_many_in_the_linear_program(monkeypatch):
     scores = random_scores(model)
     monkeypatch.setattr(prices, "_MOST_VARIABLES", 7)
     plan = plan_for(model, goal, scores, rank="cost")
-    channels = read_channels(model)
+    channels = label_model(model)
     lost = np.concatenate([scores[g.name] for g in channels.groups])[~kept_units(channels, plan)].sum()
     assert lost <= 1.25 * best_sum(model, scores, goal)
 
@@ -343,7 +343,7 @@ def test_memory_is_saved_where_the_most_is_alive():
 @pytest.mark.parametrize("name", ["chain", "residual", "vit_parts"])
 def test_slopes_are_the_derivative_of_the_cost(name, what):
     model = case(name).model
-    costs = CostModel(read_channels(model))
+    costs = CostModel(label_model(model))
     counts = costs.counts().astype(float)
     step = 1e-3
     for group, slope in enumerate(costs.by_groups.slopes(counts, what)):

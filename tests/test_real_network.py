@@ -10,7 +10,7 @@ from helpers import random_plan, relative_difference
 
 import keras_taylor
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gates import GatedModel
 
 BESIDE = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -39,7 +39,7 @@ def test_all_but_the_logits_can_go(trained):
 def test_gates_at_zero_equal_the_pruned_model(trained):
     model, x, _ = trained
     plan = random_plan(model, fraction=0.2)
-    channels = read_channels(model)
+    channels = label_model(model)
     gated = GatedModel(channels)
     gated.mask = kept_units(channels, plan)
     small = keras_taylor.prune(model, plan)

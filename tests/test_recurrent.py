@@ -8,7 +8,7 @@ from helpers import case, check_law_two, predict
 from keras import layers, ops
 
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 
 SEQUENCE, VIDEO = (4, 3), (3, 5, 5, 2)
 
@@ -68,7 +68,7 @@ def test_units_are_one_with_what_they_meet():
     lstm = layers.LSTM(3, name="lstm", return_sequences=True)(layers.Dense(5, name="before")(x))
     met = layers.Add()([lstm, layers.Dense(3, name="met")(x)])
     model = zoo.randomized(keras.Model(inputs, layers.Dense(2, name="head")(met)))
-    channels = read_channels(model)
+    channels = label_model(model)
     assert [(g.name, g.producers) for g in channels.groups] == [
         ("before", ("before",)),
         ("lstm", ("lstm", "met")),
@@ -83,7 +83,7 @@ def test_a_layer_that_is_used_twice_has_one_set_of_units():
     first, *states = lstm(inputs[0])
     second, *_ = lstm(inputs[1], initial_state=states)
     model = zoo.randomized(keras.Model(inputs, layers.Dense(2)(layers.Concatenate()([first, second]))))
-    assert [(g.name, g.num_units) for g in read_channels(model).groups] == [("lstm", 4)]
+    assert [(g.name, g.num_units) for g in label_model(model).groups] == [("lstm", 4)]
     assert check_law_two(model, zoo.inputs_of(model)).get_layer("lstm").units == 2
 
 
@@ -97,7 +97,7 @@ def with_states(states):
 
 def test_states_that_are_given_leave_with_the_units_whose_past_they_are():
     model = with_states(lambda x: [layers.Dense(3, name=name)(x) for name in ("h", "c")])
-    assert [(g.name, g.producers) for g in read_channels(model).groups] == [
+    assert [(g.name, g.producers) for g in label_model(model).groups] == [
         ("before", ("before",)),
         ("h", ("h", "c", "lstm")),
         ("after", ("after",)),
@@ -115,7 +115,7 @@ def test_states_that_are_given_leave_with_the_units_whose_past_they_are():
 )
 def test_units_stay_where_their_first_past_does(states, reason):
     model = with_states(states)
-    channels = read_channels(model)
+    channels = label_model(model)
     assert [g.name for g in channels.groups] == ["before", "after"]
     assert [g.reason for g in channels.locked if g.num_units == 3] == [reason]
     check_law_two(model, zoo.inputs_of(model))
@@ -137,7 +137,7 @@ def test_units_stay_where_their_first_past_does(states, reason):
 def test_units_that_stay_say_why(layer, reason):
     inputs = keras.Input(SEQUENCE)
     x = keras.tree.flatten(layer()(layers.Dense(6, name="before")(inputs)))[0]
-    channels = read_channels(keras.Model(inputs, layers.Dense(2)(x)))
+    channels = label_model(keras.Model(inputs, layers.Dense(2)(x)))
     assert [g.name for g in channels.groups] == ["before"]
     assert channels.locked[0].reason.startswith(reason)
 
@@ -145,7 +145,7 @@ def test_units_that_stay_say_why(layer, reason):
 def test_a_stateful_layer_stays_as_it_is():
     inputs = keras.Input(batch_shape=(4, *SEQUENCE))
     x = layers.LSTM(3, stateful=True, name="lstm")(layers.Dense(6, name="before")(inputs))
-    channels = read_channels(keras.Model(inputs, layers.Dense(2)(layers.Dense(4, name="after")(x))))
+    channels = label_model(keras.Model(inputs, layers.Dense(2)(layers.Dense(4, name="after")(x))))
     assert [g.name for g in channels.groups] == ["after"]
     assert channels.unknown == ["lstm"]
 
@@ -154,17 +154,17 @@ def test_a_time_axis_of_unknown_length():
     x = inputs = keras.Input((None, 3))
     x = layers.LSTM(3)(layers.Dense(5)(x))
     model = zoo.randomized(keras.Model(inputs, layers.Dense(2)(x)))
-    assert CostModel(read_channels(model))()["flops"] is None
+    assert CostModel(label_model(model))()["flops"] is None
     check_law_two(model, np.random.default_rng(0).normal(size=(4, 7, 3)).astype("float32"))
 
 
 def test_flops():
     x = inputs = keras.Input(SEQUENCE)
     model = keras.Model(inputs, layers.LSTM(5)(x))
-    assert CostModel(read_channels(model))()["flops"] == 4 * 2 * (3 + 5) * 4 * 5
+    assert CostModel(label_model(model))()["flops"] == 4 * 2 * (3 + 5) * 4 * 5
     x = inputs = keras.Input(VIDEO)
     model = keras.Model(inputs, layers.ConvLSTM2D(5, 2, return_sequences=True)(x))
-    assert CostModel(read_channels(model))()["flops"] == 3 * 16 * 2 * 4 * (2 + 5) * 4 * 5
+    assert CostModel(label_model(model))()["flops"] == 3 * 16 * 2 * 4 * (2 + 5) * 4 * 5
 
 
 def test_masks_survive():
@@ -191,16 +191,16 @@ def test_masks_survive():
 def test_channels_that_a_masking_layer_looks_at_stay():
     x = inputs = keras.Input(SEQUENCE)
     x = layers.Masking()(layers.Dense(5, activation="relu", name="looked_at")(x))
-    channels = read_channels(keras.Model(inputs, layers.Dense(2)(layers.LSTM(3, name="lstm")(x))))
+    channels = label_model(keras.Model(inputs, layers.Dense(2)(layers.LSTM(3, name="lstm")(x))))
     assert [g.name for g in channels.groups] == ["lstm"]
 
 
 def test_what_a_wrapper_wraps_keeps_its_rule_and_its_name():
-    channels = read_channels(case("conv_lstm").model)
+    channels = label_model(case("conv_lstm").model)
     assert [(g.name, g.num_units) for g in channels.groups] == [
         *(("frames", 5), ("video", 3), ("again", 4), ("last", 4), ("conv", 5))
     ]
     x = inputs = keras.Input(VIDEO)
     x = layers.TimeDistributed(layers.Lambda(lambda x: ops.flip(x, -1)), name="wrapped")(layers.Dense(4)(x))
-    channels = read_channels(keras.Model(inputs, layers.Dense(2)(x)))
+    channels = label_model(keras.Model(inputs, layers.Dense(2)(x)))
     assert channels.unknown == ["wrapped"]

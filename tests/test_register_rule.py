@@ -11,7 +11,7 @@ from keras import layers, ops
 
 import keras_taylor
 from keras_taylor.reading import rule_checks
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.rules import registry
 from keras_taylor.rules.base import Effect
 
@@ -81,7 +81,7 @@ def model_with(*stack):
 
 
 def units_of(model):
-    return {g.name: g.num_units for g in read_channels(model).groups}
+    return {g.name: g.num_units for g in label_model(model).groups}
 
 
 def test_one_weight_a_channel():
@@ -186,13 +186,13 @@ def test_a_rule_within_a_wrapper_is_tried_too(wrong):
     with keras.saving.custom_object_scope({"Mix": Mix}):
         if wrong:
             with pytest.raises(ValueError, match="registered for `Mix` does not hold for layer 'mix'"):
-                read_channels(model)
+                label_model(model)
         else:
             assert units_of(model) == {"before": 6, "mix": 5, "after": 4}
             check_law_two(model, zoo.inputs_of(model))
 
 
-def test_a_mixing_layer_that_normalises_its_units_is_refused():
+def test_a_mixing_layer_that_normalizes_its_units_is_refused():
     Mix = mix(normalized=True)
     keras_taylor.register_rule(Mix, **MIX)
     with pytest.raises(ValueError, match=r"they differ by \d"):
@@ -210,9 +210,9 @@ def test_what_has_passed_is_not_tried_again(monkeypatch):
     Scale = scale()
     keras_taylor.register_rule(Scale, weights={"scale": ("channels",)})
     model = model_with(Scale())
-    read_channels(model)
+    label_model(model)
     monkeypatch.setattr(rule_checks, "_Trial", None)
-    read_channels(model)
+    label_model(model)
 
 
 @pytest.mark.parametrize(

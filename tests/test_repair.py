@@ -10,7 +10,7 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.plan import LayerPlan, Plan
 from keras_taylor.plans.planning import kept_units, plan_of
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.reading.walk import in_batches
 
 layers = keras.layers
@@ -95,7 +95,7 @@ def test_repair_is_never_worse_over_the_zoo(name):
 
 def without_units(model, group, gone):
     """The plan that takes some units of the one group of this name."""
-    channels = read_channels(model)
+    channels = label_model(model)
     (start,) = [g.start for g in channels.groups if g.name == group]
     kept = np.ones(channels.num_units, bool)
     kept[start + np.array(gone)] = False
@@ -230,7 +230,7 @@ def test_one_example_is_enough_to_run():
 def test_layers_that_lost_inputs_are_refitted():
     model = case("residual").model
     plan, small = case("residual").plan, case("residual").small
-    channels = read_channels(model)
+    channels = label_model(model)
     gone = ~kept_units(channels, plan)
     readers = {
         call.name

@@ -10,7 +10,7 @@ import keras_taylor
 from keras_taylor.loop import round_scores
 from keras_taylor.loop.masked_scoring import MaskedScorer
 from keras_taylor.loop.round_scores import share_of_training
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import scoring_passes
 from keras_taylor.scores.gates import ROWS, GatedModel
 from keras_taylor.scores.log_odds import ODDS_ROWS
@@ -35,9 +35,9 @@ def test_a_mask_scores_the_smaller_model_that_was_trained_since(name):
     for weight in small.trainable_weights:
         value = keras.ops.convert_to_numpy(weight)
         weight.assign(value * random.uniform(0.8, 1.2, value.shape).astype(value.dtype))
-    channels, feed = read_channels(small), Feed((x, helpers.targets_of(small, x)), small)
+    channels, feed = label_model(small), Feed((x, helpers.targets_of(small, x)), small)
     wanted = gate_statistics(GatedModel(channels), channels, feed)
-    whole = read_channels(model)
+    whole = label_model(model)
     scorer = MaskedScorer(whole, GatedModel(whole))
     first = scorer.statistics(whole, None, feed, None, None, ())
     found = scorer.statistics(channels, plan, feed, None, None, ())
@@ -109,7 +109,7 @@ def test_how_many_examples_are_scored(capsys, epochs, options, scored):
 
 def test_a_pass_draws_the_same_probes_whatever_passes_came_before():
     model, (x, y) = small_model(), data()
-    channels = read_channels(model)
+    channels = label_model(model)
     scorer = MaskedScorer(channels, gated_for(channels, "log_odds_probed"))
     first, second = (scorer.statistics(channels, None, Feed((x, y), model), None, None, ()) for _ in range(2))
     probes = (*ROWS, *ODDS_ROWS).index("probe")

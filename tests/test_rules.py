@@ -8,7 +8,7 @@ from helpers import check_law_two
 from keras import layers
 
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 
 SIZE = (5, 6, 3)
 
@@ -23,7 +23,7 @@ def headed(inputs, x):
 
 
 def units_of(model):
-    return {g.name: g.num_units for g in read_channels(model).groups}
+    return {g.name: g.num_units for g in label_model(model).groups}
 
 
 @pytest.mark.parametrize(
@@ -71,15 +71,15 @@ def test_dot(axes, first, second, units):
 def test_flops_of_dot():
     inputs = [keras.Input((4, 6)), keras.Input((3, 6))]
     pairs = keras.Model(inputs, layers.Dot(2)([dense(x, 5, f"dense{k}") for k, x in enumerate(inputs)]))
-    assert CostModel(read_channels(pairs))()["flops"] == 2 * 6 * 5 * 7 + 2 * 4 * 3 * 5
+    assert CostModel(label_model(pairs))()["flops"] == 2 * 6 * 5 * 7 + 2 * 4 * 3 * 5
     sums = keras.Model(inputs, layers.Dot(2)(inputs))
-    assert CostModel(read_channels(sums))()["flops"] == 2 * 4 * 3 * 6
+    assert CostModel(label_model(sums))()["flops"] == 2 * 4 * 3 * 6
 
 
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (lambda: layers.UnitNormalization(), "normalised together ('layer'); `exact=False` opens it"),
+        (lambda: layers.UnitNormalization(), "normalized together ('layer'); `exact=False` opens it"),
         (lambda: layers.Masking(), "decides with others whether a step is masked ('layer')"),
     ],
 )
@@ -87,7 +87,7 @@ def test_what_locks_says_why(layer, why):
     x = inputs = keras.Input((4, 3))
     layer = layer()
     layer.name = "layer"
-    channels = read_channels(headed(inputs, layer(dense(x, 5, "before"))))
+    channels = label_model(headed(inputs, layer(dense(x, 5, "before"))))
     assert {g.name: g.reason for g in channels.locked}["before"] == why
     assert channels.unknown == []
 

@@ -12,7 +12,7 @@ from helpers import BACKEND, EAGER
 from keras import layers, ops
 
 import keras_taylor
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gates import GatedModel
 
@@ -322,7 +322,7 @@ def test_inputs_are_not_rounded_before_a_float32_layer(policy):
     x = layers.Dense(3, dtype="float32", name="hidden")(x - 1000)
     model = keras.Model(inputs, layers.Dense(2, dtype="float32", name="head")(x))
     x = np.random.default_rng(0).normal(1000, 1, (6, 4)).astype("float32")
-    gated = GatedModel(read_channels(model))
+    gated = GatedModel(label_model(model))
     assert helpers.relative_difference(helpers.predict(gated, x), helpers.predict(model, x)) < 1e-6
 
 

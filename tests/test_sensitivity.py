@@ -8,7 +8,7 @@ from test_repair import inputs_for, redundant
 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.divergences import divergence
 from keras_taylor.scores.gates import GatedModel
 from keras_taylor.scores.sensitivity import Curve, curves
@@ -42,16 +42,16 @@ def test_divergences_by_hand():
     assert divergence("mse", np.array([[3.0, 4.0]]), np.array([[3.0, 3.0]])) == pytest.approx(1 / 25)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_a_restricted_matrix_is_the_least_squares_solution(centred):
+@pytest.mark.parametrize("centered", [True, False])
+def test_a_restricted_matrix_is_the_least_squares_solution(centered):
     random = np.random.default_rng(0)
     x = random.normal(size=(200, 6)) @ random.normal(size=(6, 6)) + 2
     matrix, columns = random.normal(size=(6, 3)), np.array([1, 1, 0, 1, 0, 1], bool)
     moments = Moments(6)
     for part in np.array_split(x, 7):
         moments.add(part)
-    ours = moments.restricted(matrix, columns, 1e-9, centred)
-    rows = x - x.mean(0) if centred else x
+    ours = moments.restricted(matrix, columns, 1e-9, centered)
+    rows = x - x.mean(0) if centered else x
     theirs = np.linalg.lstsq(rows[:, columns], rows @ matrix, rcond=None)[0]
     np.testing.assert_allclose(ours[columns], theirs, rtol=1e-4)
     assert not ours[~columns].any()
@@ -63,7 +63,7 @@ def test_redundant_units_cost_nothing_once_their_readers_are_refitted():
     model = redundant()
     model.compile("sgd", "mse")
     x = inputs_for(model, 400)
-    channels = read_channels(model)
+    channels = label_model(model)
     (group,) = [g for g in channels.groups if g.name == "conv1"]
     gated = GatedModel(channels)
     before, weights = predict(gated, x[:8]), fingerprint(model)["weights"]
@@ -110,7 +110,7 @@ def test_scores_over_the_zoo(name):
     before = fingerprint(model)
     scores = keras_taylor.score(model, (x, y), criterion="sensitivity")
     assert fingerprint(model) == before
-    assert set(scores) == {g.name for g in read_channels(model).groups}
+    assert set(scores) == {g.name for g in label_model(model).groups}
     assert all(np.isfinite(v).all() and (v >= 0).all() for v in scores.values())
     keras_taylor.make_plan(model, scores, 0.1)
 
@@ -126,8 +126,8 @@ def test_scores_for_flops_are_slopes_for_flops():
     x = np.random.default_rng(0).normal(size=(64, 8, 8, 4)).astype("float32")
     params = keras_taylor.score(model, x, criterion="sensitivity")
     flops = keras_taylor.score(model, x, criterion="sensitivity", cost="flops")
-    costs = CostModel(read_channels(model))
-    for group in read_channels(model).groups:
+    costs = CostModel(label_model(model))
+    for group in label_model(model).groups:
         kept = np.arange(costs.num_units) != group.start
         whole, less = costs(), costs(kept)
         ratio = (whole["params"] - less["params"]) / (whole["flops"] - less["flops"])

@@ -11,7 +11,7 @@ import pytest
 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.support import copies
 
 
@@ -91,7 +91,7 @@ def test_calls_grow_in_line_with_depth():
 
 @pytest.mark.parametrize("make", [lambda: residual_net(3), concatenating_net])
 def test_costs_of_each_group_alone(make):
-    channels = read_channels(make())
+    channels = label_model(make())
     costs = CostModel(channels)
     for number, alone in zip((1, None), (costs.each_alone(gone=1), costs.each_alone()), strict=True):
         for group, found in zip(channels.groups, alone, strict=True):

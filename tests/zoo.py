@@ -701,7 +701,7 @@ def lambda_layer():
 
 
 @keras.saving.register_keras_serializable("zoo")
-class Normalised(layers.Layer):
+class Normalized(layers.Layer):
     """Something that no rule knows: each channel divided by its mean size."""
 
     def call(self, x):
@@ -711,7 +711,7 @@ class Normalised(layers.Layer):
 @model
 def custom_elementwise():
     x = inputs = keras.Input(SIZE)
-    x = Normalised(name="normalised")(conv(conv(x, 6, "conv1"), 5, "conv2"))
+    x = Normalized(name="normalized")(conv(conv(x, 6, "conv1"), 5, "conv2"))
     return classified(inputs, conv(x, 6, "conv3"))
 
 

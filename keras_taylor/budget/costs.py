@@ -22,13 +22,13 @@ class CostModel:
     operations, four bytes a number: see `tensor_lifetimes.Lifetimes`. (An int8 model needs a quarter.)
 
     Args:
-        channels: `groups.Channels` of the model.
+        channels: `groups.LabeledModel` of the model.
     """
 
-    def __init__(self, channels):
-        self._channels = channels
-        self._starts = [group.start for group in channels.groups]
-        self.num_units = channels.num_units
+    def __init__(self, labeled):
+        self._labeled = labeled
+        self._starts = [group.start for group in labeled.groups]
+        self.num_units = labeled.num_units
         self._widths = [(1, ())]  # fixed part; pairs of group and channels a unit
         self._index, self._seen = {}, {}
         terms = {"params": self._params(), "flops": self._flops()}
@@ -64,19 +64,19 @@ class CostModel:
 
     def _params(self):
         terms = {}
-        for _, factor, axes in weights_of(self._channels):
+        for _, factor, axes in weights_of(self._labeled):
             self._add(terms, factor, axes)
         return _known(terms)
 
     def _flops(self):
         terms = {}
-        for effect in self._channels.effects:
+        for effect in self._labeled.effects:
             for work in effect.work:
                 self._add(terms, work.factor, work.axes)
         return _known(terms)
 
     def _memory(self):
-        lifetimes = Lifetimes(self._channels)
+        lifetimes = Lifetimes(self._labeled)
         if any(math.isnan(size) for size, _ in lifetimes.places):
             return None
         return tuple(
@@ -97,11 +97,11 @@ class CostModel:
         return self._seen[id(labels)][0]
 
     def _width_of(self, labels):
-        units = self._channels.units(labels).reshape(-1)
+        units = self._labeled.units(labels).reshape(-1)
         groups = np.searchsorted(self._starts, units[units >= 0], "right") - 1
         numbers, counts = np.unique(groups, return_counts=True)
         parts = tuple(
-            (number, count // self._channels.groups[number].num_units)
+            (number, count // self._labeled.groups[number].num_units)
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
         )
         width = (int((units < 0).sum()), parts)
@@ -111,10 +111,10 @@ class CostModel:
         return self._index[width]
 
 
-def weights_of(channels):
+def weights_of(labeled):
     """Each weight of a model once, the product of the axes that stay whole, and labels along the others."""
     seen = set()
-    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
         if id(call.operation) in seen or not hasattr(call.operation, "weights"):
             continue
         seen.add(id(call.operation))
@@ -125,11 +125,11 @@ def weights_of(channels):
             yield weight, factor, [a for a in axes if a is not None]
 
 
-def unit_savings(channels, what):
+def unit_savings(labeled, what):
     """What each unit saves if it goes alone, of one cost, at least 1: a float64 array `(num_units,)`."""
-    costs, savings = CostModel(channels), np.ones(channels.num_units)
+    costs, savings = CostModel(labeled), np.ones(labeled.num_units)
     whole = costs()[what]
-    for group, alone in zip(channels.groups, costs.each_alone(gone=1), strict=True):
+    for group, alone in zip(labeled.groups, costs.each_alone(gone=1), strict=True):
         savings[group.start : group.start + group.num_units] = max(whole - alone[what], 1)
     return savings
 

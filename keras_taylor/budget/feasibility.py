@@ -26,11 +26,11 @@ def reach(goals, before, least):
         )
 
 
-def unreachable(channels, costs, least, ceilings, goal, has_ratios=False):
+def unreachable(labeled, costs, least, ceilings, goal, has_ratios=False):
     """The error for a goal out of reach.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         costs: Its `CostModel`.
         least: The mask of kept units with all gone that may go.
         ceilings: What may be left of each cost.
@@ -45,21 +45,21 @@ def unreachable(channels, costs, least, ceilings, goal, has_ratios=False):
         if after[what] > ceiling
     ]
     return ValueError(
-        f"The goal is out of reach: {'; '.join(parts)}. What stays: {blockers(channels, least)}. Lower the "
+        f"The goal is out of reach: {'; '.join(parts)}. What stays: {blockers(labeled, least)}. Lower the "
         f"goal, or widen what may go (`include`, `exclude`, {'`ratios`, ' * has_ratios}`round_to`, "
         f"`min_channels`). "
         f"Received: goal={goal!r}"
     )
 
 
-def blockers(channels, least):
+def blockers(labeled, least):
     """The three things that keep most parameters from leaving, as text.
 
     Each parameter that is left when all has gone that may go counts for every locked layer whose
     channels it makes or reads.
     """
-    held = _held(channels, least)
-    locked = {group.name: group for group in channels.locked}
+    held = _held(labeled, least)
+    locked = {group.name: group for group in labeled.locked}
     names = sorted((name for name in held if name in locked), key=lambda name: -held[name])[:3]
     text = "; ".join(
         f"'{n}' ({locked[n].num_units} channels: {locked[n].reason}; {held[n]:,} parameters)" for n in names
@@ -67,21 +67,21 @@ def blockers(channels, least):
     return text or "the smallest width of every layer"
 
 
-def _held(channels, least):
+def _held(labeled, least):
     """Parameters that make or read locked channels, by the layer that makes these."""
     kept = np.append(least, True)
     held, seen = {}, set()
-    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
         for name, axes in effect.weights.items():
             weight = weight_of(call.operation, name)
             if weight is None or id(weight) in seen:
                 continue
             seen.add(id(weight))
-            units = [None if a is None else channels.units(a) for a in axes]
+            units = [None if a is None else labeled.units(a) for a in axes]
             size = math.prod(
                 d if u is None else int(kept[u].sum()) for d, u in zip(weight.shape, units, strict=True)
             )
             stays = [a[u < 0] for a, u in zip(axes, units, strict=True) if u is not None]
-            for maker in set().union(*map(channels.makers, stays)):
+            for maker in set().union(*map(labeled.makers, stays)):
                 held[maker] = held.get(maker, 0) + size
     return held

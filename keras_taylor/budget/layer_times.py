@@ -16,7 +16,7 @@ from keras_taylor.exports.export_worker import JobError, ask
 from keras_taylor.exports.timing import time_layers
 from keras_taylor.reading.cloning import clone_operation
 from keras_taylor.reading.tracing import UnsupportedModelError
-from keras_taylor.support.atomic_files import Draft
+from keras_taylor.support.atomic_files import AtomicFile
 
 FRACTIONS = (0.25, 0.5, 1.0)  # of a layer's channels, in and out
 _OFFSETS = {1: (3, 7), 4: (4,), 8: (8,)}  # multiple -> how far below coarser ones its widths may be
@@ -30,8 +30,8 @@ class LayerTimes:
     """Times of a network's mixing layers alone, at a grid of widths, and at all widths in between.
 
     Args:
-        channels: `groups.Channels` of the whole model.
-        form: Key of `export_arguments.FORMS`; "keras": this process's backend.
+        channels: `groups.LabeledModel` of the whole model.
+        form: Key of `export_arguments.VARIANTS`; "keras": this process's backend.
         batch_size: Examples a call.
         cache_dir: Where tables are kept; `None`: `keras_taylor` in Keras' own folder (`KERAS_HOME`, else
             `~/.keras`).
@@ -41,25 +41,25 @@ class LayerTimes:
         ValueError: if no layer can be timed alone.
     """
 
-    def __init__(self, channels, form, batch_size=1, cache_dir=None, say=None):
-        self._table = TimeTable(form, batch_size, cache_dir, say)
-        grids = {name: _Grid(channels, *found) for name, found in _mixing(channels).items()}
+    def __init__(self, labeled, variant, batch_size=1, cache_dir=None, say=None):
+        self._table = TimeTable(variant, batch_size, cache_dir, say)
+        grids = {name: _Grid(labeled, *found) for name, found in _mixing(labeled).items()}
         self._table.fill([point for grid in grids.values() for point in grid.points()])
         self._grids = {name: grid for name, grid in grids.items() if grid.read(self._table)}
         if not self._grids:
             raise ValueError(
                 "None of the layers can be timed alone, so nothing is known of what narrower ones save. Ask "
-                f"for FLOPs in place of a latency. Received: layers {sorted(grids)} as '{form}'"
+                f"for FLOPs in place of a latency. Received: layers {sorted(grids)} as '{variant}'"
             )
 
-    def __call__(self, channels):
+    def __call__(self, labeled):
         """A function of a mask of kept units to the sum of the layers' times, in nanoseconds.
 
         Args:
-            channels: `groups.Channels` of the same network, which may have lost channels.
+            channels: `groups.LabeledModel` of the same network, which may have lost channels.
         """
-        found = _mixing(channels)
-        pairs = [(grid, _Widths(channels, *found[name])) for name, grid in self._grids.items()]
+        found = _mixing(labeled)
+        pairs = [(grid, _Widths(labeled, *found[name])) for name, grid in self._grids.items()]
         return lambda kept: sum(grid(*widths(kept)) for grid, widths in pairs)
 
     def best_multiple(self):
@@ -93,10 +93,10 @@ class TimeTable:
         form, batch_size, cache_dir, say: As in `LayerTimes`.
     """
 
-    def __init__(self, form, batch_size, cache_dir=None, say=None):
-        self._form, self._batch_size, self._say = form, batch_size, say or (lambda text: None)
+    def __init__(self, variant, batch_size, cache_dir=None, say=None):
+        self._form, self._batch_size, self._say = variant, batch_size, say or (lambda text: None)
         folder = cache_dir or os.path.join(os.environ.get("KERAS_HOME") or "~/.keras", "keras_taylor")
-        self._machine = {"form": form, "batch_size": batch_size, **_machine(form)}
+        self._machine = {"form": variant, "batch_size": batch_size, **_machine(variant)}
         name = f"layer-times-{_digest(self._machine)}.json"
         self.path = pathlib.Path(folder).expanduser() / name
         self._times = self._read()
@@ -133,7 +133,7 @@ class TimeTable:
             return time_layers(**arguments)
         try:
             return ask("tensorflow", "time_layers", **arguments)
-        except JobError:  # native code that crashed takes its neighbours along: one by one then
+        except JobError:  # native code that crashed takes its neighbors along: one by one then
             return [None] if len(points) == 1 else [t for p in points for t in self._measured([p])]
 
     def _read(self):
@@ -145,7 +145,7 @@ class TimeTable:
     def _write(self):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with Draft(self.path) as draft:
+            with AtomicFile(self.path) as draft:
                 content = {"machine": self._machine, "times": {**self._read(), **self._times}}
                 draft.path.write_text(json.dumps(content), "utf-8")
                 draft.move_to(self.path)
@@ -156,34 +156,34 @@ class TimeTable:
 class _Widths:
     """How many channels one call reads and makes."""
 
-    def __init__(self, channels, call, effect):
+    def __init__(self, labeled, call, effect):
         first = getattr(call.operation, "data_format", None) == "channels_first"
-        sizes = [channels.graph.shapes[i][1 if first else -1] for i in (call.inputs[0], call.outputs[0])]
-        labels = (channels.labels[call.inputs[0]], effect.outputs[0])
-        self.read, self.made = (_units(channels, a, size) for a, size in zip(labels, sizes, strict=True))
+        sizes = [labeled.graph.shapes[i][1 if first else -1] for i in (call.inputs[0], call.outputs[0])]
+        labels = (labeled.labels[call.inputs[0]], effect.outputs[0])
+        self.read, self.made = (_units(labeled, a, size) for a, size in zip(labels, sizes, strict=True))
 
     def __call__(self, kept):
         kept = np.append(kept, True)  # the -1 of what stays
         return int(kept[self.read].sum()), int(kept[self.made].sum())
 
 
-def _units(channels, labels, size):
+def _units(labeled, labels, size):
     """The unit of each channel; labels that are all the same are stored once."""
-    units = channels.units(labels.reshape(-1))
+    units = labeled.units(labels.reshape(-1))
     return np.repeat(units, size or 1) if units.size == 1 else units
 
 
 class _Grid:
     """One layer alone at several widths."""
 
-    def __init__(self, channels, call, effect):
-        self._channels, self._call, self._effect = channels, call, effect
-        self.widths = _Widths(channels, call, effect)
+    def __init__(self, labeled, call, effect):
+        self._labeled, self._call, self._effect = labeled, call, effect
+        self.widths = _Widths(labeled, call, effect)
         read, made = (np.unique(u[u >= 0]) for u in (self.widths.read, self.widths.made))
         self._tied = bool(np.intersect1d(read, made).size)
         self._units = [np.union1d(read, made)] if self._tied else [read, made]
         self._axes = [[units[:n] for n in grid_of(units.size)] for units in self._units]
-        self._removable = np.union1d(read, made)
+        self._removal_order = np.union1d(read, made)
 
     def points(self):
         """What has to be timed: one row of the table for each place of the grid."""
@@ -191,7 +191,7 @@ class _Grid:
 
     def narrower(self, offset):
         """The mask that keeps so many units less than half of the layer's, in and out, where it is wide."""
-        kept = np.ones(self._channels.num_units, bool)
+        kept = np.ones(self._labeled.num_units, bool)
         for units in self._units:
             if units.size >= 2 * _COARSEST:
                 half = -(-units.size // (2 * _COARSEST)) * _COARSEST
@@ -202,13 +202,13 @@ class _Grid:
         """The layer with these units kept, as `TimeTable` knows it."""
         call, edits = self._call, self._effect.config
         changes = {
-            key: edit.value(*[np.append(kept, True)[self._channels.units(a)] for a in edit.labels])
+            key: edit.value(*[np.append(kept, True)[self._labeled.units(a)] for a in edit.labels])
             for key, edit in edits.items()
         }
         layer = clone_operation(call.operation, call.name, changes)
         dtype = next(x.dtype for x in call.site.flat if isinstance(x, keras.KerasTensor))
-        labels = self._channels.labels[call.inputs[0]]
-        shape = list(self._channels.graph.shapes[call.inputs[0]])
+        labels = self._labeled.labels[call.inputs[0]]
+        shape = list(self._labeled.graph.shapes[call.inputs[0]])
         for axis, size in enumerate(labels.shape):
             if size > 1:
                 shape[axis] = self.widths(kept)[0]
@@ -246,8 +246,8 @@ class _Grid:
         first, *second = self._axes
         for units in first:
             for others in second[0] if second else [first[0][:0]]:
-                kept = np.ones(self._channels.num_units, bool)
-                kept[self._removable] = False
+                kept = np.ones(self._labeled.num_units, bool)
+                kept[self._removal_order] = False
                 kept[units] = kept[others] = True
                 yield kept
 
@@ -260,13 +260,13 @@ def grid_of(num):
     return sorted({min(num, max(step, round(num * f / step) * step)) for f in FRACTIONS} | {num})
 
 
-def _mixing(channels):
+def _mixing(labeled):
     """Calls of layers with kernels, of one input and one output, by name and number of the call.
 
     What only has vectors, as BatchNormalization, is mostly fused into these.
     """
     found, seen = {}, {}
-    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
         has_matrix = any(len(axes) > 1 for axes in effect.weights.values())
         if not isinstance(call.operation, keras.Layer) or not effect.work or not has_matrix:
             continue
@@ -296,7 +296,7 @@ def _bare(layer):
     return content
 
 
-def _machine(form):
+def _machine(variant):
     """What the times of a layer depend on, besides the layer."""
     found = {"processor": _processor(), "cores": os.cpu_count()}
     for name in _PACKAGES:
@@ -304,7 +304,7 @@ def _machine(form):
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    if form == "keras":
+    if variant == "keras":
         found["backend"] = keras.backend.backend()
         found["device"] = str(keras.ops.convert_to_tensor(0.0).device)
         found["threads"] = os.environ.get("OMP_NUM_THREADS")

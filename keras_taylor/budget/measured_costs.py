@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from keras_taylor.exports.export_arguments import FORMS
+from keras_taylor.exports.export_arguments import VARIANTS
 
 BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
@@ -19,12 +19,12 @@ class Quantity:
 
     Attributes:
         kind: "bytes" of the file that `export` writes, or "latency" of one call.
-        form: Key of `export_arguments.FORMS`; the latency of "keras" is that of the model itself, on
+        form: Key of `export_arguments.VARIANTS`; the latency of "keras" is that of the model itself, on
             this process's backend, as `predict_on_batch` runs it.
     """
 
     kind: str
-    form: str
+    variant: str
 
     @property
     def units(self):
@@ -41,15 +41,17 @@ def quantity_of(what):
     """
     if not isinstance(what, str):
         return None
-    kind, _, form = what.partition(":")
-    if kind not in _DEFAULTS or (form or _DEFAULTS[kind]) not in FORMS or what.endswith(":"):
+    kind, _, variant = what.partition(":")
+    if kind not in _DEFAULTS or (variant or _DEFAULTS[kind]) not in VARIANTS or what.endswith(":"):
         return None
-    return Quantity(kind, form or _DEFAULTS[kind])
+    return Quantity(kind, variant or _DEFAULTS[kind])
 
 
 def measured_keys():
     """What a goal may ask for that is measured, as text."""
-    return f"'bytes', 'latency', or one of these with a format ({', '.join(FORMS)}) as in 'bytes:litert-int8'"
+    return (
+        f"'bytes', 'latency', or one of these with a format ({', '.join(VARIANTS)}) as in 'bytes:litert-int8'"
+    )
 
 
 def parse_amount(what, value):

@@ -10,7 +10,7 @@ from keras_taylor.budget.costs import CostModel, weights_of
 from keras_taylor.budget.layer_times import LayerTimes
 from keras_taylor.budget.measured_costs import quantity_of
 from keras_taylor.exports.artifacts import ExportError, size_of
-from keras_taylor.exports.export_arguments import FORMS, check_installed
+from keras_taylor.exports.export_arguments import VARIANTS, check_installed
 from keras_taylor.exports.export_worker import JobError, ask
 from keras_taylor.exports.exporting import convert_model
 from keras_taylor.exports.runners import random_arrays, write_arrays
@@ -31,7 +31,7 @@ class Measurements:
     through each.
 
     Args:
-        channels: `groups.Channels` of the whole model.
+        channels: `groups.LabeledModel` of the whole model.
         keys: Measured parts of a goal, as in `goals.Goal.measured`.
         batch_size: Examples a call, where times are measured.
         cache_dir, say: As in `layer_times.LayerTimes`.
@@ -46,29 +46,29 @@ class Measurements:
         ExportError: if the model cannot be exported.
     """
 
-    def __init__(self, channels, keys, batch_size=1, cache_dir=None, say=None):
+    def __init__(self, labeled, keys, batch_size=1, cache_dir=None, say=None):
         self._batch_size = batch_size
         self.keys = tuple(keys)
         self._quantities = {key: quantity_of(key) for key in self.keys}
         for quantity in self._quantities.values():
-            check_installed(FORMS[quantity.form][0])
+            check_installed(VARIANTS[quantity.variant][0])
         self._calibrations = {key: Calibration() for key in self.keys}
         self._tables = {}
         for key, quantity in self._quantities.items():
             if quantity.kind == "latency":
                 _check_alone(key)
-                _check_sizes(channels.graph.model, key)
-                self._tables[key] = LayerTimes(channels, quantity.form, batch_size, cache_dir, say)
+                _check_sizes(labeled.graph.model, key)
+                self._tables[key] = LayerTimes(labeled, quantity.variant, batch_size, cache_dir, say)
         self.before = {}
-        self.before = self.observe(channels, np.ones(channels.num_units, bool), channels.graph.model)
+        self.before = self.observe(labeled, np.ones(labeled.num_units, bool), labeled.graph.model)
 
-    def costs(self, channels):
+    def costs(self, labeled):
         """What a `CostModel` counts of these channels, and a prediction of each measured part."""
         surrogates = {
-            key: self._tables[key](channels) if key in self._tables else WeightBytes(channels, quantity.form)
+            key: self._tables[key](labeled) if key in self._tables else WeightBytes(labeled, quantity.variant)
             for key, quantity in self._quantities.items()
         }
-        return PredictedCosts(channels, surrogates, self._calibrations)
+        return PredictedCosts(labeled, surrogates, self._calibrations)
 
     def best_multiple(self):
         """The multiple of channels that is worth keeping to where times count, see `LayerTimes`; else 1."""
@@ -81,17 +81,17 @@ class Measurements:
 
     def _measured(self, model, folder, quantity):
         if quantity.kind == "bytes":
-            return size_of(exported(model, folder, quantity.form))
-        if quantity.form == "keras":
+            return size_of(exported(model, folder, quantity.variant))
+        if quantity.variant == "keras":
             return time_model(model, self._batch_size)
-        path = exported(model, folder, quantity.form, self._batch_size)
-        return time_exported(path, model, quantity.form, self._batch_size)
+        path = exported(model, folder, quantity.variant, self._batch_size)
+        return time_exported(path, model, quantity.variant, self._batch_size)
 
-    def observe(self, channels, kept, model):
+    def observe(self, labeled, kept, model):
         """Measures a model and lets the predictions learn from it.
 
         Args:
-            channels: `groups.Channels` that it was cut from.
+            channels: `groups.LabeledModel` that it was cut from.
             kept: The units that it kept, a bool array `(num_units,)`.
             model: It.
 
@@ -99,7 +99,7 @@ class Measurements:
             What was measured: key -> int, bytes or nanoseconds.
         """
         found = self.measure(model)
-        costs = self.costs(channels)
+        costs = self.costs(labeled)
         if any(key in self.before and found[key] > _DOUBTED * costs(kept)[key] for key in self._tables):
             again = self.measure(model)  # something else may have kept the machine busy
             found = {key: min(value, again[key]) for key, value in found.items()}
@@ -113,14 +113,14 @@ class PredictedCosts:
     """Counted costs and predicted ones at any set of widths, called like a `CostModel`.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         surrogates: For each key a function of a mask of kept units to a number that grows with
             what is measured.
         calibrations: For each key the `Calibration` from that number.
     """
 
-    def __init__(self, channels, surrogates, calibrations):
-        self.counted, self.num_units = CostModel(channels), channels.num_units
+    def __init__(self, labeled, surrogates, calibrations):
+        self.counted, self.num_units = CostModel(labeled), labeled.num_units
         self._surrogates, self._calibrations = surrogates, calibrations
 
     def surrogates(self, kept):
@@ -174,15 +174,15 @@ class WeightBytes:
     with the channels as the small vectors do.
 
     Args:
-        channels: `groups.Channels`.
-        form: Key of `export_arguments.FORMS`.
+        channels: `groups.LabeledModel`.
+        form: Key of `export_arguments.VARIANTS`.
     """
 
-    def __init__(self, channels, form):
-        self._quantize = FORMS[form][1]
+    def __init__(self, labeled, variant):
+        self._quantize = VARIANTS[variant][1]
         self._weights = [
-            (len(weight.shape) > 1, factor, [channels.units(axis) for axis in axes])
-            for weight, factor, axes in weights_of(channels)
+            (len(weight.shape) > 1, factor, [labeled.units(axis) for axis in axes])
+            for weight, factor, axes in weights_of(labeled)
         ]
 
     def __call__(self, kept):
@@ -196,17 +196,17 @@ class WeightBytes:
         return total
 
 
-def exported(model, folder, form, batch_size=None):
+def exported(model, folder, variant, batch_size=None):
     """The file that `export` writes of a model, in a folder: its path.
 
     Args:
         model: A built Sequential or Functional model.
         folder: A directory.
-        form: Key of `export_arguments.FORMS`.
+        form: Key of `export_arguments.VARIANTS`.
         batch_size: Examples a call takes; `None`: any number.
     """
-    format, quantize, ending = FORMS[form]
-    path = pathlib.Path(folder) / f"{form}-{batch_size}{ending}"
+    format, quantize, ending = VARIANTS[variant]
+    path = pathlib.Path(folder) / f"{variant}-{batch_size}{ending}"
     calibration = None
     if quantize == "int8":
         calibration = str(pathlib.Path(folder) / "calibration.npz")
@@ -218,7 +218,7 @@ def exported(model, folder, form, batch_size=None):
     return path
 
 
-def time_exported(path, model, form, batch_size):
+def time_exported(path, model, variant, batch_size):
     """Nanoseconds of one call of what was exported of a model.
 
     Args:
@@ -231,7 +231,9 @@ def time_exported(path, model, form, batch_size):
     """
     names = [t.name for t in model.inputs]
     try:
-        return ask("tensorflow", "time_file", form=form, path=str(path), names=names, batch_size=batch_size)
+        return ask(
+            "tensorflow", "time_file", variant=variant, path=str(path), names=names, batch_size=batch_size
+        )
     except JobError as error:
         raise ExportError(f"The exported model does not run ({error}). Received: model={model!r}") from error
 

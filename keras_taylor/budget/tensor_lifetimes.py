@@ -12,11 +12,11 @@ class Lifetimes:
 
     A tensor lives from the call that makes it (a model input: from the start) to the last one that reads
     it (a model output: to the end). What a call without a kernel makes of one tensor, each value where it
-    was, like an activation or a normalisation, takes that tensor's place if nothing reads it later:
+    was, like an activation or a normalization, takes that tensor's place if nothing reads it later:
     runtimes fuse these. So do reshapes.
 
     Args:
-        channels: `groups.Channels`, or what has its `graph`, `effects` and `labels`.
+        channels: `groups.LabeledModel`, or what has its `graph`, `effects` and `labels`.
 
     Attributes:
         places: For each place in memory: its bytes a channel as float32 (NaN where a size is unknown) and
@@ -24,8 +24,8 @@ class Lifetimes:
         first, last: For each place the numbers of the first and the last call while it is alive.
     """
 
-    def __init__(self, channels):
-        graph = channels.graph
+    def __init__(self, labeled):
+        graph = labeled.graph
         last = dict.fromkeys(graph.inputs, -1)
         for step, call in enumerate(graph.calls):
             last.update(dict.fromkeys(call.outputs, step))
@@ -35,16 +35,16 @@ class Lifetimes:
 
         def add(index, step):
             place_of[index] = len(self.places)
-            self.places.append(_size(graph.shapes[index], channels.labels[index]))
+            self.places.append(_size(graph.shapes[index], labeled.labels[index]))
             self.first.append(step)
             self.last.append(last[index])
 
         for index in graph.inputs:
             if index not in place_of:
                 add(index, 0)
-        for step, (call, effect) in enumerate(zip(graph.calls, channels.effects, strict=True)):
+        for step, (call, effect) in enumerate(zip(graph.calls, labeled.effects, strict=True)):
             source = call.inputs[0] if call.inputs else None
-            if _in_place(call, effect, channels) and last[source] == step and source in place_of:
+            if _in_place(call, effect, labeled) and last[source] == step and source in place_of:
                 place_of[call.outputs[0]] = place_of[source]
                 self.last[place_of[source]] = last[call.outputs[0]]
                 continue
@@ -52,12 +52,12 @@ class Lifetimes:
                 add(index, step)
 
 
-def _in_place(call, effect, channels):
+def _in_place(call, effect, labeled):
     if len(call.inputs) != 1 or len(call.outputs) != 1 or effect.reads or not effect.known:
         return False
     if any(len(axes) > 1 for axes in effect.weights.values()):
         return False
-    before, after = (channels.graph.shapes[index] for index in (call.inputs[0], call.outputs[0]))
+    before, after = (labeled.graph.shapes[index] for index in (call.inputs[0], call.outputs[0]))
     return None not in before[1:] + after[1:] and math.prod(before[1:]) == math.prod(after[1:])
 
 

@@ -36,7 +36,7 @@ from keras_taylor.cli.options import (
     multiple_of,
 )
 from keras_taylor.cli.outputs import picture_path, stop_paths, writable, write, write_text
-from keras_taylor.exports.export_arguments import FORMS
+from keras_taylor.exports.export_arguments import VARIANTS
 from keras_taylor.reports.report import Info
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -144,7 +144,7 @@ def compress(
     divide_by: DivideBy = 1.0,
     mean: Mean = "",
     std: Std = "",
-    export: Annotated[list[str] | None, typer.Option(help=f"Also write {', '.join(FORMS)}.")] = None,
+    export: Annotated[list[str] | None, typer.Option(help=f"Also write {', '.join(VARIANTS)}.")] = None,
     report: Html = "",
     resume: Annotated[str, typer.Option(help="A folder for the state: a killed run goes on from it.")] = "",
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -195,8 +195,8 @@ def compress(
             for name, path in exports
             for one, where in ((original, path.with_name(f"original-{path.name}")), (small, path))
         ]
-        made = keras_taylor.measure_artefacts(made)  # in turn, so that latencies can be compared
-        info.artefacts = {"before": made[::2], "after": made[1::2]}
+        made = keras_taylor.measure_artifacts(made)  # in turn, so that latencies can be compared
+        info.artifacts = {"before": made[::2], "after": made[1::2]}
     if page:
         write_text(page, info.to_html())
     write_text(target.with_suffix(".json"), info.to_json())
@@ -214,7 +214,7 @@ def compress(
 def export(
     model: Model,
     output: Annotated[str, typer.Option("--output", "-o", help="What to write.", show_default=False)],
-    format: Annotated[str, typer.Option(help=", ".join(FORMS))] = "litert",
+    format: Annotated[str, typer.Option(help=", ".join(VARIANTS))] = "litert",
     data: Annotated[
         str, typer.Option(help="As of `compress`; needed for litert-int8.", show_default=False)
     ] = "",
@@ -234,21 +234,21 @@ def export(
     backend: Backend = "",
 ):
     """Write a model for inference elsewhere; what was written is run, compared and measured."""
-    path = writable(output, force, FORMS[_checked_format(format)][2])
+    path = writable(output, force, VARIANTS[_checked_format(format)][2])
     loaded = _model(model, trust, modules)
     train = test = None
     if data:
         train, test = load_data(data, loaded, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
     elif format == "litert-int8":
         raise FileError("litert-int8 is calibrated on examples: pass --data.")
-    artefact = _exported(
+    artifact = _exported(
         *(loaded, path, format, train, test, force),
         batch_size=batch_size or None,
         int8_io=int8_io,
         max_bytes=_bytes(max_kib),
         max_arena_bytes=_bytes(max_arena_kib),
     )
-    print(artefact.to_json() if as_json else artefact)
+    print(artifact.to_json() if as_json else artifact)
 
 
 @app.command(epilog="Example: keras-taylor report small.json -o report.html")
@@ -354,13 +354,13 @@ def _model(path, trust, modules):
 
 
 def _checked_format(name):
-    if name not in FORMS:
-        raise FileError(f"There is no format '{name}'. Expected one of {', '.join(FORMS)}.")
+    if name not in VARIANTS:
+        raise FileError(f"There is no format '{name}'. Expected one of {', '.join(VARIANTS)}.")
     return name
 
 
 def _beside(target, name):
-    return str(target.with_name(f"{target.stem}-{name}{FORMS[name][2]}"))
+    return str(target.with_name(f"{target.stem}-{name}{VARIANTS[name][2]}"))
 
 
 def _bytes(kib):
@@ -368,7 +368,7 @@ def _bytes(kib):
 
 
 def _exported(model, path, name, train, test, force, **options):
-    format, quantize, _ = FORMS[name]
+    format, quantize, _ = VARIANTS[name]
     return keras_taylor.export(
         model,
         path,

@@ -32,7 +32,7 @@ Exclude = Annotated[
     list[str] | None, typer.Option(help="A layer that keeps its channels, or a regular expression.")
 ]
 Inexact = Annotated[
-    bool, typer.Option("--inexact", help="Open what is normalised together (LayerNormalization), too.")
+    bool, typer.Option("--inexact", help="Open what is normalized together (LayerNormalization), too.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Load code that the model file holds (Lambda layers).")]

@@ -5,7 +5,7 @@ import pathlib
 
 from keras_taylor.cli.loading import FileError
 from keras_taylor.reports import plots
-from keras_taylor.support.atomic_files import Draft
+from keras_taylor.support.atomic_files import AtomicFile
 
 
 def writable(path, force, suffix=None):
@@ -44,7 +44,7 @@ def picture_path(path, data, force):
 
 def write(path, make):
     """Writes what a function makes of a path: under another name until all of it is there."""
-    with Draft(path) as draft:
+    with AtomicFile(path) as draft:
         make(draft.path)
         draft.move_to(path)
 

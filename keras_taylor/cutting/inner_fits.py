@@ -3,7 +3,7 @@
 import dataclasses
 
 from keras_taylor.cutting.layer_fits import LayerFit, LayerRepair
-from keras_taylor.reading.graph import Call, Graph, Ref
+from keras_taylor.reading.graph import Call, Graph, TensorRef
 from keras_taylor.reading.inner_gates import recorded_inside
 from keras_taylor.reading.linear_views import linear_view
 from keras_taylor.rules.attention import inner_layers
@@ -23,7 +23,7 @@ def refit_inside(walks, number, read, axes_masks, num_fit, num_examples, random,
     Args:
         walks: `Walk`s of the original and of the repaired model; before the closed layer's outputs are used.
         number: The number of the closed layer's call in both.
-        read: A `rules.base.Within` of it, with a number.
+        read: A `rules.base.InternalRead` of it, with a number.
         axes_masks: From the number of one of the closed layer's weights to a bool array, or `None`, for
             each of its axes.
         num_fit: Batches to fit on; the others are held out.
@@ -54,6 +54,6 @@ def _recorded(walk, number, inner_number, name):
     with recorded_inside(operation, inner_number) as (inputs, outputs):
         walk.run(number)
     layer = inner_layers(operation)[inner_number]
-    call = Call(name, layer, None, (Ref(0),), {}, inputs=(0,), outputs=(1,))
+    call = Call(name, layer, None, (TensorRef(0),), {}, inputs=(0,), outputs=(1,))
     shapes = [(None, *values[0].shape[1:]) for values in (inputs, outputs)]
     return _Recorded(Graph(layer, [call], shapes, (0,), (1,), {}, {}, {}), {0: inputs, 1: outputs})

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from keras import ops
 
-from keras_taylor.reading.downstream import Sequel, constant_place, is_linear
+from keras_taylor.reading.downstream import Downstream, constant_place, is_linear
 from keras_taylor.reading.linear_views import linear_view, rows_an_example, some_positions
 from keras_taylor.support.least_squares import Regression, threads_for
 
@@ -48,7 +48,7 @@ class LayerFit:
         self._outputs, self._num_fit = outputs, num_fit
         self._old_inputs, self._inputs = old.tensors[old_call.inputs[0]], new.tensors[call.inputs[0]]
         self._old_outputs = old.tensors[old_call.outputs[0]]
-        self._sequel = Sequel(old, new, call, self._old_view, self._view, outputs)
+        self._sequel = Downstream(old, new, call, self._old_view, self._view, outputs)
         self._place = constant_place(new.graph, call, self._view)
 
     def run(self, num_examples, random, thorough=True):

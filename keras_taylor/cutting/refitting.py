@@ -13,14 +13,14 @@ from keras_taylor.reading.walk import Walk, in_batches, outputs_of
 _HELD_OUT = 1 / 4  # of the batches
 
 
-def refit(channels, kept, small, inputs, thorough=True):
+def refit(labeled, kept, small, inputs, thorough=True):
     """Refits, in place, the layers of a cut model that lost inputs, from the input to the output.
 
     Each kernel is fitted by least squares: from what the layer reads in the model as it is repaired so
     far, to what it put out in the original; before a residual sum also to what the other terms lack.
 
     Args:
-        channels: `groups.Channels` of the original model.
+        channels: `groups.LabeledModel` of the original model.
         kept: Bool array `(num_units,)`, what was kept.
         small: The model that was cut by it.
         inputs: Flattened inputs as arrays, batch first, in random order.
@@ -36,7 +36,7 @@ def refit(channels, kept, small, inputs, thorough=True):
     num_held_out = max(round(_HELD_OUT * len(batches)), 1)
     before = list(zip(*outputs_of(graphs.read(small), batches[-num_held_out:]), strict=True))
     weights = [np.array(ops.convert_to_numpy(w)) for w in small.weights]
-    side_by_side = _SideBySide(channels, kept, small, batches, num_held_out, thorough)
+    side_by_side = _SideBySide(labeled, kept, small, batches, num_held_out, thorough)
     repairs = side_by_side.run()
     wanted, after = side_by_side.held_out_outputs()
     fitted = any(one.ridge is not None for one in repairs)
@@ -51,11 +51,11 @@ def refit(channels, kept, small, inputs, thorough=True):
 class _SideBySide:
     """Both models, call by call, the original one step ahead."""
 
-    def __init__(self, channels, kept, small, batches, num_held_out, thorough):
-        self._channels, self._kept, self._thorough = channels, kept, thorough
+    def __init__(self, labeled, kept, small, batches, num_held_out, thorough):
+        self._labeled, self._kept, self._thorough = labeled, kept, thorough
         self._num_examples = sum(len(batch[0]) for batch in batches)
         self._num_fit = len(batches) - num_held_out
-        self._old, self._new = Walk(channels.graph, batches), Walk(graphs.read(small), batches)
+        self._old, self._new = Walk(labeled.graph, batches), Walk(graphs.read(small), batches)
         self._before_a_mixing_layer = _before_a_mixing_layer(self._new.graph)
         self._changed = set()  # tensors whose values are no longer the original's
         self._random = np.random.default_rng(0)
@@ -93,10 +93,10 @@ class _SideBySide:
     def _masks(self, number):
         """Which columns and which outputs of a mixing layer stay; `None` if it is no such layer."""
         view = linear_view(self._old.graph.calls[number].operation)
-        axes = view and self._channels.effects[number].weights.get(view.weight)
+        axes = view and self._labeled.effects[number].weights.get(view.weight)
         if not axes:
             return None
-        return view.kept([None if a is None else mask_of(self._channels, a, self._kept) for a in axes])
+        return view.kept([None if a is None else mask_of(self._labeled, a, self._kept) for a in axes])
 
     def _lost_inputs(self, number):
         masks = self._masks(number)
@@ -104,23 +104,23 @@ class _SideBySide:
 
     def _puts_out_other_values(self, number):
         """Whether what is left of a layer read what is gone: from before, of its own past, or inside."""
-        call, effect = self._channels.graph.calls[number], self._channels.effects[number]
-        read = [self._channels.labels[call.inputs[k]] for k in effect.reads]
-        read += [gate.labels for gate in effect.within]
-        return not all(mask_of(self._channels, labels, self._kept).all() for labels in read)
+        call, effect = self._labeled.graph.calls[number], self._labeled.effects[number]
+        read = [self._labeled.labels[call.inputs[k]] for k in effect.reads]
+        read += [gate.labels for gate in effect.internal_reads]
+        return not all(mask_of(self._labeled, labels, self._kept).all() for labels in read)
 
     def _lost_inside(self, number):
         """What layers inside a closed one read, and lost a part of."""
-        reads = self._channels.effects[number].within
+        reads = self._labeled.effects[number].internal_reads
         reads = [read for read in reads if read.number is not None]
-        return [read for read in reads if not mask_of(self._channels, read.labels, self._kept).all()]
+        return [read for read in reads if not mask_of(self._labeled, read.labels, self._kept).all()]
 
     def _refit_inside(self, number, read):
-        weights = self._channels.effects[number].weights
+        weights = self._labeled.effects[number].weights
 
         def masks(of_weight):
             axes = weights.get(f"weights.{of_weight}", (None, None))
-            return [None if a is None else mask_of(self._channels, a, self._kept) for a in axes]
+            return [None if a is None else mask_of(self._labeled, a, self._kept) for a in axes]
 
         walks = (self._old, self._new)
         return refit_inside(

@@ -7,7 +7,7 @@ from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.surgery import whole_copy
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading import graph as graphs
-from keras_taylor.reading.groups import mask_of, read_channels
+from keras_taylor.reading.groups import label_model, mask_of
 from keras_taylor.reading.tracing import functional_view
 from keras_taylor.reading.walk import example_inputs, in_batches
 from keras_taylor.support.datasets import Feed
@@ -48,13 +48,13 @@ def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_
     """
     with scope_of(small):
         small, model = functional_view(small), functional_view(model)
-        channels = read_channels(model, exact=plan.exact)
-        kept = kept_units(channels, plan)
-        _check_cut(small, channels, kept)
+        labeled = label_model(model, exact=plan.exact)
+        kept = kept_units(labeled, plan)
+        _check_cut(small, labeled, kept)
         feed = Feed(ds, model, batch_size, targets=False)
-        inputs = example_inputs(feed, channels.graph, num_examples)
+        inputs = example_inputs(feed, labeled.graph, num_examples)
         repaired = whole_copy(small)
-        repairs = refit(channels, kept, repaired, inputs)
+        repairs = refit(labeled, kept, repaired, inputs)
     return (repaired, repairs) if return_repairs else repaired
 
 
@@ -86,9 +86,9 @@ def recalibrate(model, ds, *, num_examples=512, batch_size=None):
     return copy
 
 
-def _check_cut(small, channels, kept):
+def _check_cut(small, labeled, kept):
     """Refuses a model that is not what this cut makes."""
-    old, new = channels.graph, graphs.read(small)
+    old, new = labeled.graph, graphs.read(small)
     names = [call.name for call in old.calls], [call.name for call in new.calls]
     if names[0] != names[1]:
         other = next((n for n in names[1] if n not in names[0]), "none")
@@ -98,7 +98,7 @@ def _check_cut(small, channels, kept):
         )
     for call in old.calls:
         for index in call.outputs:
-            mask = mask_of(channels, channels.labels[index], kept)
+            mask = mask_of(labeled, labeled.labels[index], kept)
             axis = int(np.argmax(mask.shape))
             if mask.size > 1 and new.shapes[index][axis] != mask.sum():
                 raise ValueError(

@@ -14,7 +14,7 @@ from keras_taylor.reading.cloning import (
     uninitialized,
 )
 from keras_taylor.reading.configurations import warn_of_file
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.reading.tracing import functional_class, is_functional, recursing
 from keras_taylor.rules.attention import head_counts, inner_layers, is_attention
 from keras_taylor.rules.base import weight_of
@@ -31,7 +31,7 @@ def prune(model, plan):
 
     Returns:
         A plain Keras model of the same kind and structure: same layer names,
-        trainable flags, regularisers, dtype policies, shared layers and sub-models;
+        trainable flags, regularizers, dtype policies, shared layers and sub-models;
         weights copied. Compiled as `model` is, with an optimizer of its own that goes on
         where that of `model` stands (step count, momentum, moments of what survives);
         not compiled if `model` is not.
@@ -41,23 +41,23 @@ def prune(model, plan):
         UnsupportedModelError: if a layer cannot be made again from its configuration.
     """
     with scope_of(model):
-        channels = read_channels(model, exact=plan.exact)
-        return cut(channels, kept_units(channels, plan))
+        labeled = label_model(model, exact=plan.exact)
+        return cut(labeled, kept_units(labeled, plan))
 
 
-def cut(channels, kept, compiled_as=None, optimizer=None, carry=True):
+def cut(labeled, kept, compiled_as=None, optimizer=None, carry=True):
     """The model without the units that are not kept, compiled.
 
     Args:
-        channels: `groups.Channels` of the model.
+        channels: `groups.LabeledModel` of the model.
         kept: Bool array `(num_units,)`.
         compiled_as: The model whose compile settings it gets; `None`: the one that is cut.
         optimizer: Whose state the new optimizer takes over; `None`: that of the model
             that is cut.
         carry: Whether it takes it over.
     """
-    small, weights = rebuild(channels, kept)
-    model = channels.graph.model
+    small, weights = rebuild(labeled, kept)
+    model = labeled.graph.model
     settings = compile_settings(compiled_as or model)
     if settings is not None:
         small.compile(**settings)
@@ -69,31 +69,31 @@ def cut(channels, kept, compiled_as=None, optimizer=None, carry=True):
 
 def whole_copy(model):
     """All of a model, compiled as it is."""
-    channels = read_channels(model)
-    return cut(channels, np.ones(channels.num_units, bool))
+    labeled = label_model(model)
+    return cut(labeled, np.ones(labeled.num_units, bool))
 
 
-def rebuild(channels, kept):
+def rebuild(labeled, kept):
     """The model without the units that are not kept, not compiled.
 
     Returns:
         The model, and for each of its weights (by `id`) the weight that it was cut
         from and a tuple with a bool array, or `None`, for each axis.
     """
-    surgeon = _Surgeon(channels, kept)
+    surgeon = _Surgeon(labeled, kept)
     surgeon.check_layouts()
-    small = surgeon.container(channels.graph.structures[id(channels.graph.model)])
+    small = surgeon.container(labeled.graph.structures[id(labeled.graph.model)])
     weights = surgeon.copy_all_weights()
     surgeon.set_trainable_flags()
     return small, weights
 
 
 class _Surgeon:
-    def __init__(self, channels, kept):
-        self._channels, self._stays = channels, np.append(kept, True)  # unit -1 is what stays
-        self._inside = channels.graph.inside
-        calls = channels.graph.calls
-        pairs = list(zip(calls, channels.effects, strict=True))
+    def __init__(self, labeled, kept):
+        self._labeled, self._stays = labeled, np.append(kept, True)  # unit -1 is what stays
+        self._inside = labeled.graph.inside
+        calls = labeled.graph.calls
+        pairs = list(zip(calls, labeled.effects, strict=True))
         self._names = {id(c.operation): c.name for c in calls}
         self._effect_of_operation = {id(c.operation): e for c, e in reversed(pairs)}
         self._effect_of_site = {id(c.site): e for c, e in reversed(pairs)}
@@ -103,7 +103,7 @@ class _Surgeon:
 
     def check_layouts(self):
         """Refuses widths that weights which are spread over devices cannot have."""
-        for call, effect in zip(self._channels.graph.calls, self._channels.effects, strict=True):
+        for call, effect in zip(self._labeled.graph.calls, self._labeled.effects, strict=True):
             for name, axes in effect.weights.items():
                 weight = weight_of(call.operation, name)
                 if weight is not None:
@@ -179,9 +179,9 @@ class _Surgeon:
     def _input(self, structure, number):
         layer = structure.input_layers[number]
         placeholder = keras.tree.flatten(structure.inputs)[number]
-        graph = self._channels.graph
+        graph = self._labeled.graph
         bound = graph.bindings[id(placeholder)]
-        labels, shape = self._channels.labels[bound[0]], list(placeholder.shape)
+        labels, shape = self._labeled.labels[bound[0]], list(placeholder.shape)
         if not is_functional(structure.model):  # an opened layer may be called on maps of several sizes
             sizes = zip(*(graph.shapes[index] for index in bound), strict=True)
             shape = [several[0] if len(set(several)) == 1 else None for several in sizes]
@@ -221,7 +221,7 @@ class _Surgeon:
         return site.packed(flat)
 
     def _mask(self, labels):
-        return self._stays[self._channels.units(labels)]
+        return self._stays[self._labeled.units(labels)]
 
     def _touched(self, edit):
         return not all(self._mask(labels).all() for labels in edit.labels)

@@ -10,12 +10,12 @@ from keras_taylor.support.tables import render
 
 
 class ExportError(RuntimeError):
-    """A model could not be converted, or its artefact does not run, or computes something else."""
+    """A model could not be converted, or its artifact does not run, or computes something else."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Artefact:
-    """A file (of a SavedModel: a directory) that `export` wrote; `print(artefact)` is a table.
+class Artifact:
+    """A file (of a SavedModel: a directory) that `export` wrote; `print(artifact)` is a table.
 
     Attributes:
         path: Where it is.
@@ -25,21 +25,21 @@ class Artefact:
         num_bytes: Size on disk; of a SavedModel that of all its files.
         inputs, outputs: For each name, in the order of the model's flattened inputs and
             outputs: "shape" (batch first, `None` where free) and "dtype", and where the
-            artefact takes or gives integers for reals "scale" and "zero_point":
+            artifact takes or gives integers for reals "scale" and "zero_point":
             real = scale x (integer - zero_point).
         difference: Largest absolute difference to the Keras model's outputs.
         relative_difference: Largest difference of an output, divided by that output's largest value.
         agreement: Fraction of predictions (argmax over the last axis) that are the
             Keras model's; `None` without an output of two or more classes, or if it predicts
             the same one for all samples.
-        metric, model_metric: Accuracy, or what `metric=` computes, of the artefact and of the
+        metric, model_metric: Accuracy, or what `metric=` computes, of the artifact and of the
             Keras model on `data`; `None` without `data`.
         latency_ms, latency_p90_ms: Median and 90th percentile of the time of one call, in
             milliseconds, on one thread of this machine's CPU ("keras" format: as many as
             its backend takes).
         latency_batch: Examples in that call.
         peak_memory: Bytes by which the resident memory of a process grows that loads the
-            artefact and calls it, the runtime's own included, imports not; `None` where
+            artifact and calls it, the runtime's own included, imports not; `None` where
             the system does not tell.
         arena_bytes: LiteRT only, for one batch: bytes of the tensors that are alive together, at
             the worst point; see `runners.arena_size`. `None` else.
@@ -69,27 +69,27 @@ class Artefact:
 
     @classmethod
     def from_json(cls, text):
-        """The `Artefact` that `to_json` wrote.
+        """The `Artifact` that `to_json` wrote.
 
         Raises:
-            ValueError: if the text is not such an `Artefact`.
+            ValueError: if the text is not such an `Artifact`.
         """
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"This is no `Artefact` that `Artefact.to_json` wrote ({type(error).__name__}: {error}). "
+                f"This is no `Artifact` that `Artifact.to_json` wrote ({type(error).__name__}: {error}). "
                 f"Received: text={text[:80]!r}"
             ) from error
 
     def __str__(self):
-        return render(artefact_table([self]), width=140)
+        return render(artifact_table([self]), width=140)
 
 
-def artefact_table(artefacts):
-    """A rich table with one row an artefact."""
+def artifact_table(artifacts):
+    """A rich table with one row an artifact."""
     table = Table()
-    rows = [artefact_cells(one) for one in artefacts]
+    rows = [artifact_cells(one) for one in artifacts]
     for column, name in enumerate(rows[0] if rows else ()):
         table.add_column(name, justify="left" if column < 2 else "right", no_wrap=column < 2)
     for row in rows:
@@ -97,8 +97,8 @@ def artefact_table(artefacts):
     return table
 
 
-def artefact_cells(one):
-    """What tables say of an artefact: texts by the columns' names."""
+def artifact_cells(one):
+    """What tables say of an artifact: texts by the columns' names."""
     return {
         "file": os.path.basename(one.path),
         "format": kind(one),
@@ -114,7 +114,7 @@ def artefact_cells(one):
 
 
 def kind(one):
-    """Format and precision of an artefact as text."""
+    """Format and precision of an artifact as text."""
     return one.format if one.quantize is None else f"{one.format} {one.quantize}"
 
 

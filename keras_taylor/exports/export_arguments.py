@@ -6,7 +6,7 @@ import os
 import keras
 
 SUFFIXES = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx", "keras": ".keras"}
-FORMS = {  # name -> (format, quantize, ending)
+VARIANTS = {  # name -> (format, quantize, ending)
     "saved-model": ("saved_model", None, ""),
     "litert": ("litert", None, ".tflite"),
     "litert-float16": ("litert", "float16", ".tflite"),

@@ -1,4 +1,4 @@
-"""How far an artefact's outputs are from the Keras model's, and how far they may be."""
+"""How far an artifact's outputs are from the Keras model's, and how far they may be."""
 
 import keras
 import numpy as np
@@ -15,7 +15,7 @@ _WAYS_OUT = (
 
 
 def compared(outputs, reference):
-    """Differences of flattened outputs, as fields of an `Artefact`."""
+    """Differences of flattened outputs, as fields of an `Artifact`."""
     absolute, relative, same = 0.0, 0.0, []
     for ours, theirs in zip(outputs, reference, strict=True):
         if ours.shape != theirs.shape:
@@ -54,32 +54,32 @@ def accuracy(targets, outputs):
     return float((first.argmax(-1) == labels).mean())
 
 
-def complaint(artefact, tolerance, max_drop):
+def complaint(artifact, tolerance, max_drop):
     """What is wrong with it, `""` if nothing is."""
-    relative, agreement = artefact.relative_difference, artefact.agreement
+    relative, agreement = artifact.relative_difference, artifact.agreement
     error = relative
-    if artefact.quantize in ("dynamic", "int8") and agreement is not None and np.isfinite(relative):
+    if artifact.quantize in ("dynamic", "int8") and agreement is not None and np.isfinite(relative):
         error = min(relative, 1 - agreement)
     # not `>`: a NaN is never within
     if not error <= tolerance:
         classes = "" if agreement is None else f", and {1 - agreement:.1%} of the predictions are others"
         return (
-            f"{_DIFFERS}: the largest difference is {artefact.difference:.3g}, {relative:.3g} of the "
+            f"{_DIFFERS}: the largest difference is {artifact.difference:.3g}, {relative:.3g} of the "
             f"output's largest value{classes}; accepted is {tolerance:.3g}. {_WAYS_OUT}"
         )
-    if artefact.metric is not None and not artefact.model_metric - artefact.metric <= max_drop:
+    if artifact.metric is not None and not artifact.model_metric - artifact.metric <= max_drop:
         return (
-            f"{_DIFFERS}: the metric falls from {artefact.model_metric:.4g} to {artefact.metric:.4g}; "
+            f"{_DIFFERS}: the metric falls from {artifact.model_metric:.4g} to {artifact.metric:.4g}; "
             f"accepted is a drop of {max_drop:.3g}. {_WAYS_OUT}"
         )
     return ""
 
 
-def excess(artefact, max_bytes, max_arena_bytes):
+def excess(artifact, max_bytes, max_arena_bytes):
     """What is too large about it, `""` if nothing is."""
     for what, size, limit in (
-        ("file", artefact.num_bytes, max_bytes),
-        ("tensor arena", artefact.arena_bytes, max_arena_bytes),
+        ("file", artifact.num_bytes, max_bytes),
+        ("tensor arena", artifact.arena_bytes, max_arena_bytes),
     ):
         if limit is not None and size > limit:
             return (

@@ -10,7 +10,7 @@ import weakref
 import keras
 import numpy as np
 
-from keras_taylor.exports.artifacts import Artefact, ExportError, size_of
+from keras_taylor.exports.artifacts import Artifact, ExportError, size_of
 from keras_taylor.exports.export_arguments import (
     check_budgets,
     check_installed,
@@ -22,7 +22,7 @@ from keras_taylor.exports.export_arguments import (
 from keras_taylor.exports.export_parity import TOLERANCES, accuracy, compared, complaint, excess
 from keras_taylor.exports.export_worker import JobError, ask
 from keras_taylor.exports.runners import random_arrays, read_arrays, write_arrays
-from keras_taylor.support.atomic_files import Draft
+from keras_taylor.support.atomic_files import AtomicFile
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.examples import flat_inputs, inputs_and_targets
 
@@ -83,12 +83,12 @@ def export(
             larger fraction of the predicted classes differs.
         max_drop: Largest drop of the metric to accept.
         max_bytes: Largest size to accept, in bytes; `None`: any.
-        max_arena_bytes: LiteRT only: largest `Artefact.arena_bytes` to accept; `None`: any. With
+        max_arena_bytes: LiteRT only: largest `Artifact.arena_bytes` to accept; `None`: any. With
             `max_bytes` (flash) that is what a microcontroller asks (RAM); leave it some slack.
         overwrite: Whether to replace what is at `path`; only what has the same format is.
 
     Returns:
-        An `Artefact`: sizes in bytes, differences, latency in milliseconds.
+        An `Artifact`: sizes in bytes, differences, latency in milliseconds.
 
     Raises:
         ValueError: for arguments that do not go together, before anything is written.
@@ -99,8 +99,8 @@ def export(
 
     Example:
 
-    >>> artefact = keras_taylor.export(small, "small.tflite", quantize="int8", calibration=x_train)
-    >>> print(artefact)
+    >>> artifact = keras_taylor.export(small, "small.tflite", quantize="int8", calibration=x_train)
+    >>> print(artifact)
     """
     target = pathlib.Path(path)
     format = checked_format(target, format)
@@ -110,50 +110,50 @@ def export(
     check_target(target, format, overwrite)
     check_installed(format)
     order = {"format": format, "quantize": quantize, "int8_io": int8_io, "batch_size": batch_size}
-    with tempfile.TemporaryDirectory() as folder, Draft(target) as draft:
+    with tempfile.TemporaryDirectory() as folder, AtomicFile(target) as draft:
         case = _Case(model, pathlib.Path(folder), samples, calibration, data, metric)
         case.convert(draft.path, order)
-        artefact = case.inspect(draft.path, order)
+        artifact = case.inspect(draft.path, order)
         accepted = _default_tolerance(model, quantize) if tolerance is None else tolerance
-        reason = complaint(artefact, accepted, max_drop) or excess(artefact, max_bytes, max_arena_bytes)
+        reason = complaint(artifact, accepted, max_drop) or excess(artifact, max_bytes, max_arena_bytes)
         if reason:
             rejected = draft.move_to(target.with_name(target.name + ".rejected"))
             raise ExportError(f"{reason} It lies at '{rejected}'. Received: path={os.fspath(path)!r}")
         draft.move_to(target)
-    return dataclasses.replace(artefact, path=str(target))
+    return dataclasses.replace(artifact, path=str(target))
 
 
-def measure_artefacts(artefacts, batch_size=1, repetitions=REPETITIONS):
-    """Times artefacts against each other: one call of each in turn, in one process.
+def measure_artifacts(artifacts, batch_size=1, repetitions=REPETITIONS):
+    """Times artifacts against each other: one call of each in turn, in one process.
 
     Args:
-        artefacts: `Artefact`s, say of the original and of the pruned model. Artefacts of the
+        artifacts: `Artifact`s, say of the original and of the pruned model. Artifacts of the
             "keras" format run on this process's backend.
-        batch_size: Examples a call, where an artefact leaves it free.
+        batch_size: Examples a call, where an artifact leaves it free.
         repetitions: Timed calls of each, at most; stops after three seconds for each.
 
     Returns:
-        A list of `Artefact`s with new latencies; `artifacts.artefact_table` makes a table of it.
+        A list of `Artifact`s with new latencies; `artifacts.artifact_table` makes a table of it.
 
     Raises:
-        ValueError: for an empty list, or an artefact that is not there.
+        ValueError: for an empty list, or an artifact that is not there.
         ExportError: if one does not run.
 
     Example:
 
-    >>> before, after = keras_taylor.measure_artefacts([big_artefact, small_artefact])
+    >>> before, after = keras_taylor.measure_artifacts([big_artifact, small_artifact])
     """
-    artefacts = list(artefacts)
-    missing = [one.path for one in artefacts if not os.path.exists(one.path)]
-    if missing or not artefacts:
+    artifacts = list(artifacts)
+    missing = [one.path for one in artifacts if not os.path.exists(one.path)]
+    if missing or not artifacts:
         what = f"No such file: '{missing[0]}'" if missing else "There is nothing to measure"
-        paths = [one.path for one in artefacts]
+        paths = [one.path for one in artifacts]
         raise ValueError(
-            f"{what}. Expected `Artefact`s whose files are there. Received: artefacts with paths {paths}"
+            f"{what}. Expected `Artifact`s whose files are there. Received: artifacts with paths {paths}"
         )
-    backend = keras.backend.backend() if any(one.format == "keras" for one in artefacts) else "tensorflow"
+    backend = keras.backend.backend() if any(one.format == "keras" for one in artifacts) else "tensorflow"
     fields = ("format", "path", "inputs", "batch_size")
-    orders = [{name: getattr(one, name) for name in fields} for one in artefacts]
+    orders = [{name: getattr(one, name) for name in fields} for one in artifacts]
     for order in orders:
         order["path"] = os.path.abspath(order["path"])
     try:
@@ -161,16 +161,16 @@ def measure_artefacts(artefacts, batch_size=1, repetitions=REPETITIONS):
             backend,
             "time_in_turn",
             modules=_user_modules(),
-            artefacts=orders,
+            artifacts=orders,
             batch_size=batch_size,
             repetitions=repetitions,
         )
     except JobError as error:
         raise ExportError(
-            f"An artefact does not run ({_short(error)}). "
-            f"Received: artefacts with paths {[one.path for one in artefacts]}"
+            f"An artifact does not run ({_short(error)}). "
+            f"Received: artifacts with paths {[one.path for one in artifacts]}"
         ) from error
-    return [dataclasses.replace(one, **new) for one, new in zip(artefacts, measured, strict=True)]
+    return [dataclasses.replace(one, **new) for one, new in zip(artifacts, measured, strict=True)]
 
 
 def convert_model(model, folder, target, order, calibration=None):
@@ -249,11 +249,11 @@ class _Case:
             self._reference_metric = self._score(self._outputs(self._data))
 
     def convert(self, target, order):
-        """Has the artefact written."""
+        """Has the artifact written."""
         convert_model(self._model, self._folder, target, order, self.calibration)
 
     def inspect(self, path, order):
-        """Has the artefact run and measured; an `Artefact`."""
+        """Has the artifact run and measured; an `Artifact`."""
         tables = [(self._write("samples", self._samples), str(self._folder / "sampled.npz"))]
         if self._data is not None:
             tables.append((self._write("data", self._data), str(self._folder / "evaluated.npz")))
@@ -275,7 +275,7 @@ class _Case:
                 f"{_run_hint(order)}Received: model={self._model!r}, {_received(order)}"
             ) from error
         outputs = [read_arrays(target) for _, target in tables]
-        return Artefact(
+        return Artifact(
             path=str(path),
             format=order["format"],
             quantize=order["quantize"],

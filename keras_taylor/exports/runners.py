@@ -137,11 +137,11 @@ RUNNERS = {"saved_model": SavedModel, "litert": LiteRT, "onnx": Onnx, "keras": K
 
 
 def inspect(format, path, names, batch_size, tables, repetitions):
-    """Loads an artefact, times it, runs it on examples; in a process that ran none before.
+    """Loads an artifact, times it, runs it on examples; in a process that ran none before.
 
     Args:
         format: Key of `RUNNERS`.
-        path: The artefact.
+        path: The artifact.
         names: Names of the Keras model's flattened inputs.
         batch_size: Examples a call takes; `None`: any number.
         tables: Pairs of `.npz` files: examples to read, for each of the flattened inputs, and
@@ -150,7 +150,7 @@ def inspect(format, path, names, batch_size, tables, repetitions):
 
     Returns:
         A dict with "inputs", "outputs", "latency_ms", "latency_p90_ms", "latency_batch",
-        "peak_memory" and "arena_bytes", as `Artefact` has them.
+        "peak_memory" and "arena_bytes", as `Artifact` has them.
     """
     start_runtime(format)
     before = _resident("VmRSS")
@@ -171,21 +171,21 @@ def inspect(format, path, names, batch_size, tables, repetitions):
     }
 
 
-def time_in_turn(artefacts, batch_size, repetitions):
-    """Times artefacts in one process, one call of each in turn.
+def time_in_turn(artifacts, batch_size, repetitions):
+    """Times artifacts in one process, one call of each in turn.
 
     Args:
-        artefacts: Dicts with "format", "path", "inputs" and "batch_size".
-        batch_size: Examples a call, where the artefact leaves it free.
+        artifacts: Dicts with "format", "path", "inputs" and "batch_size".
+        batch_size: Examples a call, where the artifact leaves it free.
         repetitions: Timed calls of each, at most.
 
     Returns:
         For each a dict with "latency_ms", "latency_p90_ms" and "latency_batch".
     """
-    for format in {one["format"] for one in artefacts}:
+    for format in {one["format"] for one in artifacts}:
         start_runtime(format)
-    runners = [RUNNERS[one["format"]](one["path"], list(one["inputs"])) for one in artefacts]
-    rows = [one["batch_size"] or batch_size for one in artefacts]
+    runners = [RUNNERS[one["format"]](one["path"], list(one["inputs"])) for one in artifacts]
+    rows = [one["batch_size"] or batch_size for one in artifacts]
     arrays = [
         random_arrays([tuple(d["shape"]) for d in r.inputs.values()], _dtypes(r), n)
         for r, n in zip(runners, rows, strict=True)
@@ -294,14 +294,14 @@ def write_arrays(path, arrays):
 
 
 def matched(names, found):
-    """The artefact's names of the Keras model's inputs, in the model's order."""
+    """The artifact's names of the Keras model's inputs, in the model's order."""
     plain = {_plain(name): name for name in found}
     wanted = [_plain(name) for name in names]
     if len(found) == len(names) and set(plain) == set(wanted):
         return [plain[name] for name in wanted]
     if len(found) == len(names) == 1:
         return list(found)
-    raise ValueError(f"The artefact's inputs {sorted(found)} are not the model's {sorted(names)}")
+    raise ValueError(f"The artifact's inputs {sorted(found)} are not the model's {sorted(names)}")
 
 
 def _plain(name):

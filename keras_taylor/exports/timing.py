@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_taylor.exports.conversion import convert
-from keras_taylor.exports.export_arguments import FORMS
+from keras_taylor.exports.export_arguments import VARIANTS
 from keras_taylor.exports.runners import RUNNERS, random_arrays, start_runtime, write_arrays
 
 CALLS, BLOCKS = 3, 5  # calls a block; blocks without a faster one, at least
@@ -78,24 +78,24 @@ def time_model(model, batch_size):
     return calm_time(runner, _random(runner.details, batch_size), *OF_MODELS)
 
 
-def time_file(form, path, names, batch_size):
+def time_file(variant, path, names, batch_size):
     """Nanoseconds of one call of an exported model, in the runtime of its format.
 
     Args:
-        form: Key of `export_arguments.FORMS`.
+        form: Key of `export_arguments.VARIANTS`.
         path: The file.
         names: Names of the Keras model's flattened inputs.
         batch_size: Examples a call.
     """
-    runner = _runner(form, path, names)
+    runner = _runner(variant, path, names)
     return calm_time(runner, _random(_details(runner), batch_size), *OF_MODELS)
 
 
-def time_layers(form, layers, batch_size):
+def time_layers(variant, layers, batch_size):
     """Nanoseconds of one call of each of several layers alone.
 
     Args:
-        form: Key of `export_arguments.FORMS`; "keras": this process's backend.
+        form: Key of `export_arguments.VARIANTS`; "keras": this process's backend.
         layers: Dicts with "layer" (a serialized layer), "shape" (of its input, without the batch's axis) and
             "dtype".
         batch_size: Examples a call.
@@ -105,22 +105,23 @@ def time_layers(form, layers, batch_size):
     """
     with tempfile.TemporaryDirectory() as folder:
         return [
-            _layer_time(form, one, batch_size, os.path.join(folder, str(k))) for k, one in enumerate(layers)
+            _layer_time(variant, one, batch_size, os.path.join(folder, str(k)))
+            for k, one in enumerate(layers)
         ]
 
 
-def _layer_time(form, one, batch_size, place):
+def _layer_time(variant, one, batch_size, place):
     try:
         model = _model_of(one)
-        runner = Called(model) if form == "keras" else _converted(form, one, model, batch_size, place)
+        runner = Called(model) if variant == "keras" else _converted(variant, one, model, batch_size, place)
         return calm_time(runner, _random(_details(runner), batch_size), *OF_LAYERS)
     except Exception:  # whatever converters raise: what cannot be timed alone is left to the whole
         return None
 
 
-def _converted(form, one, model, batch_size, place):
+def _converted(variant, one, model, batch_size, place):
     os.mkdir(place)
-    format, quantize, ending = FORMS[form]
+    format, quantize, ending = VARIANTS[variant]
     source, target = os.path.join(place, "layer.keras"), os.path.join(place, f"layer{ending}")
     model.save(source)
     calibration = None
@@ -128,7 +129,7 @@ def _converted(form, one, model, batch_size, place):
         calibration = os.path.join(place, "calibration.npz")
         write_arrays(calibration, random_arrays([(None, *one["shape"])], [one["dtype"]], 4))
     convert(source, target, format, batch_size, quantize, calibration=calibration)
-    return _runner(form, target, [t.name for t in model.inputs])
+    return _runner(variant, target, [t.name for t in model.inputs])
 
 
 def _model_of(one):
@@ -141,8 +142,8 @@ def _model_of(one):
     return model
 
 
-def _runner(form, path, names):
-    format = FORMS[form][0]
+def _runner(variant, path, names):
+    format = VARIANTS[variant][0]
     start_runtime(format)
     return RUNNERS[format](str(path), list(names))
 

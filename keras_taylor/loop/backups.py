@@ -18,7 +18,7 @@ import numpy as np
 from keras_taylor.cutting.surgery import cut
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.reports.report import Info
 from keras_taylor.support.replicas import agreed, from_first, is_first
 
@@ -62,12 +62,12 @@ def drawn_seed():
     return int(agreed(np.array([np.random.randint(2**31 - 1)], np.int32))[0])
 
 
-def rebuild(original, state):
+def restore_model(original, state):
     """The model of a state, made from the original by the same cuts, with the values of then."""
     model = original
     for plan in state.plans:
-        channels = read_channels(model, exact=plan.exact)
-        model = cut(channels, kept_units(channels, plan), compiled_as=original, carry=False)
+        labeled = label_model(model, exact=plan.exact)
+        model = cut(labeled, kept_units(labeled, plan), compiled_as=original, carry=False)
     if not _assigned(_lasting_variables(model), state.variables):
         raise ValueError(
             "The state does not fit the model that its plans lead to; another version of Keras may "

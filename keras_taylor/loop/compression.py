@@ -1,7 +1,7 @@
 """The whole loop (`compress`)."""
 
 from keras_taylor.loop import messages
-from keras_taylor.loop.compression_run import Descent
+from keras_taylor.loop.compression_run import CompressionRun
 from keras_taylor.loop.fine_tuning import check_fit_arguments
 from keras_taylor.support.progress import Reporter
 from keras_taylor.support.replicas import is_first, scope_of
@@ -65,7 +65,7 @@ def compress(
             counted once an epoch), at least 512; of `score_ds`, and with `epochs=0`, all; at most 10,000.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: prune only the channels that these make / none of them.
-        exact: `False`: channels that are normalised together may leave, too, as the residual stream of
+        exact: `False`: channels that are normalized together may leave, too, as the residual stream of
             a transformer or a ConvNeXt (see `analyze`).
         round_to: Every group of channels keeps a multiple of this many. With a goal for a latency also
             "auto": 1, 4, 8 or 16, the least multiple that other widths of this network's layers are at most
@@ -132,7 +132,7 @@ def compress(
     """
     check_fit_arguments(fit_kwargs)
     with scope_of(model), Reporter(verbose if is_first() else 0) as reporter:
-        run = Descent(
+        run = CompressionRun(
             model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude, exact,
             ratios, scope, rank, balance, round_to, min_channels, repair, labels, distill, learning_rate,
             max_drop, monitor, baseline, backup_dir, fit_kwargs, reporter,

@@ -16,7 +16,7 @@ from keras_taylor.budget.schedule import Step, steps
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.surgery import cut, whole_copy
 from keras_taylor.loop import messages
-from keras_taylor.loop.backups import Backups, capture, describe_call, drawn_seed, rebuild
+from keras_taylor.loop.backups import Backups, capture, describe_call, drawn_seed, restore_model
 from keras_taylor.loop.distilling import check_trainable, distiller
 from keras_taylor.loop.fine_tuning import Diverged, fine_tune, fine_tuning_rate, learning_rate_of
 from keras_taylor.loop.measured_search import check_reachable, draft, fitting_units
@@ -24,9 +24,9 @@ from keras_taylor.loop.round_scores import RoundScores, default_criterion, share
 from keras_taylor.loop.validating import Validation
 from keras_taylor.plans.limits import AUTO, Limits, check_round_to, ratio_limits
 from keras_taylor.plans.planning import kept_units, plan_of
-from keras_taylor.plans.ranking import Removable, choose, flat_scores, in_turn
+from keras_taylor.plans.ranking import RemovalOrder, choose_kept, flat_scores, order_removals
 from keras_taylor.reading import graph as graphs
-from keras_taylor.reading.groups import layer_names, read_channels
+from keras_taylor.reading.groups import label_model, layer_names
 from keras_taylor.reading.tracing import view_to_train
 from keras_taylor.reading.walk import example_inputs
 from keras_taylor.reports.report import Info, Round
@@ -55,7 +55,7 @@ class CompressionInterrupted(KeyboardInterrupt):
         self.models = list(models)
 
 
-class Descent:
+class CompressionRun:
     """One call of `compress`: everything checked when it is made, then round by round.
 
     Args: as of `compress`.
@@ -77,17 +77,17 @@ class Descent:
         self._include = layer_names(model, include)
         self._exclude, self._exact = layer_names(model, exclude), exact
         self._carry = not has_schedule(model.optimizer)
-        channels = read_channels(model, self._include, self._exclude, exact)
-        self._grouped = channels.grouped
+        labeled = label_model(model, self._include, self._exclude, exact)
+        self._grouped = labeled.grouped
         self._round_to = round_to
         self._limits = Limits(
-            1 if round_to == AUTO else round_to, min_channels, ratio_limits(channels, ratios)
+            1 if round_to == AUTO else round_to, min_channels, ratio_limits(labeled, ratios)
         )
         self._choice = {"scope": scope, "rank": rank or "score", "balance": balance}
-        self._whole = {group.name: group.num_units for group in channels.groups}
-        costs = CostModel(channels)
+        self._whole = {group.name: group.num_units for group in labeled.groups}
+        costs = CostModel(labeled)
         self._before = costs()
-        least = self._removable_for(channels)(costs).least()
+        least = self._removal_order_for(labeled)(costs).least()
         as_far_as_it_goes = None if max_drop is None else costs(least)
         self._goals = parse_goals(goal, measurable=True, furthest=as_far_as_it_goes)
         for one in self._goals:
@@ -95,7 +95,7 @@ class Descent:
         check_round_to(round_to, self._goals[-1].measured)
         self._measurements = None
         if not self._goals[-1].measured:
-            self._set_out(channels, least)
+            self._set_out(labeled, least)
         self._feed = Feed(
             ds,
             model,
@@ -104,7 +104,7 @@ class Descent:
             self._fit_kwargs.pop("sample_weight", None),
             targets=check_labels(labels) == "data",
         )
-        criterion = criterion or default_criterion(channels, repair, draws_labels(self._feed, labels))
+        criterion = criterion or default_criterion(labeled, repair, draws_labels(self._feed, labels))
         self._choice["rank"] = rank or rank_for(criterion)
         self._trains = self._fit_kwargs.get("epochs", 1) != 0
         if self._trains:
@@ -118,37 +118,37 @@ class Descent:
             *(stand_in(next(iter(self._goals[-1].parts))), self._fit_kwargs),
         )
         if self._goals[-1].measured:  # takes a while, so after all that may be wrong with the call
-            self._measure(channels)
-            self._set_out(channels, self._removable_for(channels)(costs).least())
+            self._measure(labeled)
+            self._set_out(labeled, self._removal_order_for(labeled)(costs).least())
         about = {"goal": self._goals[-1].parts, "criterion": criterion, "round_to": self._limits.round_to}
-        self.info = Info.before_a_run(channels, self._before, exact, **about)
+        self.info = Info.before_a_run(labeled, self._before, exact, **about)
         self._plans, self._inputs = [], None  # of the completed rounds; of repairs
         limit = {"max_drop": max_drop, "monitor": monitor, "baseline": baseline}
         self._backups = None if backup_dir is None else self._open_backups(backup_dir, limit)
 
-    def _removable_for(self, channels):
+    def _removal_order_for(self, labeled):
         """A function of costs to what may go at all: how many units, whichever they are."""
-        scores, bounds = np.zeros(channels.num_units), self._limits.bounds(channels)
-        return lambda costs: Removable(channels, costs, scores, self._limits.round_to, bounds=bounds)
+        scores, bounds = np.zeros(labeled.num_units), self._limits.bounds(labeled)
+        return lambda costs: RemovalOrder(labeled, costs, scores, self._limits.round_to, bounds=bounds)
 
-    def _measure(self, channels):
+    def _measure(self, labeled):
         """Measures the original and the smallest model; refuses goals out of reach."""
-        self._measurements = Measurements(channels, self._goals[-1].measured, say=self._reporter.say)
+        self._measurements = Measurements(labeled, self._goals[-1].measured, say=self._reporter.say)
         self._before = {**self._before, **self._measurements.before}
         if self._round_to == AUTO:
             self._limits = dataclasses.replace(self._limits, round_to=self._measurements.best_multiple())
         ceilings = self._goals[-1].ceilings(self._before)
-        arguments = ceilings, self._measurements, lambda mask: draft(channels, mask), self._given_goal
-        check_reachable(channels, self._removable_for(channels), *arguments)
+        arguments = ceilings, self._measurements, lambda mask: draft(labeled, mask), self._given_goal
+        check_reachable(labeled, self._removal_order_for(labeled), *arguments)
 
-    def _set_out(self, channels, least):
+    def _set_out(self, labeled, least):
         """Finds the steps to the goals; refuses goals out of reach."""
         last = Step(self._goals[-1].ceilings(self._before), stop=len(self._goals) - 1)
         self._steps = steps(self._goals, self._before, self._increment)
-        if not self._steps and self._limits.bounds(channels)[0].any():
+        if not self._steps and self._limits.bounds(labeled)[0].any():
             self._steps = [last]  # the ratios ask for more than the goals
-        self._least = self._costs(channels)(least)
-        self._kept(channels, np.zeros(channels.num_units), last)
+        self._least = self._costs(labeled)(least)
+        self._kept(labeled, np.zeros(labeled.num_units), last)
 
     def until_done(self):
         """Runs the rounds that are left.
@@ -251,11 +251,13 @@ class Descent:
             return self._original, models
         state, self._backups.state = self._backups.state, None  # its arrays need not stay in memory
         self._reporter.say(f"resumed after round {len(self._plans)} of {len(self._steps)} from {state.path}")
-        current = rebuild(self._original, state)
+        current = restore_model(self._original, state)
         for number, step in enumerate(self._steps[: len(self._plans)], 1):
             if step.stop is not None:
                 last = number == len(self._plans)
-                models.append(current if last else rebuild(self._original, self._backups.of_round(number)))
+                models.append(
+                    current if last else restore_model(self._original, self._backups.of_round(number))
+                )
         return current, models
 
     def _back_up(self, model):
@@ -268,20 +270,20 @@ class Descent:
         clock, step = Clock(), self._steps[number - 1]
         name = f"round {number}/{len(self._steps)}"
         with clock.phase("score"):
-            channels = self._read(model)
-            scores = self._scores(channels, self._plans, self._reporter.callback(f"{name}: scoring"))
+            labeled = self._read(model)
+            scores = self._scores(labeled, self._plans, self._reporter.callback(f"{name}: scoring"))
         self._draw_anew(number)  # whatever was made for the scores
         with clock.phase("prune"):
-            flat = flat_scores(channels, scores)
-            kept = self._fitting(channels, flat, step)
-            plan = plan_of(channels, CostModel(channels), kept, flat)
+            flat = flat_scores(labeled, scores)
+            kept = self._fitting(labeled, flat, step)
+            plan = plan_of(labeled, CostModel(labeled), kept, flat)
             total = self.info.plan.compose(plan)
             if not self._trains:  # the original says more than what was repaired before
-                channels = read_channels(self._original, exact=self._exact)
-                kept = kept_units(channels, total)
-            small = cut(channels, kept, compiled_as=self._original, carry=self._carry)
+                labeled = label_model(self._original, exact=self._exact)
+                kept = kept_units(labeled, total)
+            small = cut(labeled, kept, compiled_as=self._original, carry=self._carry)
         with clock.phase("repair"):
-            repairs = self._repair(channels, kept, small) if self._repairs else []
+            repairs = self._repair(labeled, kept, small) if self._repairs else []
         with clock.phase("fit"):
             history, step_losses = self._fine_tune(
                 small, model, self._reporter.callback(f"{name}: fine-tuning")
@@ -318,30 +320,30 @@ class Descent:
             )
 
     def _read(self, model):
-        return read_channels(model, self._include, self._exclude, self._exact, self._grouped)
+        return label_model(model, self._include, self._exclude, self._exact, self._grouped)
 
-    def _costs(self, channels):
-        return self._measurements.costs(channels) if self._measurements else CostModel(channels)
+    def _costs(self, labeled):
+        return self._measurements.costs(labeled) if self._measurements else CostModel(labeled)
 
     def _how(self, step):
-        """How units are chosen on the way to a step, see `ranking.in_turn`."""
+        """How units are chosen on the way to a step, see `ranking.order_removals`."""
         return {**self._choice, "whole": self._whole, "share": step.share}
 
-    def _kept(self, channels, flat, step):
+    def _kept(self, labeled, flat, step):
         arguments = flat, step.ceilings, self._given_goal, self._limits
-        return choose(channels, self._costs(channels), *arguments, **self._how(step))
+        return choose_kept(labeled, self._costs(labeled), *arguments, **self._how(step))
 
-    def _fitting(self, channels, flat, step):
+    def _fitting(self, labeled, flat, step):
         """The units that stay after a step; where a goal is reached, what is measured holds, too."""
         if self._measurements is None or step.stop is None:
-            return self._kept(channels, flat, step)
+            return self._kept(labeled, flat, step)
 
-        def removable_for(costs):
+        def removal_order_for(costs):
             arguments = flat, step.ceilings, self._given_goal, self._limits
-            return in_turn(channels, costs, *arguments, **self._how(step))
+            return order_removals(labeled, costs, *arguments, **self._how(step))
 
-        arguments = step.ceilings, self._measurements, lambda mask: draft(channels, mask), self._given_goal
-        return fitting_units(channels, removable_for, *arguments)[0]
+        arguments = step.ceilings, self._measurements, lambda mask: draft(labeled, mask), self._given_goal
+        return fitting_units(labeled, removal_order_for, *arguments)[0]
 
     def _fine_tune(self, small, origin, callbacks):
         if not self._trains:
@@ -354,11 +356,11 @@ class Descent:
                 trainer = distiller(small, self._teacher, self._distill, self._feed.has_targets)
             return fine_tune(small, origin, arguments, callbacks, trainer)
 
-    def _repair(self, channels, kept, small):
+    def _repair(self, labeled, kept, small):
         if self._inputs is None:  # taken from the data once
             num = share_of_training(trained_examples(self._feed, self._fit_kwargs), *_REPAIR)
             self._inputs = example_inputs(self._feed, graphs.read(self._original), num)
-        return refit(channels, kept, small, self._inputs, thorough=not self._trains)
+        return refit(labeled, kept, small, self._inputs, thorough=not self._trains)
 
     def _announce(self):
         """Says what will be done, and evaluates the whole model."""

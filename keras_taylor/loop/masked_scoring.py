@@ -14,12 +14,12 @@ class MaskedScorer:
     """Scores smaller models by their mask: gates at zero are the pruned model, and nothing compiles anew.
 
     Args:
-        channels: `groups.Channels` of the model that the smaller ones are cut from.
+        channels: `groups.LabeledModel` of the model that the smaller ones are cut from.
         gated: The `gates.GatedModel` of it.
     """
 
-    def __init__(self, channels, gated):
-        self._channels, self._gated = channels, gated
+    def __init__(self, labeled, gated):
+        self._labeled, self._gated = labeled, gated
         weights = {id(weight) for weight in gated.weights}
         seeds = [variable for variable in gated.variables if id(variable) not in weights]
         self._seeds = [(variable, np.array(ops.convert_to_numpy(variable))) for variable in seeds]
@@ -28,7 +28,7 @@ class MaskedScorer:
         """Sums over one pass, as `passes.gate_statistics` gives them for the smaller model.
 
         Args:
-            small: `groups.Channels` of the smaller model, trained since or not.
+            small: `groups.LabeledModel` of the smaller model, trained since or not.
             plan: The `Plan` that led to it; `None`: nothing was cut.
             feed, num_examples, class_weight, callbacks: As in `gate_statistics`.
 
@@ -36,28 +36,28 @@ class MaskedScorer:
             A float64 array `(num_rows, small.num_units)`; `None` if the units of the smaller model are
             not simply those that the plan keeps.
         """
-        kept = np.ones(self._channels.num_units, bool)
+        kept = np.ones(self._labeled.num_units, bool)
         if plan is not None:
-            kept = kept_units(self._channels, plan)
+            kept = kept_units(self._labeled, plan)
         if not self._stands_for(small, kept):
             return None
         self._take_weights(small, kept)
         for variable, value in self._seeds:  # what a pass draws does not depend on the passes before it
             variable.assign(value)
         self._gated.mask = kept
-        arguments = self._channels, feed, num_examples, class_weight, callbacks
+        arguments = self._labeled, feed, num_examples, class_weight, callbacks
         return gate_statistics(self._gated, *arguments)[:, kept]
 
     def _stands_for(self, small, kept):
         """Whether the small model has the same calls, and the groups that the kept units make."""
-        names = [[call.name for call in one.graph.calls] for one in (self._channels, small)]
-        left = {g.name: int(kept[g.start :][: g.num_units].sum()) for g in self._channels.groups}
+        names = [[call.name for call in one.graph.calls] for one in (self._labeled, small)]
+        left = {g.name: int(kept[g.start :][: g.num_units].sum()) for g in self._labeled.groups}
         return names[0] == names[1] and left == {g.name: g.num_units for g in small.groups}
 
     def _take_weights(self, small, kept):
         """Puts the small model's weights where the kept units are; behind closed gates stays what was."""
         done = set()
-        base = self._channels
+        base = self._labeled
         for call, effect, other in zip(base.graph.calls, base.effects, small.graph.calls, strict=True):
             if id(call.operation) in done or not isinstance(call.operation, keras.Layer):
                 continue

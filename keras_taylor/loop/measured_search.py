@@ -15,15 +15,15 @@ _AIM = {"bytes": 1.0, "latency": 0.97}  # part of what may be left that is aimed
 _NEAR = {"bytes": 0.99, "latency": 0.93}  # from here on up no larger model is looked for
 
 
-def fitting_units(channels, removable_for, ceilings, measurements, build, goal):
+def fitting_units(labeled, removal_order_for, ceilings, measurements, build, goal):
     """The largest mask of kept units that is found whose model, built and measured, keeps to all ceilings.
 
     Widths are chosen by predictions, the model is built and measured, the predictions learn from
     it, and so on until what was measured holds and little more would.
 
     Args:
-        channels: `groups.Channels`.
-        removable_for: A function of costs (called like a `CostModel`) to a `ranking.Removable`.
+        channels: `groups.LabeledModel`.
+        removable_for: A function of costs (called like a `CostModel`) to a `ranking.RemovalOrder`.
         ceilings: A dict: cost -> what may be left, counted and measured ones.
         measurements: `measuring.Measurements`.
         build: A function of a mask of kept units to the model that keeps them.
@@ -35,17 +35,17 @@ def fitting_units(channels, removable_for, ceilings, measurements, build, goal):
     Raises:
         ValueError: if there is none, or none was found; it names `goal`, and what was reached.
     """
-    costs = measurements.costs(channels)
+    costs = measurements.costs(labeled)
     spare = dict.fromkeys(ceilings, 1.0)
     tried, best = [], None
     for _ in range(TRIES):
-        removable = removable_for(costs)
-        aims = _aims(ceilings, spare, costs(removable.least()))
-        kept = units_to_keep(channels, costs, removable, aims, goal)
+        removal_order = removal_order_for(costs)
+        aims = _aims(ceilings, spare, costs(removal_order.least()))
+        kept = units_to_keep(labeled, costs, removal_order, aims, goal)
         if any(np.array_equal(kept, other) for other in tried):
             break  # nothing larger is left to try
         tried.append(kept)
-        found = measurements.observe(channels, kept, build(kept))
+        found = measurements.observe(labeled, kept, build(kept))
         for key in measurements.keys:  # what came out too large once might come out too large again
             spare[key] = spare[key] * ceilings[key] / found[key] if found[key] > ceilings[key] else 1.0
         if all(found[key] <= ceilings[key] for key in measurements.keys):
@@ -58,7 +58,7 @@ def fitting_units(channels, removable_for, ceilings, measurements, build, goal):
     return best
 
 
-def check_reachable(channels, removable_for, ceilings, measurements, build, goal):
+def check_reachable(labeled, removal_order_for, ceilings, measurements, build, goal):
     """Refuses a goal that no widths keep to: the smallest model is built and measured.
 
     Args:
@@ -67,22 +67,22 @@ def check_reachable(channels, removable_for, ceilings, measurements, build, goal
     Raises:
         ValueError: if it is out of reach; it names `goal`, and how much can go.
     """
-    costs = measurements.costs(channels)
-    removable = removable_for(costs)
-    least = removable.least()
+    costs = measurements.costs(labeled)
+    removal_order = removal_order_for(costs)
+    least = removal_order.least()
     if not least.all():
         with contextlib.suppress(ExportError):  # a runtime may not take layers that are that narrow
-            measurements.observe(channels, least, build(least))
-    units_to_keep(channels, costs, removable, ceilings, goal)
+            measurements.observe(labeled, least, build(least))
+    units_to_keep(labeled, costs, removal_order, ceilings, goal)
 
 
-def draft(channels, kept):
+def draft(labeled, kept):
     """A model that keeps some units, to be measured only.
 
     Its weights are a little off, so that no two are equal: converters write equal ones, as biases
     that are zero until they are repaired or trained, into a file once.
     """
-    small, _ = rebuild(channels, kept)
+    small, _ = rebuild(labeled, kept)
     random = np.random.default_rng(0)
     for weight in small.weights:
         if keras.backend.is_float_dtype(weight.dtype):

@@ -43,7 +43,7 @@ def opening(model, info, num_rounds, scored, draws, repairs, carries, rate, epoc
     if info.inexact:
         num = sum(entry["channels"] for entry in info.inexact.values())
         names = ", ".join(list(info.inexact)[:5]) + (", ..." if len(info.inexact) > 5 else "")
-        yield f"open with exact=False only, as they are normalised together: {num:,} channel units ({names})"
+        yield f"open with exact=False only, as they are normalized together: {num:,} channel units ({names})"
     if info.unknown:
         yield f"without a rule, so what they read stays: {', '.join(info.unknown)}"
 

@@ -6,7 +6,7 @@ from keras_taylor.cutting.surgery import cut
 from keras_taylor.loop.masked_scoring import MaskedScorer
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import criteria
 from keras_taylor.scores.log_odds import has_odds
 from keras_taylor.scores.sampling import with_drawn_labels
@@ -28,15 +28,15 @@ _SHARE, _FEWEST, _MOST = 1 / 8, 512, 10_000
 _CUT_AT = 0.7
 
 
-def default_criterion(channels, repaired, draws):
+def default_criterion(labeled, repaired, draws):
     """The criterion that leaves most accuracy for one pass, by `benchmarks/results/criteria.md`.
 
     Args:
-        channels: `groups.Channels` of a compiled model.
+        channels: `groups.LabeledModel` of a compiled model.
         repaired: Whether cuts are repaired.
         draws: Whether labels are drawn: what depends on the sign of derivatives is then noise.
     """
-    return "log_odds" if repaired and not draws and has_odds(channels) else "taylor"
+    return "log_odds" if repaired and not draws and has_odds(labeled) else "taylor"
 
 
 class RoundScores:
@@ -44,7 +44,7 @@ class RoundScores:
 
     Args:
         model: The original model.
-        read: A function from a model to its `groups.Channels`.
+        read: A function from a model to its `groups.LabeledModel`.
         feed: `datasets.Feed` of the training data.
         score_ds: Other data for the scores; `None`: those of the training.
         criterion, labels: As in `compress`.
@@ -80,44 +80,44 @@ class RoundScores:
         if self.needs_data:
             feed.check_devices(self.num_examples)
 
-    def __call__(self, channels, plans, callbacks):
+    def __call__(self, labeled, plans, callbacks):
         """Scores by group; several processes take the first one's.
 
         Args:
-            channels: `groups.Channels` of the model as it is.
+            channels: `groups.LabeledModel` of the model as it is.
             plans: A `Plan` for each round that is done: labels are drawn anew in each.
             callbacks: Keras callbacks of the scoring pass.
         """
         feed = self._feed
         if self.draws:
-            feed = with_drawn_labels(feed, channels.graph, self.num_examples, len(plans))
+            feed = with_drawn_labels(feed, labeled.graph, self.num_examples, len(plans))
         totals = None
         if self.needs_data and takes_one_pass(self._criterion):
-            totals = self._totals(channels, plans, feed, callbacks)
+            totals = self._totals(labeled, plans, feed, callbacks)
         if totals is not None:
-            scores = scores_of(channels, self._criterion, totals)
+            scores = scores_of(labeled, self._criterion, totals)
         else:
             arguments = self._criterion, self.num_examples, self._class_weight, callbacks, self._cost
-            scores = score_channels(channels, feed, *arguments)
+            scores = score_channels(labeled, feed, *arguments)
         scores.update({name: agreed(values) for name, values in scores.items()})
         return scores
 
-    def _totals(self, channels, plans, feed, callbacks):
+    def _totals(self, labeled, plans, feed, callbacks):
         """Statistics of one pass through the model of an earlier round, masked; `None` if that cannot be."""
         base = _last_cut(plans)
         if self._scorer_after != base:
-            whole = channels if base == len(plans) else self._channels_after(plans[:base])
+            whole = labeled if base == len(plans) else self._channels_after(plans[:base])
             self._scorer = MaskedScorer(whole, gated_for(whole, self._criterion))
             self._scorer_after = base
         arguments = feed, self.num_examples, self._class_weight, callbacks
-        return self._scorer.statistics(channels, _composed(plans[base:]), *arguments)
+        return self._scorer.statistics(labeled, _composed(plans[base:]), *arguments)
 
     def _channels_after(self, plans):
         """The original as some plans leave it: its structure, not what was learnt since."""
         if not plans:
             return self._read(self._model)
         plan = _composed(plans)
-        original = read_channels(self._model, exact=plan.exact)
+        original = label_model(self._model, exact=plan.exact)
         return self._read(cut(original, kept_units(original, plan), carry=False))
 
 

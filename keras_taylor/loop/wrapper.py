@@ -8,9 +8,9 @@ from keras_taylor.budget.goals import parse_goal
 from keras_taylor.cutting.surgery import cut, rebuild
 from keras_taylor.plans.limits import Limits
 from keras_taylor.plans.planning import plan_of
-from keras_taylor.plans.ranking import Removable, check_choices, choose, flat_scores
+from keras_taylor.plans.ranking import RemovalOrder, check_choices, choose_kept, flat_scores
 from keras_taylor.reading.cloning import compile_settings
-from keras_taylor.reading.groups import layer_names, read_channels
+from keras_taylor.reading.groups import label_model, layer_names
 from keras_taylor.reading.tracing import functional_view, own_training
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gates import ROWS, GatedModel
@@ -41,7 +41,7 @@ class PrunableModel(GatedModel):
             need no passes of their own.
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: prune only the channels that these make / none of them.
-        exact: As in `keras_taylor.analyze`. With `False` normalisations take their means and variances
+        exact: As in `keras_taylor.analyze`. With `False` normalizations take their means and variances
             over the channels that are open, so that `strip` changes nothing here either.
         rank, balance: As in `make_plan`; a goal that is a number of units takes those with the lowest
             scores, whatever they save.
@@ -84,11 +84,11 @@ class PrunableModel(GatedModel):
         _check_arguments(model, criterion, loss_reduction)
         with scope_of(model):
             model = functional_view(model)
-            original = read_channels(model)
+            original = label_model(model)
             own, weights = rebuild(original, np.ones(original.num_units, bool))
             include, exclude = layer_names(model, include), layer_names(model, exclude)
-            channels = read_channels(own, include, exclude, exact)
-            super().__init__(channels, frozen=False, name=name or f"prunable_{model.name}")
+            labeled = label_model(own, include, exclude, exact)
+            super().__init__(labeled, frozen=False, name=name or f"prunable_{model.name}")
             self._arguments = {
                 "criterion": criterion,
                 "include": include,
@@ -101,7 +101,7 @@ class PrunableModel(GatedModel):
                 "exact": exact,
             }
             choice = {"rank": rank or criteria.rank_for(criterion), "balance": balance}
-            self._pruning = _Pruning(channels, Limits(round_to, min_channels), choice)
+            self._pruning = _Pruning(labeled, Limits(round_to, min_channels), choice)
             self.network.gates.averaged = loss_reduction != "sum"
             self.built = True
             settings = compile_settings(model)
@@ -146,12 +146,12 @@ class PrunableModel(GatedModel):
                 "There are no scores yet: they come from backward passes. Call `fit`, or run a training "
                 f"loop that updates the scores, before you ask for them. Received: model={self.name!r}"
             )
-        channels = self._pruning.channels
-        scores = scores_of(channels, criterion, totals)
+        labeled = self._pruning.labeled
+        scores = scores_of(labeled, criterion, totals)
         kept = self.mask > 0
         return {
             group.name: np.where(kept[group.start :][: group.num_units], scores[group.name], 0)
-            for group in channels.groups
+            for group in labeled.groups
             if group.name in scores
         }
 
@@ -214,7 +214,7 @@ class PrunableModel(GatedModel):
         kept = self.mask > 0
         if self.check_goal(goal) == 0:
             return 0
-        left = self._pruning.after(goal, flat_scores(self._pruning.channels, self.scores), kept)
+        left = self._pruning.after(goal, flat_scores(self._pruning.labeled, self.scores), kept)
         self.mask = left
         self.statistics = momentum * self.statistics
         return int(kept.sum() - left.sum())
@@ -238,7 +238,7 @@ class PrunableModel(GatedModel):
     @property
     def plan(self):
         """What has gone so far, as a `Plan` for the model that was wrapped."""
-        return plan_of(self._pruning.channels, self._pruning.costs, self.mask > 0)
+        return plan_of(self._pruning.labeled, self._pruning.costs, self.mask > 0)
 
     def strip(self, optimizer=None):
         """The plain smaller model: no gates, pruned units cut out, weights copied.
@@ -257,11 +257,11 @@ class PrunableModel(GatedModel):
             ValueError: for an optimizer that was built for other weights.
         """
         with scope_of(self):
-            channels, kept = self._pruning.channels, self.mask > 0
+            labeled, kept = self._pruning.labeled, self.mask > 0
             if optimizer is None:
-                return cut(channels, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None))
+                return cut(labeled, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None))
             optimizer = getattr(optimizer, "wrapped", optimizer)
-            small, weights = rebuild(channels, kept)
+            small, weights = rebuild(labeled, kept)
             settings = compile_settings(self) or {}
             small.compile(**{**settings, "optimizer": fresh_optimizer(optimizer)})
             if not carry_state(optimizer, small.optimizer, small.trainable_variables, weights):
@@ -292,33 +292,33 @@ class PrunableModel(GatedModel):
 class _Pruning:
     """Which units can go next; knows nothing of Keras variables."""
 
-    def __init__(self, channels, limits, choice):
+    def __init__(self, labeled, limits, choice):
         check_choices("global", **choice)
-        self.channels, self.costs = channels, CostModel(channels)
+        self.labeled, self.costs = labeled, CostModel(labeled)
         self._limits, self._choice = limits, choice
 
     def num_left(self, kept):
         """How many more units can go."""
-        least = self._removable(np.zeros(kept.size), kept).least()
+        least = self._removal_order(np.zeros(kept.size), kept).least()
         return int(kept.sum() - least.sum())
 
     def after(self, goal, flat, kept):
         """The units kept when the goal is met, a bool array `(num_units,)`."""
         if isinstance(goal, (int, np.integer)) and not isinstance(goal, bool):
             _check_number(goal)
-            return self._removable(flat, kept).mask(int((~kept).sum()) + goal)
+            return self._removal_order(flat, kept).mask(int((~kept).sum()) + goal)
         wanted, before = parse_goal(goal), self.costs()
         wanted.check(before)
         if wanted.is_met(self.costs(kept), before):
             return kept
         closed = self.costs.counts() - self.costs.counts(kept)
         arguments = _closed_first(flat, kept), wanted.ceilings(before), goal, self._limits
-        return choose(self.channels, self.costs, *arguments, closed=closed, **self._choice)
+        return choose_kept(self.labeled, self.costs, *arguments, closed=closed, **self._choice)
 
-    def _removable(self, flat, kept):
-        bounds = self._limits.bounds(self.channels)
-        return Removable(
-            self.channels, self.costs, _closed_first(flat, kept), self._limits.round_to, bounds=bounds
+    def _removal_order(self, flat, kept):
+        bounds = self._limits.bounds(self.labeled)
+        return RemovalOrder(
+            self.labeled, self.costs, _closed_first(flat, kept), self._limits.round_to, bounds=bounds
         )
 
 

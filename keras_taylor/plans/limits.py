@@ -28,11 +28,11 @@ class Limits:
         _check_whole("round_to", self.round_to)
         _check_whole("min_channels", self.min_channels)
 
-    def bounds(self, channels, whole=None, share=1.0):
+    def bounds(self, labeled, whole=None, share=1.0):
         """How many units go of each group.
 
         Args:
-            channels: `groups.Channels`.
+            channels: `groups.LabeledModel`.
             whole: Group -> how many units it had in the original, of which ratios are shares, where
                 the model has lost some already.
             share: How much of the way to the goal is gone after this, from 0 to 1: so much of the
@@ -42,7 +42,7 @@ class Limits:
             The least and the largest number, two int64 arrays `(num_groups,)`.
         """
         least, most = [], []
-        for group in channels.groups:
+        for group in labeled.groups:
             low, high = self.ratios.get(group.name, (0.0, 1.0))
             original = (whole or {}).get(group.name, group.num_units)
             low, high = _whole_numbers(low, high, original)
@@ -69,11 +69,11 @@ def check_round_to(round_to, measured):
         )
 
 
-def ratio_limits(channels, ratios):
+def ratio_limits(labeled, ratios):
     """Shares of groups that go, out of what users write of layers.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         ratios: Layer names, regular expressions that match whole names, or layers -> the fraction of
             the channels that goes, or a pair: at least and at most; `None`: nothing.
 
@@ -85,13 +85,13 @@ def ratio_limits(channels, ratios):
             channels and cannot, and layers of one group that contradict each other.
     """
     limits, origin = {}, {}
-    names = [name for _, _, name in channels.space.producers]
+    names = [name for _, _, name in labeled.space.producers]
     for pattern, ratio in (ratios or {}).items():
         low, high = _pair(pattern, ratio)
-        matched = {names[index] for index in matching([pattern], channels.graph, names, "ratios")}
-        hit = [group for group in channels.groups if matched.intersection(group.producers)]
+        matched = {names[index] for index in matching([pattern], labeled.graph, names, "ratios")}
+        hit = [group for group in labeled.groups if matched.intersection(group.producers)]
         if low > 0 and not hit:
-            reasons = [f"{g.name}: {g.reason}" for g in channels.locked if matched.intersection(g.producers)]
+            reasons = [f"{g.name}: {g.reason}" for g in labeled.locked if matched.intersection(g.producers)]
             raise ValueError(
                 f"Channels are to go that cannot ({'; '.join(reasons[:3]) or 'the layer makes none'}). "
                 f"Expected layers with channels that can leave, or a ratio from 0 on. "

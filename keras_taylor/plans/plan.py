@@ -10,8 +10,8 @@ from rich.table import Table
 
 from keras_taylor.budget.costs import COSTS
 from keras_taylor.plans.plan_difference import LayerDifference, PlanDifference
-from keras_taylor.plans.structure import Structure
-from keras_taylor.support.atomic_files import Draft
+from keras_taylor.plans.structure import PlanStructure
+from keras_taylor.support.atomic_files import AtomicFile
 from keras_taylor.support.tables import render
 
 _FORMAT = 1
@@ -36,7 +36,7 @@ class Plan:
         layers: Layer name -> `LayerPlan`, for every layer that loses channels.
         before, after: Costs ("params", "flops", ...) without and with the plan; `after` is `None` where
             a plan was edited whose costs only the model can tell.
-        exact: `False` where channels that are normalised together may leave (see `analyze`).
+        exact: `False` where channels that are normalized together may leave (see `analyze`).
         structure: What is known of the model: which channels leave together, in which order, and what
             they cost. `None` in plans that were made by hand.
     """
@@ -45,7 +45,7 @@ class Plan:
     before: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     after: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
     exact: bool = True
-    structure: Structure | None = dataclasses.field(default=None, compare=False, repr=False)
+    structure: PlanStructure | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def keep(self, layer, channels):
         """This plan with other channels kept of one layer, and of all that live and die with it.
@@ -185,7 +185,7 @@ class Plan:
                 content["before"],
                 content["after"],
                 bool(content.get("exact", True)),
-                None if structure is None else Structure.from_dict(structure),
+                None if structure is None else PlanStructure.from_dict(structure),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -196,7 +196,7 @@ class Plan:
     def save(self, path):
         """Writes the plan to a file, as `to_json` does; a file that is there is replaced."""
         target = pathlib.Path(path)
-        with Draft(target) as draft:
+        with AtomicFile(target) as draft:
             draft.path.write_text(self.to_json(), encoding="utf-8")
             draft.move_to(target)
 

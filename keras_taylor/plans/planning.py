@@ -6,9 +6,9 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.plans.limits import Limits, ratio_limits
 from keras_taylor.plans.plan import LayerPlan, Plan
-from keras_taylor.plans.ranking import choose, flat_scores
-from keras_taylor.plans.structure import Structure
-from keras_taylor.reading.groups import mask_of, read_channels
+from keras_taylor.plans.ranking import choose_kept, flat_scores
+from keras_taylor.plans.structure import PlanStructure
+from keras_taylor.reading.groups import label_model, mask_of
 from keras_taylor.scores.criteria import rank_for
 
 
@@ -64,53 +64,53 @@ def make_plan(
             says how much can be.
     """
     wanted = parse_goal(goal)
-    channels = read_channels(model, include, exclude, exact)
-    costs = CostModel(channels)
+    labeled = label_model(model, include, exclude, exact)
+    costs = CostModel(labeled)
     wanted.check(costs())
-    flat = flat_scores(channels, scores)
-    limits = Limits(round_to, min_channels, ratio_limits(channels, ratios))
+    flat = flat_scores(labeled, scores)
+    limits = Limits(round_to, min_channels, ratio_limits(labeled, ratios))
     rank = rank or rank_for(getattr(scores, "criterion", None))
     choice = {"scope": scope, "rank": rank, "balance": balance}
-    kept = choose(channels, costs, flat, wanted.ceilings(costs()), goal, limits, **choice)
-    return plan_of(channels, costs, kept, flat)
+    kept = choose_kept(labeled, costs, flat, wanted.ceilings(costs()), goal, limits, **choice)
+    return plan_of(labeled, costs, kept, flat)
 
 
-def plan_of(channels, costs, kept, flat=None):
+def plan_of(labeled, costs, kept, flat=None):
     """The `Plan` of a mask of kept units.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         costs: Its `CostModel`.
         kept: Bool array `(num_units,)`.
         flat: The scores that led to it, `(num_units,)`, infinite where there are none; `None`: none.
     """
-    structure = structure_of(channels, costs, flat)
+    structure = structure_of(labeled, costs, flat)
     layers = {n: LayerPlan(len(structure.layers[n]), k) for n, k in structure.kept(kept).items()}
-    return Plan(layers, costs(), costs(kept), channels.exact, structure)
+    return Plan(layers, costs(), costs(kept), labeled.exact, structure)
 
 
-def structure_of(channels, costs, flat=None):
+def structure_of(labeled, costs, flat=None):
     """What a plan must know of a model; arguments as in `plan_of`."""
     layers = {}
-    for start, stop, name in channels.space.producers:
-        layers.setdefault(name, tuple(channels.units(np.arange(start, stop)).tolist()))
-    flat = np.full(channels.num_units, np.inf) if flat is None else flat
+    for start, stop, name in labeled.space.producers:
+        layers.setdefault(name, tuple(labeled.units(np.arange(start, stop)).tolist()))
+    flat = np.full(labeled.num_units, np.inf) if flat is None else flat
     ranked = np.argsort(flat, kind="stable")[: np.isfinite(flat).sum()]
-    groups = {group.name: group.num_units for group in channels.groups}
-    return Structure(groups, layers, tuple(ranked.tolist()), costs.by_groups)
+    groups = {group.name: group.num_units for group in labeled.groups}
+    return PlanStructure(groups, layers, tuple(ranked.tolist()), costs.by_groups)
 
 
-def kept_units(channels, plan):
+def kept_units(labeled, plan):
     """The mask of kept units that a plan asks of a model.
 
     Raises:
         ValueError: if the plan does not belong to this model; the first difference is named.
     """
-    kept = np.ones(channels.num_units, bool)
+    kept = np.ones(labeled.num_units, bool)
     producers = {}
-    for start, stop, name in channels.space.producers:
+    for start, stop, name in labeled.space.producers:
         producers.setdefault(name, []).append(np.arange(start, stop))
-    _check_structure(channels, plan, producers)
+    _check_structure(labeled, plan, producers)
     for name, layer in plan.layers.items():
         if name not in producers or producers[name][0].size != layer.width:
             width = producers[name][0].size if name in producers else "no such layer"
@@ -121,24 +121,24 @@ def kept_units(channels, plan):
         _check_indices(name, layer)
         gone = np.ones(layer.width, bool)
         gone[list(layer.kept)] = False
-        units = channels.units(producers[name][0])[gone]
+        units = labeled.units(producers[name][0])[gone]
         if (units < 0).any():
             raise ValueError(
                 f"The plan removes channels of layer '{name}' that cannot leave. "
                 f"Received: plan.layers[{name!r}], channel {int(np.flatnonzero(gone)[units < 0][0])}"
             )
         kept[units] = False
-    _check_agreement(channels, plan, producers, kept)
+    _check_agreement(labeled, plan, producers, kept)
     return kept
 
 
-def _check_structure(channels, plan, producers):
+def _check_structure(labeled, plan, producers):
     """Refuses a model whose layers are others than those that the plan was made for."""
     if plan.structure is None:
         return
     difference = plan.structure.difference({name: ranges[0].size for name, ranges in producers.items()})
     if difference is None:
-        expected, found = plan.structure.whole_cost()["params"], CostModel(channels)()["params"]
+        expected, found = plan.structure.whole_cost()["params"], CostModel(labeled)()["params"]
         if expected == found:
             return
         difference = f"Expected {expected:,} parameters in layers of these widths; the model has: {found:,}"
@@ -158,9 +158,9 @@ def _check_indices(name, layer):
         )
 
 
-def _check_agreement(channels, plan, producers, kept):
+def _check_agreement(labeled, plan, producers, kept):
     for name, ranges in producers.items():
-        mask = mask_of(channels, ranges[0], kept)
+        mask = mask_of(labeled, ranges[0], kept)
         planned = plan.layers.get(name)
         stays = np.flatnonzero(mask)
         wanted = np.arange(mask.size) if planned is None else np.unique(planned.kept)

@@ -4,15 +4,15 @@ import numpy as np
 from scipy.optimize import linprog
 
 _STEPS = 30  # how often it is counted anew what units save, on the way to the goal
-_MOST_VARIABLES = 1000  # of a linear program: one in so many units stands for its neighbours in score
+_MOST_VARIABLES = 1000  # of a linear program: one in so many units stands for its neighbors in score
 
 
-class Prices:
+class PricedOrder:
     """Units by score for what they save.
 
     The relaxed knapsack problem "the least sum of scores, so much saved at least" takes units in this
     order (Dantzig, Operations Research 5, 1957). Of several costs each counts as much as the dual
-    variable of its constraint. What a unit saves depends on the widths of its neighbours, so it is
+    variable of its constraint. What a unit saves depends on the widths of its neighbors, so it is
     counted anew on the way.
 
     Args:

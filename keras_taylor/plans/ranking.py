@@ -5,34 +5,34 @@ import numpy as np
 from keras_taylor.budget.feasibility import unreachable
 from keras_taylor.budget.measured_costs import counted
 from keras_taylor.plans.limits import Limits
-from keras_taylor.plans.prices import Prices
+from keras_taylor.plans.prices import PricedOrder
 
 SCOPES = ("global", "layer")
 RANKS = ("score", "cost")
 
 
-def choose(channels, costs, flat, ceilings, goal, limits=None, **how):
+def choose_kept(labeled, costs, flat, ceilings, goal, limits=None, **how):
     """The mask of kept units that a goal, limits and scores lead to.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         costs: Its `CostModel`.
         flat: Scores, float64 `(num_units,)`; infinite: never.
         ceilings: A dict: cost -> what may be left.
         goal: What the user wrote.
         limits: `limits.Limits`; `None`: none.
-        **how: As in `in_turn`.
+        **how: As in `order_removals`.
 
     Raises:
         ValueError: if the goal is out of reach; it names `goal`, and how much can go.
     """
     limits = limits or Limits()
-    removable = in_turn(channels, costs, flat, ceilings, goal, limits, **how)
-    return units_to_keep(channels, costs, removable, ceilings, goal, bool(limits.ratios))
+    removal_order = order_removals(labeled, costs, flat, ceilings, goal, limits, **how)
+    return units_to_keep(labeled, costs, removal_order, ceilings, goal, bool(limits.ratios))
 
 
-def in_turn(
-    channels,
+def order_removals(
+    labeled,
     costs,
     flat,
     ceilings,
@@ -46,10 +46,10 @@ def in_turn(
     share=1.0,
     closed=None,
 ):
-    """The `Removable` units on the way to a goal.
+    """The `RemovalOrder` units on the way to a goal.
 
     Args:
-        channels, costs, flat, ceilings, goal, limits: As in `choose`.
+        channels, costs, flat, ceilings, goal, limits: As in `choose_kept`.
         scope, rank, balance: As in `make_plan`.
         whole: Group -> how many units it had in the original, where some are gone already.
         share: How much of the way to the goal is gone after this, see `Limits.bounds`.
@@ -60,12 +60,12 @@ def in_turn(
         ValueError: if the goal is out of reach, for a choice that is none.
     """
     check_choices(scope, rank, balance)
-    closed = np.zeros(len(channels.groups), np.int64) if closed is None else closed
-    least, most = (np.maximum(bound, closed) for bound in limits.bounds(channels, whole, share))
-    _check_scored(channels, flat, least)
-    shares = by_share(channels, flat, whole)
-    evenly = Removable(channels, costs, shares, limits.round_to, bounds=(least, most))
-    even = units_to_keep(channels, costs, evenly, ceilings, goal, bool(limits.ratios))
+    closed = np.zeros(len(labeled.groups), np.int64) if closed is None else closed
+    least, most = (np.maximum(bound, closed) for bound in limits.bounds(labeled, whole, share))
+    _check_scored(labeled, flat, least)
+    shares = by_share(labeled, flat, whole)
+    evenly = RemovalOrder(labeled, costs, shares, limits.round_to, bounds=(least, most))
+    even = units_to_keep(labeled, costs, evenly, ceilings, goal, bool(limits.ratios))
     if scope == "layer":
         return evenly
     # never more than what an even cut takes, so that the goal stays in reach
@@ -73,17 +73,17 @@ def in_turn(
     most = np.maximum(np.minimum(most, costs.counts() - floors), closed)
     least = np.minimum(least, most)
     if rank == "cost":
-        flat = Prices(costs, flat, counted(ceilings, costs())).order(least, most)
-    return Removable(channels, costs, flat, limits.round_to, bounds=(least, most))
+        flat = PricedOrder(costs, flat, counted(ceilings, costs())).order(least, most)
+    return RemovalOrder(labeled, costs, flat, limits.round_to, bounds=(least, most))
 
 
-def units_to_keep(channels, costs, removable, ceilings, goal, has_ratios=False):
+def units_to_keep(labeled, costs, removal_order, ceilings, goal, has_ratios=False):
     """The largest mask of kept units whose costs are at most `ceilings`.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         costs: Its `CostModel`.
-        removable: Its `Removable`.
+        removable: Its `RemovalOrder`.
         ceilings: A dict: cost -> what may be left.
         goal: What the user wrote.
         has_ratios: Whether there are ratios, which can be in the way.
@@ -91,16 +91,16 @@ def units_to_keep(channels, costs, removable, ceilings, goal, has_ratios=False):
     Raises:
         ValueError: if there is none; it names `goal`, and how much can go.
     """
-    kept = removable.until(ceilings)
+    kept = removal_order.until(ceilings)
     if kept is None:
-        raise unreachable(channels, costs, removable.least(), ceilings, goal, has_ratios)
+        raise unreachable(labeled, costs, removal_order.least(), ceilings, goal, has_ratios)
     return kept
 
 
-def flat_scores(channels, scores):
+def flat_scores(labeled, scores):
     """Scores of all units in one float64 array `(num_units,)`, infinite where there are none."""
-    flat = np.full(channels.num_units, np.inf)
-    names = {group.name: group for group in channels.groups}
+    flat = np.full(labeled.num_units, np.inf)
+    names = {group.name: group for group in labeled.groups}
     for name, values in scores.items():
         values = np.asarray(values, np.float64)
         group = names.get(name)
@@ -118,16 +118,16 @@ def flat_scores(channels, scores):
     return flat
 
 
-def by_share(channels, flat, whole=None):
+def by_share(labeled, flat, whole=None):
     """Scores that take the same share of every group: the share of it that is gone with the unit.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         flat: Scores, float64 `(num_units,)`; within a group the lowest goes first.
         whole: Group -> how many units it had in the original, where some are gone already.
     """
     shares = np.full(flat.size, np.inf)
-    for group in channels.groups:
+    for group in labeled.groups:
         part = slice(group.start, group.start + group.num_units)
         original = (whole or {}).get(group.name, group.num_units)
         ranks = np.argsort(np.argsort(flat[part], kind="stable"))
@@ -135,22 +135,22 @@ def by_share(channels, flat, whole=None):
     return np.where(np.isfinite(flat), shares, np.inf)
 
 
-class Removable:
+class RemovalOrder:
     """Units in the order in which they go, and the masks that this leads to.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         costs: Its `CostModel`.
         flat: Scores, float64 `(num_units,)`; infinite: never.
         round_to, min_channels: As in `make_plan`.
         bounds: How many units go of each group, at least and at most; `None`: as `min_channels` says.
     """
 
-    def __init__(self, channels, costs, flat, round_to=1, min_channels=1, bounds=None):
-        least, most = bounds or Limits(round_to, min_channels).bounds(channels)
+    def __init__(self, labeled, costs, flat, round_to=1, min_channels=1, bounds=None):
+        least, most = bounds or Limits(round_to, min_channels).bounds(labeled)
         self._costs, self._round_to = costs, round_to
         self._sizes = costs.counts()
-        self._starts = np.array([g.start for g in channels.groups], np.int64)
+        self._starts = np.array([g.start for g in labeled.groups], np.int64)
         self._group_of = np.repeat(np.arange(len(self._sizes)), self._sizes)
         self._ranked = np.lexsort((flat, self._group_of))  # within each group, worst first
         self._within = np.arange(flat.size) - self._starts[self._group_of] if flat.size else np.zeros(0, int)
@@ -193,9 +193,9 @@ class Removable:
         return all(costs[what] <= ceiling for what, ceiling in ceilings.items())
 
 
-def _check_scored(channels, flat, least):
+def _check_scored(labeled, flat, least):
     """Refuses groups that must lose units and have no scores."""
-    for group, num in zip(channels.groups, least, strict=True):
+    for group, num in zip(labeled.groups, least, strict=True):
         if num > np.isfinite(flat[group.start : group.start + group.num_units]).sum():
             raise ValueError(
                 f"`ratios` ask for {num} of the {group.num_units} channels of '{group.name}', which have no "

@@ -10,7 +10,7 @@ from keras_taylor.budget.group_costs import GroupCosts
 
 
 @dataclasses.dataclass(frozen=True)
-class Structure:
+class PlanStructure:
     """Which channels live and die together, in which order they go, and what they cost.
 
     Attributes:
@@ -120,7 +120,7 @@ class Structure:
         """This structure with the order of what went first, and then that of a later one.
 
         Args:
-            later: The `Structure` of the model in which layers keep only the channels `kept`.
+            later: The `PlanStructure` of the model in which layers keep only the channels `kept`.
             kept: As in `mask`.
         """
         unit_of = {}

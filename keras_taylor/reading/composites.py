@@ -14,7 +14,7 @@ from keras_taylor.reading.graph import read_inside
 from keras_taylor.reading.inner_gates import gated_inside, inlined
 from keras_taylor.reading.tracing import Closed, UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
-from keras_taylor.rules.base import Edit, Effect, Within, Work, made_by_kernels, weight_of
+from keras_taylor.rules.base import Edit, Effect, InternalRead, Work, made_by_kernels, weight_of
 from keras_taylor.rules.labels import FIXED
 
 _MOST_KEYS, _MOST_TRIALS = 3, 64  # of configuration values that one group of channels changes
@@ -23,7 +23,7 @@ _recipes: dict = {}
 _searched: list = []
 
 
-def inside_rule(call, shapes, read_channels):
+def inside_rule(call, shapes, label_model):
     """The rule of a layer that cannot be opened for any size, found by reading it at some sizes.
 
     Its channels inside are those that are found at two sizes alike. They can leave where values of its
@@ -33,7 +33,7 @@ def inside_rule(call, shapes, read_channels):
     Args:
         call: A `graph.Call`.
         shapes: Shape of every tensor of the graph.
-        read_channels: Makes `groups.Channels` of a `Graph`.
+        read_channels: Makes `groups.LabeledModel` of a `Graph`.
 
     Returns:
         A rule; `None` where nothing can leave, or the layer is not closed.
@@ -46,7 +46,7 @@ def inside_rule(call, shapes, read_channels):
     except Exception:  # whatever its `get_config` raises
         return None
     if key not in _recipes:
-        _recipes[key] = _recipe(call, shapes, read_channels)
+        _recipes[key] = _recipe(call, shapes, label_model)
     recipe = _recipes[key]
     return recipe and recipe.effect
 
@@ -93,7 +93,9 @@ class Recipe:
             weights={f"weights.{k}": tuple(map(labels, axes)) for k, axes in self.weights.items()},
             config={key: _times(factor, labels(units)) for key, (units, factor) in self.config.items()},
             work=tuple(Work(factor, tuple(map(labels, axes))) for factor, axes in self.work),
-            within=tuple(Within(labels(units), _gate_before(k), k) for k, units in self.reads.items()),
+            internal_reads=tuple(
+                InternalRead(labels(units), _gate_before(k), k) for k, units in self.reads.items()
+            ),
             made=tuple((f"weights.{k}", axis) for k, axis in self.made),
         )
 
@@ -158,17 +160,17 @@ def _described(call, shapes, without=()):
     return type(call.operation), json.dumps([config, arguments, sizes], sort_keys=True, default=repr)
 
 
-def _recipe(call, shapes, read_channels):
+def _recipe(call, shapes, label_model):
     """`None` where nothing inside can leave."""
     try:
-        one = _read_at(call, shapes, 0, read_channels)
+        one = _read_at(call, shapes, 0, label_model)
         remade = Remade(call, shapes)
         names = {group.name for group in one[1].groups}
         for without, described, found in _searched:
             if names <= found.keys() and described == _described(call, shapes, without):
                 recipe = _of_channels(call, shapes, one, one)
                 return _together(recipe, {name: found[name] for name in names}, remade)
-        other = _read_at(call, shapes, 1, read_channels)
+        other = _read_at(call, shapes, 1, label_model)
         if not _alike(one, other):
             return None
         recipe = _of_channels(call, shapes, one, other)
@@ -217,7 +219,7 @@ def _together(recipe, found, remade):
     return part if holds(part, remade) else None
 
 
-def _read_at(call, shapes, which, read_channels):
+def _read_at(call, shapes, which, label_model):
     """The channels inside at sizes that stand for the unknown ones."""
     known = {size for index in call.inputs for size in shapes[index]}
     batch, length = [size for size in range(2, 99) if size not in known][which : which + 3 : 2]
@@ -233,15 +235,15 @@ def _read_at(call, shapes, which, read_channels):
     flat = [stand_in(x) for x in call.site.flat]
     args, kwargs = call.site.packed(flat)
     with inlined(call.operation):
-        return batch, read_channels(read_inside(call.operation, args, kwargs))
+        return batch, label_model(read_inside(call.operation, args, kwargs))
 
 
 def _alike(one, other):
     """Whether two readings show the same calls, and the same channels."""
     calls = [
         [(c.name, id(c.operation) if isinstance(c.operation, keras.Layer) else type(c.operation), c.inputs)]
-        for _, channels in (one, other)
-        for c in channels.graph.calls
+        for _, labeled in (one, other)
+        for c in labeled.graph.calls
     ]
     half = len(calls) // 2
     return calls[:half] == calls[half:] and one[1].groups == other[1].groups
@@ -249,58 +251,58 @@ def _alike(one, other):
 
 def _of_channels(call, shapes, one, other):
     """The recipe without its configuration values; groups that no gate reaches are left out."""
-    layer, channels, graph = call.operation, one[1], one[1].graph
+    layer, labeled, graph = call.operation, one[1], one[1].graph
     is_known = not any(None in shapes[index][1:] for index in call.inputs)
     inner = {id(each): number for number, each in enumerate(inner_layers(layer))}
     numbers = {id(weight): number for number, weight in enumerate(layer.weights)}
     weights, reads, made, unreached, seen = {}, {}, [], set(), set()
-    for position, (step, effect) in enumerate(zip(graph.calls, channels.effects, strict=True)):
+    for position, (step, effect) in enumerate(zip(graph.calls, labeled.effects, strict=True)):
         for number in effect.reads:
-            units = channels.units(channels.labels[step.inputs[number]])
+            units = labeled.units(labeled.labels[step.inputs[number]])
             if (units < 0).all():
                 continue
             if _can_be_gated(position, number, one, other) and id(step.operation) in inner:
                 reads[inner[id(step.operation)]] = units
             else:
                 unreached.update(units.reshape(-1).tolist())
-        if id(step.operation) not in seen and not effect.within:
+        if id(step.operation) not in seen and not effect.internal_reads:
             seen.add(id(step.operation))
             of_weight = {name: numbers.get(id(weight_of(step.operation, name))) for name in effect.weights}
             made += [(of_weight[name], axis) for name, axis, _ in made_by_kernels(effect)]
             for name, axes in effect.weights.items():
                 if of_weight[name] is not None:
-                    weights[of_weight[name]] = tuple(_units_or_none(channels, a) for a in axes)
+                    weights[of_weight[name]] = tuple(_units_or_none(labeled, a) for a in axes)
     recipe = Recipe(
-        groups=tuple((group.name, group.num_units) for group in channels.groups),
+        groups=tuple((group.name, group.num_units) for group in labeled.groups),
         weights=weights,
         reads=reads,
         made=tuple((k, axis) for k, axis in made if weights[k][axis] is not None),
         config={},
         work=tuple(_work(one[1], other[1], is_known)),
     )
-    reached = {g.name for g in channels.groups if unreached.isdisjoint(range(g.start, g.start + g.num_units))}
+    reached = {g.name for g in labeled.groups if unreached.isdisjoint(range(g.start, g.start + g.num_units))}
     return recipe.only(reached)
 
 
 def _can_be_gated(position, number, one, other):
     """Whether a gate can be put where an inner layer is called: once, on one tensor, an example a row."""
     call = one[1].graph.calls[position]
-    rows = [channels.graph.shapes[call.inputs[number]][0] for _, channels in (one, other)]
+    rows = [labeled.graph.shapes[call.inputs[number]][0] for _, labeled in (one, other)]
     is_one_tensor = len(call.inputs) == 1 and one[1].graph.is_used_once(call.operation)
     return is_one_tensor and rows == [one[0], other[0]]
 
 
-def _units_or_none(channels, labels):
-    units = None if labels is None else channels.units(labels)
+def _units_or_none(labeled, labels):
+    units = None if labels is None else labeled.units(labels)
     return None if units is None or (units < 0).all() else units
 
 
-def _work(channels, other, is_known):
+def _work(labeled, other, is_known):
     """Work that does not depend on the sizes that were put in; else unknown."""
-    for effect, again in zip(channels.effects, other.effects, strict=True):
+    for effect, again in zip(labeled.effects, other.effects, strict=True):
         for work, same in zip(effect.work, again.work, strict=True):
             factor = work.factor if is_known and work.factor == same.factor else math.nan
-            yield factor, tuple(channels.units(axis) for axis in work.axes)
+            yield factor, tuple(labeled.units(axis) for axis in work.axes)
 
 
 def _counted_by(recipe, remade):

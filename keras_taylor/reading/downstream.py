@@ -1,4 +1,4 @@
-"""What follows on a layer's output: normalisations, residual sums, rectifiers."""
+"""What follows on a layer's output: normalizations, residual sums, rectifiers."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ class ConstantPlace:
     """Where a constant can be added to a layer's output before its activation.
 
     Attributes:
-        operation: The layer whose weight takes it: the layer itself, or the normalisation that follows.
+        operation: The layer whose weight takes it: the layer itself, or the normalization that follows.
         attribute: The weight's name.
         sign: 1 where the constant is added to the weight, -1 where it is subtracted.
     """
@@ -65,15 +65,15 @@ def constant_place(graph, call, view):
 
 
 def gain_of(graph, call, num_outputs):
-    """By what the normalisation that reads a layer's output multiplies each channel; ones if none does."""
+    """By what the normalization that reads a layer's output multiplies each channel; ones if none does."""
     reader = _only_reader(graph, call.outputs[0])
     is_read = reader is not None and is_linear(call.operation)
     affine = _affine(reader.operation, num_outputs) if is_read else None
     return np.broadcast_to(np.ones(1) if affine is None else affine[0], num_outputs)
 
 
-class Sequel:
-    """What follows on a layer's output: normalisations at inference, a residual sum, a rectifier.
+class Downstream:
+    """What follows on a layer's output: normalizations at inference, a residual sum, a rectifier.
 
     What is looked at is z = gain * y + offset + terms, with y the layer's output before its
     activation and the terms those that are added in a residual sum; a rectifier passes z on if it

@@ -22,7 +22,7 @@ from keras_taylor.rules.attention import is_attention
 
 
 @dataclasses.dataclass(frozen=True)
-class Ref:
+class TensorRef:
     """Stands for a tensor in a call's arguments."""
 
     index: int
@@ -37,7 +37,7 @@ class Call:
         operation: The `keras.Operation` (a layer or a `keras.ops` operation).
         site: The place in the model's structure; calls of a sub-model that is
             used twice share their sites.
-        args, kwargs: Call arguments, with a `Ref` in the place of each tensor.
+        args, kwargs: Call arguments, with a `TensorRef` in the place of each tensor.
         inputs: Indices of the tensors among the arguments, in flattened order.
         outputs: Indices of the tensors that come out, in flattened order.
         closed: Why a layer could not be opened, `None` where nobody tried.
@@ -83,7 +83,7 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Structure:
+class SubmodelGraph:
     """The nodes of one functional (sub-)model or opened layer, not looking into those inside."""
 
     model: Any
@@ -102,8 +102,8 @@ class Graph:
         calls: List of `Call`, sub-models inlined, producers before consumers.
         shapes: Shape of every tensor, batch axis first, `None` where unknown.
         inputs, outputs: Tensor indices, in the model's flattened order.
-        structures: `Structure` of the model and of every functional sub-model, by `id`.
-        inside: `Structure` of what is applied at a site, by the site's `id`, for sub-models and opened
+        structures: `SubmodelGraph` of the model and of every functional sub-model, by `id`.
+        inside: `SubmodelGraph` of what is applied at a site, by the site's `id`, for sub-models and opened
             layers.
         bindings: For each input of a sub-model (by `id` of its `KerasTensor`) the
             tensors that it stands for, one a call of the sub-model.
@@ -218,7 +218,7 @@ def _read_once(structure, several_ways):
 
 def tensor_positions(call):
     """Where tensors stand among a call's flattened arguments."""
-    return [i for i, x in enumerate(call.flat) if isinstance(x, Ref)]
+    return [i for i, x in enumerate(call.flat) if isinstance(x, TensorRef)]
 
 
 def num_inbound_nodes(layer):
@@ -258,7 +258,7 @@ class _Reader:
         for site in structure.sites:
             name = prefix + _local_name(structure, site.operation)
             args, kwargs = site.packed(
-                Ref(tensors[id(x)]) if isinstance(x, keras.KerasTensor) else x for x in site.flat
+                TensorRef(tensors[id(x)]) if isinstance(x, keras.KerasTensor) else x for x in site.flat
             )
             inner, closed = self._inside(site, name)
             if inner is None:
@@ -312,7 +312,9 @@ class _Reader:
             return _completed(site.operation, recorded, [tuple(t.shape) for t in site.outputs])
         args, kwargs = keras.tree.map_structure(
             lambda new, old: (
-                keras.KerasTensor(self.shapes[new.index], dtype=old.dtype) if isinstance(new, Ref) else new
+                keras.KerasTensor(self.shapes[new.index], dtype=old.dtype)
+                if isinstance(new, TensorRef)
+                else new
             ),
             (args, kwargs),
             (site.args, site.kwargs),
@@ -334,7 +336,7 @@ def _completed(operation, inputs, outputs):
 
 
 def _taken(args, kwargs):
-    return tuple(x.index for x in _flattened(args, kwargs) if isinstance(x, Ref))
+    return tuple(x.index for x in _flattened(args, kwargs) if isinstance(x, TensorRef))
 
 
 def _flattened(args, kwargs):
@@ -353,7 +355,7 @@ def _read_structure(model, name):
 def _structure_of(model, function):
     inputs, outputs = function._inputs_struct, function._outputs_struct
     input_layers = tuple(t._keras_history.operation for t in keras.tree.flatten(inputs))
-    return Structure(model, inputs, outputs, input_layers, tuple(_sites(function)))
+    return SubmodelGraph(model, inputs, outputs, input_layers, tuple(_sites(function)))
 
 
 def _function_of(model, name):

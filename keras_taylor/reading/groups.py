@@ -26,7 +26,7 @@ class Group:
         producers: Names of all layers (and padding operations) that make them.
         start: Index of its first unit among all units of the analysis.
         reason: Why no unit of it can leave, `None` where they can.
-        normalised_by: What normalises its units together, as in "LayerNormalization 'norm1'": when one
+        normalized_by: What normalizes its units together, as in "LayerNormalization 'norm1'": when one
             leaves, the others change. So the group is open with `exact=False` only.
     """
 
@@ -35,7 +35,7 @@ class Group:
     producers: tuple
     start: int
     reason: str | None = None
-    normalised_by: tuple = ()
+    normalized_by: tuple = ()
 
     @property
     def prunable(self):
@@ -43,7 +43,7 @@ class Group:
         return self.reason is None
 
 
-class Channels:
+class LabeledModel:
     """A model's graph together with its labels: which channel is which unit.
 
     Attributes:
@@ -55,7 +55,7 @@ class Channels:
         unknown: Names of operations without a rule that lock channels.
         probed: Names of operations that let channels through since running them on
             random numbers showed that each channel stands for itself.
-        exact: Whether channels that are normalised together stay.
+        exact: Whether channels that are normalized together stay.
     """
 
     def __init__(self, graph, include=None, exclude=(), exact=True, grouped=()):
@@ -94,7 +94,7 @@ class Channels:
         self._first = {}  # first effect of each operation, and of each site
         for call in graph.calls:
             check_registered(call, self.labels, graph.shapes, self.exact)
-            inside = inside_rule(call, graph.shapes, Channels)
+            inside = inside_rule(call, graph.shapes, LabeledModel)
             probed = None if inside else probed_rule(call, self.labels, graph.shapes)
             positions = graphs.tensor_positions(call)
             effect = rules.apply(self.space, call, self.labels, graph.shapes, positions, inside or probed)
@@ -170,18 +170,18 @@ class Channels:
             names[producers[0]] = names.get(producers[0], 0) + 1
             suffix = f"#{names[producers[0]]}" if names[producers[0]] > 1 else ""
             self.groups.append(Group(producers[0] + suffix, int(stop - start), producers, int(start)))
-        self._note_normalised()
+        self._note_normalized()
 
-    def _note_normalised(self):
-        """Tells the groups by what they are normalised."""
+    def _note_normalized(self):
+        """Tells the groups by what they are normalized."""
         starts = [group.start for group in self.groups]
         names = [{} for _ in self.groups]
-        for labels, by in self.space.normalised:
+        for labels, by in self.space.normalized:
             units = np.unique(self.units(labels))
             for number in np.unique(np.searchsorted(starts, units[units >= 0], "right") - 1).tolist():
                 names[number][by] = None
         self.groups = [
-            dataclasses.replace(group, normalised_by=tuple(by))
+            dataclasses.replace(group, normalized_by=tuple(by))
             for group, by in zip(self.groups, names, strict=True)
         ]
 
@@ -218,9 +218,9 @@ class Channels:
 
     def _open_if_inexact(self):
         """Channels, as names of their producers and positions, that `exact=False` would open."""
-        if not (self.exact and self.space.normalised):
+        if not (self.exact and self.space.normalized):
             return set()
-        other = Channels(self.graph, *self._selection, exact=False, grouped=self.space.grouped)
+        other = LabeledModel(self.graph, *self._selection, exact=False, grouped=self.space.grouped)
         return {
             (name, position)
             for start, stop, name in other.space.producers
@@ -282,7 +282,7 @@ def layer_names(model, patterns):
     return [re.escape(names[id(p)]) if id(p) in names else p for p in patterns]
 
 
-def read_channels(model, include=None, exclude=(), exact=True, grouped=()):
+def label_model(model, include=None, exclude=(), exact=True, grouped=()):
     """Reads a model and finds its groups.
 
     Args:
@@ -291,17 +291,17 @@ def read_channels(model, include=None, exclude=(), exact=True, grouped=()):
             names, or layers. `None`: all. A unit that several layers make is pruned
             only if all of them are included.
         exclude: Never prune the channels that these layers make.
-        exact: `False`: channels that are normalised together may leave, too, although that
+        exact: `False`: channels that are normalized together may leave, too, although that
             changes what the others become.
-        grouped: Names of convolutions that were of groups of several channels once (`Channels.grouped`):
+        grouped: Names of convolutions that were of groups of several channels once (`LabeledModel.grouped`):
             of one channel each, whole groups would leave, which no plan for the original can say.
 
     Returns:
-        `Channels`.
+        `LabeledModel`.
     """
-    return Channels(graphs.read(model), include, exclude, exact, grouped)
+    return LabeledModel(graphs.read(model), include, exclude, exact, grouped)
 
 
-def mask_of(channels, labels, kept):
+def mask_of(labeled, labels, kept):
     """Which positions stay: a bool array of the shape of `labels`."""
-    return np.append(kept, True)[channels.units(labels)]
+    return np.append(kept, True)[labeled.units(labels)]

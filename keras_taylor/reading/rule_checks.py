@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_taylor import rules
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
-from keras_taylor.reading.graph import Ref, tensor_positions
+from keras_taylor.reading.graph import TensorRef, tensor_positions
 from keras_taylor.rules import elementwise
 from keras_taylor.rules.base import Tensor, weight_of
 from keras_taylor.rules.labels import FIXED, LabelSpace
@@ -35,7 +35,7 @@ def check_registered(call, labels, shapes, exact=True):
         call: A `graph.Call`.
         labels: Label array of every tensor seen so far, by index.
         shapes: Shape of every tensor.
-        exact: Whether channels that are normalised together stay.
+        exact: Whether channels that are normalized together stay.
 
     Raises:
         ValueError: if the rule does not hold.
@@ -256,7 +256,7 @@ def run_call(call, operation, inputs, arguments=None):
     Returns:
         Its flattened outputs as a list of arrays.
     """
-    flat = [ops.convert_to_tensor(inputs[x.index]) if isinstance(x, Ref) else x for x in call.flat]
+    flat = [ops.convert_to_tensor(inputs[x.index]) if isinstance(x, TensorRef) else x for x in call.flat]
     for position, value in (arguments or {}).items():
         flat[position] = value
     args, kwargs = keras.tree.pack_sequence_as((call.args, call.kwargs), flat)

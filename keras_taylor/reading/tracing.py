@@ -68,7 +68,7 @@ def functional_view(model):
 def compile_arguments(model):
     """What `model.compile` was called with, a dict.
 
-    `get_compile_config()`, the public way, serialises it, which functions and
+    `get_compile_config()`, the public way, serializes it, which functions and
     lambdas do not survive; so the record behind it is read here, and only here.
     """
     return dict(model._compile_config.config)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor.reading.graph import Ref
+from keras_taylor.reading.graph import TensorRef
 from keras_taylor.support.examples import flat_inputs
 from keras_taylor.support.replicas import agreed
 
@@ -65,7 +65,7 @@ class Walk:
 
     def _run(self, call, batch, options):
         args, kwargs = keras.tree.map_structure(
-            lambda x: self.tensors[x.index][batch] if isinstance(x, Ref) else x,
+            lambda x: self.tensors[x.index][batch] if isinstance(x, TensorRef) else x,
             (call.args, dict(call.kwargs)),
         )
         outputs = keras.tree.flatten(call.operation(*args, **{**kwargs, **options}))

@@ -7,7 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.reports.loss_curves import Sensitivity
 from keras_taylor.reports.sensitivity_scan import FRACTIONS, NUM_EXAMPLES, SensitivityScan, check_scan
 from keras_taylor.support.progress import Reporter
@@ -66,7 +66,7 @@ class Analysis:
         table = Table(title=self._headline())
         for column in ("group", "channels", "parameters", "FLOPs"):
             table.add_column(column, justify="left" if column == "group" else "right", overflow="fold")
-        inexact = any(group.normalised_by for group in self.groups)
+        inexact = any(group.normalized_by for group in self.groups)
         for column in ("made by", "stays because", *["open with exact=False only: changes"] * inexact):
             table.add_column(column, overflow="fold")
         for group in self.groups:
@@ -74,7 +74,7 @@ class Analysis:
             makers = group.producers[0] + (f" and {others} more" if others else "")
             behind = self.behind.get(group.name, {}) if group.prunable else {}
             costs = ["" if behind.get(what) is None else f"{behind[what]:,}" for what in ("params", "flops")]
-            seen = [_and_more(group.normalised_by)] * inexact
+            seen = [_and_more(group.normalized_by)] * inexact
             table.add_row(group.name, str(group.num_units), *costs, makers, group.reason or "", *seen)
         text = render(table)
         return text if self.sensitivity is None else f"{text}\n{self.sensitivity}"
@@ -115,9 +115,9 @@ def analyze(
         include, exclude: Layer names, regular expressions that match whole names, or
             layers: only the channels that these make may leave / none of them may.
         exact: `False`: channels that LayerNormalization, RMSNormalization, UnitNormalization, or a
-            GroupNormalization with one group, normalises together may leave, too: in a transformer, a
+            GroupNormalization with one group, normalizes together may leave, too: in a transformer, a
             ConvNeXt or an MLP-Mixer the residual stream, embeddings and all. The others are then
-            normalised with a mean and variance of fewer channels, so that even a channel that is
+            normalized with a mean and variance of fewer channels, so that even a channel that is
             always zero does not leave without a trace.
         fractions: The shares of a group that are taken out, above 0 and below 1.
         criterion: What orders the channels of a group, as in `score`. `None`: "taylor" (on labels that
@@ -149,28 +149,28 @@ def analyze(
     >>> analysis.plot("sensitivity.png")
     """
     fractions, reporter = check_scan(fractions, num_examples), Reporter(verbose)
-    channels = read_channels(model, include, exclude, exact)
+    labeled = label_model(model, include, exclude, exact)
     scan = None
     if ds is not None:
-        scan = SensitivityScan(channels, ds, batch_size, steps_per_epoch, fractions, criterion, num_examples)
-    costs = CostModel(channels)
-    before, after = costs(), costs(_with_one_each(channels))
+        scan = SensitivityScan(labeled, ds, batch_size, steps_per_epoch, fractions, criterion, num_examples)
+    costs = CostModel(labeled)
+    before, after = costs(), costs(_with_one_each(labeled))
     alone = costs.each_alone()
     return Analysis(
-        groups=tuple(channels.groups + channels.locked),
+        groups=tuple(labeled.groups + labeled.locked),
         costs=before,
         reachable={what: 1 - after[what] / before[what] for what in before if before[what]},
-        unknown=tuple(channels.unknown),
-        probed=tuple(channels.probed),
-        behind={g.name: _saved(before, a) for g, a in zip(channels.groups, alone, strict=True)},
+        unknown=tuple(labeled.unknown),
+        probed=tuple(labeled.probed),
+        behind={g.name: _saved(before, a) for g, a in zip(labeled.groups, alone, strict=True)},
         sensitivity=scan and scan.run(reporter),
     )
 
 
-def _with_one_each(channels):
+def _with_one_each(labeled):
     """The mask of kept units when every group keeps one channel."""
-    kept = np.zeros(channels.num_units, bool)
-    kept[[group.start for group in channels.groups]] = True
+    kept = np.zeros(labeled.num_units, bool)
+    kept[[group.start for group in labeled.groups]] = True
     return kept
 
 

@@ -34,7 +34,7 @@ class Sensitivity:
     """Which layers, and how much of them: a curve for each group; `print(sensitivity)` is a table.
 
     Attributes:
-        measure: "loss", the compiled one on labels, without regularisers; or "divergence", where there
+        measure: "loss", the compiled one on labels, without regularizers; or "divergence", where there
             are no labels: of the predictions from the whole model's, in nats for classes, the relative
             squared difference for numbers.
         whole: The values of the whole model, by name.

@@ -4,7 +4,7 @@ import importlib
 import importlib.resources
 
 from keras_taylor.budget.measured_costs import amount_of
-from keras_taylor.exports.artifacts import artefact_cells, kibibytes, kind
+from keras_taylor.exports.artifacts import artifact_cells, kibibytes, kind
 from keras_taylor.reports import plots
 
 
@@ -33,7 +33,7 @@ def page(info):
             tables=[
                 _frontier(info),
                 _rounds(info),
-                _artefacts(info),
+                _artifacts(info),
                 _repairs(info),
                 _inexact(info),
                 _locked(info),
@@ -132,8 +132,8 @@ def _frontier(info):
     }
 
 
-def _artefacts(info):
-    rows = [artefact_cells(one) for pair in info.exported() for one in pair]
+def _artifacts(info):
+    rows = [artifact_cells(one) for pair in info.exported() for one in pair]
     header = list(rows[0]) if rows else []
     return {"title": "Files", "header": header, "rows": [list(cells.values()) for cells in rows]}
 

@@ -145,7 +145,7 @@ def _draw_curve(panel, info, name, points):
 
 
 def rounds_as_svg(info):
-    """The same picture as an SVG element, lines of text and axes in the colour of the page around it."""
+    """The same picture as an SVG element, lines of text and axes in the color of the page around it."""
     file = io.StringIO()
     nameless = {"Date": None, "Creator": None, "Format": None, "Type": None}
     plot_rounds(info, file, format="svg", transparent=True, metadata=nameless)

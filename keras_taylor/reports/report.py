@@ -13,7 +13,7 @@ from rich.table import Table
 
 from keras_taylor import __version__
 from keras_taylor.budget.measured_costs import amount_of, quantity_of
-from keras_taylor.exports.artifacts import Artefact, artefact_table
+from keras_taylor.exports.artifacts import Artifact, artifact_table
 from keras_taylor.plans.plan import Plan
 from keras_taylor.support.tables import render
 
@@ -74,7 +74,7 @@ class Info:
             left, and the "metrics" on the validation data.
         locked: For each layer with channels that cannot leave: how many, and why.
         inexact: For each group that is open with `exact=False` only: its "channels", and the
-            normalisations whose values their removal "changes".
+            normalizations whose values their removal "changes".
         unknown: Operations without a rule, whose input channels stay.
         plan: The `Plan` from the original model to the result.
         stop_reason: Why the run ended.
@@ -82,8 +82,8 @@ class Info:
         layers: Channels of every layer that makes some, in the network's order, before the run.
         round_to: Every group of channels keeps a multiple of so many.
         metrics: "before" and "after": loss and metrics on the validation data, where there is any.
-        artefacts: "before" and "after": lists of the `Artefact`s of the original and of the result, in
-            the same order, timed together (`measure_artefacts`); empty until you fill it.
+        artifacts: "before" and "after": lists of the `Artifact`s of the original and of the result, in
+            the same order, timed together (`measure_artifacts`); empty until you fill it.
         command: The call, for those who want to repeat it.
         environment: Versions of what the run depended on.
     """
@@ -103,16 +103,16 @@ class Info:
     layers: dict = dataclasses.field(default_factory=dict)
     round_to: int = 1
     metrics: dict = dataclasses.field(default_factory=dict)
-    artefacts: dict = dataclasses.field(default_factory=dict)
+    artifacts: dict = dataclasses.field(default_factory=dict)
     command: str = ""
     environment: dict = dataclasses.field(default_factory=lambda: versions())
 
     @classmethod
-    def before_a_run(cls, channels, costs, exact, goal, criterion, round_to):
+    def before_a_run(cls, labeled, costs, exact, goal, criterion, round_to):
         """The `Info` of a run that has not begun.
 
         Args:
-            channels: `groups.Channels` of the original.
+            channels: `groups.LabeledModel` of the original.
             costs: What it costs, by "params", "flops", ...
             exact: As in `compress`.
             goal: The parts of the last goal.
@@ -125,15 +125,15 @@ class Info:
             before=costs,
             after=costs,
             plan=Plan(before=costs, after=costs, exact=exact),
-            locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in channels.locked},
+            locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in labeled.locked},
             inexact={
-                g.name: {"channels": g.num_units, "changes": list(g.normalised_by)}
-                for g in channels.groups
-                if g.normalised_by
+                g.name: {"channels": g.num_units, "changes": list(g.normalized_by)}
+                for g in labeled.groups
+                if g.normalized_by
             },
-            unknown=tuple(channels.unknown),
-            name=channels.graph.model.name,
-            layers={name: stop - start for start, stop, name in channels.space.producers},
+            unknown=tuple(labeled.unknown),
+            name=labeled.graph.model.name,
+            layers={name: stop - start for start, stop, name in labeled.space.producers},
             round_to=round_to,
         )
 
@@ -155,8 +155,8 @@ class Info:
         """Everything as a JSON string."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "plan"}
         content["rounds"] = [dataclasses.asdict(one) for one in self.rounds]
-        content["artefacts"] = {
-            when: [dataclasses.asdict(one) for one in made] for when, made in self.artefacts.items()
+        content["artifacts"] = {
+            when: [dataclasses.asdict(one) for one in made] for when, made in self.artifacts.items()
         }
         content.update(
             reduction=self.reduction, pruned_layers=self.pruned_layers, plan=json.loads(self.plan.to_json())
@@ -174,8 +174,8 @@ class Info:
             content = json.loads(text)
             content = {f.name: content[f.name] for f in dataclasses.fields(cls) if f.name in content}
             content["rounds"] = [Round(**one) for one in content["rounds"]]
-            content["artefacts"] = {
-                when: [Artefact(**one) for one in made] for when, made in content["artefacts"].items()
+            content["artifacts"] = {
+                when: [Artifact(**one) for one in made] for when, made in content["artifacts"].items()
             }
             content["unknown"] = tuple(content["unknown"])
             content["plan"] = Plan.from_json(json.dumps(content["plan"]))
@@ -233,7 +233,7 @@ class Info:
         if len(self.stops) > 1:
             tables.append(render(self._frontier_table(), width=100))
         if made:
-            tables.append(render(artefact_table(made), width=140))
+            tables.append(render(artifact_table(made), width=140))
         return "\n".join(tables)
 
     def measured(self):
@@ -268,8 +268,8 @@ class Info:
         return table
 
     def exported(self):
-        """Pairs of the original's and the result's `Artefact`, a format each."""
-        return list(zip(self.artefacts.get("before", ()), self.artefacts.get("after", ()), strict=True))
+        """Pairs of the original's and the result's `Artifact`, a format each."""
+        return list(zip(self.artifacts.get("before", ()), self.artifacts.get("after", ()), strict=True))
 
     def _repr_html_(self):
         """What a notebook shows: the table, and the picture where matplotlib is there."""

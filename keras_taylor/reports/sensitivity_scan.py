@@ -48,7 +48,7 @@ class SensitivityScan:
     nothing is compiled anew. Counts of units that several fractions come to are measured once.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         ds, batch_size, steps_per_epoch: Data as for `fit`, with or without labels.
         fractions: From `check_scan`.
         criterion: What orders the units of a group; `None`: "taylor", or "magnitude" for a model that
@@ -59,8 +59,8 @@ class SensitivityScan:
         ValueError: for data that does not fit, or needs a loss that the model does not have.
     """
 
-    def __init__(self, channels, ds, batch_size, steps_per_epoch, fractions, criterion, num_examples):
-        self._channels, self._model = channels, channels.graph.model
+    def __init__(self, labeled, ds, batch_size, steps_per_epoch, fractions, criterion, num_examples):
+        self._labeled, self._model = labeled, labeled.graph.model
         self._fractions, self._num_examples = fractions, num_examples
         compiled = getattr(self._model, "loss", None) is not None
         self._criterion = criterion or ("taylor" if compiled else "magnitude")
@@ -71,7 +71,7 @@ class SensitivityScan:
             check_compiled(self._model, "`analyze` on data with labels")
         elif self._scored_on_data:
             check_compiled(self._model, f"criterion={self._criterion!r}")
-        self._groups = [group for group in channels.groups if group.num_units > 1]
+        self._groups = [group for group in labeled.groups if group.num_units > 1]
 
     def run(self, reporter):
         """Measures; says by a `progress.Reporter` how long that will take before it starts.
@@ -99,7 +99,7 @@ class SensitivityScan:
         return self._result(whole, found, order, feed)
 
     def _gated(self):
-        gated = GatedModel(self._channels)
+        gated = GatedModel(self._labeled)
         settings = compile_settings(self._model)
         if settings is not None:
             gated.compile(**settings)
@@ -110,7 +110,7 @@ class SensitivityScan:
         if feed.has_targets:
             return functools.partial(_losses, gated, feed)
         inputs = flat_inputs(feed, self._model)
-        predict = functools.partial(predictions, gated, self._channels.graph, inputs, feed.batch_size)
+        predict = functools.partial(predictions, gated, self._labeled.graph, inputs, feed.batch_size)
         wanted = predict()
         return lambda: {"divergence": mean_divergence(self._model, wanted, predict())}
 
@@ -147,8 +147,8 @@ class SensitivityScan:
         if not self._scored_on_data:
             feed = None
         elif not feed.has_targets:
-            feed = with_drawn_labels(feed, self._channels.graph)
-        scores = score_channels(self._channels, feed, self._criterion, callbacks=callbacks)
+            feed = with_drawn_labels(feed, self._labeled.graph)
+        scores = score_channels(self._labeled, feed, self._criterion, callbacks=callbacks)
         return {
             g.name: g.start + np.argsort(scores[g.name], kind="stable")
             for g in self._groups
@@ -156,12 +156,12 @@ class SensitivityScan:
         }
 
     def _kept(self, gone):
-        kept = np.ones(self._channels.num_units, bool)
+        kept = np.ones(self._labeled.num_units, bool)
         kept[gone] = False
         return kept
 
     def _result(self, whole, found, order, feed):
-        costs, curves = CostModel(self._channels), {}
+        costs, curves = CostModel(self._labeled), {}
         before = costs()
         for group in self._groups:
             if group.name not in order:

@@ -5,7 +5,7 @@ import math
 
 from keras import ops
 
-from keras_taylor.rules.base import Effect, Within, Work, replaced
+from keras_taylor.rules.base import Effect, InternalRead, Work, replaced
 from keras_taylor.rules.elementwise import locked
 
 
@@ -27,7 +27,7 @@ def attention(ctx):
     return Effect(
         outputs=[ctx.placed(goes_through, -1), *fixed],
         weights={"scale": (read,)} if len(getattr(ctx.operation.scale, "shape", ())) else {},
-        within=(Within(query.labels, _gated),),
+        internal_reads=(InternalRead(query.labels, _gated),),
         work=(Work(factor, (read,)), Work(factor, (goes_through,))),
     )
 

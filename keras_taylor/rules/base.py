@@ -61,7 +61,7 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Within:
+class InternalRead:
     """What an operation reads where no tensor of the graph is: of its own past, or inside of it.
 
     Attributes:
@@ -88,13 +88,13 @@ class Effect:
         arguments: Edits of call arguments, by position in the flattened call.
         reads: For each input (by number) that is contracted: the axis. A gate
             belongs on this edge.
-        within: What it reads elsewhere, `Within` each: gates belong there, too.
-        gated: For an operation that normalises channels together, and lets them through: a
+        internal_reads: What it reads elsewhere, `InternalRead` each: gates belong there, too.
+        gated: For an operation that normalizes channels together, and lets them through: a
             function of it, of its input and of a gate for each channel of that, which puts out
             what the operation would without the channels whose gate is zero.
         work: Floating point operations of one example.
         known: False where no rule knows the operation.
-        ease: Makes a copy of the layer cheaper to differentiate, in place, its
+        accelerate: Makes a copy of the layer cheaper to differentiate, in place, its
             values the same; `None` where there is no such way.
         made: Weights with the axis along which they make the units inside of it.
     """
@@ -104,11 +104,11 @@ class Effect:
     config: Mapping[str, Edit] = dataclasses.field(default_factory=dict)
     arguments: Mapping[int, Edit] = dataclasses.field(default_factory=dict)
     reads: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    within: tuple = ()
+    internal_reads: tuple = ()
     gated: Callable[..., Any] | None = None
     work: tuple = ()
     known: bool = True
-    ease: Callable[..., None] | None = None
+    accelerate: Callable[..., None] | None = None
     made: tuple = ()  # of (weight, axis)
 
 
@@ -135,9 +135,9 @@ class Context:
         """Keeps these labels for ever; the report says why and where."""
         self.space.lock(labels, f"{why} ('{self.name}')")
 
-    def normalise(self, labels):
-        """Notes that these are normalised together; says whether they may leave (`exact=False`)."""
-        return self.space.normalise(labels, type(self.operation).__name__, self.name)
+    def normalize(self, labels):
+        """Notes that these are normalized together; says whether they may leave (`exact=False`)."""
+        return self.space.normalize(labels, type(self.operation).__name__, self.name)
 
     def union(self, first, second):
         """Makes labels that meet here one."""

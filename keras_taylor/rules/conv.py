@@ -24,7 +24,7 @@ def conv(ctx):
         config={"filters": count(made)},
         reads={0: axis},
         work=_work(ctx, axis, layer.kernel_size, block, made),
-        ease=_multiply_matrices if _is_pointwise(layer) else None,
+        accelerate=_multiply_matrices if _is_pointwise(layer) else None,
     )
 
 

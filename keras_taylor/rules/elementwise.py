@@ -23,12 +23,12 @@ def activation(ctx):
 
 
 def softmax(ctx):
-    """What is normalised together stays together; a mask may go with it."""
+    """What is normalized together stays together; a mask may go with it."""
     tensor, axis = ctx.inputs[0], getattr(ctx.operation, "axis", -1)
     axes = range(tensor.rank) if axis is None else [k % tensor.rank for k in np.atleast_1d(axis)]
     if any(_raised(t, tensor.rank).channel_axis in axes for t in ctx.inputs):
         for mixed in ctx.inputs:
-            ctx.lock(mixed.labels, "normalised together")
+            ctx.lock(mixed.labels, "normalized together")
         return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), tensor.shape, 3.0))
     labels = merged(ctx, ctx.inputs, tensor.rank)
     return Effect(

@@ -12,16 +12,16 @@ class LabelSpace:
     them out for all labels at once, without a Python loop over channels.
 
     Args:
-        exact: Whether channels that are normalised together stay.
+        exact: Whether channels that are normalized together stay.
         grouped: Names of convolutions whose groups stay, of however few channels they are.
 
     Attributes:
-        normalised: Labels that are normalised together and, beside them, by what.
+        normalized: Labels that are normalized together and, beside them, by what.
     """
 
     def __init__(self, exact=True, grouped=()):
         self.exact, self.grouped = exact, frozenset(grouped)
-        self.normalised = []
+        self.normalized = []
         self.producers = []  # (first label, stop, name) of every range handed out
         self.reasons = []
         self._num_labels = 1
@@ -59,11 +59,11 @@ class LabelSpace:
             self._locks.append((labels, len(self.reasons)))
             self.reasons.append(reason)
 
-    def normalise(self, labels, operation, name):
-        """Notes that a kind of operation normalises these together; says whether they may leave."""
-        self.normalised.append((labels.reshape(-1), f"{operation} '{name}'"))
+    def normalize(self, labels, operation, name):
+        """Notes that a kind of operation normalizes these together; says whether they may leave."""
+        self.normalized.append((labels.reshape(-1), f"{operation} '{name}'"))
         if self.exact:
-            self.lock(labels, f"normalised together ('{name}')")
+            self.lock(labels, f"normalized together ('{name}')")
         return not self.exact
 
     def resolve(self):

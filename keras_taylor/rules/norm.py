@@ -1,16 +1,16 @@
-"""Normalisation layers, and layers with one weight a channel."""
+"""Normalization layers, and layers with one weight a channel."""
 
 import dataclasses
 import functools
 
 import numpy as np
 
-from keras_taylor.rules import normalising
+from keras_taylor.rules import normalizing
 from keras_taylor.rules.base import Effect, channel_axis, count, elements
 
-# operations an element: what a fused scale and shift costs, and a full normalisation
+# operations an element: what a fused scale and shift costs, and a full normalization
 _SCALE_AND_SHIFT = 2.0
-_NORMALISE = 8.0
+_NORMALIZE = 8.0
 
 
 def batch_normalization(ctx):
@@ -21,9 +21,9 @@ def batch_normalization(ctx):
 
 
 def layer_normalization(ctx):
-    """What is normalised together stays, but with `exact=False` goes through."""
+    """What is normalized together stays, but with `exact=False` goes through."""
     understood = not getattr(ctx.operation, "rms_scaling", False)
-    return _over_axes(ctx, normalising.layer_normalization, ("gamma", "beta"), understood)
+    return _over_axes(ctx, normalizing.layer_normalization, ("gamma", "beta"), understood)
 
 
 def rms_normalization(ctx):
@@ -31,16 +31,16 @@ def rms_normalization(ctx):
     rank = ctx.inputs[0].rank
     axes = _axes(ctx)
     understood = axes == tuple(range(rank - len(axes), rank))  # else Keras scales along other axes
-    return _over_axes(ctx, normalising.rms_normalization, ("scale",), understood)
+    return _over_axes(ctx, normalizing.rms_normalization, ("scale",), understood)
 
 
 def unit_normalization(ctx):
     """As LayerNormalization, without weights."""
-    return _over_axes(ctx, normalising.unit_normalization, ())
+    return _over_axes(ctx, normalizing.unit_normalization, ())
 
 
 def group_normalization(ctx):
-    """What is normalised together leaves as a whole; all channels together only with `exact=False`."""
+    """What is normalized together leaves as a whole; all channels together only with `exact=False`."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = layer.axis % tensor.rank
     vector = tensor.along(axis)
@@ -49,7 +49,7 @@ def group_normalization(ctx):
     weights = {"gamma": (vector,), "beta": (vector,)}
     if layer.groups == 1 and tensor.channel_axis is not None:
         run = functools.partial(
-            normalising.group_normalization, axes=_from_end(tensor, range(1, tensor.rank))
+            normalizing.group_normalization, axes=_from_end(tensor, range(1, tensor.rank))
         )
         return _let_through(ctx, run, weights)
     size = vector.size // layer.groups if layer.groups > 0 else 1
@@ -57,8 +57,8 @@ def group_normalization(ctx):
         ctx.union(vector, np.repeat(vector[::size], size))
         if not ctx.space.exact:
             # a later plan would take single channels out of the last group
-            ctx.lock(vector[: 2 * size], "of several groups that are normalised two stay")
-    return _per_channel(ctx, weights, {"groups": count(vector[::size])}, work=_NORMALISE)
+            ctx.lock(vector[: 2 * size], "of several groups that are normalized two stay")
+    return _per_channel(ctx, weights, {"groups": count(vector[::size])}, work=_NORMALIZE)
 
 
 def prelu(ctx):
@@ -80,7 +80,7 @@ def layer_scale(ctx):
 
 def normalization(ctx):
     """Channels stay: its statistics are data of the user's."""
-    ctx.lock(ctx.inputs[0].labels, "normalised with given statistics")
+    ctx.lock(ctx.inputs[0].labels, "normalized with given statistics")
     return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), ctx.output_shapes[0], 2.0))
 
 
@@ -114,10 +114,10 @@ def moved(ctx):
 
 
 def _over_axes(ctx, run, names, understood=True):
-    """A normalisation over `operation.axis`, with weights of the same axes."""
+    """A normalization over `operation.axis`, with weights of the same axes."""
     tensor, axes = ctx.inputs[0], _axes(ctx)
     if tensor.channel_axis not in axes:
-        return _per_channel(ctx, {}, work=_NORMALISE)
+        return _per_channel(ctx, {}, work=_NORMALIZE)
     if not understood or list(axes) != sorted(axes):
         return _stays(ctx)
     along = tuple(tensor.along(k) if k == tensor.channel_axis else None for k in axes)
@@ -126,21 +126,21 @@ def _over_axes(ctx, run, names, understood=True):
 
 
 def _let_through(ctx, run, weights):
-    """What is normalised together goes through, or stays, as the caller of all this wants it."""
+    """What is normalized together goes through, or stays, as the caller of all this wants it."""
     if getattr(ctx.operation, "activity_regularizer", None) is not None:
         return _stays(ctx)
-    if not ctx.normalise(ctx.inputs[0].labels):
+    if not ctx.normalize(ctx.inputs[0].labels):
         return _untouched(ctx)
-    return dataclasses.replace(_per_channel(ctx, weights, work=_NORMALISE), gated=run)
+    return dataclasses.replace(_per_channel(ctx, weights, work=_NORMALIZE), gated=run)
 
 
 def _stays(ctx):
-    ctx.lock(ctx.inputs[0].labels, "normalised together")
+    ctx.lock(ctx.inputs[0].labels, "normalized together")
     return _untouched(ctx)
 
 
 def _untouched(ctx):
-    return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), ctx.inputs[0].shape, _NORMALISE))
+    return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), ctx.inputs[0].shape, _NORMALIZE))
 
 
 def _axes(ctx):

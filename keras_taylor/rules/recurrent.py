@@ -8,7 +8,16 @@ import keras
 import numpy as np
 
 from keras_taylor.rules import elementwise
-from keras_taylor.rules.base import Effect, Tensor, Within, Work, count, is_elementwise, is_keras_own, size
+from keras_taylor.rules.base import (
+    Effect,
+    InternalRead,
+    Tensor,
+    Work,
+    count,
+    is_elementwise,
+    is_keras_own,
+    size,
+)
 from keras_taylor.rules.feedback import gated
 
 CELLS = ("LSTMCell", "GRUCell", "SimpleRNNCell", "ConvLSTMCell")
@@ -62,13 +71,13 @@ def spectral_normalization(ctx, rule):
 
 def _of_inner(effect):
     """The effect of a layer as that of the wrapper around it."""
-    ease, gated_call = effect.ease, effect.gated
+    accelerate, gated_call = effect.accelerate, effect.gated
     return dataclasses.replace(
         effect,
         weights={f"layer.{name}": axes for name, axes in effect.weights.items()},
         config={f"layer.config.{key}": edit for key, edit in effect.config.items()},
-        within=tuple(Within(each.labels, _inner_gated(each)) for each in effect.within),
-        ease=ease and (lambda layer: ease(layer.layer)),
+        internal_reads=tuple(InternalRead(each.labels, _inner_gated(each)) for each in effect.internal_reads),
+        accelerate=accelerate and (lambda layer: accelerate(layer.layer)),
         gated=gated_call and (lambda layer, x, gate: gated_call(layer.layer, x, gate)),
     )
 
@@ -100,7 +109,7 @@ def _recurrent(ctx, layers):
         weights={k: v for prefix, layer in layers.items() for k, v in _weights(prefix, layer, read, made)},
         config={_CONFIGS[prefix] + _units_key(layer): count(made) for prefix, layer in layers.items()},
         reads={0: tensor.rank - from_end},
-        within=(Within(past, lambda layer, gate: gated(_inside(layer, layers), gate)),),
+        internal_reads=(InternalRead(past, lambda layer, gate: gated(_inside(layer, layers), gate)),),
         work=tuple(w for layer in layers.values() for w in _work(ctx, layer, read, made, from_end)),
     )
 

@@ -105,7 +105,7 @@ def taylor_abs(statistics):
 
 
 def taylor_abs_normalized(statistics):
-    """`taylor_abs` with the 2016 paper's L2 normalisation of each layer (a callable criterion)."""
+    """`taylor_abs` with the 2016 paper's L2 normalization of each layer (a callable criterion)."""
     return statistics.mean_absolute / max(np.linalg.norm(statistics.mean_absolute), 1e-30)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
-from keras_taylor.reading.graph import Ref
+from keras_taylor.reading.graph import TensorRef
 from keras_taylor.scores.losses import example_losses
 from keras_taylor.support.replicas import num_replicas, summed
 
@@ -101,24 +101,24 @@ class GatedNetwork(keras.layers.Layer):
     """A model run call by call, with a gate on every edge into a mixing layer.
 
     Args:
-        channels: `groups.Channels` of the model.
+        channels: `groups.LabeledModel` of the model.
         frozen: Run a clone with weights of its own, none of them trainable, so that
             running, fitting and masking leaves the model as it is; otherwise run the
             model's own layers, and train them.
         gates: `Gates`; `None`: plain ones.
     """
 
-    def __init__(self, channels, frozen=True, gates=None, **kwargs):
+    def __init__(self, labeled, frozen=True, gates=None, **kwargs):
         super().__init__(autocast=False, **kwargs)  # inputs reach the first layers as they are
-        operations = {id(c.operation): c.operation for c in channels.graph.calls}
+        operations = {id(c.operation): c.operation for c in labeled.graph.calls}
         if frozen:
-            operations = _clone_operations(channels)
+            operations = _clone_operations(labeled)
             self.network_layers = [c for c in operations.values() if isinstance(c, keras.Layer)]
         else:
-            self.model = channels.graph.model
+            self.model = labeled.graph.model
         # the last: its variables are the last ones
-        self.gates = gates or Gates(channels.num_units, name="gates")
-        self._plumbing = _Plumbing(channels, operations)
+        self.gates = gates or Gates(labeled.num_units, name="gates")
+        self._plumbing = _Plumbing(labeled, operations)
         self.built = True
 
     def call(self, inputs, training=None):
@@ -151,8 +151,8 @@ class GatedNetwork(keras.layers.Layer):
         gated = {}
         for call in plumbing.graph.calls:
             operation = plumbing.operations[id(call.operation)]
-            if id(call) in plumbing.normalised:
-                outputs = [plumbing.normalised[id(call)](operation, tensors[call.inputs[0]], carrier)]
+            if id(call) in plumbing.normalized:
+                outputs = [plumbing.normalized[id(call)](operation, tensors[call.inputs[0]], carrier)]
             else:
                 args, kwargs = plumbing.arguments(call, tensors, gated, carrier)
                 if training is not None and id(call.operation) in plumbing.takes_training:
@@ -166,20 +166,20 @@ class GatedNetwork(keras.layers.Layer):
 class _Plumbing:
     """What runs where, and which edges are gated: out of reach of Keras' attribute tracking."""
 
-    def __init__(self, channels, operations):
-        self.graph = channels.graph
+    def __init__(self, labeled, operations):
+        self.graph = labeled.graph
         self.operations = operations
         self.takes_training = {
             key for key, o in operations.items() if "training" in inspect.signature(o.call).parameters
         }
-        self._edges, self._within = _edges(channels), _within(channels)
-        self.normalised = _normalised(channels)  # calls that run otherwise while gates are closed
+        self._edges, self._within = _edges(labeled), _within(labeled)
+        self.normalized = _normalized(labeled)  # calls that run otherwise while gates are closed
 
     def arguments(self, call, tensors, gated, carrier):
         """The arguments of a call, tensors in their places; `gated` keeps what was gated before."""
 
         def value(argument):
-            if not isinstance(argument, Ref):
+            if not isinstance(argument, TensorRef):
                 return argument
             edge = self._edges.get((id(call), argument.index))
             if edge is None:
@@ -204,16 +204,16 @@ class GatedModel(keras.Model):
     """A model with gates; frozen for scoring: dropout off, BatchNorm on moving statistics.
 
     Args:
-        channels: `groups.Channels` of the model.
+        channels: `groups.LabeledModel` of the model.
         frozen, gates: As in `GatedNetwork`.
     """
 
-    def __init__(self, channels, frozen=True, gates=None, **kwargs):
-        policy = channels.graph.model.dtype_policy
+    def __init__(self, labeled, frozen=True, gates=None, **kwargs):
+        policy = labeled.graph.model.dtype_policy
         super().__init__(autocast=False, dtype=policy, **kwargs)
         self._frozen = frozen
-        self.network = GatedNetwork(channels, frozen, gates, name="network", dtype=policy)
-        self.output_names = list(getattr(channels.graph.model, "output_names", None) or [])
+        self.network = GatedNetwork(labeled, frozen, gates, name="network", dtype=policy)
+        self.output_names = list(getattr(labeled.graph.model, "output_names", None) or [])
         if not self.output_names:
             del self.output_names
 
@@ -309,13 +309,13 @@ def _period(units):
     return units.size
 
 
-def _edges(channels):
+def _edges(labeled):
     """Gated edges by call and tensor; equal ones of a tensor are one object."""
     edges, shared = {}, {}
-    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
         for number, axis in effect.reads.items():
             index = call.inputs[number]
-            units = channels.units(channels.labels[index])
+            units = labeled.units(labeled.labels[index])
             if (units >= 0).any():
                 key = (index, axis)
                 if key not in shared:
@@ -329,36 +329,36 @@ def _edge_of(units):
     return _Edge(units.reshape(-1), int(np.argmax(units.shape)), units.ndim)
 
 
-def _within(channels):
+def _within(labeled):
     """For each call: what it reads through gates where no tensor of the graph is, and the edges."""
     found = {}
-    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
-        for read in effect.within:
-            units = channels.units(read.labels)
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
+        for read in effect.internal_reads:
+            units = labeled.units(read.labels)
             if (units >= 0).any():
                 edge = _edge_of(units)
                 found.setdefault(id(call), []).append((read, edge))
     return found
 
 
-def _normalised(channels):
-    """For calls that normalise units together: functions of the layer, its input and the carrier."""
+def _normalized(labeled):
+    """For calls that normalize units together: functions of the layer, its input and the carrier."""
     found = {}
-    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
-        units = channels.units(channels.labels[call.inputs[0]]) if effect.gated else np.full(1, -1)
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
+        units = labeled.units(labeled.labels[call.inputs[0]]) if effect.gated else np.full(1, -1)
         if (units >= 0).any():
             edge = _edge_of(units)
-            found[id(call)] = functools.partial(_run_normalised, effect.gated, edge)
+            found[id(call)] = functools.partial(_run_normalized, effect.gated, edge)
     return found
 
 
-def _run_normalised(gated, edge, layer, x, carrier):
+def _run_normalized(gated, edge, layer, x, carrier):
     return _with_mask_of(x, gated(layer, x, edge.gate(carrier)))
 
 
-def _clone_operations(channels):
+def _clone_operations(labeled):
     clones = {}
-    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
         if id(call.operation) not in clones:
             clone = clone_operation(call.operation, call.name)
             if isinstance(clone, keras.Layer):
@@ -366,8 +366,8 @@ def _clone_operations(channels):
                 copy_weights(call.operation, clone)
                 clone.trainable = False
                 clone.activity_regularizer = None
-                if effect.ease is not None:
-                    effect.ease(clone)
+                if effect.accelerate is not None:
+                    effect.accelerate(clone)
             clones[id(call.operation)] = clone
     return clones
 

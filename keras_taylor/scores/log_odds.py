@@ -40,17 +40,17 @@ class OddsModel(GatedModel):
     classes without the unit, takes the place of the spread.
 
     Args:
-        channels: `groups.Channels` of a model that is compiled.
+        channels: `groups.LabeledModel` of a model that is compiled.
         num_probes: Probes an example.
 
     Raises:
         ValueError: if the model has no single output of class probabilities and a cross-entropy.
     """
 
-    def __init__(self, channels, num_probes=0, **kwargs):
-        self._binary = _check_loss(channels)
-        gates = OddsGates(channels.num_units, num_probes, name="gates")
-        super().__init__(channels, gates=gates, **kwargs)
+    def __init__(self, labeled, num_probes=0, **kwargs):
+        self._binary = _check_loss(labeled)
+        gates = OddsGates(labeled.num_units, num_probes, name="gates")
+        super().__init__(labeled, gates=gates, **kwargs)
         self._copies = 1 + num_probes
 
     def call(self, inputs, training=None):
@@ -185,16 +185,16 @@ def _repeated(values, copies):
     )
 
 
-def has_odds(channels):
+def has_odds(labeled):
     """Whether a model tells one class out of several, and is trained with a cross-entropy."""
-    return _kind(channels)[0] is not None
+    return _kind(labeled)[0] is not None
 
 
-def _check_loss(channels):
+def _check_loss(labeled):
     """Refuses what has no odds; says whether there are but two classes."""
-    kind, name = _kind(channels)
+    kind, name = _kind(labeled)
     if kind is None:
-        shapes = [tuple(channels.graph.shapes[i]) for i in channels.graph.outputs]
+        shapes = [tuple(labeled.graph.shapes[i]) for i in labeled.graph.outputs]
         raise ValueError(
             "The log-odds criteria are about one class out of several. Expected a model with one output of "
             "shape (batch, classes), compiled with a cross-entropy without a weight of its own; 'taylor2' "
@@ -204,9 +204,9 @@ def _check_loss(channels):
     return kind == "binary"
 
 
-def _kind(channels):
+def _kind(labeled):
     """ "binary", "classes", or `None` where there are no odds; and the loss' name."""
-    graph = channels.graph
+    graph = labeled.graph
     losses = losses_by_output(graph.model, len(graph.outputs))
     shape = graph.shapes[graph.outputs[0]]
     name = kind_of(losses[0])[0] if losses[0] is not None else "None"

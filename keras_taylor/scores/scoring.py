@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_taylor.budget.costs import COSTS, CostModel, check_countable, unit_savings
-from keras_taylor.reading.groups import read_channels
+from keras_taylor.reading.groups import label_model
 from keras_taylor.reading.tracing import functional_view
 from keras_taylor.rules.base import made_by_kernels, weight_of
 from keras_taylor.scores import criteria
@@ -61,7 +61,7 @@ def score(
             or the "flops" that go with a unit. The one that the plan's goal is about. Other
             criteria score the units alone.
         exact: As in `analyze`. With `False` a gate tells of the means and variances, too, that the
-            other channels are normalised with when this one goes.
+            other channels are normalized with when this one goes.
 
     Returns:
         A dict: group name (that of the first layer making its channels) -> float32
@@ -82,7 +82,7 @@ def score(
     """
     with scope_of(model):
         model = functional_view(model)
-        channels = read_channels(model, include, exclude, exact)
+        labeled = label_model(model, include, exclude, exact)
         criteria.get(criterion)
         check_cost(cost)
         feed = None
@@ -91,8 +91,8 @@ def score(
             feed = Feed(ds, model, batch_size, steps_per_epoch, targets=check_labels(labels) == "data")
             if draws_labels(feed, labels):
                 num_examples = min(num_examples or MAX_DRAWN, MAX_DRAWN)
-                feed = with_drawn_labels(feed, channels.graph, num_examples)
-        return score_channels(channels, feed, criterion, num_examples, class_weight, cost=cost)
+                feed = with_drawn_labels(feed, labeled.graph, num_examples)
+        return score_channels(labeled, feed, criterion, num_examples, class_weight, cost=cost)
 
 
 def check_labels(labels):
@@ -147,12 +147,12 @@ def check_compiled(model, wanted_by):
 
 
 def score_channels(
-    channels, feed, criterion, num_examples=None, class_weight=None, callbacks=(), cost="params"
+    labeled, feed, criterion, num_examples=None, class_weight=None, callbacks=(), cost="params"
 ):
     """`score` for a model that was read and data that was checked.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         feed: `datasets.Feed`, or `None` for criteria that need no data.
         criterion, num_examples, class_weight, cost: As in `score`.
         callbacks: Keras callbacks of the scoring pass.
@@ -161,22 +161,22 @@ def score_channels(
     if feed is not None:
         feed.check_devices(num_examples)
         if criterion in criteria.BY_COST:
-            check_countable(CostModel(channels)(), cost, f"cost={cost!r}")
-        gated = gated_for(channels, criterion)
+            check_countable(CostModel(labeled)(), cost, f"cost={cost!r}")
+        gated = gated_for(labeled, criterion)
         gather = functools.partial(
-            gate_statistics, gated, channels, feed, num_examples, class_weight, callbacks
+            gate_statistics, gated, labeled, feed, num_examples, class_weight, callbacks
         )
         if criterion == "oracle":
             refuse_class_weight(class_weight)
-            apart["loss_changes"] = loss_changes(gated, channels, feed, num_examples)
+            apart["loss_changes"] = loss_changes(gated, labeled, feed, num_examples)
         elif criterion == "sensitivity":
-            apart["slopes"] = _slopes(gated, channels, feed, gather, cost)
+            apart["slopes"] = _slopes(gated, labeled, feed, gather, cost)
         else:
             totals = gather()
         if criterion == "fisher":
-            apart["ranks"] = removal_ranks(totals, unit_savings(channels, cost))
+            apart["ranks"] = removal_ranks(totals, unit_savings(labeled, cost))
             totals = totals[: len(ROWS)]
-    return scores_of(channels, criterion, totals, apart)
+    return scores_of(labeled, criterion, totals, apart)
 
 
 def takes_one_pass(criterion):
@@ -184,28 +184,28 @@ def takes_one_pass(criterion):
     return criterion not in ("oracle", "sensitivity", "fisher")
 
 
-def gated_for(channels, criterion):
+def gated_for(labeled, criterion):
     """The model that gathers what a criterion needs."""
     if criterion in ("log_odds", "log_odds_probed"):
-        return OddsModel(channels, NUM_PROBES if criterion == "log_odds_probed" else 0)
+        return OddsModel(labeled, NUM_PROBES if criterion == "log_odds_probed" else 0)
     if criterion == "fisher":
-        return GatedModel(channels, gates=FisherGates(channels.num_units, name="gates"))
-    return GatedModel(channels)
+        return GatedModel(labeled, gates=FisherGates(labeled.num_units, name="gates"))
+    return GatedModel(labeled)
 
 
-def scores_of(channels, criterion, totals=None, apart=None):
+def scores_of(labeled, criterion, totals=None, apart=None):
     """Scores by group, from what was gathered.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         criterion: As in `score`.
         totals: Statistics as `gate_statistics` gives them; `None`: none.
         apart: What single criteria need, by attribute of `GroupStatistics`: arrays `(num_units,)`.
     """
     function = criteria.get(criterion)
-    norms, gammas = _filter_norms(channels), _gammas(channels)
+    norms, gammas = _filter_norms(labeled), _gammas(labeled)
     scores = criteria.Scores({}, criterion)
-    for group in channels.groups:
+    for group in labeled.groups:
         part = slice(group.start, group.start + group.num_units)
         values = function(_statistics_of(group, part, totals, apart or {}, norms, gammas))
         if values is not None:
@@ -213,11 +213,11 @@ def scores_of(channels, criterion, totals=None, apart=None):
     return scores
 
 
-def _slopes(gated, channels, feed, gather, cost):
+def _slopes(gated, labeled, feed, gather, cost):
     """Slopes of each group's curve; `gather` gives statistics of gates, if they are needed."""
-    found = curves(channels, gated, feed, lambda: gather()[ROWS.index("square")], cost)
-    slopes = np.zeros(channels.num_units)
-    for group, curve in zip(channels.groups, found.values(), strict=True):
+    found = curves(labeled, gated, feed, lambda: gather()[ROWS.index("square")], cost)
+    slopes = np.zeros(labeled.num_units)
+    for group, curve in zip(labeled.groups, found.values(), strict=True):
         slopes[group.start : group.start + group.num_units] = curve.slopes()
     return slopes
 
@@ -267,21 +267,21 @@ def _checked(values, group, criterion):
     return values
 
 
-def _filter_norms(channels):
+def _filter_norms(labeled):
     """Mean over the layers that make a unit of the L2 norm of its filters, `(num_units,)`."""
-    norms = _per_unit(channels, lambda _, effect: made_by_kernels(effect), _norms_along)
+    norms = _per_unit(labeled, lambda _, effect: made_by_kernels(effect), _norms_along)
     return np.where(np.isnan(norms), 0, norms)  # what only padding makes has no filter
 
 
-def _gammas(channels):
+def _gammas(labeled):
     """Mean absolute BatchNormalization scale of each unit, NaN where it has none."""
-    return _per_unit(channels, _scaled_by_gammas, lambda gamma, _: np.abs(gamma, dtype=np.float64))
+    return _per_unit(labeled, _scaled_by_gammas, lambda gamma, _: np.abs(gamma, dtype=np.float64))
 
 
-def _per_unit(channels, select, reduce):
-    total, number = np.zeros(channels.num_units), np.zeros(channels.num_units)
+def _per_unit(labeled, select, reduce):
+    total, number = np.zeros(labeled.num_units), np.zeros(labeled.num_units)
     seen = set()
-    for call, effect in zip(channels.graph.calls, channels.effects, strict=True):
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
         if id(call.operation) in seen:
             continue
         seen.add(id(call.operation))
@@ -289,7 +289,7 @@ def _per_unit(channels, select, reduce):
             weight = keras.ops.convert_to_numpy(weight_of(call.operation, name))
             # types that NumPy does not know (bfloat16) are cast, others only as they are added up
             values = reduce(weight if weight.dtype.kind == "f" else weight.astype(np.float64), axis)
-            units = channels.units(labels)
+            units = labeled.units(labels)
             np.add.at(total, units[units >= 0], values[units >= 0])
             np.add.at(number, units[units >= 0], 1)
     with np.errstate(invalid="ignore"):

@@ -11,14 +11,14 @@ from keras_taylor.reading.tracing import compile_arguments
 _FOLD_EVERY = 256
 
 
-def gate_statistics(gated, channels, feed, num_examples=None, class_weight=None, callbacks=()):
+def gate_statistics(gated, labeled, feed, num_examples=None, class_weight=None, callbacks=()):
     """Sums over one pass of the data, under plain `fit`; a model that has had a pass is not compiled anew.
 
     Returns:
         A float64 array `(num_rows, num_units)`, rows as in `gates.ROWS` and perhaps `log_odds.ODDS_ROWS`.
     """
     if not gated.compiled:
-        compile_for_scoring(gated, channels.graph.model)
+        compile_for_scoring(gated, labeled.graph.model)
     fold = _Fold(gated)
     arguments = feed.fit_arguments(num_examples)
     with warnings.catch_warnings():
@@ -76,9 +76,9 @@ def refuse_class_weight(class_weight):
         )
 
 
-def loss_changes(gated, channels, feed, num_examples):
+def loss_changes(gated, labeled, feed, num_examples):
     """True change of the mean loss when one unit's gate is closed, unit by unit."""
-    compile_for_scoring(gated, channels.graph.model, mean=True)
+    compile_for_scoring(gated, labeled.graph.model, mean=True)
 
     def loss_with(mask):
         gated.mask = mask
@@ -87,12 +87,12 @@ def loss_changes(gated, channels, feed, num_examples):
             arguments["steps"] = arguments.pop("steps_per_epoch")
         return gated.evaluate(**arguments, verbose=0, return_dict=True)["loss"]
 
-    everything = np.ones(channels.num_units)
+    everything = np.ones(labeled.num_units)
     base = loss_with(everything)
     if not np.isfinite(base):
         raise ValueError(where_not_finite(gated, feed))
-    changes = np.zeros(channels.num_units)
-    for unit in range(channels.num_units):
+    changes = np.zeros(labeled.num_units)
+    for unit in range(labeled.num_units):
         mask = everything.copy()
         mask[unit] = 0
         changes[unit] = loss_with(mask) - base

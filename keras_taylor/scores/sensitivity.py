@@ -57,7 +57,7 @@ class Curve:
         return ranked
 
 
-def curves(channels, gated, feed, importance, cost="params"):
+def curves(labeled, gated, feed, importance, cost="params"):
     """A `Curve` for each group.
 
     One walk over the examples gathers the second moments of what every mixing layer reads. They order
@@ -66,7 +66,7 @@ def curves(channels, gated, feed, importance, cost="params"):
     readers are then refitted in a copy, and the held-out examples go through it.
 
     Args:
-        channels: `groups.Channels`.
+        channels: `groups.LabeledModel`.
         gated: `gates.GatedModel` of it, frozen: its own copies of the layers take the refitted kernels.
         feed: `datasets.Feed`; labels are not used.
         importance: A function without arguments that gives an array `(num_units,)`; it orders the units
@@ -76,22 +76,22 @@ def curves(channels, gated, feed, importance, cost="params"):
     Returns:
         A dict: group name -> `Curve`.
     """
-    return _Curves(channels, gated, feed, cost).all(importance)
+    return _Curves(labeled, gated, feed, cost).all(importance)
 
 
 class _Curves:
-    def __init__(self, channels, gated, feed, cost):
-        self._channels, self._gated, self._cost = channels, gated, cost
-        inputs = example_inputs(feed, channels.graph, NUM_EXAMPLES)
+    def __init__(self, labeled, gated, feed, cost):
+        self._labeled, self._gated, self._cost = labeled, gated, cost
+        inputs = example_inputs(feed, labeled.graph, NUM_EXAMPLES)
         num_held_out = max(len(inputs[0]) // 4, 1)
         self._held_out = [x[:num_held_out] for x in inputs]
         self._readers = self._gather([x[num_held_out:] if len(x) > 1 else x for x in inputs])
         self._wanted = self._predict()
-        self._costs = CostModel(channels)
+        self._costs = CostModel(labeled)
 
     def all(self, importance):
         importance, found = functools.cache(importance), {}
-        for group in self._channels.groups:
+        for group in self._labeled.groups:
             order = self._order(group)
             if order is None:
                 order = np.argsort(importance()[group.start : group.start + group.num_units], kind="stable")
@@ -114,12 +114,12 @@ class _Curves:
 
     def _gather(self, inputs):
         """A `_Reader` for each mixing layer that reads units, from one walk."""
-        walk, graph = Walk(self._channels.graph, in_batches(inputs)), self._channels.graph
+        walk, graph = Walk(self._labeled.graph, in_batches(inputs)), self._labeled.graph
         readers, random = [], np.random.default_rng(0)
-        for number, (call, effect) in enumerate(zip(graph.calls, self._channels.effects, strict=True)):
+        for number, (call, effect) in enumerate(zip(graph.calls, self._labeled.effects, strict=True)):
             view = linear_view(call.operation)
             if view is not None and graph.is_used_once(call.operation) and effect.weights.get(view.weight):
-                reader = _Reader(self._channels, self._gated, call, view, effect.weights[view.weight])
+                reader = _Reader(self._labeled, self._gated, call, view, effect.weights[view.weight])
                 if (reader.units >= 0).any():
                     readers.append(reader)
                     reader.gather(walk.tensors[call.inputs[0]], len(inputs[0]), random)
@@ -134,7 +134,7 @@ class _Curves:
         counts = counts[counts > 0]
         points = [(0, 0.0, 0)]
         for num in counts.tolist():
-            kept = np.ones(self._channels.num_units, bool)
+            kept = np.ones(self._labeled.num_units, bool)
             kept[group.start + order[:num]] = False
             saved = self._costs()[self._cost] - self._costs(kept)[self._cost]
             points.append((num, self._divergence(kept), saved))
@@ -151,26 +151,26 @@ class _Curves:
             for reader in changed:
                 reader.restore()
             self._gated.mask = np.ones_like(kept)
-        return mean_divergence(self._channels.graph.model, self._wanted, predicted)
+        return mean_divergence(self._labeled.graph.model, self._wanted, predicted)
 
     def _predict(self):
         """Flattened outputs for the held-out examples."""
-        return predictions(self._gated, self._channels.graph, self._held_out)
+        return predictions(self._gated, self._labeled.graph, self._held_out)
 
 
 class _Reader:
     """A mixing layer: the moments of what it reads, and its copy that is refitted."""
 
-    def __init__(self, channels, gated, call, view, axes):
-        self._channels, self._axes, self._view = channels, axes, view
+    def __init__(self, labeled, gated, call, view, axes):
+        self._labeled, self._axes, self._view = labeled, axes, view
         self._copy = linear_view(gated.network.copy_of(call.operation))
-        self._place = constant_place(channels.graph, call, view)
+        self._place = constant_place(labeled.graph, call, view)
         self._place_copy = self._place and gated.network.copy_of(self._place.operation)
         self._matrix = view.matrix()
-        self._weights = np.square(gain_of(channels.graph, call, view.num_outputs))
+        self._weights = np.square(gain_of(labeled.graph, call, view.num_outputs))
         self._constant = self._moments = None
         # the unit that each column of a block reads, -1 for none
-        self.units = view.along_columns([None if a is None else channels.units(a) for a in axes])
+        self.units = view.along_columns([None if a is None else labeled.units(a) for a in axes])
 
     def gather(self, column, num_examples, random):
         """Takes the second moments of what it reads: the values of a tensor for each batch."""
@@ -199,15 +199,15 @@ class _Reader:
 
     def refit(self, kept):
         """Fits the copy to do without some units, if it reads them; says whether it did."""
-        masks = [None if a is None else mask_of(self._channels, a, kept) for a in self._axes]
+        masks = [None if a is None else mask_of(self._labeled, a, kept) for a in self._axes]
         columns, _ = self._view.kept(masks)
         if columns.all() or self._moments is None:
             return False
-        centred = self._place is not None
+        centered = self._place is not None
         pairs = zip(self._moments, self._matrix, strict=True)
-        fitted = np.stack([moments.restricted(m, columns, _RIDGE, centred) for moments, m in pairs])
+        fitted = np.stack([moments.restricted(m, columns, _RIDGE, centered) for moments, m in pairs])
         self._copy.assign(fitted)
-        if centred:
+        if centered:
             means = [moments.mean for moments in self._moments]
             changes = zip(means, self._matrix - fitted, strict=True)
             self._constant = np.concatenate([mean @ change for mean, change in changes])

@@ -5,7 +5,7 @@ import secrets
 import shutil
 
 
-class Draft:
+class AtomicFile:
     """What is being written, beside its target under a name of its own; gone if it stays there."""
 
     def __init__(self, target):

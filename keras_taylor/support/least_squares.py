@@ -165,12 +165,12 @@ class Moments:
         self.xx += x.T @ x
         self._x += x.sum(0, dtype=np.float64)
 
-    def solve(self, products, ridge, centred, dtype=np.float64):
-        """The inverse of `products(ridge, centred)` times an array; the last factorisation is kept."""
-        if self._solver is None or self._solver[0] != (ridge, centred, dtype):
+    def solve(self, products, ridge, centered, dtype=np.float64):
+        """The inverse of `products(ridge, centered)` times an array; the last factorization is kept."""
+        if self._solver is None or self._solver[0] != (ridge, centered, dtype):
             self._solver = None  # let go of it before the next is there
-            solver = _solver(lambda: self.products(ridge, centred).astype(dtype))
-            self._solver = (ridge, centred, dtype), solver
+            solver = _solver(lambda: self.products(ridge, centered).astype(dtype))
+            self._solver = (ridge, centered, dtype), solver
         return self._solver[1](products.astype(dtype))
 
     def joined(self, other):
@@ -179,26 +179,26 @@ class Moments:
         both.num, both.xx, both._x = self.num + other.num, self.xx + other.xx, self._x + other._x
         return both
 
-    def elimination(self, matrix, blocks, ridge, centred, weights):
+    def elimination(self, matrix, blocks, ridge, centered, weights):
         """An `Elimination` of blocks of columns; arguments as in `restricted`."""
-        return Elimination(self.products(ridge, centred), matrix, blocks, weights)
+        return Elimination(self.products(ridge, centered), matrix, blocks, weights)
 
-    def products(self, ridge, centred):
-        """The outer products with the ridge on their diagonal, less those of the mean if `centred`."""
-        xx = self.xx - self.num * np.outer(self.mean, self.mean) if centred else self.xx.copy()
+    def products(self, ridge, centered):
+        """The outer products with the ridge on their diagonal, less those of the mean if `centered`."""
+        xx = self.xx - self.num * np.outer(self.mean, self.mean) if centered else self.xx.copy()
         xx.flat[:: len(xx) + 1] += ridge * max(np.trace(xx) / len(xx), 1e-30)
         return xx
 
-    def restricted(self, matrix, columns, ridge, centred):
+    def restricted(self, matrix, columns, ridge, centered):
         """The matrix, zero outside some columns, that comes nearest to what another makes of the rows.
 
         Args:
             matrix: Array `(num_columns, num_outputs)` that uses all columns.
             columns: Bool array `(num_columns,)`.
             ridge: As in `Regression`; it pulls towards `matrix`.
-            centred: Whether there will be a constant.
+            centered: Whether there will be a constant.
         """
-        xx = self.products(ridge, centred)
+        xx = self.products(ridge, centered)
         among = xx[np.ix_(columns, columns)]
         fitted = np.zeros(matrix.shape)
         lost = xx[np.ix_(columns, ~columns)] @ matrix[~columns]
@@ -241,8 +241,8 @@ class _Moments:
         level = constant * self._r / max(self.num, 1)
         if np.isinf(ridge):
             return np.zeros(self._xr.shape), level
-        centred = self._xr - self.num * np.outer(self._rows.mean, level)
-        change = self._rows.solve(centred, ridge, constant, dtype)
+        centered = self._xr - self.num * np.outer(self._rows.mean, level)
+        change = self._rows.solve(centered, ridge, constant, dtype)
         return change, constant * (level - self._rows.mean @ change)
 
     def errors(self, change, constant):
@@ -303,17 +303,17 @@ class _Kernel:
     """Rows, and the products of all pairs of them.
 
     Attributes:
-        middle: The rows' mean if they are centred, else zeros.
+        middle: The rows' mean if they are centered, else zeros.
     """
 
-    def __init__(self, x, centred):
-        self.middle = x.mean(0) if centred else np.zeros(x.shape[1], x.dtype)
+    def __init__(self, x, centered):
+        self.middle = x.mean(0) if centered else np.zeros(x.shape[1], x.dtype)
         self._x = x - self.middle
         self._products = (self._x @ self._x.T).astype(np.float64)
         self._solver = None
 
     def solve(self, r, ridge, dtype):
-        """The change of the matrix that makes `r` of the rows; the last factorisation is kept."""
+        """The change of the matrix that makes `r` of the rows; the last factorization is kept."""
         if self._solver is None or self._solver[0] != (ridge, dtype):
             self._solver = None
             self._solver = (ridge, dtype), _solver(lambda: self._with(ridge).astype(dtype))
@@ -357,7 +357,7 @@ def _solver(make):
 
 
 def _downhill(values, error, first):
-    """The value with the smallest error that is reached by steps to better neighbours."""
+    """The value with the smallest error that is reached by steps to better neighbors."""
     at = first
     for step in (-1, 1):
         while 0 <= at + step < len(values) and error(values[at + step]) < error(values[at]):

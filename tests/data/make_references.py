@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 
 import zoo  # noqa: E402
 
-from keras_taylor.reading.groups import read_channels  # noqa: E402
+from keras_taylor.reading.groups import label_model  # noqa: E402
 from keras_taylor.scores.gates import GatedModel  # noqa: E402
 
 MODELS = ["chain", "residual", "zero_pad_shortcut", "nested_three_deep", "siamese", "shared_layer"]
@@ -35,7 +35,7 @@ def mean_squares(name):
     model = zoo.build(name)
     x = keras.tree.map_structure(lambda a: a.astype("float64"), zoo.inputs_of(model, num=6))
     target = np.linspace(-1, 1, 6 * model.output_shape[-1]).reshape(6, -1).astype("float32")
-    channels = read_channels(model)
+    channels = label_model(model)
     gated = GatedModel(channels)
     scores = np.zeros(channels.num_units)
     for unit in range(channels.num_units):

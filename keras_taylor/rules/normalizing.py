@@ -1,4 +1,4 @@
-"""Normalisations in which channels are closed: statistics over those that are open.
+"""Normalizations in which channels are closed: statistics over those that are open.
 
 Each function runs a layer on `x` with a gate for every channel, an array that broadcasts
 against `x`. Where a gate is zero, the other channels come out as if this one were not there.
@@ -14,8 +14,8 @@ _LEAST = 1e-24  # Keras' 1e-12, squared
 def layer_normalization(layer, x, gate, axes):
     """`LayerNormalization`: mean and variance over open channels."""
     x, gate = _exact_enough(x, gate)
-    centred = x - _mean(x, gate, axes)
-    y = centred * ops.rsqrt(_mean(ops.square(centred), gate, axes) + layer.epsilon)
+    centered = x - _mean(x, gate, axes)
+    y = centered * ops.rsqrt(_mean(ops.square(centered), gate, axes) + layer.epsilon)
     return _output(layer, _scaled(y, layer.gamma, layer.beta, axes), gate)
 
 
@@ -36,8 +36,8 @@ def unit_normalization(layer, x, gate, axes):
 def group_normalization(layer, x, gate, axes):
     """`GroupNormalization` with one group: mean and variance over all positions of open channels."""
     x, gate = _exact_enough(x, gate)
-    centred = x - _mean(x, gate, axes)
-    y = centred * ops.rsqrt(_mean(ops.square(centred), gate, axes) + layer.epsilon)
+    centered = x - _mean(x, gate, axes)
+    y = centered * ops.rsqrt(_mean(ops.square(centered), gate, axes) + layer.epsilon)
     axis = layer.axis if layer.axis < 0 else layer.axis - len(x.shape)
     return _output(layer, _scaled(y, layer.gamma, layer.beta, (axis,)), gate)
 
