@@ -82,7 +82,7 @@ def rebuild(labeled, kept):
     """
     surgeon = _Surgeon(labeled, kept)
     surgeon.check_layouts()
-    small = surgeon.container(labeled.graph.structures[id(labeled.graph.model)])
+    small = surgeon.container(labeled.graph.root)
     weights = surgeon.copy_all_weights()
     surgeon.set_trainable_flags()
     return small, weights

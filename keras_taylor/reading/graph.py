@@ -118,6 +118,11 @@ class Graph:
     inside: dict
     bindings: dict
 
+    @property
+    def root(self):
+        """The `SubmodelGraph` of the model itself."""
+        return self.structures[id(self.model)]
+
     def is_used_once(self, operation):
         """Whether an operation has one call."""
         return self._num_calls[id(operation)] == 1

@@ -18,7 +18,7 @@ def predictions(gated, graph, inputs, batch_size=None):
         inputs: Flattened inputs, a list of arrays.
         batch_size: Examples a batch; `None`: 128.
     """
-    structure, num = graph.structures[id(graph.model)].inputs, len(inputs[0])
+    structure, num = graph.root.inputs, len(inputs[0])
     size, parts = min(num, batch_size or _ROWS), []
     for k in range(0, num, size):
         rows = np.arange(k, k + size) % num  # one shape: compiled once

@@ -129,7 +129,7 @@ class GatedNetwork(keras.layers.Layer):
             pass
         flat = [tensors[index] for index in graph.outputs]
         # not kept as an attribute: Keras would turn its dicts and lists into others
-        return keras.tree.pack_sequence_as(graph.structures[id(graph.model)].outputs, flat)
+        return keras.tree.pack_sequence_as(graph.root.outputs, flat)
 
     def copy_of(self, operation):
         """What runs here in the place of one of the model's operations."""
@@ -374,7 +374,7 @@ def _clone_operations(labeled):
 
 def _flat_inputs(inputs, graph):
     """Inputs in the model's order, whether given as a tensor, a list or a dict by name."""
-    structure = graph.structures[id(graph.model)].inputs
+    structure = graph.root.inputs
     flat = keras.tree.flatten(structure)
     if isinstance(inputs, dict) and not isinstance(structure, dict):
         values = [inputs[t.name] for t in flat]

@@ -40,7 +40,7 @@ def with_drawn_labels(feed, graph, num_examples=None, seed=0):
     drawn = [
         _drawn(loss, y, random) for loss, y in zip(losses_by_output(model, len(flat)), flat, strict=True)
     ]
-    structures = graph.structures[id(model)]
+    structures = graph.root
     x = keras.tree.pack_sequence_as(structures.inputs, inputs)
     y = keras.tree.pack_sequence_as(structures.outputs, drawn)
     return Feed((x, y), model, feed.batch_size)
