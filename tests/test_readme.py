@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from keras_taylor import rules
+from keras_taylor.rules import registry
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 START, END = "<!-- layers: generated -->\n", "<!-- /layers -->\n"
@@ -12,9 +12,9 @@ START, END = "<!-- layers: generated -->\n", "<!-- /layers -->\n"
 def table():
     rows = ["| `keras.layers` and `keras.ops` | what happens to channels |", "|---|---|"]
     families = {}
-    for names in (rules.LAYERS, rules.OPERATIONS):
+    for names in (registry.LAYERS, registry.OPERATIONS):
         for name, rule in names.items():
-            families.setdefault(rule, []).append(name if names is rules.LAYERS else _function_name(name))
+            families.setdefault(rule, []).append(name if names is registry.LAYERS else _function_name(name))
     for rule, names in families.items():
         rows.append(f"| {', '.join(names)} | {rule.__doc__.splitlines()[0]} |")
     return "\n".join(rows) + "\n"

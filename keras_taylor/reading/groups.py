@@ -7,11 +7,12 @@ import re
 import keras
 import numpy as np
 
-from keras_taylor import rules
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.composites import inside_rule
 from keras_taylor.reading.rule_checks import check_registered, probed_rule
+from keras_taylor.rules.base import is_probed_activation
 from keras_taylor.rules.labels import FIXED, LabelSpace
+from keras_taylor.rules.registry import apply_rule
 
 _HINT = "; `exact=False` opens it"
 
@@ -97,8 +98,8 @@ class LabeledModel:
             inside = inside_rule(call, graph.shapes, LabeledModel)
             probed = None if inside else probed_rule(call, self.labels, graph.shapes)
             positions = graphs.tensor_positions(call)
-            effect = rules.apply(self.space, call, self.labels, graph.shapes, positions, inside or probed)
-            if probed or (call.closed is None and rules.base.is_probed_activation(call.operation)):
+            effect = apply_rule(self.space, call, self.labels, graph.shapes, positions, inside or probed)
+            if probed or (call.closed is None and is_probed_activation(call.operation)):
                 self.probed.append(call.name)
             for index, labels in zip(call.outputs, effect.outputs, strict=True):
                 self.labels[index] = labels

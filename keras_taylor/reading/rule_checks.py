@@ -8,14 +8,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor import rules
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.reading.graph import TensorRef, tensor_positions
 from keras_taylor.rules import elementwise
 from keras_taylor.rules.base import Tensor, weight_of
 from keras_taylor.rules.labels import FIXED, LabelSpace
 from keras_taylor.rules.probing import is_channelwise
-from keras_taylor.rules.registry import REGISTERED
+from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
 
 _BATCH, _UNKNOWN_SIZE = 2, 5  # of random inputs: examples, and axes of unknown size
 _NUM_DRAWS, _NUM_TRIES = 2, 20
@@ -44,7 +43,7 @@ def check_registered(call, labels, shapes, exact=True):
     registered = tuple(REGISTERED.get(one) for one in classes)
     if registered == (None, None):
         return
-    rule = rules.rule_for(call.operation)
+    rule = rule_for(call.operation)
     axes = {index: Tensor(labels[index], shapes[index]).channel_axis for index in call.inputs}
     config = {k: v for k, v in call.operation.get_config().items() if k != "name"}
     sizes = [(shapes[index], axes[index]) for index in (*call.inputs, *call.outputs) if index in axes]
@@ -74,7 +73,7 @@ def probed_rule(call, labels, shapes):
         shapes: Shape of every tensor.
     """
     operation = call.operation
-    if rules.rule_for(operation) is not elementwise.unknown or not _is_probed(operation):
+    if rule_for(operation) is not elementwise.unknown or not _is_probed(operation):
         return None
     if len(call.inputs) != 1 or len(call.outputs) != 1:
         return None
@@ -132,7 +131,7 @@ class _Trial:
                 self._labels[index] = np.expand_dims(vector, [k for k in range(rank) if k != axis])
         positions = tensor_positions(call)
         try:
-            self._effect = rules.apply(self._space, call, self._labels, shapes, positions, rule)
+            self._effect = apply_rule(self._space, call, self._labels, shapes, positions, rule)
         except Exception as error:
             raise _NotHeldError(f"it failed with {type(error).__name__}: {error}") from error
         self._inputs = {index: self._random_input(index, shapes[index]) for index in self._labels}

@@ -1,6 +1,13 @@
-"""Attention layers, which are opened to see their heads and closed again around fewer."""
+"""Attention layers: those with heads, which are opened and closed again, and those without projections."""
+
+import contextlib
+import math
 
 import keras
+from keras import ops
+
+from keras_taylor.rules.base import Effect, InternalRead, Work, replaced
+from keras_taylor.rules.elementwise import locked
 
 _COUNTS = {
     "MultiHeadAttention": {"num_heads": "query_dense"},
@@ -21,3 +28,46 @@ def head_counts(layer):
 def inner_layers(layer):
     """The layers inside an attention layer, in the order in which they were made."""
     return layer._flatten_layers(include_self=False)  # there is no public way to ask
+
+
+def attention(ctx):
+    """Channels of the value go through; those of query and key, which it sums over, leave together."""
+    given = ctx.argument(0, "inputs")
+    tensors, others = ctx.inputs[: len(given)], ctx.inputs[len(given) :]
+    known = len(ctx.positions) >= len(given) and ctx.positions[: len(given)] == [*range(len(given))]
+    if not known or any(t.channel_axis not in (None, t.rank - 1) for t in tensors):
+        return locked(ctx)
+    for mask in others:
+        ctx.lock(mask.labels, "masks what others attend to")
+    query, value, key = tensors[0], tensors[1], tensors[-1]
+    read, goes_through = query.along(-1), value.along(-1)
+    ctx.union(read, key.along(-1))
+    sizes = (*query.shape[1:-1], *key.shape[1:-1])
+    factor = math.nan if None in sizes else 2.0 * math.prod(sizes)
+    fixed = [ctx.fixed(k) for k in range(1, len(ctx.output_shapes))]
+    return Effect(
+        outputs=[ctx.placed(goes_through, -1), *fixed],
+        weights={"scale": (read,)} if len(getattr(ctx.operation.scale, "shape", ())) else {},
+        internal_reads=(InternalRead(query.labels, _gated),),
+        work=(Work(factor, (read,)), Work(factor, (goes_through,))),
+    )
+
+
+@contextlib.contextmanager
+def _gated(layer, gate):
+    """Within it scores are those of gated queries, and of gated keys where the two are added.
+
+    The value is not gated, though it may be the same tensor: what reads the output gates it. In a
+    product of query and key one gate is enough, two would be derived twice.
+    """
+    call, adds = layer.call, layer.score_mode == "concat" or type(layer).__name__ == "AdditiveAttention"
+
+    def gated(inputs, *args, **kwargs):
+        query, value = inputs[:2]
+        key = inputs[-1]
+        query = query * ops.cast(gate, query.dtype)
+        key = key * ops.cast(gate, key.dtype) if adds else key
+        return call([query, value, key], *args, **kwargs)
+
+    with replaced(layer, call=gated):
+        yield

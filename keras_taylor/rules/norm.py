@@ -1,11 +1,17 @@
-"""Normalization layers, and layers with one weight a channel."""
+"""Normalization layers, and layers with one weight a channel.
+
+The functions `gated_...` run a normalization on `x` with a gate for every channel, an array that broadcasts
+against `x`: statistics over the channels that are open. Where a gate is zero, the other channels come out as
+if this one were not there. Axes are counted from the end.
+"""
 
 import dataclasses
 import functools
 
+import keras
 import numpy as np
+from keras import ops
 
-from keras_taylor.rules import normalizing
 from keras_taylor.rules.base import Effect, channel_axis, count, elements
 
 # operations an element: what a fused scale and shift costs, and a full normalization
@@ -23,7 +29,7 @@ def batch_normalization(ctx):
 def layer_normalization(ctx):
     """What is normalized together stays, but with `exact=False` goes through."""
     understood = not getattr(ctx.operation, "rms_scaling", False)
-    return _over_axes(ctx, normalizing.layer_normalization, ("gamma", "beta"), understood)
+    return _over_axes(ctx, gated_layer_normalization, ("gamma", "beta"), understood)
 
 
 def rms_normalization(ctx):
@@ -31,12 +37,12 @@ def rms_normalization(ctx):
     rank = ctx.inputs[0].rank
     axes = _axes(ctx)
     understood = axes == tuple(range(rank - len(axes), rank))  # else Keras scales along other axes
-    return _over_axes(ctx, normalizing.rms_normalization, ("scale",), understood)
+    return _over_axes(ctx, gated_rms_normalization, ("scale",), understood)
 
 
 def unit_normalization(ctx):
     """As LayerNormalization, without weights."""
-    return _over_axes(ctx, normalizing.unit_normalization, ())
+    return _over_axes(ctx, gated_unit_normalization, ())
 
 
 def group_normalization(ctx):
@@ -48,9 +54,7 @@ def group_normalization(ctx):
         return _stays(ctx)
     weights = {"gamma": (vector,), "beta": (vector,)}
     if layer.groups == 1 and tensor.channel_axis is not None:
-        run = functools.partial(
-            normalizing.group_normalization, axes=_from_end(tensor, range(1, tensor.rank))
-        )
+        run = functools.partial(gated_group_normalization, axes=_from_end(tensor, range(1, tensor.rank)))
         return _let_through(ctx, run, weights)
     size = vector.size // layer.groups if layer.groups > 0 else 1
     if size > 1:
@@ -159,3 +163,64 @@ def _per_channel(ctx, weights, config=None, work=1.0):
         config=config or {},
         work=elements(labels, ctx.output_shapes[0], work),
     )
+
+
+_LEAST = 1e-24  # Keras' 1e-12, squared
+
+
+def gated_layer_normalization(layer, x, gate, axes):
+    """`LayerNormalization`: mean and variance over open channels."""
+    x, gate = _exact_enough(x, gate)
+    centered = x - _mean(x, gate, axes)
+    y = centered * ops.rsqrt(_mean(ops.square(centered), gate, axes) + layer.epsilon)
+    return _output(layer, _scaled(y, layer.gamma, layer.beta, axes), gate)
+
+
+def gated_rms_normalization(layer, x, gate, axes):
+    """`RMSNormalization`: the mean square over open channels."""
+    x, gate = _exact_enough(x, gate)
+    y = x * ops.rsqrt(_mean(ops.square(x), gate, axes) + layer.epsilon)
+    return _output(layer, _scaled(y, layer.scale, None, axes), gate)
+
+
+def gated_unit_normalization(layer, x, gate, axes):
+    """`UnitNormalization`: the sum of squares over open channels."""
+    x, gate = _exact_enough(x, gate)
+    total = ops.sum(ops.square(x) * gate, axes, keepdims=True)
+    return _output(layer, x * ops.rsqrt(ops.maximum(total, _LEAST)), gate)
+
+
+def gated_group_normalization(layer, x, gate, axes):
+    """`GroupNormalization` with one group: mean and variance over all positions of open channels."""
+    x, gate = _exact_enough(x, gate)
+    centered = x - _mean(x, gate, axes)
+    y = centered * ops.rsqrt(_mean(ops.square(centered), gate, axes) + layer.epsilon)
+    axis = layer.axis if layer.axis < 0 else layer.axis - len(x.shape)
+    return _output(layer, _scaled(y, layer.gamma, layer.beta, (axis,)), gate)
+
+
+def _exact_enough(x, gate):
+    """Both in float32 at least, as Keras' own layers compute."""
+    dtype = keras.backend.result_type(x.dtype, "float32")
+    return ops.cast(x, dtype), ops.cast(gate, dtype)
+
+
+def _mean(x, gate, axes):
+    return ops.mean(x * gate, axes, keepdims=True) / ops.mean(gate, axes, keepdims=True)
+
+
+def _scaled(y, gamma, beta, axes):
+    """Scale and shift, weights whose axes are `axes` of `y`."""
+    shape = [1] * len(y.shape)
+    for axis in axes:
+        shape[axis] = y.shape[axis]
+    if gamma is not None:
+        y = y * ops.cast(ops.reshape(gamma, shape), y.dtype)
+    if beta is not None:
+        y = y + ops.cast(ops.reshape(beta, shape), y.dtype)
+    return y
+
+
+def _output(layer, y, gate):
+    """Nothing for closed channels, whose values may be of any size."""
+    return ops.cast(ops.where(gate > 0, y, ops.zeros_like(y)), layer.compute_dtype)
