@@ -159,7 +159,7 @@ def mean_accuracy(y, outputs):
 def exported(model, data, options):
     """What `export` found, and whether it was within the tolerance."""
     import keras_taylor
-    from keras_taylor.exports.export_parity import TOLERANCES, complaint
+    from keras_taylor.exports.export_parity import TOLERANCES, tolerance_violation
 
     options = dict(options)
     if options.get("quantize") == "int8":
@@ -179,7 +179,7 @@ def exported(model, data, options):
             )
         except keras_taylor.ExportError as error:
             return {"error": str(error)[:300]}
-    accepted = not complaint(one, TOLERANCES[one.quantize], 0.02)
+    accepted = not tolerance_violation(one, TOLERANCES[one.quantize], 0.02)
     return {
         "difference": one.relative_difference,
         "points": 100 * (one.metric - one.model_metric),

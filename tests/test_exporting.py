@@ -18,7 +18,7 @@ from helpers import BACKEND, fingerprint, predict, random_plan
 import keras_taylor
 from keras_taylor.exports import export_worker, exporting, runners
 from keras_taylor.exports.artifacts import Artifact, artifact_table
-from keras_taylor.exports.export_parity import accuracy, compared, complaint
+from keras_taylor.exports.export_parity import accuracy, compared, tolerance_violation
 from keras_taylor.exports.export_worker import JobError, ask
 from keras_taylor.support.tables import render
 
@@ -439,17 +439,19 @@ def test_what_is_accepted():
     fields = {f.name: None for f in dataclasses.fields(Artifact)}
     exact = Artifact(**{**fields, "difference": 1.0, "relative_difference": 0.2, "agreement": 0.95})
     half = dataclasses.replace(exact, agreement=0.5)
-    assert complaint(exact, 0.1, 0) != ""
-    assert complaint(exact, 0.2, 0) == ""
-    assert complaint(dataclasses.replace(exact, quantize="int8"), 0.1, 0) == ""
-    assert "50.0% of the predictions are others" in complaint(
+    assert tolerance_violation(exact, 0.1, 0) != ""
+    assert tolerance_violation(exact, 0.2, 0) == ""
+    assert tolerance_violation(dataclasses.replace(exact, quantize="int8"), 0.1, 0) == ""
+    assert "50.0% of the predictions are others" in tolerance_violation(
         dataclasses.replace(half, quantize="int8"), 0.1, 0
     )
     lost = dataclasses.replace(exact, quantize="int8", relative_difference=np.inf)
-    assert complaint(lost, 0.1, 0) != ""
+    assert tolerance_violation(lost, 0.1, 0) != ""
     falls = dataclasses.replace(exact, metric=0.8, model_metric=0.9)
-    assert "the metric falls from 0.9 to 0.8; accepted is a drop of 0.05. " in complaint(falls, 0.2, 0.05)
-    assert complaint(falls, 0.2, 0.11) == ""
+    assert "the metric falls from 0.9 to 0.8; accepted is a drop of 0.05. " in tolerance_violation(
+        falls, 0.2, 0.05
+    )
+    assert tolerance_violation(falls, 0.2, 0.11) == ""
 
 
 def test_accuracy_of_labels_and_of_one_hot_targets():

@@ -10,11 +10,11 @@ import keras_taylor
 from keras_taylor.budget import layer_times
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.goals import parse_goal
-from keras_taylor.budget.measured_costs import Quantity, amount_of, quantity_of
+from keras_taylor.budget.measured_costs import MeasuredCost, format_amount, measured_cost_of
 from keras_taylor.budget.measuring import Calibration, Measurements, WeightBytes
 from keras_taylor.cutting.surgery import rebuild
 from keras_taylor.exports.artifacts import ExportError
-from keras_taylor.exports.export_arguments import VARIANTS
+from keras_taylor.exports.formats import VARIANTS
 from keras_taylor.loop.measured_search import TRIES, check_reachable, fitting_units
 from keras_taylor.plans.ranking import RemovalOrder, flat_scores
 from keras_taylor.reading.groups import label_model
@@ -68,19 +68,19 @@ def test_unknown_measured_goals_are_refused(what):
 
 
 def test_a_key_says_what_is_measured():
-    assert quantity_of("bytes") == Quantity("bytes", "litert")
-    assert quantity_of("latency") == Quantity("latency", "keras")
-    assert quantity_of("latency:litert-int8") == Quantity("latency", "litert-int8")
-    assert quantity_of("params") is quantity_of(None) is None
+    assert measured_cost_of("bytes") == MeasuredCost("bytes", "litert")
+    assert measured_cost_of("latency") == MeasuredCost("latency", "keras")
+    assert measured_cost_of("latency:litert-int8") == MeasuredCost("latency", "litert-int8")
+    assert measured_cost_of("params") is measured_cost_of(None) is None
     goal = parse_goal({"params": 0.5, "bytes": 900, "latency:onnx": 3}, measurable=True)
     assert goal.measured == ("bytes", "latency:onnx")
     goal.check({"params": 10, "bytes": 10, "latency:onnx": 10})
 
 
 def test_amounts_are_shown_with_their_units():
-    assert amount_of("params", 20_500) == "20,500 params"
-    assert amount_of("bytes:onnx", 12_400) == "12,400 bytes:onnx"
-    assert amount_of("latency", 1_250_000) == "1.25 ms latency"
+    assert format_amount("params", 20_500) == "20,500 params"
+    assert format_amount("bytes:onnx", 12_400) == "12,400 bytes:onnx"
+    assert format_amount("latency", 1_250_000) == "1.25 ms latency"
 
 
 @pytest.mark.parametrize("goal", [{"bytes": 1000}, {"params": 0.3, "latency": 3}])
@@ -270,11 +270,16 @@ def test_the_file_that_is_exported_is_under_its_goal(tmp_path, goal):
     _, arguments = setting(goal, Measurements)
     check_reachable(*arguments)
     kept, found = fitting_units(*arguments)
-    format, quantize, ending = VARIANTS[quantity_of(what).variant]
-    calibration = np.random.default_rng(1).random((20, 8, 8, 3)) if quantize == "int8" else None
+    variant = VARIANTS[measured_cost_of(what).variant]
+    calibration = np.random.default_rng(1).random((20, 8, 8, 3)) if variant.quantize == "int8" else None
     small = rebuild(arguments[0], kept)[0]
     artifact = keras_taylor.export(
-        small, tmp_path / f"small{ending}", format, quantize, calibration, tolerance=float("inf")
+        small,
+        tmp_path / f"small{variant.suffix}",
+        variant.format,
+        variant.quantize,
+        calibration,
+        tolerance=float("inf"),
     )
     assert artifact.num_bytes == found[what] <= arguments[2][what]
     assert found[what] > 0.97 * arguments[2][what]

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from keras_taylor.budget.measured_costs import amount_of
+from keras_taylor.budget.measured_costs import format_amount
 from keras_taylor.rules.base import weight_of
 
 
@@ -18,8 +18,8 @@ def reach(goals, before, least):
     """
     ceilings = [goal.ceilings(before) for goal in goals]
     for what in ceilings[0]:
-        asked = ", then ".join(amount_of(what, math.floor(one[what]), named=False) for one in ceilings)
-        now, reached = (amount_of(what, costs[what], named=False) for costs in (before, least))
+        asked = ", then ".join(format_amount(what, math.floor(one[what]), named=False) for one in ceilings)
+        now, reached = (format_amount(what, costs[what], named=False) for costs in (before, least))
         yield (
             f"{what}: {now} now, at most {asked} asked for, {reached} "
             f"({1 - least[what] / before[what]:.1%} less) can be reached"
@@ -39,8 +39,8 @@ def unreachable(labeled, costs, least, ceilings, goal, has_ratios=False):
     """
     before, after = costs(), costs(least)
     parts = [
-        f"at most {1 - after[what] / before[what]:.1%} of the {amount_of(what, before[what])} can be "
-        f"removed, which leaves {amount_of(what, after[what], named=False)}"
+        f"at most {1 - after[what] / before[what]:.1%} of the {format_amount(what, before[what])} can be "
+        f"removed, which leaves {format_amount(what, after[what], named=False)}"
         for what, ceiling in ceilings.items()
         if after[what] > ceiling
     ]

@@ -6,7 +6,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from keras_taylor.budget.costs import COSTS, check_countable
-from keras_taylor.budget.measured_costs import measured_keys, parse_amount, quantity_of, without_measured
+from keras_taylor.budget.measured_costs import (
+    describe_measured_costs,
+    measured_cost_of,
+    parse_amount,
+    refuse_measured,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +27,8 @@ class Goal:
 
     @property
     def measured(self):
-        """The parts that are measured (`measured_costs.Quantity`), not counted: a tuple of keys."""
-        return tuple(what for what in self.parts if quantity_of(what) is not None)
+        """The parts that are measured (`measured_costs.MeasuredCost`), not counted: a tuple of keys."""
+        return tuple(what for what in self.parts if measured_cost_of(what) is not None)
 
     def check(self, before):
         """Refuses parts whose cost is unknown: `before` are the costs of the whole model."""
@@ -70,7 +75,7 @@ def parse_goal(goal, measurable=False):
     Args:
         goal: A float above 0 and below 1, the fraction of the parameters to remove; or a dict of one
             or more costs, each with such a fraction, or with an int: what may be left. What is
-            measured ("bytes", "latency:onnx", see `measured_costs.quantity_of`) may come with a unit:
+            measured ("bytes", "latency:onnx", see `measured_costs.measured_cost_of`) may come with a unit:
             "256 KiB", "2.5 ms"; without one, latencies are in milliseconds.
         measurable: Whether measured costs are taken.
 
@@ -87,25 +92,25 @@ def parse_goal(goal, measurable=False):
             f"{_of_measured(parts)}Received: goal={goal!r}"
         )
     if not measurable:
-        without_measured(parts, f"goal={goal!r}")
+        refuse_measured(parts, f"goal={goal!r}")
     return Goal({what: _parsed(what, value) for what, value in parts.items()})
 
 
 def _is_sound(what, value, several):
-    if quantity_of(what) is not None:
+    if measured_cost_of(what) is not None:
         return True  # `parse_amount` says what is wrong with the value
     return what in COSTS and (_is_fraction(value) or (several and _is_ceiling(value)))
 
 
 def _of_measured(parts):
     asked = any(isinstance(what, str) and what.startswith(("bytes", "latency")) for what in parts)
-    return f"`keras_taylor.compress` also takes {measured_keys()}. " if asked else ""
+    return f"`keras_taylor.compress` also takes {describe_measured_costs()}. " if asked else ""
 
 
 def _parsed(what, value):
     if _is_fraction(value):
         return float(value)
-    return int(value) if quantity_of(what) is None else parse_amount(what, value)
+    return int(value) if measured_cost_of(what) is None else parse_amount(what, value)
 
 
 def _is_fraction(value):
@@ -180,7 +185,7 @@ def _value(what, value, text):
     try:
         return float(value)
     except ValueError as error:
-        if quantity_of(what) is not None:
+        if measured_cost_of(what) is not None:
             return value
         raise ValueError(
             "A goal is the fraction to remove, as in 0.3 or flops=0.5, or what may be left, as in "

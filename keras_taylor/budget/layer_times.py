@@ -31,7 +31,7 @@ class LayerTimes:
 
     Args:
         channels: `groups.LabeledModel` of the whole model.
-        form: Key of `export_arguments.VARIANTS`; "keras": this process's backend.
+        form: Key of `formats.VARIANTS`; "keras": this process's backend.
         batch_size: Examples a call.
         cache_dir: Where tables are kept; `None`: `keras_taylor` in Keras' own folder (`KERAS_HOME`, else
             `~/.keras`).
@@ -128,7 +128,7 @@ class TimeTable:
             self._write()
 
     def _measured(self, points):
-        arguments = {"form": self._form, "layers": points, "batch_size": self._batch_size}
+        arguments = {"variant": self._form, "layers": points, "batch_size": self._batch_size}
         if self._form == "keras":
             return time_layers(**arguments)
         try:

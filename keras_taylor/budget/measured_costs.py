@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from keras_taylor.exports.export_arguments import VARIANTS
+from keras_taylor.exports.formats import VARIANTS
 
 BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
@@ -14,12 +14,12 @@ _EXAMPLES = {"bytes": '"256 KiB"', "latency": '"2.5 ms"'}
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantity:
-    """What is measured, and of what: `Quantity("bytes", "litert-int8")`.
+class MeasuredCost:
+    """What is measured, and of what: `MeasuredCost("bytes", "litert-int8")`.
 
     Attributes:
         kind: "bytes" of the file that `export` writes, or "latency" of one call.
-        form: Key of `export_arguments.VARIANTS`; the latency of "keras" is that of the model itself, on
+        form: Key of `formats.VARIANTS`; the latency of "keras" is that of the model itself, on
             this process's backend, as `predict_on_batch` runs it.
     """
 
@@ -32,8 +32,8 @@ class Quantity:
         return BYTES if self.kind == "bytes" else TIMES
 
 
-def quantity_of(what):
-    """The `Quantity` that a part of a goal asks for; `None` for what is no measured one.
+def measured_cost_of(what):
+    """The `MeasuredCost` that a part of a goal asks for; `None` for what is no measured one.
 
     Args:
         what: As "bytes" (float32 LiteRT), "bytes:litert-int8", "latency" (the Keras backend),
@@ -44,10 +44,10 @@ def quantity_of(what):
     kind, _, variant = what.partition(":")
     if kind not in _DEFAULTS or (variant or _DEFAULTS[kind]) not in VARIANTS or what.endswith(":"):
         return None
-    return Quantity(kind, variant or _DEFAULTS[kind])
+    return MeasuredCost(kind, variant or _DEFAULTS[kind])
 
 
-def measured_keys():
+def describe_measured_costs():
     """What a goal may ask for that is measured, as text."""
     return (
         f"'bytes', 'latency', or one of these with a format ({', '.join(VARIANTS)}) as in 'bytes:litert-int8'"
@@ -64,7 +64,7 @@ def parse_amount(what, value):
     Raises:
         ValueError: for anything else.
     """
-    quantity = quantity_of(what)
+    quantity = measured_cost_of(what)
     amount = None
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([A-Za-zµ]+)\s*", value)
@@ -82,7 +82,7 @@ def parse_amount(what, value):
     return amount
 
 
-def amount_of(what, value, named=True):
+def format_amount(what, value, named=True):
     """An amount of a cost as text: "20,500 params", "12,400 bytes:onnx", "1.25 ms latency".
 
     Args:
@@ -90,19 +90,19 @@ def amount_of(what, value, named=True):
         value: An int; of latencies nanoseconds.
         named: Whether the cost's name follows.
     """
-    quantity = quantity_of(what)
+    quantity = measured_cost_of(what)
     counted = quantity is None or quantity.kind == "bytes"
     amount = f"{value:,}" if counted else f"{value / TIMES['ms']:.4g} ms"
     return f"{amount} {what}" if named else amount
 
 
-def stand_in(what):
+def proxy_cost(what):
     """The counted cost that stands for a measured one; a counted one itself."""
-    quantity = quantity_of(what)
+    quantity = measured_cost_of(what)
     return what if quantity is None else _STAND_INS[quantity.kind]
 
 
-def counted(ceilings, before):
+def proxy_ceilings(ceilings, before):
     """What may be left of costs, those that are measured replaced by ones that are counted.
 
     Args:
@@ -114,16 +114,16 @@ def counted(ceilings, before):
     """
     found = {}
     for what, ceiling in ceilings.items():
-        name = stand_in(what)
+        name = proxy_cost(what)
         if name != what:
             ceiling = ceiling / before[what] * before[name]
         found[name] = min(ceiling, found.get(name, ceiling))
     return found
 
 
-def without_measured(parts: Mapping, wanted):
+def refuse_measured(parts: Mapping, wanted):
     """Refuses parts of a goal that have to be measured, where there is nothing to measure with."""
-    found = [what for what in parts if quantity_of(what) is not None]
+    found = [what for what in parts if measured_cost_of(what) is not None]
     if found:
         raise ValueError(
             f"'{found[0]}' is measured on a model that was built, which is done by `keras_taylor.compress` "

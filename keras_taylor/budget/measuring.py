@@ -8,11 +8,11 @@ import numpy as np
 
 from keras_taylor.budget.costs import CostModel, weights_of
 from keras_taylor.budget.layer_times import LayerTimes
-from keras_taylor.budget.measured_costs import quantity_of
+from keras_taylor.budget.measured_costs import measured_cost_of
 from keras_taylor.exports.artifacts import ExportError, size_of
-from keras_taylor.exports.export_arguments import VARIANTS, check_installed
 from keras_taylor.exports.export_worker import JobError, ask
 from keras_taylor.exports.exporting import convert_model
+from keras_taylor.exports.formats import VARIANTS, check_installed
 from keras_taylor.exports.runners import random_arrays, write_arrays
 from keras_taylor.exports.timing import time_model
 from keras_taylor.support.replicas import num_processes
@@ -49,9 +49,9 @@ class Measurements:
     def __init__(self, labeled, keys, batch_size=1, cache_dir=None, say=None):
         self._batch_size = batch_size
         self.keys = tuple(keys)
-        self._quantities = {key: quantity_of(key) for key in self.keys}
+        self._quantities = {key: measured_cost_of(key) for key in self.keys}
         for quantity in self._quantities.values():
-            check_installed(VARIANTS[quantity.variant][0])
+            check_installed(VARIANTS[quantity.variant].format)
         self._calibrations = {key: Calibration() for key in self.keys}
         self._tables = {}
         for key, quantity in self._quantities.items():
@@ -175,11 +175,11 @@ class WeightBytes:
 
     Args:
         channels: `groups.LabeledModel`.
-        form: Key of `export_arguments.VARIANTS`.
+        form: Key of `formats.VARIANTS`.
     """
 
     def __init__(self, labeled, variant):
-        self._quantize = VARIANTS[variant][1]
+        self._quantize = VARIANTS[variant].quantize
         self._weights = [
             (len(weight.shape) > 1, factor, [labeled.units(axis) for axis in axes])
             for weight, factor, axes in weights_of(labeled)
@@ -202,18 +202,18 @@ def exported(model, folder, variant, batch_size=None):
     Args:
         model: A built Sequential or Functional model.
         folder: A directory.
-        form: Key of `export_arguments.VARIANTS`.
+        form: Key of `formats.VARIANTS`.
         batch_size: Examples a call takes; `None`: any number.
     """
-    format, quantize, ending = VARIANTS[variant]
-    path = pathlib.Path(folder) / f"{variant}-{batch_size}{ending}"
+    kind = VARIANTS[variant]
+    path = pathlib.Path(folder) / f"{variant}-{batch_size}{kind.suffix}"
     calibration = None
-    if quantize == "int8":
+    if kind.quantize == "int8":
         calibration = str(pathlib.Path(folder) / "calibration.npz")
         dtypes = [keras.backend.standardize_dtype(t.dtype) for t in model.inputs]
         shapes = [t.shape for t in model.inputs]
         write_arrays(calibration, random_arrays(shapes, dtypes, _NUM_CALIBRATION))
-    order = {"format": format, "quantize": quantize, "int8_io": False, "batch_size": batch_size}
+    order = {"format": kind.format, "quantize": kind.quantize, "int8_io": False, "batch_size": batch_size}
     convert_model(model, folder, path, order, calibration)
     return path
 

@@ -36,7 +36,7 @@ from keras_taylor.cli.options import (
     multiple_of,
 )
 from keras_taylor.cli.outputs import picture_path, stop_paths, writable, write, write_text
-from keras_taylor.exports.export_arguments import VARIANTS
+from keras_taylor.exports.formats import VARIANTS
 from keras_taylor.reports.report import Info
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -234,7 +234,7 @@ def export(
     backend: Backend = "",
 ):
     """Write a model for inference elsewhere; what was written is run, compared and measured."""
-    path = writable(output, force, VARIANTS[_checked_format(format)][2])
+    path = writable(output, force, VARIANTS[_checked_format(format)].suffix)
     loaded = _model(model, trust, modules)
     train = test = None
     if data:
@@ -360,7 +360,7 @@ def _checked_format(name):
 
 
 def _beside(target, name):
-    return str(target.with_name(f"{target.stem}-{name}{VARIANTS[name][2]}"))
+    return str(target.with_name(f"{target.stem}-{name}{VARIANTS[name].suffix}"))
 
 
 def _bytes(kib):
@@ -368,13 +368,13 @@ def _bytes(kib):
 
 
 def _exported(model, path, name, train, test, force, **options):
-    format, quantize, _ = VARIANTS[name]
+    variant = VARIANTS[name]
     return keras_taylor.export(
         model,
         path,
-        format,
-        quantize=quantize,
-        calibration=train[0] if quantize == "int8" else None,
+        variant.format,
+        quantize=variant.quantize,
+        calibration=train[0] if variant.quantize == "int8" else None,
         data=test,
         overwrite=force,
         **options,

@@ -89,7 +89,7 @@ class Artifact:
 def artifact_table(artifacts):
     """A rich table with one row an artifact."""
     table = Table()
-    rows = [artifact_cells(one) for one in artifacts]
+    rows = [artifact_row(one) for one in artifacts]
     for column, name in enumerate(rows[0] if rows else ()):
         table.add_column(name, justify="left" if column < 2 else "right", no_wrap=column < 2)
     for row in rows:
@@ -97,28 +97,28 @@ def artifact_table(artifacts):
     return table
 
 
-def artifact_cells(one):
+def artifact_row(one):
     """What tables say of an artifact: texts by the columns' names."""
     return {
         "file": os.path.basename(one.path),
-        "format": kind(one),
-        "size": kibibytes(one.num_bytes),
+        "format": variant_label(one),
+        "size": format_kib(one.num_bytes),
         "difference": f"{one.relative_difference:.1e}",
         "agreement": "" if one.agreement is None else f"{one.agreement:.1%}",
         "metric (Keras)": "" if one.metric is None else f"{one.metric:.4g} ({one.model_metric:.4g})",
         "median ms": f"{one.latency_ms:.3f}",
         "p90 ms": f"{one.latency_p90_ms:.3f}",
-        "memory": kibibytes(one.peak_memory),
-        "arena": kibibytes(one.arena_bytes),
+        "memory": format_kib(one.peak_memory),
+        "arena": format_kib(one.arena_bytes),
     }
 
 
-def kind(one):
+def variant_label(one):
     """Format and precision of an artifact as text."""
     return one.format if one.quantize is None else f"{one.format} {one.quantize}"
 
 
-def kibibytes(num_bytes):
+def format_kib(num_bytes):
     """A size as text, `""` where it is not known."""
     return "" if num_bytes is None else f"{num_bytes / 1024:,.1f} KiB"
 

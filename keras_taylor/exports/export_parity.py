@@ -54,7 +54,7 @@ def accuracy(targets, outputs):
     return float((first.argmax(-1) == labels).mean())
 
 
-def complaint(artifact, tolerance, max_drop):
+def tolerance_violation(artifact, tolerance, max_drop):
     """What is wrong with it, `""` if nothing is."""
     relative, agreement = artifact.relative_difference, artifact.agreement
     error = relative
@@ -75,7 +75,7 @@ def complaint(artifact, tolerance, max_drop):
     return ""
 
 
-def excess(artifact, max_bytes, max_arena_bytes):
+def size_violation(artifact, max_bytes, max_arena_bytes):
     """What is too large about it, `""` if nothing is."""
     for what, size, limit in (
         ("file", artifact.num_bytes, max_bytes),

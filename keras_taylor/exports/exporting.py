@@ -11,16 +11,16 @@ import keras
 import numpy as np
 
 from keras_taylor.exports.artifacts import Artifact, ExportError, size_of
-from keras_taylor.exports.export_arguments import (
-    check_budgets,
-    check_installed,
-    check_model,
-    check_options,
-    check_target,
-    checked_format,
+from keras_taylor.exports.export_checks import check_budgets, check_model, check_options, check_target
+from keras_taylor.exports.export_parity import (
+    TOLERANCES,
+    accuracy,
+    compared,
+    size_violation,
+    tolerance_violation,
 )
-from keras_taylor.exports.export_parity import TOLERANCES, accuracy, compared, complaint, excess
 from keras_taylor.exports.export_worker import JobError, ask
+from keras_taylor.exports.formats import check_installed, checked_format
 from keras_taylor.exports.runners import random_arrays, read_arrays, write_arrays
 from keras_taylor.support.atomic_files import AtomicFile
 from keras_taylor.support.datasets import Feed
@@ -115,7 +115,9 @@ def export(
         case.convert(draft.path, order)
         artifact = case.inspect(draft.path, order)
         accepted = _default_tolerance(model, quantize) if tolerance is None else tolerance
-        reason = complaint(artifact, accepted, max_drop) or excess(artifact, max_bytes, max_arena_bytes)
+        reason = tolerance_violation(artifact, accepted, max_drop) or size_violation(
+            artifact, max_bytes, max_arena_bytes
+        )
         if reason:
             rejected = draft.move_to(target.with_name(target.name + ".rejected"))
             raise ExportError(f"{reason} It lies at '{rejected}'. Received: path={os.fspath(path)!r}")

@@ -45,7 +45,7 @@ class LiteRT:
     """A LiteRT (TFLite) flatbuffer in its interpreter."""
 
     def __init__(self, path, names, delegates=True):
-        interpreter_class, resolvers = litert_runtime()
+        interpreter_class, resolvers = import_litert()
         resolver = resolvers.AUTO if delegates else resolvers.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         with warnings.catch_warnings():  # TensorFlow's own interpreter says that it will move
             warnings.simplefilter("ignore")
@@ -242,7 +242,7 @@ def _num_bytes(details):
 def start_runtime(format):
     """Imports what runs a format, and keeps it to one thread where it can be told to."""
     if format == "litert":
-        litert_runtime()
+        import_litert()
     elif format == "onnx":
         import onnxruntime  # noqa: F401
     elif format == "saved_model":
@@ -253,7 +253,7 @@ def start_runtime(format):
             tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
-def litert_runtime():
+def import_litert():
     """LiteRT's interpreter and its resolvers: of the package of its own, else of TensorFlow."""
     try:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType

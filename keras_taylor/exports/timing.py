@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_taylor.exports.conversion import convert
-from keras_taylor.exports.export_arguments import VARIANTS
+from keras_taylor.exports.formats import VARIANTS
 from keras_taylor.exports.runners import RUNNERS, random_arrays, start_runtime, write_arrays
 
 CALLS, BLOCKS = 3, 5  # calls a block; blocks without a faster one, at least
@@ -82,7 +82,7 @@ def time_file(variant, path, names, batch_size):
     """Nanoseconds of one call of an exported model, in the runtime of its format.
 
     Args:
-        form: Key of `export_arguments.VARIANTS`.
+        form: Key of `formats.VARIANTS`.
         path: The file.
         names: Names of the Keras model's flattened inputs.
         batch_size: Examples a call.
@@ -95,7 +95,7 @@ def time_layers(variant, layers, batch_size):
     """Nanoseconds of one call of each of several layers alone.
 
     Args:
-        form: Key of `export_arguments.VARIANTS`; "keras": this process's backend.
+        form: Key of `formats.VARIANTS`; "keras": this process's backend.
         layers: Dicts with "layer" (a serialized layer), "shape" (of its input, without the batch's axis) and
             "dtype".
         batch_size: Examples a call.
@@ -121,14 +121,14 @@ def _layer_time(variant, one, batch_size, place):
 
 def _converted(variant, one, model, batch_size, place):
     os.mkdir(place)
-    format, quantize, ending = VARIANTS[variant]
-    source, target = os.path.join(place, "layer.keras"), os.path.join(place, f"layer{ending}")
+    kind = VARIANTS[variant]
+    source, target = os.path.join(place, "layer.keras"), os.path.join(place, f"layer{kind.suffix}")
     model.save(source)
     calibration = None
-    if quantize == "int8":
+    if kind.quantize == "int8":
         calibration = os.path.join(place, "calibration.npz")
         write_arrays(calibration, random_arrays([(None, *one["shape"])], [one["dtype"]], 4))
-    convert(source, target, format, batch_size, quantize, calibration=calibration)
+    convert(source, target, kind.format, batch_size, kind.quantize, calibration=calibration)
     return _runner(variant, target, [t.name for t in model.inputs])
 
 
@@ -143,7 +143,7 @@ def _model_of(one):
 
 
 def _runner(variant, path, names):
-    format = VARIANTS[variant][0]
+    format = VARIANTS[variant].format
     start_runtime(format)
     return RUNNERS[format](str(path), list(names))
 

@@ -10,7 +10,7 @@ import numpy as np
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.feasibility import reach
 from keras_taylor.budget.goals import parse_goals
-from keras_taylor.budget.measured_costs import stand_in
+from keras_taylor.budget.measured_costs import proxy_cost
 from keras_taylor.budget.measuring import Measurements
 from keras_taylor.budget.schedule import Step, steps
 from keras_taylor.cutting.refitting import refit
@@ -115,7 +115,7 @@ class CompressionRun:
         self._validation = Validation(self._fit_kwargs, self._feed.batch_size, max_drop, monitor, baseline)
         self._scores = RoundScores(
             *(model, self._read, self._feed, score_ds, criterion, labels, score_examples),
-            *(stand_in(next(iter(self._goals[-1].parts))), self._fit_kwargs),
+            *(proxy_cost(next(iter(self._goals[-1].parts))), self._fit_kwargs),
         )
         if self._goals[-1].measured:  # takes a while, so after all that may be wrong with the call
             self._measure(labeled)

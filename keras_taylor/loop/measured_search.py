@@ -5,7 +5,7 @@ import contextlib
 import keras
 import numpy as np
 
-from keras_taylor.budget.measured_costs import amount_of, quantity_of
+from keras_taylor.budget.measured_costs import format_amount, measured_cost_of
 from keras_taylor.cutting.surgery import rebuild
 from keras_taylor.exports.artifacts import ExportError
 from keras_taylor.plans.ranking import units_to_keep
@@ -100,13 +100,14 @@ def _aims(ceilings, spare, least):
 
 
 def _part(parts, what):
-    quantity = quantity_of(what)
+    quantity = measured_cost_of(what)
     return 1.0 if quantity is None else parts[quantity.kind]
 
 
 def _not_found(keys, found, ceilings, goal):
     missed = [
-        f"{amount_of(key, found[key])} were measured, at most {amount_of(key, round(ceilings[key]))} asked"
+        f"{format_amount(key, found[key])} were measured, "
+        f"at most {format_amount(key, round(ceilings[key]))} asked"
         for key in keys
         if found[key] > ceilings[key]
     ]

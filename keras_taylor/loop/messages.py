@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_taylor.budget.measured_costs import amount_of
+from keras_taylor.budget.measured_costs import format_amount
 
 _UNITS = {"params": "parameters", "flops": "FLOPs", "activation_memory": "bytes of activations"}
 
@@ -50,10 +50,10 @@ def opening(model, info, num_rounds, scored, draws, repairs, carries, rate, epoc
 
 def _asked(what, value, before):
     unit = _UNITS.get(what, what)
-    before = f"{amount_of(what, before, named=False)} {unit}"
+    before = f"{format_amount(what, before, named=False)} {unit}"
     if isinstance(value, float):
         return f"remove {100 * value:.4g} % of {before}"
-    return f"leave at most {amount_of(what, value, named=False)} of {before}"
+    return f"leave at most {format_amount(what, value, named=False)} of {before}"
 
 
 def described(done, before):

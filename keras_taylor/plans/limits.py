@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from keras_taylor.budget.measured_costs import quantity_of
+from keras_taylor.budget.measured_costs import measured_cost_of
 from keras_taylor.reading.groups import matching
 
 AUTO = "auto"  # of `round_to`: what the measured times of layers say
@@ -62,7 +62,7 @@ def check_round_to(round_to, measured):
     Raises:
         ValueError: if it is "auto" and no latency is asked for.
     """
-    if round_to == AUTO and not any(quantity_of(key).kind == "latency" for key in measured):
+    if round_to == AUTO and not any(measured_cost_of(key).kind == "latency" for key in measured):
         raise ValueError(
             "`round_to='auto'` takes the multiple of channels that measured times say is worth keeping to. "
             "Expected a goal for a 'latency', or a whole number. Received: round_to='auto'"

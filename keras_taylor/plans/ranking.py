@@ -3,7 +3,7 @@
 import numpy as np
 
 from keras_taylor.budget.feasibility import unreachable
-from keras_taylor.budget.measured_costs import counted
+from keras_taylor.budget.measured_costs import proxy_ceilings
 from keras_taylor.plans.limits import Limits
 from keras_taylor.plans.prices import PricedOrder
 
@@ -73,7 +73,7 @@ def order_removals(
     most = np.maximum(np.minimum(most, costs.counts() - floors), closed)
     least = np.minimum(least, most)
     if rank == "cost":
-        flat = PricedOrder(costs, flat, counted(ceilings, costs())).order(least, most)
+        flat = PricedOrder(costs, flat, proxy_ceilings(ceilings, costs())).order(least, most)
     return RemovalOrder(labeled, costs, flat, limits.round_to, bounds=(least, most))
 
 

@@ -3,8 +3,8 @@
 import importlib
 import importlib.resources
 
-from keras_taylor.budget.measured_costs import amount_of
-from keras_taylor.exports.artifacts import artifact_cells, kibibytes, kind
+from keras_taylor.budget.measured_costs import format_amount
+from keras_taylor.exports.artifacts import artifact_row, format_kib, variant_label
 from keras_taylor.reports import plots
 
 
@@ -68,17 +68,19 @@ def _cards(info):
     for what in info.measured():
         if what in info.after:
             change = info.after[what] / info.before[what] - 1
-            amounts = [amount_of(what, costs[what], named=False) for costs in (info.after, info.before)]
+            amounts = [format_amount(what, costs[what], named=False) for costs in (info.after, info.before)]
             cards.append(_card(what, *amounts, f"{change:+.1%}"))
     for name, after in info.metrics.get("after", {}).items():
         before = info.metrics["before"][name]
         cards.append(_card(name, f"{after:.4g}", f"{before:.4g}", f"{after - before:+.4g}"))
     for before, after in info.exported():
         for what, old, new, text in (
-            ("size", before.num_bytes, after.num_bytes, kibibytes),
+            ("size", before.num_bytes, after.num_bytes, format_kib),
             ("latency", before.latency_ms, after.latency_ms, _milliseconds),
         ):
-            cards.append(_card(f"{kind(after)}, {what}", text(new), text(old), f"{new / old - 1:+.1%}"))
+            cards.append(
+                _card(f"{variant_label(after)}, {what}", text(new), text(old), f"{new / old - 1:+.1%}")
+            )
     return cards
 
 
@@ -133,7 +135,7 @@ def _frontier(info):
 
 
 def _artifacts(info):
-    rows = [artifact_cells(one) for pair in info.exported() for one in pair]
+    rows = [artifact_row(one) for pair in info.exported() for one in pair]
     header = list(rows[0]) if rows else []
     return {"title": "Files", "header": header, "rows": [list(cells.values()) for cells in rows]}
 

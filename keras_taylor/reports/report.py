@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from keras_taylor import __version__
-from keras_taylor.budget.measured_costs import amount_of, quantity_of
+from keras_taylor.budget.measured_costs import format_amount, measured_cost_of
 from keras_taylor.exports.artifacts import Artifact, artifact_table
 from keras_taylor.plans.plan import Plan
 from keras_taylor.support.tables import render
@@ -220,12 +220,12 @@ class Info:
         measured = self.measured()
         for column in ("round", "parameters", "FLOPs", *measured, *metrics, "seconds"):
             table.add_column(column, justify="right")
-        whole = [amount_of(what, self.before[what], False) for what in measured]
+        whole = [format_amount(what, self.before[what], False) for what in measured]
         table.add_row("0", _number(self.before["params"]), _number(self.before["flops"]), *whole)
         for one in self.rounds:
             values = [f"{one.history[m][-1]:.4g}" if one.history.get(m) else "" for m in metrics]
             seconds = f"{sum(one.seconds.values()):.1f}"
-            found = [amount_of(w, one.costs[w], False) if w in one.costs else "" for w in measured]
+            found = [format_amount(w, one.costs[w], False) if w in one.costs else "" for w in measured]
             table.add_row(one.label, _number(one.params), _number(one.flops), *found, *values, seconds)
         text = render(table, width=max(100, 16 * (4 + len(metrics) + len(measured))))
         made = [one for pair in self.exported() for one in pair]
@@ -238,7 +238,7 @@ class Info:
 
     def measured(self):
         """What was measured for the goal, "bytes:onnx" or "latency": a list of names."""
-        return [what for what in self.before if quantity_of(what) is not None]
+        return [what for what in self.before if measured_cost_of(what) is not None]
 
     def frontier(self):
         """What is left at each goal that was reached, the whole model first.

@@ -1,47 +1,10 @@
 """What `export` refuses before it starts."""
 
-import importlib.util
 import os
 
 import keras
 
-SUFFIXES = {"saved_model": "", "litert": ".tflite", "onnx": ".onnx", "keras": ".keras"}
-VARIANTS = {  # name -> (format, quantize, ending)
-    "saved-model": ("saved_model", None, ""),
-    "litert": ("litert", None, ".tflite"),
-    "litert-float16": ("litert", "float16", ".tflite"),
-    "litert-dynamic": ("litert", "dynamic", ".tflite"),
-    "litert-int8": ("litert", "int8", ".tflite"),
-    "onnx": ("onnx", None, ".onnx"),
-    "keras": ("keras", None, ".keras"),
-}
-QUANTIZATIONS = (None, "float16", "dynamic", "int8")
-_EXTRAS = {
-    "saved_model": ("tensorflow", ("tensorflow",)),
-    "litert": ("tensorflow", ("tensorflow",)),
-    "onnx": ("tensorflow,onnx", ("tensorflow", "tf2onnx", "onnx", "onnxruntime")),
-    "keras": ("", ()),
-}
-
-
-def checked_format(target, format):
-    """The format, taken from the ending of the path if it is `None`; they must go together."""
-    endings = {suffix: name for name, suffix in SUFFIXES.items()}
-    if format is None:
-        format = endings.get(target.suffix, "saved_model")
-    if format not in SUFFIXES:
-        raise ValueError(f"Unknown format. Expected one of {sorted(SUFFIXES)}. Received: format={format!r}")
-    suffix = SUFFIXES[format]
-    if suffix and target.suffix != suffix:
-        raise ValueError(
-            f"A file of the format '{format}' is called '<name>{suffix}'. Received: path='{target}'"
-        )
-    if not suffix and target.suffix in (*SUFFIXES.values(), ".h5") and target.suffix:
-        raise ValueError(
-            f"A SavedModel is a directory; a name that ends in '{target.suffix}' says that it is a file. "
-            f"Give it another name, or another format. Received: path='{target}', format={format!r}"
-        )
-    return format
+from keras_taylor.exports.formats import QUANTIZATIONS
 
 
 def check_model(model):
@@ -121,14 +84,3 @@ def check_target(target, format, overwrite):
             f"'{target}' is a directory, and no SavedModel that could be replaced by this one. "
             f"Remove it, or pass another path. Received: format={format!r}, overwrite=True"
         )
-
-
-def check_installed(format):
-    """Refuses a format whose packages are not there, and names the extra that brings them."""
-    extra, packages = _EXTRAS[format]
-    for name in packages:
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(
-                f"The format '{format}' needs the package `{name}`: pip install \"keras-taylor[{extra}]\". "
-                f"Received: format={format!r}"
-            )
