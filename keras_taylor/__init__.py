@@ -9,6 +9,7 @@ from keras_taylor.exports.exporting import export, measure_artifacts
 from keras_taylor.loop.callbacks import TaylorPruning
 from keras_taylor.loop.compression import compress
 from keras_taylor.loop.compression_run import CompressionInterrupted
+from keras_taylor.loop.metric_limit import MetricLimit
 from keras_taylor.loop.wrapper import PrunableModel
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import make_plan
@@ -24,6 +25,7 @@ __all__ = [
     "CompressionInterrupted",
     "ExportError",
     "Info",
+    "MetricLimit",
     "Plan",
     "PrunableModel",
     "TaylorPruning",

@@ -13,6 +13,7 @@ def test_public_names():
         "CompressionInterrupted",
         "ExportError",
         "Info",
+        "MetricLimit",
         "Plan",
         "PrunableModel",
         "TaylorPruning",

@@ -80,7 +80,8 @@ class TaylorPruning(keras.callbacks.Callback):
         self._by_epoch = frequency == "epoch"
         self.goal, self.start_epoch, self.frequency, self.schedule = goal, start_epoch, frequency, schedule
         self.momentum, self.recovery_epochs, self.verbose = momentum, recovery_epochs, verbose
-        self._watch = _Watch(MetricLimit(max_drop, monitor, mode), baseline)
+        limit = MetricLimit(0.0 if max_drop is None else max_drop, monitor, baseline, mode)
+        self._watch = _Watch(None if max_drop is None else limit, monitor)
         self.stop_reason = ""
 
     def set_model(self, model):
@@ -187,12 +188,13 @@ class TaylorPruning(keras.callbacks.Callback):
 class _Watch:
     """What `max_drop` allows, and the smallest state that kept to it."""
 
-    def __init__(self, limit, baseline):
-        self.monitor, self._limit, self._given = limit.monitor, limit, baseline
+    def __init__(self, limit, monitor):
+        self.monitor, self._limit = monitor, limit
+        self._given = None if limit is None else limit.baseline
 
     def start(self, unpruned_epochs):
         """Begins a run, of which so many epochs pass before anything is pruned."""
-        if self._limit.max_drop is not None and self._given is None and not unpruned_epochs:
+        if self._limit is not None and self._given is None and not unpruned_epochs:
             raise ValueError(
                 f"`max_drop` compares with '{self.monitor}' at the end of an epoch without pruning, and "
                 "there is none. Pass `start_epoch=1` or more, or the value as `baseline`. "
@@ -203,7 +205,7 @@ class _Watch:
 
     def judge(self, model, logs):
         """Compares an epoch's metric with the reference, and keeps its state if it holds."""
-        if self._limit.max_drop is None:
+        if self._limit is None:
             return
         if self.monitor not in logs:
             warnings.warn(
@@ -215,14 +217,14 @@ class _Watch:
         value, units = float(logs[self.monitor]), int(model.mask.sum())
         if self._given is None and (units == model.mask.size or self._reference is None):
             self._reference = value
-        self.broken = not self._limit.holds(value, self._reference)
-        rank = -units, self._limit.sign * value
+        self.broken = not self._limit.allows(self.monitor, value, self._reference)
+        rank = -units, self._limit.direction(self.monitor) * value
         if not self.broken and (self._best is None or rank >= self._best[0]):
             self._best = rank, model.get_weights()
 
     def finish(self, model):
         """Restores the best of the smallest states that held; returns whether it did."""
-        if self._limit.max_drop is None or self._best is None:
+        if self._limit is None or self._best is None:
             return False
         model.set_weights(self._best[1])
         return True

@@ -20,6 +20,7 @@ from keras_taylor.loop.backups import Backups, capture, describe_call, drawn_see
 from keras_taylor.loop.distilling import check_trainable, distiller
 from keras_taylor.loop.fine_tuning import Diverged, fine_tune, fine_tuning_rate, learning_rate_of
 from keras_taylor.loop.measured_search import check_reachable, draft, fitting_units
+from keras_taylor.loop.metric_limit import MetricLimit, parse_metric_limit
 from keras_taylor.loop.round_scores import RoundScores, default_criterion, share_of_training, trained_examples
 from keras_taylor.loop.validating import Validation
 from keras_taylor.plans.limits import AUTO, Limits, check_round_to, ratio_limits
@@ -112,7 +113,15 @@ class CompressionRun:
         self._distill, self._teacher = distill, None
         self._repairs = repair
         self._rate = fine_tuning_rate(model.optimizer, learning_rate, repair) if self._trains else None
-        self._validation = Validation(self._fit_kwargs, self._feed.batch_size, max_drop, monitor, baseline)
+        if max_drop is None and (monitor, baseline) != (None, None):
+            raise ValueError(
+                "`monitor` and `baseline` belong to `max_drop`, which is not there. Expected a number, 0 for "
+                f"a metric that may not fall. Received: monitor={monitor!r}, baseline={baseline!r}"
+            )
+        limit = parse_metric_limit(max_drop)
+        if limit is not None and not isinstance(max_drop, MetricLimit):
+            limit = MetricLimit(max_drop, monitor, baseline)
+        self._validation, self._watched = Validation(self._fit_kwargs, self._feed.batch_size, limit), None
         self._scores = RoundScores(
             *(model, self._read, self._feed, score_ds, criterion, labels, score_examples),
             *(proxy_cost(next(iter(self._goals[-1].parts))), self._fit_kwargs),
@@ -123,8 +132,8 @@ class CompressionRun:
         about = {"goal": self._goals[-1].parts, "criterion": criterion, "round_to": self._limits.round_to}
         self.info = Info.before_a_run(labeled, self._before, exact, **about)
         self._plans, self._inputs = [], None  # of the completed rounds; of repairs
-        limit = {"max_drop": max_drop, "monitor": monitor, "baseline": baseline}
-        self._backups = None if backup_dir is None else self._open_backups(backup_dir, limit)
+        limits = {f.name: limit and getattr(limit, f.name) for f in dataclasses.fields(MetricLimit)}
+        self._backups = None if backup_dir is None else self._open_backups(backup_dir, limits)
 
     def _removal_order_for(self, labeled):
         """A function of costs to what may go at all: how many units, whichever they are."""
@@ -163,7 +172,7 @@ class CompressionRun:
             while len(self._plans) < len(self._steps) and not self.info.stop_reason:
                 small = self._round(current, len(self._plans) + 1)
                 if small is None:
-                    reason = self._validation.complaint(self.info.rounds[-1].metrics, len(self._plans) + 1)
+                    reason = self._watched.explain_undo(self.info.rounds[-1].metrics, len(self._plans) + 1)
                     self._stop(reason, expected=self._given_goal is None)
                 else:
                     current = small
@@ -288,15 +297,15 @@ class CompressionRun:
             history, step_losses = self._fine_tune(
                 small, model, self._reporter.callback(f"{name}: fine-tuning")
             )
-        judged = self._validation.limited or step.stop is not None
+        judged = self._watched is not None or step.stop is not None
         measured = self._measurements.measure(small) if self._measurements and step.stop is not None else {}
         layers = {n: [p.width, len(p.kept)] for n, p in plan.layers.items()}
         done = Round(
             *(number, {**plan.after, **measured}, layers, history, step_losses, clock.seconds),
             repairs=[dataclasses.asdict(one) for one in repairs],
-            metrics=self._validation.metrics(small) if judged else {},
+            metrics=self._validation.evaluate(small) if judged else {},
         )
-        done.held = not judged or self._validation.holds(done.metrics)
+        done.held = self._watched is None or self._watched.allows(done.metrics)
         self.info.rounds.append(done)
         self._reporter.say(f"{name}: {messages.described(done, self._before)}")
         if done.held:
@@ -379,8 +388,9 @@ class CompressionRun:
             self._reporter.say(line)
         if not self._plans:
             copy = whole_copy(self._original)  # evaluating leaves traces
-            metrics = self._validation.metrics(copy)
+            metrics = self._validation.evaluate(copy)
             self.info.metrics = {"before": metrics} if metrics else {}
-        watched = self._validation.watch(self.info.metrics.get("before", {}))
-        if watched:
-            self._reporter.say(watched)
+        before = self.info.metrics.get("before", {})
+        self._watched = self._validation.watch(before)
+        if self._watched is not None:
+            self._reporter.say(self._watched.describe(before))

@@ -54,17 +54,6 @@ def fine_tune(model, origin, arguments, callbacks, trainer=None):
     return {key: [float(v) for v in values] for key, values in history.items()}, losses.values
 
 
-def evaluate(model, validation_data, batch_size=None, steps=None):
-    """Loss and metrics on validation data, in the forms that `fit` takes; a dict of floats."""
-    if isinstance(validation_data, tuple):
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(validation_data)
-        arguments = {"x": x, "y": y, "sample_weight": weight, "batch_size": batch_size}
-    else:
-        arguments = {"x": validation_data}
-    values = model.evaluate(**arguments, steps=steps, verbose=0, return_dict=True)
-    return {name: float(value) for name, value in values.items()}
-
-
 def check_fit_arguments(fit_kwargs):
     """Refuses arguments of `compress` that neither it nor `fit` has."""
     known = set(inspect.signature(keras.Model.fit).parameters) - {"self", "x", "y", "verbose"}
