@@ -14,7 +14,7 @@ from helpers import reachable, targets_of
 from rich.console import Console
 
 import keras_taylor
-from keras_taylor.support.progress import Reporter
+from keras_taylor.support.console import Reporter
 
 
 def small_model(frozen=False, **compile_arguments):

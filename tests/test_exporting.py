@@ -20,7 +20,7 @@ from keras_taylor.exports import export_worker, exporting, runners
 from keras_taylor.exports.artifacts import Artifact, artifact_table
 from keras_taylor.exports.export_parity import accuracy, compared, tolerance_violation
 from keras_taylor.exports.export_worker import JobError, ask
-from keras_taylor.support.tables import render
+from keras_taylor.support.console import render_table
 
 pytest.importorskip("tensorflow")
 HAS_ONNX = all(map(pytest.importorskip, ("tf2onnx", "onnxruntime")))
@@ -313,7 +313,7 @@ def test_artifacts_are_timed_in_turn(made):
     ] == [
         dataclasses.replace(made.artifact(n), latency_ms=0, latency_p90_ms=0, latency_batch=1) for n in names
     ]
-    text = render(artifact_table(measured), width=140)
+    text = render_table(artifact_table(measured), width=140)
     assert all(name in text for name in names)
     with pytest.raises(ValueError, match="No such file: 'nowhere'"):
         keras_taylor.measure_artifacts([dataclasses.replace(measured[0], path="nowhere")])

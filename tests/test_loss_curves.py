@@ -20,8 +20,8 @@ from keras_taylor.reading.groups import label_model
 from keras_taylor.reports import plots, sensitivity_scan
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
 from keras_taylor.scores.divergences import divergence
+from keras_taylor.support.console import Reporter, describe_duration
 from keras_taylor.support.datasets import Feed
-from keras_taylor.support.progress import Reporter, about
 
 
 def pruned(model, name, units, exact=True):
@@ -167,7 +167,7 @@ def test_the_time_is_said_before_the_work_and_nothing_is_measured_twice(monkeypa
 
 
 def test_times_in_words():
-    words = [about(seconds) for seconds in (0.01, 45.4, 119, 120, 5000, 9000)]
+    words = [describe_duration(seconds) for seconds in (0.01, 45.4, 119, 120, 5000, 9000)]
     assert words == ["about 1 s", "about 45 s", "about 119 s", "about 2 min", "about 83 min", "about 2.5 h"]
 
 
@@ -210,7 +210,7 @@ def test_each_evaluation_sees_the_same_examples():
         np.testing.assert_allclose(ours.curves[name].values["loss"], curve.values["loss"], rtol=1e-5)
     noisy = keras_taylor.analyze(model, Noisy(x, y), num_examples=40, **arguments).sensitivity
     assert noisy.num_examples == 40
-    feed = Feed(Noisy(x, y), model).held(40)
+    feed = Feed(Noisy(x, y), model).in_memory(40)
     first, second = ([x for x, *_ in feed.batches()] for _ in range(2))
     assert [len(part) for part in first] == [16, 16, 8]
     assert all((a == b).all() for a, b in zip(first, second, strict=True))

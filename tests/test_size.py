@@ -117,7 +117,7 @@ def test_copies_in_blocks(monkeypatch, dtype):
             for axis, mask in enumerate(masks):
                 expected = expected if mask is None else np.compress(mask, expected, axis)
             taken.clear()
-            found = copies.kept_copy(variable, masks)
+            found = copies.copy_kept(variable, masks)
             sizes = [np.prod(s) for s in taken]
             assert np.array_equal(np.asarray(convert(found), np.float32), expected)
             assert len(sizes) == 1 or max(sizes) <= max(64 // 4, np.prod(shape) // max(shape))

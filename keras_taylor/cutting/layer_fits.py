@@ -107,7 +107,7 @@ class LayerFit:
     def _relaxed(self, regressions, solutions, found, positions, targets):
         """Solutions for targets that ask for no more than a rectifier shows."""
         matrix, bias = self._view.matrix(), self._view.bias()
-        new = [regression.again() for regression in regressions]
+        new = [regression.repeated() for regression in regressions]
         for batch, blocks in self._rows(positions):
             given = [x @ (m + c) + k for x, m, (c, k) in zip(blocks, matrix, found, strict=True)]
             given = np.concatenate(given, axis=1)

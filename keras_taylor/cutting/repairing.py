@@ -11,7 +11,7 @@ from keras_taylor.reading.groups import label_model, mask_of
 from keras_taylor.reading.tracing import functional_view
 from keras_taylor.reading.walk import example_inputs, in_batches
 from keras_taylor.support.datasets import Feed
-from keras_taylor.support.replicas import scope_of
+from keras_taylor.support.replicas import strategy_scope
 
 
 def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_repairs=False):
@@ -46,7 +46,7 @@ def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_
     >>> small = keras_taylor.prune(model, plan)
     >>> small = keras_taylor.repair(small, model, plan, images)
     """
-    with scope_of(small):
+    with strategy_scope(small):
         small, model = functional_view(small), functional_view(model)
         labeled = label_model(model, exact=plan.exact)
         kept = kept_units(labeled, plan)
@@ -77,7 +77,7 @@ def recalibrate(model, ds, *, num_examples=512, batch_size=None):
 
     >>> small = keras_taylor.recalibrate(keras_taylor.prune(model, plan), images)
     """
-    with scope_of(model):
+    with strategy_scope(model):
         model = functional_view(model)
         feed = Feed(ds, model, batch_size, targets=False)
         inputs = example_inputs(feed, graphs.read(model), num_examples)

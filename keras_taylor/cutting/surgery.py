@@ -19,7 +19,7 @@ from keras_taylor.reading.tracing import functional_class, is_functional, recurs
 from keras_taylor.rules.attention import head_counts, inner_layers, is_attention
 from keras_taylor.rules.base import weight_of
 from keras_taylor.support.optimizers import carry_state
-from keras_taylor.support.replicas import check_layout, scope_of
+from keras_taylor.support.replicas import check_layout, strategy_scope
 
 
 def prune(model, plan):
@@ -40,7 +40,7 @@ def prune(model, plan):
         ValueError: if the plan was made for another model.
         UnsupportedModelError: if a layer cannot be made again from its configuration.
     """
-    with scope_of(model):
+    with strategy_scope(model):
         labeled = label_model(model, exact=plan.exact)
         return cut(labeled, kept_units(labeled, plan))
 

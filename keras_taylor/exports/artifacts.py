@@ -6,7 +6,7 @@ import os
 
 from rich.table import Table
 
-from keras_taylor.support.tables import render
+from keras_taylor.support.console import render_table
 
 
 class ExportError(RuntimeError):
@@ -83,7 +83,7 @@ class Artifact:
             ) from error
 
     def __str__(self):
-        return render(artifact_table([self]), width=140)
+        return render_table(artifact_table([self]), width=140)
 
 
 def artifact_table(artifacts):

@@ -23,8 +23,7 @@ from keras_taylor.exports.export_worker import JobError, ask
 from keras_taylor.exports.formats import check_installed, checked_format
 from keras_taylor.exports.runners import random_arrays, read_arrays, write_arrays
 from keras_taylor.support.atomic_files import AtomicFile
-from keras_taylor.support.datasets import Feed
-from keras_taylor.support.examples import flat_inputs, inputs_and_targets
+from keras_taylor.support.datasets import Feed, flat_inputs, inputs_and_targets
 
 NUM_SAMPLES, NUM_CALIBRATION, REPETITIONS = 32, 200, 100
 

@@ -20,7 +20,7 @@ from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
 from keras_taylor.reports.report import Info
-from keras_taylor.support.replicas import agreed, from_first, is_first
+from keras_taylor.support.replicas import bytes_from_first_process, from_first_process, is_first_process
 
 _FORMAT = 1
 _NAME = re.compile(r"round-(\d{4,})-([0-9a-f]{16})\.npz")
@@ -59,7 +59,7 @@ def capture(model, plans, info, seed):
 
 def drawn_seed():
     """A number that the seeds of all rounds come from, the same in all processes."""
-    return int(agreed(np.array([np.random.randint(2**31 - 1)], np.int32))[0])
+    return int(from_first_process(np.array([np.random.randint(2**31 - 1)], np.int32))[0])
 
 
 def restore_model(original, state):
@@ -127,7 +127,7 @@ class Backups:
         self._given, self._keep = directory, frozenset(keep)
         self._call = json.loads(json.dumps(call, default=str))  # as it will be read again
         self.state = self._latest = None
-        content = from_first(self._opened)
+        content = bytes_from_first_process(self._opened)
         if content and self.state is None:
             self.state = _parsed(content, pathlib.Path(directory))[0]
 
@@ -142,7 +142,7 @@ class Backups:
 
     def write(self, state):
         """Adds a state; it and the one before stay. Warns, and goes on, if that is not possible."""
-        if not is_first():
+        if not is_first_process():
             return
         try:
             path = self._written(state)
@@ -168,7 +168,9 @@ class Backups:
         Raises:
             ValueError: if it is gone or damaged.
         """
-        return _parsed(from_first(lambda: self._content_of_round(number)), pathlib.Path(self._given))[0]
+        return _parsed(
+            bytes_from_first_process(lambda: self._content_of_round(number)), pathlib.Path(self._given)
+        )[0]
 
     def _content_of_round(self, number):
         paths = [path for path in self._paths() if _round_of(path) == number]

@@ -9,7 +9,7 @@ from keras_taylor.budget.goals import parse_goal
 from keras_taylor.budget.schedule import removed_at
 from keras_taylor.loop.metric_limit import MetricLimit
 from keras_taylor.loop.wrapper import PrunableModel, check_momentum
-from keras_taylor.support.progress import Reporter
+from keras_taylor.support.console import Reporter
 
 
 class TaylorPruning(keras.callbacks.Callback):

@@ -3,8 +3,8 @@
 from keras_taylor.loop import messages
 from keras_taylor.loop.compression_run import CompressionRun
 from keras_taylor.loop.fine_tuning import check_fit_arguments
-from keras_taylor.support.progress import Reporter
-from keras_taylor.support.replicas import is_first, scope_of
+from keras_taylor.support.console import Reporter
+from keras_taylor.support.replicas import is_first_process, strategy_scope
 
 
 def compress(
@@ -131,7 +131,7 @@ def compress(
     >>> small = keras_taylor.compress(model, (x, y), None, max_drop=0.01, validation_data=(x_val, y_val))
     """
     check_fit_arguments(fit_kwargs)
-    with scope_of(model), Reporter(verbose if is_first() else 0) as reporter:
+    with strategy_scope(model), Reporter(verbose if is_first_process() else 0) as reporter:
         run = CompressionRun(
             model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude, exact,
             ratios, scope, rank, balance, round_to, min_channels, repair, labels, distill, learning_rate,

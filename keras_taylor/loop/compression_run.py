@@ -33,9 +33,9 @@ from keras_taylor.reading.walk import example_inputs
 from keras_taylor.reports.report import Info, Round
 from keras_taylor.scores.criteria import rank_for
 from keras_taylor.scores.scoring import check_compiled, check_labels, draws_labels
+from keras_taylor.support.console import Clock
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.optimizers import has_schedule
-from keras_taylor.support.progress import Clock
 
 _REPAIR = 1 / 32, 128, 512  # examples of a repair: share of what a round trains on, least, most
 

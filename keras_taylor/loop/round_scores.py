@@ -20,7 +20,7 @@ from keras_taylor.scores.scoring import (
     takes_one_pass,
 )
 from keras_taylor.support.datasets import Feed
-from keras_taylor.support.replicas import agreed
+from keras_taylor.support.replicas import from_first_process
 
 # Examples a pass, unless more are asked for: an eighth of what is trained on in a round, within these.
 _SHARE, _FEWEST, _MOST = 1 / 8, 512, 10_000
@@ -99,7 +99,7 @@ class RoundScores:
         else:
             arguments = self._criterion, self.num_examples, self._class_weight, callbacks, self._cost
             scores = score_channels(labeled, feed, *arguments)
-        scores.update({name: agreed(values) for name, values in scores.items()})
+        scores.update({name: from_first_process(values) for name, values in scores.items()})
         return scores
 
     def _totals(self, labeled, plans, feed, callbacks):

@@ -17,7 +17,7 @@ from keras_taylor.scores.gates import ROWS, GatedModel
 from keras_taylor.scores.losses import averages_examples
 from keras_taylor.scores.scoring import scores_of
 from keras_taylor.support.optimizers import StatisticsOptimizer, carry_state, fresh_optimizer, with_batch
-from keras_taylor.support.replicas import scope_of
+from keras_taylor.support.replicas import strategy_scope
 
 # Criteria that need passes of their own.
 _APART = ("oracle", "sensitivity", "fisher", "log_odds", "log_odds_probed")
@@ -82,7 +82,7 @@ class PrunableModel(GatedModel):
         name=None,
     ):
         _check_arguments(model, criterion, loss_reduction)
-        with scope_of(model):
+        with strategy_scope(model):
             model = functional_view(model)
             original = label_model(model)
             own, weights = rebuild(original, np.ones(original.num_units, bool))
@@ -118,7 +118,7 @@ class PrunableModel(GatedModel):
         """
         if self._arguments["loss_reduction"] == "auto":
             self.network.gates.averaged = averages_examples(loss)
-        with scope_of(self):
+        with strategy_scope(self):
             super().compile(optimizer=getattr(optimizer, "wrapped", optimizer), loss=loss, **arguments)
             if self.optimizer is not None:
                 gates = self.network.gates
@@ -256,7 +256,7 @@ class PrunableModel(GatedModel):
         Raises:
             ValueError: for an optimizer that was built for other weights.
         """
-        with scope_of(self):
+        with strategy_scope(self):
             labeled, kept = self._pruning.labeled, self.mask > 0
             if optimizer is None:
                 return cut(labeled, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None))

@@ -12,7 +12,7 @@ from keras_taylor.budget.costs import COSTS
 from keras_taylor.plans.plan_difference import LayerDifference, PlanDifference
 from keras_taylor.plans.structure import PlanStructure
 from keras_taylor.support.atomic_files import AtomicFile
-from keras_taylor.support.tables import render
+from keras_taylor.support.console import render_table
 
 _FORMAT = 1
 
@@ -215,7 +215,7 @@ class Plan:
             table.add_column(column, justify="left" if column == "layer" else "right")
         for name, layer in self.layers.items():
             table.add_row(name, str(layer.width), str(len(layer.kept)))
-        return f"{self._headline()}\n{render(table)}"
+        return f"{self._headline()}\n{render_table(table)}"
 
     def _headline(self):
         parts = [

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from keras_taylor.support.tables import render
+from keras_taylor.support.console import render_table
 
 _SHOWN = 8  # indices of channels in a cell of the table
 
@@ -56,7 +56,7 @@ class PlanDifference:
             numbers = map(str, (one.width, one.first, one.second))
             table.add_row(name, *numbers, _listed(one.first_only), _listed(one.second_only))
         costs = ", ".join(f"{what} {difference:+,}" for what, difference in self.costs.items())
-        return f"first - second: {costs or 'costs unknown'}\n{render(table)}"
+        return f"first - second: {costs or 'costs unknown'}\n{render_table(table)}"
 
 
 def _listed(indices):

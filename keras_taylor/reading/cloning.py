@@ -11,7 +11,7 @@ from keras_taylor.reading.configurations import completed, keep_configuration
 from keras_taylor.reading.tracing import UnsupportedModelError, compile_arguments
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.rules.base import is_keras_own, replaced
-from keras_taylor.support.copies import kept_copy
+from keras_taylor.support.copies import copy_kept
 from keras_taylor.support.optimizers import fresh_optimizer
 
 
@@ -121,7 +121,7 @@ def initialized_with(layer, source, masks, done):
             return _zeros
 
         def initialize(shape, dtype=None):
-            value = kept_copy(weights[name], masks.get(id(weights[name]), ()))
+            value = copy_kept(weights[name], masks.get(id(weights[name]), ()))
             if tuple(value.shape) != tuple(shape):
                 return _zeros(shape, dtype)
             done.add(name)
@@ -188,7 +188,7 @@ def copy_weights(source, target, masks=None, done=()):
     """
     for old, new in zip(source.weights, target.weights, strict=True):
         if not (old.name == new.name and new.name in done):
-            new.assign(kept_copy(old, (masks or {}).get(id(old), ())))
+            new.assign(copy_kept(old, (masks or {}).get(id(old), ())))
     if hasattr(target, "finalize_state"):  # layers with `adapt` compute with values made from their weights
         target.finalize_state()
 

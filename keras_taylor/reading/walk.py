@@ -8,8 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.reading.graph import TensorRef
-from keras_taylor.support.examples import flat_inputs
-from keras_taylor.support.replicas import agreed
+from keras_taylor.support.datasets import flat_inputs
+from keras_taylor.support.replicas import from_first_process
 
 # Bytes of values that may be in memory, and the examples that are taken in any case.
 _MEMORY, _FEWEST = 2**30, 64
@@ -109,7 +109,7 @@ def example_inputs(feed, graph, num_examples=512):
     inputs = flat_inputs(feed, graph.model, num_examples)
     order = np.random.default_rng(0).permutation(len(inputs[0]))
     affordable = max(_MEMORY // max(2 * _peak(graph, inputs), 1), _FEWEST)
-    return [agreed(x[order[:affordable]]) for x in inputs]
+    return [from_first_process(x[order[:affordable]]) for x in inputs]
 
 
 def in_batches(inputs):

@@ -10,8 +10,7 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.groups import label_model
 from keras_taylor.reports.loss_curves import Sensitivity
 from keras_taylor.reports.sensitivity_scan import FRACTIONS, NUM_EXAMPLES, SensitivityScan, check_scan
-from keras_taylor.support.progress import Reporter
-from keras_taylor.support.tables import render
+from keras_taylor.support.console import Reporter, render_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Analysis:
             costs = ["" if behind.get(what) is None else f"{behind[what]:,}" for what in ("params", "flops")]
             seen = [_and_more(group.normalized_by)] * inexact
             table.add_row(group.name, str(group.num_units), *costs, makers, group.reason or "", *seen)
-        text = render(table)
+        text = render_table(table)
         return text if self.sensitivity is None else f"{text}\n{self.sensitivity}"
 
     def _headline(self):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from rich.table import Table
 
-from keras_taylor.support.tables import render
+from keras_taylor.support.console import render_table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class Sensitivity:
             saved = np.append(0, curve.saved["params"])[np.searchsorted(np.append(0, curve.num_gone), num)]
             values = [f"{value:.3g}" for value in curve.values[what]]
             table.add_row(name, *values, f"{num} of {len(curve.order)}", f"{saved:,}")
-        return render(table, width=64 + 9 * len(self.fractions))
+        return render_table(table, width=64 + 9 * len(self.fractions))
 
     def checked(self, what):
         """The name of a value that was measured, the loss for `None`; refuses others."""

@@ -15,7 +15,7 @@ from keras_taylor import __version__
 from keras_taylor.budget.measured_costs import format_amount, measured_cost_of
 from keras_taylor.exports.artifacts import Artifact, artifact_table
 from keras_taylor.plans.plan import Plan
-from keras_taylor.support.tables import render
+from keras_taylor.support.console import render_table
 
 
 @dataclasses.dataclass
@@ -227,13 +227,13 @@ class Info:
             seconds = f"{sum(one.seconds.values()):.1f}"
             found = [format_amount(w, one.costs[w], False) if w in one.costs else "" for w in measured]
             table.add_row(one.label, _number(one.params), _number(one.flops), *found, *values, seconds)
-        text = render(table, width=max(100, 16 * (4 + len(metrics) + len(measured))))
+        text = render_table(table, width=max(100, 16 * (4 + len(metrics) + len(measured))))
         made = [one for pair in self.exported() for one in pair]
         tables = [text]
         if len(self.stops) > 1:
-            tables.append(render(self._frontier_table(), width=100))
+            tables.append(render_table(self._frontier_table(), width=100))
         if made:
-            tables.append(render(artifact_table(made), width=140))
+            tables.append(render_table(artifact_table(made), width=140))
         return "\n".join(tables)
 
     def measured(self):

@@ -14,9 +14,8 @@ from keras_taylor.scores.losses import BINARY, CLASSES, ONE_HOT, kind_of, losses
 from keras_taylor.scores.sampling import with_drawn_labels
 from keras_taylor.scores.scoring import check_compiled, needs_data, score_channels
 from keras_taylor.scores.scoring_passes import where_not_finite
-from keras_taylor.support.datasets import Feed
-from keras_taylor.support.examples import flat_inputs
-from keras_taylor.support.progress import Clock, about
+from keras_taylor.support.console import Clock, describe_duration
+from keras_taylor.support.datasets import Feed, flat_inputs
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 NUM_EXAMPLES = 512
@@ -79,7 +78,7 @@ class SensitivityScan:
         Returns:
             A `loss_curves.Sensitivity`.
         """
-        feed, clock = self._feed.held(self._num_examples), Clock()
+        feed, clock = self._feed.in_memory(self._num_examples), Clock()
         gated = self._gated()
         measure = self._measure(gated, feed)
         with clock.phase("compiling"):
@@ -91,7 +90,7 @@ class SensitivityScan:
         with reporter, clock.phase("all"):
             order = self._order(feed, reporter.callback("scoring"))
             found = {}
-            for name, num in reporter.each(self._points(), "sensitivity"):
+            for name, num in reporter.track(self._points(), "sensitivity"):
                 if name in order:
                     gated.mask = self._kept(order[name][:num])
                     found[name, num] = measure()
@@ -139,7 +138,7 @@ class SensitivityScan:
             )
         return (
             f"sensitivity: groups: {len(self._groups)}, evaluations: {num} on {feed.num_examples:,} examples "
-            f"({each:.2g} s each), {about(seconds)}{scores}"
+            f"({each:.2g} s each), {describe_duration(seconds)}{scores}"
         )
 
     def _order(self, feed, callbacks):

@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.scores.gates import ROWS, Gates, batch_statistics
-from keras_taylor.support.replicas import examples_before, summed
+from keras_taylor.support.replicas import num_examples_before, sum_over_replicas
 
 # Rows of derivatives that are kept, at most: one an example up to there, sums of several beyond.
 _MOST_ROWS = 2048
@@ -46,9 +46,9 @@ def _carrier(num_units, num_rows):
             derivative = arguments[0] if upstream is None else upstream
             batch = ops.shape(signs)[0]
             done = ops.cast(statistics[ROWS.index("examples"), 0], "int32")
-            numbers = done + examples_before(batch) + ops.arange(batch, dtype="int32")
+            numbers = done + num_examples_before(batch) + ops.arange(batch, dtype="int32")
             places = ops.one_hot(ops.mod(numbers, num_rows), num_rows)
-            rows = summed(ops.matmul(ops.transpose(places), signs * derivative))
+            rows = sum_over_replicas(ops.matmul(ops.transpose(places), signs * derivative))
             update = ops.concatenate([batch_statistics(derivative, batch, num_units), rows])
             return ops.zeros_like(mask), statistics + update, ops.zeros_like(signs)
 

@@ -11,7 +11,7 @@ from keras import ops
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.reading.graph import TensorRef
 from keras_taylor.scores.losses import example_losses
-from keras_taylor.support.replicas import num_replicas, summed
+from keras_taylor.support.replicas import num_replicas, sum_over_replicas
 
 # Rows of the statistics: sums over examples, or over batches, of functions of the
 # gate derivative g of each example.
@@ -82,7 +82,7 @@ def batch_statistics(derivative, batch, num_units):
     """The rows of `ROWS` for one batch of gate derivatives `(batch, num_units)`, on all replicas together."""
     ones = ops.ones((num_units,), derivative.dtype)
     total, absolute, square, examples = ops.unstack(
-        summed(
+        sum_over_replicas(
             ops.stack(
                 [
                     ops.sum(derivative, 0),

@@ -7,7 +7,7 @@ from keras import ops
 from keras_taylor.reading.tracing import compile_arguments
 from keras_taylor.scores.gates import ROWS, GatedModel, Gates, batch_statistics
 from keras_taylor.scores.losses import CLASSES, ExampleLoss, kind_of, losses_by_output
-from keras_taylor.support.replicas import summed
+from keras_taylor.support.replicas import sum_over_replicas
 
 # Rows of statistics after `gates.ROWS`: sums over examples, weighted as the examples are.
 ODDS_ROWS = ("odds", "spread", "probe", "probe_square")
@@ -173,7 +173,9 @@ def _statistics(arrived, signs, num_units, copies):
     else:
         rows += [ops.zeros_like(rows[0])] * 2
     examples = ops.shape(derivative)[0]
-    return ops.concatenate([batch_statistics(derivative[:, 0], examples, num_units), summed(ops.stack(rows))])
+    return ops.concatenate(
+        [batch_statistics(derivative[:, 0], examples, num_units), sum_over_replicas(ops.stack(rows))]
+    )
 
 
 def _repeated(values, copies):

@@ -6,8 +6,7 @@ from keras import ops
 
 from keras_taylor.reading.walk import outputs_of
 from keras_taylor.scores.losses import BINARY, CLASSES, ONE_HOT, REAL, kind_of, losses_by_output
-from keras_taylor.support.datasets import Feed
-from keras_taylor.support.examples import flat_inputs
+from keras_taylor.support.datasets import Feed, flat_inputs
 
 _ROWS = 128
 

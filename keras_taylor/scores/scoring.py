@@ -17,7 +17,7 @@ from keras_taylor.scores.sampling import with_drawn_labels
 from keras_taylor.scores.scoring_passes import gate_statistics, loss_changes, refuse_class_weight
 from keras_taylor.scores.sensitivity import curves
 from keras_taylor.support.datasets import Feed
-from keras_taylor.support.replicas import scope_of
+from keras_taylor.support.replicas import strategy_scope
 
 # Examples whose labels are drawn, at most: they are held in memory.
 MAX_DRAWN = 10_000
@@ -80,7 +80,7 @@ def score(
     >>> scores["conv1"].shape
     (32,)
     """
-    with scope_of(model):
+    with strategy_scope(model):
         model = functional_view(model)
         labeled = label_model(model, include, exclude, exact)
         criteria.get(criterion)

@@ -1,57 +1,80 @@
-"""Reads whatever `model.fit` takes."""
+"""Reads whatever `model.fit` takes: checked once, then served to `fit` or as arrays."""
+
+from __future__ import annotations
 
 import copy
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, TypeAlias, cast
 
 import keras
 import numpy as np
 
 from keras_taylor.support.replicas import check_batches
+from keras_taylor.support.types import Array, Data, Shape, Tree
 
-# Examples a batch of arrays where nothing is said, as in `fit`.
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # of arrays, where nothing else is said, as in `fit`
+
+# `(x, y, sample_weight)`; the last two may be `None` or missing.
+Batch: TypeAlias = tuple[Any, ...]
 
 
 class Feed:
-    """A data set, checked, in the form in which `fit` wants it.
+    """A checked data set in the form that `fit` takes.
 
     Args:
-        ds: `(x, y)` or `(x, y, sample_weight)` of arrays (or dicts or lists of them),
-            a bare array or dict, or any iterable of batches that `fit` takes.
-        model: The model that will be fed.
-        batch_size: Examples a batch, for arrays.
-        steps_per_epoch: Batches an epoch, for endless iterables.
-        sample_weight: Weights of the examples, for arrays.
+        ds: `(x, y)` or `(x, y, sample_weight)` arrays (or dicts or lists of arrays), a single array or
+            dict, or any iterable of batches that `fit` takes.
+        model: The model that will read it.
+        batch_size: Number of examples in a batch of arrays; `None`: 32.
+        steps_per_epoch: Number of batches in an epoch of an endless iterable.
+        sample_weight: Weights of the examples in arrays.
         targets: Whether targets are needed.
 
     Attributes:
-        num_examples: How many there are; for an iterable the number of batches times
-            the size of the first one, `None` where it does not tell.
-        has_targets, has_weights: Whether the first batch has some.
+        num_examples: Number of examples. For an iterable it is the number of batches times the size of
+            the first batch, `None` if the iterable does not know its length.
+        has_targets: Whether the first batch has targets.
+        has_weights: Whether the first batch has weights.
+
+    Raises:
+        ValueError: if the data is empty, has no targets where they are needed, holds values that are not
+            finite, does not fit the model's inputs, or can be read only once.
     """
 
-    def __init__(self, ds, model, batch_size=None, steps_per_epoch=None, sample_weight=None, targets=True):
+    def __init__(
+        self,
+        ds: Data,
+        model: keras.Model,
+        batch_size: int | None = None,
+        steps_per_epoch: int | None = None,
+        sample_weight: Array | None = None,
+        targets: bool = True,
+    ) -> None:
         self.steps_per_epoch = steps_per_epoch
         self.batch_size = batch_size
-        self._arrays = _as_arrays(ds)
+        self.num_examples: int | None = None
+        self.has_targets = self.has_weights = False
+        self._batches: Iterable[Any] = ()
+        self._arrays = _split_arrays(ds)
         if self._arrays is not None:
             if sample_weight is not None:
                 self._arrays = (*self._arrays[:2], sample_weight)
-            self._arrays = tuple(keras.tree.map_structure(_to_numpy, part) for part in self._arrays)
-            self.num_examples = _num_examples(self._arrays)
+            self._arrays = tuple(keras.tree.map_structure(_convert_array, part) for part in self._arrays)
+            self.num_examples = _count_examples(self._arrays)
         else:
-            self._batches = _iterable(ds, steps_per_epoch)
-            self.num_examples = None
+            self._batches = _check_iterable(ds, steps_per_epoch)
         first = self._check(model, targets)
         self._first_size = len(keras.tree.flatten(first)[0])
         if self.num_examples is None and steps_per_epoch is None:
-            self.num_examples = _at_most(self._batches, first)
+            self.num_examples = _estimate_examples(self._batches, first)
 
-    def fit_arguments(self, num_examples=None):
-        """Arguments of `fit` for all examples, or for `num_examples`: the first ones of an
-        iterable, evenly spread over arrays."""
+    def fit_arguments(self, num_examples: int | None = None) -> dict[str, Any]:
+        """Keyword arguments of `fit` for all examples, or for `num_examples` of them.
+
+        They are the first ones of an iterable, and evenly spread over arrays.
+        """
         if self._arrays is not None:
             x, y, weight = (self._spread(part, num_examples) for part in self._arrays)
             return {"x": x, "y": y, "sample_weight": weight, "batch_size": self.batch_size}
@@ -61,74 +84,76 @@ class Feed:
             return {"x": self._batches}
         if num_examples is None:
             return {"x": self._batches, "steps_per_epoch": self.steps_per_epoch}
-        return {"x": _limited(self.batches(), num_examples)}
+        return {"x": _limit_batches(self.batches(), num_examples)}
 
-    def check_devices(self, num_examples=None, split=0.0):
-        """Refuses batches that do not go round where several devices share each, as far as they are known.
+    def check_devices(self, num_examples: int | None = None, split: float = 0.0) -> None:
+        """Refuses batches that cannot be divided among the devices, as far as their sizes are known.
 
         Args:
             num_examples: As in `fit_arguments`.
-            split: The part of arrays that `fit` keeps for validation.
+            split: The fraction of arrays that `fit` keeps for validation.
 
         Raises:
             ValueError: see `replicas.check_batches`.
         """
-        if self._arrays is None:
+        if self._arrays is None or self.num_examples is None:
             limited = num_examples is not None and num_examples < (self.num_examples or sys.maxsize)
-            return check_batches(num_examples if limited else None, self._first_size)
+            check_batches(num_examples if limited else None, self._first_size)
+            return
         total = min(num_examples or self.num_examples, self.num_examples)
         trained = int(total * (1 - split))
         for part in (trained, total - trained):
             if part:
                 check_batches(part, self.batch_size or BATCH_SIZE)
 
-    def _spread(self, part, num):
-        """So many examples, evenly over the array: data is often sorted by class."""
-        if num is None or num >= self.num_examples:
-            return part
-        rows = np.linspace(0, self.num_examples - 1, num).round().astype(int)
-        return keras.tree.map_structure(lambda a: None if a is None else a[rows], part)
-
-    def batches(self):
+    def batches(self) -> Iterator[Batch]:
         """Iterates over one epoch of `(x, y, sample_weight)` batches."""
         if self._arrays is not None:
             size = self.batch_size or BATCH_SIZE
-            for start in range(0, self.num_examples, size):
-                yield tuple(_slice(part, start, start + size) for part in self._arrays)
+            for start in range(0, self.num_examples or 0, size):
+                yield tuple(_slice_rows(part, start, start + size) for part in self._arrays)
         else:
-            for batch in itertools.islice(_elements(self._batches), self.steps_per_epoch):
+            for batch in itertools.islice(_iterate(self._batches), self.steps_per_epoch):
                 yield keras.utils.unpack_x_y_sample_weight(batch)
 
-    def some(self, num_examples=None):
-        """Iterates over batches that start with x, of as many examples as in `fit_arguments`."""
+    def take(self, num_examples: int | None = None) -> Iterator[Batch]:
+        """Iterates over batches that begin with x; together they hold as many examples as in `fit_arguments`."""
         if num_examples is None:
             yield from self.batches()
         elif self._arrays is not None:
             yield tuple(self._spread(part, num_examples) for part in self._arrays)
         else:
-            yield from _limited(self.batches(), num_examples)
+            yield from _limit_batches(self.batches(), num_examples)
 
-    def held(self, num_examples=None):
-        """A feed of as many of the examples as in `fit_arguments`, in memory: each pass reads the same."""
-        held = copy.copy(self)
+    def in_memory(self, num_examples: int | None = None) -> Feed:
+        """A feed of as many examples as in `fit_arguments`, kept in memory, so that each pass reads the same."""
+        kept = copy.copy(self)
         if self._arrays is not None:
-            held._arrays = tuple(self._spread(part, num_examples) for part in self._arrays)
-            held.num_examples = _num_examples(held._arrays)
+            kept._arrays = tuple(self._spread(part, num_examples) for part in self._arrays)
+            kept.num_examples = _count_examples(kept._arrays)
         else:
-            batches = list(_limited(self.batches(), num_examples or sys.maxsize))
-            held._batches, held.steps_per_epoch = _Batches(batches), None
-            held.num_examples = sum(len(keras.tree.flatten(batch)[0]) for batch in batches)
-        return held
+            batches = list(_limit_batches(self.batches(), num_examples or sys.maxsize))
+            kept._batches, kept.steps_per_epoch = _BatchesInMemory(batches), None
+            kept.num_examples = sum(len(keras.tree.flatten(batch)[0]) for batch in batches)
+        return kept
 
-    def _check(self, model, targets):
+    def _spread(self, part: Tree, num: int | None) -> Tree:
+        """`num` rows, evenly spread over the array, since data is often sorted by class."""
+        if num is None or self.num_examples is None or num >= self.num_examples:
+            return part
+        rows = np.linspace(0, self.num_examples - 1, num).round().astype(int)
+        return keras.tree.map_structure(lambda a: None if a is None else a[rows], part)
+
+    def _check(self, model: keras.Model, targets: bool) -> Tree:
+        """Checks the first examples; returns their inputs."""
         if self._arrays is not None:
             if not self.num_examples:
                 raise ValueError(
                     "The data set is empty. Expected at least one example. Received: ds with 0 examples"
                 )
-            first = tuple(_slice(part, 0, 2) for part in self._arrays)
-            for what, part in zip(("x", "y"), self._arrays[:2], strict=True):
-                _check_finite(what, part)
+            first = tuple(_slice_rows(part, 0, 2) for part in self._arrays)
+            for name, part in zip(("x", "y"), self._arrays[:2], strict=True):
+                _check_finite(name, part)
         else:
             first, self._batches = _peek(self._batches)
         x, y, weight = first
@@ -137,27 +162,72 @@ class Feed:
         if targets and y is None:
             raise ValueError(
                 "The data set yields no targets, and they are needed here. Expected `(x, y)` pairs. "
-                f"Received: ds with elements x={_shapes(x)}, y=None"
+                f"Received: ds with elements x={_shapes_of(x)}, y=None"
             )
         return x
 
 
-class _Batches(keras.utils.PyDataset):
-    """Batches in memory."""
+class _BatchesInMemory(keras.utils.PyDataset):
+    """A list of batches as a data set."""
 
-    def __init__(self, batches):
+    def __init__(self, batches: list[Batch]) -> None:
         super().__init__()
-        self._held = batches
+        self._kept = batches
 
-    def __len__(self):
-        return len(self._held)
+    def __len__(self) -> int:
+        return len(self._kept)
 
-    def __getitem__(self, index):
-        return self._held[index]
+    def __getitem__(self, index: int) -> Batch:
+        return self._kept[index]
 
 
-def _as_arrays(ds):
-    """`(x, y, sample_weight)` for data in memory, `None` for an iterable of batches."""
+def flat_inputs(feed: Feed, model: keras.Model, num: int | None = None) -> list[Array]:
+    """A model's flattened inputs as arrays, with the shapes and dtypes that the model has.
+
+    Args:
+        feed: Where they come from.
+        model: The model whose inputs they are.
+        num: Number of examples: evenly spread over arrays, the first ones of an iterable; `None`: all.
+
+    Returns:
+        An array `(num_examples, ...)` for each input.
+    """
+    parts = [_flatten_inputs(x, model) for x, *_ in feed.take(num)]
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def inputs_and_targets(feed: Feed, model: keras.Model) -> tuple[list[Array], Tree]:
+    """All flattened inputs, as `flat_inputs` gives them, and the targets in their own structure."""
+    parts = [(_flatten_inputs(x, model), y) for x, y, _ in feed.batches()]
+    x = [np.concatenate(column) for column in zip(*(x for x, _ in parts), strict=True)]
+    y = keras.tree.map_structure(
+        lambda *ys: np.concatenate([keras.ops.convert_to_numpy(one) for one in ys]), *(y for _, y in parts)
+    )
+    return x, y
+
+
+def _flatten_inputs(x: Tree, model: keras.Model) -> list[Array]:
+    """A batch as a list of arrays in the order, and with the shapes and dtypes, of the model's inputs."""
+    names = [t.name for t in model.inputs]
+    if isinstance(x, dict) and set(names) <= set(x):
+        leaves = [x[name] for name in names]
+    else:
+        leaves = keras.tree.flatten(x)
+    arrays = []
+    for leaf, t in zip(leaves, model.inputs, strict=True):
+        array = leaf if isinstance(leaf, np.ndarray) else keras.ops.convert_to_numpy(leaf)
+        array = array.astype(keras.backend.standardize_dtype(t.dtype))
+        # an axis of size 1 at the end may be missing or added, as in `fit`
+        if array.ndim + 1 == len(t.shape):
+            array = array[..., None]
+        elif array.ndim == len(t.shape) + 1:
+            array = array[..., 0]
+        arrays.append(array)
+    return arrays
+
+
+def _split_arrays(ds: Data) -> Batch | None:
+    """`(x, y, sample_weight)` of data in memory, `None` for an iterable of batches."""
     if isinstance(ds, (dict, np.ndarray)) or _is_array(ds):
         return (ds, None, None)
     if isinstance(ds, list) and ds and all(_is_array(part) for part in ds):
@@ -172,18 +242,18 @@ def _as_arrays(ds):
     return None
 
 
-def _is_array(value):
+def _is_array(value: object) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype") and not hasattr(value, "element_spec")
 
 
-def _to_numpy(array):
-    """Tensors of any framework and data frames, as arrays that can be indexed with arrays."""
+def _convert_array(array: Any) -> Array | None:
+    """A tensor of any framework, or a data frame, as an array that arrays can index."""
     if array is None or isinstance(array, np.ndarray):
         return array
     return keras.ops.convert_to_numpy(array)
 
 
-def _num_examples(arrays):
+def _count_examples(arrays: Batch) -> int:
     sizes = {len(part) for part in keras.tree.flatten(arrays) if part is not None}
     if len(sizes) != 1:
         raise ValueError(
@@ -193,7 +263,8 @@ def _num_examples(arrays):
     return sizes.pop()
 
 
-def _iterable(ds, steps_per_epoch):
+def _check_iterable(ds: Data, steps_per_epoch: int | None) -> Iterable[Any]:
+    """The data set, if it can be iterated over more than once."""
     if not hasattr(ds, "__iter__") and not hasattr(ds, "__getitem__"):
         raise ValueError(
             "Expected what `model.fit` takes: `(x, y)` arrays, a tf.data.Dataset, a PyDataset, a "
@@ -205,56 +276,57 @@ def _iterable(ds, steps_per_epoch):
             "`steps_per_epoch` with an endless generator, or use a tf.data.Dataset, a PyDataset or "
             f"arrays. Received: ds={ds!r}"
         )
-    return ds
+    return cast("Iterable[Any]", ds)
 
 
-def _peek(batches):
-    """The first batch, and the batches as if it had not been taken."""
-    iterator = _elements(batches)
+def _peek(batches: Iterable[Any]) -> tuple[Batch, Iterable[Any]]:
+    """The first batch, and the batches with the first one still among them."""
+    iterator = _iterate(batches)
     first = next(iterator, None)
     if first is None:
         raise ValueError("The data set is empty. Expected at least one batch. Received: ds with 0 batches")
     if isinstance(batches, Iterator):
-        batches = _chained(first, iterator)
+        batches = _prepend(first, iterator)
     return keras.utils.unpack_x_y_sample_weight(first), batches
 
 
-def _at_most(batches, first):
-    try:
-        return len(batches) * len(keras.tree.flatten(first)[0])
-    except TypeError:  # an iterable that does not know its length
-        return None
-
-
-def _chained(first, rest):
+def _prepend(first: Any, rest: Iterator[Any]) -> Generator[Any, None, None]:
     yield first
     yield from rest
 
 
-def _elements(batches):
+def _estimate_examples(batches: Any, first: Tree) -> int | None:
+    """Number of batches times the size of the first one; `None` if the iterable does not know its length."""
+    try:
+        return len(batches) * len(keras.tree.flatten(first)[0])
+    except TypeError:
+        return None
+
+
+def _iterate(batches: Any) -> Iterator[Any]:
     if isinstance(batches, keras.utils.PyDataset):
         return (batches[i] for i in range(batches.num_batches or len(batches)))
     return iter(batches)
 
 
-def _limited(batches, num_examples):
-    """Batches of NumPy arrays until so many examples are through, the last one cut to fit."""
+def _limit_batches(batches: Iterable[Batch], num_examples: int) -> Iterator[Batch]:
+    """Batches of NumPy arrays that hold `num_examples` examples together; the last one is cut to fit."""
     left = num_examples
     for batch in batches:
-        batch = keras.tree.map_structure(
+        arrays = keras.tree.map_structure(
             lambda part: None if part is None else keras.ops.convert_to_numpy(part), tuple(batch)
         )
-        yield tuple(part for part in (_slice(part, 0, left) for part in batch) if part is not None)
-        left -= len(keras.tree.flatten(batch[0])[0])
+        yield tuple(part for part in (_slice_rows(part, 0, left) for part in arrays) if part is not None)
+        left -= len(keras.tree.flatten(arrays[0])[0])
         if left <= 0:
             return
 
 
-def _slice(part, start, stop):
+def _slice_rows(part: Tree, start: int, stop: int) -> Tree:
     return keras.tree.map_structure(lambda a: None if a is None else a[start:stop], part)
 
 
-def _check_finite(what, part):
+def _check_finite(name: str, part: Tree) -> None:
     for array in keras.tree.flatten(part):
         if array is None or not np.issubdtype(getattr(array, "dtype", np.int64), np.floating):
             continue
@@ -262,15 +334,15 @@ def _check_finite(what, part):
         if bad.any():
             raise ValueError(
                 f"The data holds NaN or infinity in {bad.sum()} of {len(array)} examples. Remove "
-                f"them. Received: {what} with the first such example at index {bad.argmax()}"
+                f"them. Received: {name} with the first such example at index {bad.argmax()}"
             )
 
 
-def _check_inputs(x, model):
+def _check_inputs(x: Tree, model: keras.Model) -> None:
     expected = [tuple(t.shape) for t in model.inputs]
-    received = [tuple(part.shape) for part in keras.tree.flatten(x)]
+    received = _shapes_of(x)
     fits = len(expected) == len(received) and all(
-        _fits(shape, want) for shape, want in zip(received, expected, strict=True)
+        _fits_input(shape, want) for shape, want in zip(received, expected, strict=True)
     )
     if not fits:
         raise ValueError(
@@ -279,8 +351,8 @@ def _check_inputs(x, model):
         )
 
 
-def _fits(shape, want):
-    """As Keras does, an axis of size 1 at the end may be missing or added."""
+def _fits_input(shape: Shape, want: Shape) -> bool:
+    """Whether data of a shape fits an input. As in Keras, an axis of size 1 at the end may be missing or added."""
     shape, want = shape[1:], want[1:]
     if len(shape) + 1 == len(want) and want[-1] == 1:
         want = want[:-1]
@@ -289,5 +361,5 @@ def _fits(shape, want):
     return len(shape) == len(want) and all(w in (None, s) for s, w in zip(shape, want, strict=True))
 
 
-def _shapes(x):
+def _shapes_of(x: Tree) -> list[Shape]:
     return [tuple(part.shape) for part in keras.tree.flatten(x)]

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor.support.copies import kept_copy
+from keras_taylor.support.copies import copy_kept
 
 # What becomes of each row of `gates.ROWS` when the loss is scaled by S: it is S^power times as large.
 _POWERS = np.array([1, 1, 2, 2, 0, 0], np.float32)
@@ -168,7 +168,7 @@ def carry_state(source, target, variables, weights):
             before, masks = weights[id(reference)]
             if tuple(old.shape) != tuple(before.shape):
                 continue
-        value = kept_copy(old, masks)
+        value = copy_kept(old, masks)
         if tuple(value.shape) == tuple(new.shape) and new.name != "learning_rate":
             new.assign(value)
     return True

@@ -19,13 +19,13 @@ def num_replicas():
     return 1 if strategy is None else strategy.num_replicas_in_sync
 
 
-def summed(values):
+def sum_over_replicas(values):
     """The sum of a tensor over all replicas, the same in each; outside of replicas the tensor itself."""
     context = _replica_context()
     return values if context is None else context.all_reduce("SUM", values)
 
 
-def examples_before(batch):
+def num_examples_before(batch):
     """How many examples of the batch are on replicas before this one, an int32 scalar.
 
     Args:
@@ -40,7 +40,7 @@ def examples_before(batch):
     return keras.ops.sum(counts * keras.ops.cast(order < context.replica_id_in_sync_group, "int32"))
 
 
-def scope_of(model):
+def strategy_scope(model):
     """A context in which new variables live where those of a model do.
 
     `model.fit` finds the strategy that the model was made under by itself; so do the verbs of this package.
@@ -88,23 +88,23 @@ def num_processes():
     return _process()[1]
 
 
-def is_first():
+def is_first_process():
     """Whether this is the process that writes files and speaks."""
     return _process()[0] == 0
 
 
-def agreed(array):
+def from_first_process(array):
     """The first process' array, in every process; the others' may have other shapes of as many axes."""
     if num_processes() == 1:
         return array
     array = np.asarray(array)
     if array.dtype == bool:
-        return agreed(array.astype(np.int32)).astype(bool)
+        return from_first_process(array.astype(np.int32)).astype(bool)
     shape = _from_first(np.array(array.shape, np.int32))
-    return _from_first(array if is_first() else np.zeros(shape, array.dtype)).astype(array.dtype)
+    return _from_first(array if is_first_process() else np.zeros(shape, array.dtype)).astype(array.dtype)
 
 
-def from_first(function):
+def bytes_from_first_process(function):
     """Bytes that a function without arguments returns in the first process, in every process.
 
     Raises:
@@ -113,7 +113,7 @@ def from_first(function):
     if num_processes() == 1:
         return function()
     content, error = b"", None
-    if is_first():
+    if is_first_process():
         try:
             content = function()
         except ValueError as raised:
@@ -125,9 +125,9 @@ def from_first(function):
 
 
 def _agreed_bytes(content):
-    length = int(agreed(np.array([len(content)], np.int32))[0])
+    length = int(from_first_process(np.array([len(content)], np.int32))[0])
     padded = content.ljust(-(-len(content) // 4) * 4, b"\0")  # JAX adds them up, and knows int32 everywhere
-    return agreed(np.frombuffer(padded, np.int32)).tobytes()[:length]
+    return from_first_process(np.frombuffer(padded, np.int32)).tobytes()[:length]
 
 
 def _parts():
