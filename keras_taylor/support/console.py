@@ -90,7 +90,7 @@ class Reporter:
         self._bar.remove_task(task)
 
     def callback(self, phase: str) -> list[keras.callbacks.Callback]:
-        """A list with a Keras callback that moves the bar named `phase` batch by batch; empty without a bar."""
+        """A list with a Keras callback that moves the bar named `phase`; an empty list without a bar."""
         return [] if self._bar is None else [_BatchProgress(self._bar, phase)]
 
 

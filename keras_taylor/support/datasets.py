@@ -117,7 +117,7 @@ class Feed:
                 yield keras.utils.unpack_x_y_sample_weight(batch)
 
     def take(self, num_examples: int | None = None) -> Iterator[Batch]:
-        """Iterates over batches that begin with x; together they hold as many examples as in `fit_arguments`."""
+        """Iterates over batches that begin with x. They hold as many examples as in `fit_arguments`."""
         if num_examples is None:
             yield from self.batches()
         elif self._arrays is not None:
@@ -126,7 +126,7 @@ class Feed:
             yield from _limit_batches(self.batches(), num_examples)
 
     def in_memory(self, num_examples: int | None = None) -> Feed:
-        """A feed of as many examples as in `fit_arguments`, kept in memory, so that each pass reads the same."""
+        """A feed of as many examples as in `fit_arguments`, in memory: each pass reads the same ones."""
         kept = copy.copy(self)
         if self._arrays is not None:
             kept._arrays = tuple(self._spread(part, num_examples) for part in self._arrays)
@@ -352,7 +352,7 @@ def _check_inputs(x: Tree, model: keras.Model) -> None:
 
 
 def _fits_input(shape: Shape, want: Shape) -> bool:
-    """Whether data of a shape fits an input. As in Keras, an axis of size 1 at the end may be missing or added."""
+    """Whether data fits an input. As in Keras, an axis of size 1 at the end may be missing or added."""
     shape, want = shape[1:], want[1:]
     if len(shape) + 1 == len(want) and want[-1] == 1:
         want = want[:-1]
