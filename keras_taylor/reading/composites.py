@@ -1,5 +1,6 @@
 """Composite layers that stay closed, and are made again with less inside."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -8,13 +9,12 @@ import math
 import keras
 import numpy as np
 
-from keras_taylor.reading.config_search import Remade, holds
+from keras_taylor.reading.closed_layers import Remade, gated_inside, holds
 from keras_taylor.reading.configurations import configuration_of
 from keras_taylor.reading.graph import read_inside
-from keras_taylor.reading.inner_gates import gated_inside, inlined
 from keras_taylor.reading.tracing import Closed, UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
-from keras_taylor.rules.base import Edit, Effect, InternalRead, Work, made_by_kernels, weight_of
+from keras_taylor.rules.base import Edit, Effect, InternalRead, Work, made_by_kernels, replaced, weight_of
 from keras_taylor.rules.labels import FIXED
 
 _MOST_KEYS, _MOST_TRIALS = 3, 64  # of configuration values that one group of channels changes
@@ -331,3 +331,27 @@ def _counted_by(recipe, remade):
         if len(candidate.config) == len(trial) and all(remade.fits(candidate, which) for which in kept):
             return trial
     return None
+
+
+@contextlib.contextmanager
+def inlined(layer):
+    """Within it, layers inside that Keras cannot call on symbolic tensors do what they do in plain sight.
+
+    There are some that say less of their outputs than they put out, or whose parent class does.
+    """
+    with contextlib.ExitStack() as stack:
+        for each in inner_layers(layer):
+            stack.enter_context(replaced(each, symbolic_call=_in_plain_sight(each)))
+        yield
+
+
+def _in_plain_sight(layer):
+    symbolic_call = layer.symbolic_call
+
+    def call(*args, **kwargs):
+        try:
+            return symbolic_call(*args, **kwargs)
+        except Exception:
+            return layer.call(*args, **kwargs)
+
+    return call

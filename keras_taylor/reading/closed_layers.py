@@ -1,16 +1,65 @@
-"""Layers made again with other configuration values, held against gates inside the whole ones."""
+"""Layers that stay closed: run with gates inside, and rebuilt from other configuration values."""
+
+import contextlib
 
 import keras
 import numpy as np
 
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.reading.configurations import configuration_of
-from keras_taylor.reading.inner_gates import gated_inside
 from keras_taylor.reading.rule_checks import dtype_of, random_input, run_call
 from keras_taylor.reading.tracing import UnsupportedModelError
+from keras_taylor.rules.attention import inner_layers
+from keras_taylor.rules.base import replaced
 
 _TOLERANCE = {"float32": 1e-4, "float64": 1e-4}
 _EXACT = 1e-5  # a copy that is whole, relative
+
+
+@contextlib.contextmanager
+def gated_inside(layer, gates):
+    """Within it, what inner layers read is gated.
+
+    Args:
+        layer: The outer layer.
+        gates: For each inner layer that reads channels, by its number among `inner_layers(layer)`:
+            a function from the tensor that it is called on to what it gets.
+    """
+    inner = inner_layers(layer) if gates else ()
+    with contextlib.ExitStack() as stack:
+        for number, gate in gates.items():
+            stack.enter_context(replaced(inner[number], call=_gated(inner[number].call, gate)))
+        yield
+
+
+@contextlib.contextmanager
+def recorded_inside(layer, number):
+    """Within it, what an inner layer is called on and what it puts out goes into the two lists given."""
+    inner, inputs, outputs = inner_layers(layer)[number], [], []
+
+    def recorded(x):
+        inputs.append(keras.ops.convert_to_numpy(x))
+        return x
+
+    call = _gated(inner.call, recorded)
+
+    def recording(*args, **kwargs):
+        y = call(*args, **kwargs)
+        outputs.append(keras.ops.convert_to_numpy(y))
+        return y
+
+    with replaced(inner, call=recording):
+        yield inputs, outputs
+
+
+def _gated(call, gate):
+    def gated(*args, **kwargs):
+        if args:
+            return call(gate(args[0]), *args[1:], **kwargs)
+        name = next(iter(kwargs))
+        return call(**{**kwargs, name: gate(kwargs[name])})
+
+    return gated
 
 
 class Remade:
