@@ -458,10 +458,10 @@ def standardized(right=True):
 
     def rule(ctx):
         tensor = ctx.inputs[0]
-        if not ctx.normalize(tensor.labels):
-            return keras_taylor.rules.base.Effect(outputs=[ctx.fixed()])
+        if not ctx.record_normalization(tensor.labels):
+            return keras_taylor.rules.base.Effect(outputs=[ctx.fixed_labels()])
         return keras_taylor.rules.base.Effect(
-            outputs=[tensor.labels], weights={"scale": (tensor.along(-1),)}, gated=gated
+            outputs=[tensor.labels], weights={"scale": (tensor.labels_along(-1),)}, call_with_gate=gated
         )
 
     return rule

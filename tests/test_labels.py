@@ -7,7 +7,7 @@ from keras_taylor.rules.labels import FIXED, LabelSpace
 
 def test_labels_are_fresh_and_never_zero():
     space = LabelSpace()
-    a, b = space.fresh(3, "a"), space.fresh(2, "b")
+    a, b = space.new_labels(3, "a"), space.new_labels(2, "b")
     assert a.tolist() == [1, 2, 3]
     assert b.tolist() == [4, 5]
     assert space.producers == [(1, 4, "a"), (4, 6, "b")]
@@ -16,13 +16,13 @@ def test_labels_are_fresh_and_never_zero():
 
 def test_a_single_channel_is_fixed():
     space = LabelSpace()
-    assert space.fresh(1, "heat").tolist() == [FIXED]
+    assert space.new_labels(1, "heat").tolist() == [FIXED]
     assert space.producers == []
 
 
 def test_labels_without_unions_are_their_own_roots():
     space = LabelSpace()
-    space.fresh(3, "a")
+    space.new_labels(3, "a")
     roots, locks = space.resolve()
     assert roots.tolist() == [0, 1, 2, 3]
     assert (locks == -1).all()
@@ -30,7 +30,7 @@ def test_labels_without_unions_are_their_own_roots():
 
 def test_union_is_transitive_and_the_root_is_the_smallest():
     space = LabelSpace()
-    a, b, c = (space.fresh(2, name) for name in "abc")
+    a, b, c = (space.new_labels(2, name) for name in "abc")
     space.union(c, b, "sum")
     space.union(b, a, "sum")
     roots, _ = space.resolve()
@@ -39,7 +39,7 @@ def test_union_is_transitive_and_the_root_is_the_smallest():
 
 def test_a_long_chain_in_random_order_becomes_one():
     space = LabelSpace()
-    labels = np.random.default_rng(0).permutation(space.fresh(100_000, "a"))
+    labels = np.random.default_rng(0).permutation(space.new_labels(100_000, "a"))
     space.union(labels[1:], labels[:-1], "chain")
     roots, _ = space.resolve()
     assert set(roots[1:]) == {1}
@@ -48,7 +48,7 @@ def test_a_long_chain_in_random_order_becomes_one():
 def test_components_equal_those_of_a_plain_search():
     random = np.random.default_rng(1)
     space = LabelSpace()
-    space.fresh(200, "a")
+    space.new_labels(200, "a")
     pairs = random.integers(1, 201, (120, 2))
     space.union(pairs[:, 0], pairs[:, 1], "random")
     expected = np.arange(201)
@@ -61,7 +61,7 @@ def test_components_equal_those_of_a_plain_search():
 
 def test_a_lock_holds_for_the_whole_class_and_the_first_reason_is_told():
     space = LabelSpace()
-    a, b = space.fresh(2, "a"), space.fresh(2, "b")
+    a, b = space.new_labels(2, "a"), space.new_labels(2, "b")
     space.union(a, b, "sum")
     space.lock(b[:1], "first")
     space.lock(a[:1], "second")
@@ -72,7 +72,7 @@ def test_a_lock_holds_for_the_whole_class_and_the_first_reason_is_told():
 
 def test_a_channel_that_meets_a_fixed_position_is_locked():
     space = LabelSpace()
-    a = space.fresh(3, "a")
+    a = space.new_labels(3, "a")
     space.union(a, np.array([FIXED, 2, 3]), "meets the image")
     roots, locks = space.resolve()
     assert roots.tolist() == [0, 1, 2, 3]
@@ -89,8 +89,8 @@ def test_fixed_positions_that_meet_are_nothing():
 
 def test_labels_broadcast_in_a_union():
     space = LabelSpace()
-    a = space.fresh(2, "a")
-    b = space.fresh(6, "b").reshape(3, 2)
+    a = space.new_labels(2, "a")
+    b = space.new_labels(6, "b").reshape(3, 2)
     space.union(a, b, "every row")
     roots, _ = space.resolve()
     assert roots[b].tolist() == [[1, 2]] * 3

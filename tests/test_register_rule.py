@@ -139,7 +139,7 @@ def test_a_function_of_ones_own():
 
     @keras_taylor.register_rule(Flipped)
     def flipped(ctx):
-        return Effect(outputs=[ctx.placed(ctx.inputs[0].along(-1)[::-1], -1)])
+        return Effect(outputs=[ctx.output_labels(ctx.inputs[0].labels_along(-1)[::-1], -1)])
 
     model = model_with(Flipped())
     assert units_of(model) == {"before": 6, "after": 4}

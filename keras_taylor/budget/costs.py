@@ -72,7 +72,7 @@ class CostModel:
         terms = {}
         for effect in self._labeled.effects:
             for work in effect.work:
-                self._add(terms, work.factor, work.axes)
+                self._add(terms, work.factor, work.labels)
         return _known(terms)
 
     def _memory(self):

@@ -202,7 +202,7 @@ class _Grid:
         """The layer with these units kept, as `TimeTable` knows it."""
         call, edits = self._call, self._effect.config
         changes = {
-            key: edit.value(*[np.append(kept, True)[self._labeled.units(a)] for a in edit.labels])
+            key: edit.new_value(*[np.append(kept, True)[self._labeled.units(a)] for a in edit.labels])
             for key, edit in edits.items()
         }
         layer = clone_operation(call.operation, call.name, changes)

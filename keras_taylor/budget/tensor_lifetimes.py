@@ -53,7 +53,7 @@ class Lifetimes:
 
 
 def _in_place(call, effect, labeled):
-    if len(call.inputs) != 1 or len(call.outputs) != 1 or effect.reads or not effect.known:
+    if len(call.inputs) != 1 or len(call.outputs) != 1 or effect.reads or not effect.has_rule:
         return False
     if any(len(axes) > 1 for axes in effect.weights.values()):
         return False

@@ -116,7 +116,7 @@ class _SideBySide:
     def _lost_inside(self, number):
         """What layers inside a closed one read, and lost a part of."""
         reads = self._labeled.effects[number].internal_reads
-        reads = [read for read in reads if read.number is not None]
+        reads = [read for read in reads if read.layer_number is not None]
         return [read for read in reads if not mask_of(self._labeled, read.labels, self._kept).all()]
 
     def _refit_inside(self, number, read):
@@ -188,14 +188,14 @@ def refit_inside(walks, number, read, axes_masks, num_fit, num_examples, random,
         A `LayerRepair`.
     """
     calls = [walk.graph.calls[number] for walk in walks]
-    inner = [inner_layers(call.operation)[read.number] for call in calls]
+    inner = [inner_layers(call.operation)[read.layer_number] for call in calls]
     name = f"{calls[0].name}/{inner[0].name}"
     if not walks[1].graph.is_used_once(calls[1].operation):
         return LayerRepair(name, reason="it is used at several places")
     view = linear_view(inner[0])
     if view is None:
         return LayerRepair(name, reason="it is not known as a matrix product")
-    old, new = (_recorded(walk, number, read.number, name) for walk in walks)
+    old, new = (_recorded(walk, number, read.layer_number, name) for walk in walks)
     weights = [id(weight) for weight in calls[0].operation.weights]
     _, outputs = view.kept(axes_masks(weights.index(id(view.kernel))))
     fit = LayerFit(old, new, old.graph.calls[0], new.graph.calls[0], outputs, num_fit)

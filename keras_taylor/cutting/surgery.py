@@ -227,7 +227,7 @@ class _Surgeon:
         return not all(self._mask(labels).all() for labels in edit.labels)
 
     def _value(self, edit):
-        return edit.value(*[self._mask(labels) for labels in edit.labels])
+        return edit.new_value(*[self._mask(labels) for labels in edit.labels])
 
     def copy_all_weights(self):
         weights = {}

@@ -10,7 +10,7 @@ import numpy as np
 from keras_taylor.reading.configurations import completed, keep_configuration
 from keras_taylor.reading.tracing import UnsupportedModelError, compile_arguments
 from keras_taylor.rules.attention import inner_layers
-from keras_taylor.rules.base import is_keras_own, replaced
+from keras_taylor.rules.base import is_from_keras, override_attributes
 from keras_taylor.support.copies import copy_kept
 from keras_taylor.support.optimizers import fresh_optimizer
 
@@ -33,7 +33,7 @@ def clone_operation(operation, name, changes=None):
         if type(operation) is keras.layers.Lambda:
             return _lambda_copy(operation)
         config, fault = completed(operation)
-        if is_keras_own(type(operation)):
+        if is_from_keras(type(operation)):
             config = _not_built(config)
         if _is_own_function(getattr(operation, "activation", None)) and "activation" in config:
             config["activation"] = operation.activation  # its name need not be registered
@@ -69,7 +69,7 @@ def _lambda_copy(layer):
 
 
 def _is_own_function(activation):
-    return inspect.isfunction(activation) and not is_keras_own(activation)
+    return inspect.isfunction(activation) and not is_from_keras(activation)
 
 
 def _not_built(config):
@@ -95,7 +95,9 @@ def uninitialized(layer):
     """
     with contextlib.ExitStack() as stack:
         for each in _with_inner_layers(layer):
-            stack.enter_context(replaced(each, add_weight=_adding(each.add_weight, lambda name: _zeros)))
+            stack.enter_context(
+                override_attributes(each, add_weight=_adding(each.add_weight, lambda name: _zeros))
+            )
         yield
 
 
@@ -114,7 +116,7 @@ def initialized_with(layer, source, masks, done):
         done: A set, to which the names of such weights are added.
     """
     alone = len(_with_inner_layers(layer)) == 1 and keras.distribution.distribution() is None
-    weights = _by_name(source) if alone and is_keras_own(type(layer)) else {}
+    weights = _by_name(source) if alone and is_from_keras(type(layer)) else {}
 
     def initializer_of(name):
         if name not in weights or name in done:
@@ -131,7 +133,7 @@ def initialized_with(layer, source, masks, done):
 
     with (
         uninitialized(layer),
-        replaced(layer, add_weight=_adding(type(layer).add_weight.__get__(layer), initializer_of)),
+        override_attributes(layer, add_weight=_adding(type(layer).add_weight.__get__(layer), initializer_of)),
     ):
         yield
 

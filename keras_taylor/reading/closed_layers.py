@@ -10,7 +10,7 @@ from keras_taylor.reading.configurations import configuration_of
 from keras_taylor.reading.rule_checks import dtype_of, random_input, run_call
 from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
-from keras_taylor.rules.base import replaced
+from keras_taylor.rules.base import override_attributes
 
 _TOLERANCE = {"float32": 1e-4, "float64": 1e-4}
 _EXACT = 1e-5  # a copy that is whole, relative
@@ -28,7 +28,7 @@ def gated_inside(layer, gates):
     inner = inner_layers(layer) if gates else ()
     with contextlib.ExitStack() as stack:
         for number, gate in gates.items():
-            stack.enter_context(replaced(inner[number], call=_gated(inner[number].call, gate)))
+            stack.enter_context(override_attributes(inner[number], call=_gated(inner[number].call, gate)))
         yield
 
 
@@ -48,7 +48,7 @@ def recorded_inside(layer, number):
         outputs.append(keras.ops.convert_to_numpy(y))
         return y
 
-    with replaced(inner, call=recording):
+    with override_attributes(inner, call=recording):
         yield inputs, outputs
 
 

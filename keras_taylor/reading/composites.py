@@ -14,7 +14,15 @@ from keras_taylor.reading.configurations import configuration_of
 from keras_taylor.reading.graph import read_inside
 from keras_taylor.reading.tracing import Closed, UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
-from keras_taylor.rules.base import Edit, Effect, InternalRead, Work, made_by_kernels, replaced, weight_of
+from keras_taylor.rules.base import (
+    Edit,
+    Effect,
+    InternalRead,
+    Work,
+    override_attributes,
+    producing_kernels,
+    weight_of,
+)
 from keras_taylor.rules.labels import FIXED
 
 _MOST_KEYS, _MOST_TRIALS = 3, 64  # of configuration values that one group of channels changes
@@ -77,26 +85,26 @@ class Recipe:
         """What goes in and out stays; units inside can leave."""
         for tensor in ctx.inputs:
             ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, of which only insides can go")
-        fresh = [ctx.space.fresh(num, f"{ctx.name}/{name}") for name, num in self.groups]
+        fresh = [ctx.space.new_labels(num, f"{ctx.name}/{name}") for name, num in self.groups]
         labels_of = np.concatenate([*fresh, [FIXED]])
         for number, made in enumerate(fresh):
             if self._shares(number):
                 ctx.lock(made[:2], "the last one of those that share would be divided otherwise")
         for name, num, reason in self.stays:
-            ctx.lock(ctx.space.fresh(num, f"{ctx.name}/{name}"), reason)
+            ctx.lock(ctx.space.new_labels(num, f"{ctx.name}/{name}"), reason)
 
         def labels(units):
             return None if units is None else labels_of[units]
 
         return Effect(
-            outputs=[ctx.fixed(k) for k in range(len(ctx.output_shapes))],
+            outputs=[ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))],
             weights={f"weights.{k}": tuple(map(labels, axes)) for k, axes in self.weights.items()},
             config={key: _times(factor, labels(units)) for key, (units, factor) in self.config.items()},
             work=tuple(Work(factor, tuple(map(labels, axes))) for factor, axes in self.work),
             internal_reads=tuple(
                 InternalRead(labels(units), _gate_before(k), k) for k, units in self.reads.items()
             ),
-            made=tuple((f"weights.{k}", axis) for k, axis in self.made),
+            inner_kernels=tuple((f"weights.{k}", axis) for k, axis in self.made),
         )
 
     def axes(self):
@@ -268,7 +276,7 @@ def _of_channels(call, shapes, one, other):
         if id(step.operation) not in seen and not effect.internal_reads:
             seen.add(id(step.operation))
             of_weight = {name: numbers.get(id(weight_of(step.operation, name))) for name in effect.weights}
-            made += [(of_weight[name], axis) for name, axis, _ in made_by_kernels(effect)]
+            made += [(of_weight[name], axis) for name, axis, _ in producing_kernels(effect)]
             for name, axes in effect.weights.items():
                 if of_weight[name] is not None:
                     weights[of_weight[name]] = tuple(_units_or_none(labeled, a) for a in axes)
@@ -302,7 +310,7 @@ def _work(labeled, other, is_known):
     for effect, again in zip(labeled.effects, other.effects, strict=True):
         for work, same in zip(effect.work, again.work, strict=True):
             factor = work.factor if is_known and work.factor == same.factor else math.nan
-            yield factor, tuple(labeled.units(axis) for axis in work.axes)
+            yield factor, tuple(labeled.units(axis) for axis in work.labels)
 
 
 def _counted_by(recipe, remade):
@@ -341,7 +349,7 @@ def inlined(layer):
     """
     with contextlib.ExitStack() as stack:
         for each in inner_layers(layer):
-            stack.enter_context(replaced(each, symbolic_call=_in_plain_sight(each)))
+            stack.enter_context(override_attributes(each, symbolic_call=_in_plain_sight(each)))
         yield
 
 

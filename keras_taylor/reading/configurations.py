@@ -12,7 +12,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_taylor.rules.base import is_keras_own
+from keras_taylor.rules.base import is_from_keras
 
 _PLAIN = (int, float, str, bool, type(None))
 _DESCRIBED = (keras.Initializer, keras.Regularizer, keras.constraints.Constraint)
@@ -60,7 +60,7 @@ def completed(operation):
     made_from = vars(operation).get("get_config")
     if isinstance(made_from, _MadeFrom):
         return made_from(), made_from.fault
-    if not isinstance(operation, keras.Layer) or is_keras_own(type(operation)):
+    if not isinstance(operation, keras.Layer) or is_from_keras(type(operation)):
         return operation.get_config(), None
     try:
         config = operation.get_config()
@@ -201,7 +201,7 @@ def _alike(first, second):
 
 def _is_same_activation(first, second):
     """Whether two functions of Keras' own are one: `keras.ops` and `keras.activations` have most twice."""
-    if first.__name__ != second.__name__ or not (is_keras_own(first) and is_keras_own(second)):
+    if first.__name__ != second.__name__ or not (is_from_keras(first) and is_from_keras(second)):
         return False
     x = keras.ops.linspace(-8.0, 8.0, 65)
     try:
@@ -249,7 +249,7 @@ def _taken(cls, its_parents=False):
     """Names that `__init__` takes: its own arguments, and Keras' (or all) of those that it hands on."""
     names: set = set()
     for each in cls.__mro__:
-        if "__init__" not in vars(each) or (names and not its_parents and not is_keras_own(each)):
+        if "__init__" not in vars(each) or (names and not its_parents and not is_from_keras(each)):
             continue
         parameters = inspect.signature(each.__init__).parameters.values()
         names.update(p.name for p in parameters)

@@ -109,7 +109,9 @@ class LabeledModel:
         for index in graph.outputs:
             self.space.lock(self.labels[index], "model output")
         self.probed = sorted(set(self.probed))
-        self.unknown = sorted({c.name for c, e in zip(graph.calls, self.effects, strict=True) if not e.known})
+        self.unknown = sorted(
+            {c.name for c, e in zip(graph.calls, self.effects, strict=True) if not e.has_rule}
+        )
 
     def _join(self, call, effect):
         """An operation that was seen before has one set of weights and one configuration."""

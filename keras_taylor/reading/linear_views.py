@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor.rules.einsum import terms_of
+from keras_taylor.rules.einsum import parse_subscripts
 
 # Rows for each column of a regression, and at least so many: more change little.
 _ROWS, _FEW_ROWS = (20, 20_000), (10, 4000)
@@ -318,7 +318,7 @@ def _letters(layer):
     `None` if that is no matrix product for each position of each example.
     """
     built_for = layer.get_build_config()["input_shape"]
-    terms = terms_of(layer.equation, (len(built_for), len(layer.kernel.shape)))
+    terms = parse_subscripts(layer.equation, (len(built_for), len(layer.kernel.shape)))
     if terms is None:
         return None
     read, kernel, made = (set(term) for term in terms)

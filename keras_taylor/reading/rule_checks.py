@@ -11,7 +11,7 @@ from keras import ops
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.reading.graph import TensorRef, tensor_positions
 from keras_taylor.rules import elementwise
-from keras_taylor.rules.base import Tensor, weight_of
+from keras_taylor.rules.base import LabeledTensor, unknown_operation, weight_of
 from keras_taylor.rules.labels import FIXED, LabelSpace
 from keras_taylor.rules.probing import is_channelwise
 from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
@@ -44,7 +44,7 @@ def check_registered(call, labels, shapes, exact=True):
     if registered == (None, None):
         return
     rule = rule_for(call.operation)
-    axes = {index: Tensor(labels[index], shapes[index]).channel_axis for index in call.inputs}
+    axes = {index: LabeledTensor(labels[index], shapes[index]).channel_axis for index in call.inputs}
     config = {k: v for k, v in call.operation.get_config().items() if k != "name"}
     sizes = [(shapes[index], axes[index]) for index in (*call.inputs, *call.outputs) if index in axes]
     key = (*classes, *registered, exact, json.dumps([config, sizes], sort_keys=True, default=repr))
@@ -73,12 +73,12 @@ def probed_rule(call, labels, shapes):
         shapes: Shape of every tensor.
     """
     operation = call.operation
-    if rule_for(operation) is not elementwise.unknown or not _is_probed(operation):
+    if rule_for(operation) is not unknown_operation or not _is_probed(operation):
         return None
     if len(call.inputs) != 1 or len(call.outputs) != 1:
         return None
     (index,) = call.inputs
-    axis = Tensor(labels[index], shapes[index]).channel_axis
+    axis = LabeledTensor(labels[index], shapes[index]).channel_axis
     if axis in (None, 0) or shapes[index] != shapes[call.outputs[0]] or "float" not in dtype_of(call, index):
         return None
     found = _probed.setdefault(operation, {})
@@ -127,7 +127,7 @@ class _Trial:
             self._labels[index] = np.full((1,) * rank, FIXED)
             axis = rank - 1 if axes[index] is None else axes[index]
             if axis and (shapes[index][axis] or 0) > 1:
-                vector = self._space.fresh(shapes[index][axis], call.name)
+                vector = self._space.new_labels(shapes[index][axis], call.name)
                 self._labels[index] = np.expand_dims(vector, [k for k in range(rank) if k != axis])
         positions = tensor_positions(call)
         try:
@@ -197,11 +197,11 @@ class _Trial:
 
     def _closed(self, whole):
         """What the layer puts out while what leaves is closed."""
-        if self._effect.gated is None:
+        if self._effect.call_with_gate is None:
             return self._outputs(whole, {i: self._gated(i) for i in self._inputs})
         (index,) = self._inputs
         gate = ops.convert_to_tensor(self._kept[self._labels[index]].astype("float32"))
-        y = self._effect.gated(whole, ops.convert_to_tensor(self._inputs[index]), gate)
+        y = self._effect.call_with_gate(whole, ops.convert_to_tensor(self._inputs[index]), gate)
         return [np.asarray(ops.convert_to_numpy(ops.cast(y, "float32")))]
 
     def _gated(self, index):
@@ -240,7 +240,7 @@ class _Trial:
         return not all(self._kept[labels].all() for labels in edit.labels)
 
     def _value(self, edit):
-        return edit.value(*[self._kept[labels] for labels in edit.labels])
+        return edit.new_value(*[self._kept[labels] for labels in edit.labels])
 
 
 def run_call(call, operation, inputs, arguments=None):

@@ -9,7 +9,7 @@ import sys
 import keras
 
 from keras_taylor.rules.attention import is_attention
-from keras_taylor.rules.base import is_keras_own
+from keras_taylor.rules.base import is_from_keras
 from keras_taylor.rules.registry import REGISTERED
 
 # What a model's class may override, and another model would not run.
@@ -123,7 +123,7 @@ def may_open(operation):
     """Whether to look into a layer: the user's own ones without a registered rule, and attention."""
     if not isinstance(operation, keras.Layer) or is_functional(operation) or type(operation) in REGISTERED:
         return False
-    return is_attention(operation) or not is_keras_own(type(operation))
+    return is_attention(operation) or not is_from_keras(type(operation))
 
 
 def opened(layer, args, kwargs):

@@ -6,8 +6,7 @@ import math
 import keras
 from keras import ops
 
-from keras_taylor.rules.base import Effect, InternalRead, Work, replaced
-from keras_taylor.rules.elementwise import locked
+from keras_taylor.rules.base import Effect, InternalRead, Work, lock_inputs, override_attributes
 
 _COUNTS = {
     "MultiHeadAttention": {"num_heads": "query_dense"},
@@ -34,19 +33,21 @@ def attention(ctx):
     """Channels of the value go through; those of query and key, which it sums over, leave together."""
     given = ctx.argument(0, "inputs")
     tensors, others = ctx.inputs[: len(given)], ctx.inputs[len(given) :]
-    known = len(ctx.positions) >= len(given) and ctx.positions[: len(given)] == [*range(len(given))]
+    known = len(ctx.input_positions) >= len(given) and ctx.input_positions[: len(given)] == [
+        *range(len(given))
+    ]
     if not known or any(t.channel_axis not in (None, t.rank - 1) for t in tensors):
-        return locked(ctx)
+        return lock_inputs(ctx)
     for mask in others:
         ctx.lock(mask.labels, "masks what others attend to")
     query, value, key = tensors[0], tensors[1], tensors[-1]
-    read, goes_through = query.along(-1), value.along(-1)
-    ctx.union(read, key.along(-1))
+    read, goes_through = query.labels_along(-1), value.labels_along(-1)
+    ctx.union(read, key.labels_along(-1))
     sizes = (*query.shape[1:-1], *key.shape[1:-1])
     factor = math.nan if None in sizes else 2.0 * math.prod(sizes)
-    fixed = [ctx.fixed(k) for k in range(1, len(ctx.output_shapes))]
+    fixed = [ctx.fixed_labels(k) for k in range(1, len(ctx.output_shapes))]
     return Effect(
-        outputs=[ctx.placed(goes_through, -1), *fixed],
+        outputs=[ctx.output_labels(goes_through, -1), *fixed],
         weights={"scale": (read,)} if len(getattr(ctx.operation.scale, "shape", ())) else {},
         internal_reads=(InternalRead(query.labels, _gated),),
         work=(Work(factor, (read,)), Work(factor, (goes_through,))),
@@ -69,5 +70,5 @@ def _gated(layer, gate):
         key = key * ops.cast(gate, key.dtype) if adds else key
         return call([query, value, key], *args, **kwargs)
 
-    with replaced(layer, call=gated):
+    with override_attributes(layer, call=gated):
         yield

@@ -12,11 +12,11 @@ import keras
 import numpy as np
 
 from keras_taylor.rules.labels import FIXED
-from keras_taylor.rules.probing import is_valuewise
+from keras_taylor.rules.probing import is_elementwise_function
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tensor:
+class LabeledTensor:
     """Labels of a tensor: an int array of its rank, size 1 along every axis (the
     batch's among them) on which they do not vary. At most one axis varies."""
 
@@ -33,7 +33,7 @@ class Tensor:
         """The axis along which labels vary, `None` where nothing here is a channel."""
         return next((k for k, size in enumerate(self.labels.shape) if size > 1), None)
 
-    def along(self, axis):
+    def labels_along(self, axis):
         """Labels of the positions along `axis`, an int64 array `(shape[axis],)`."""
         axis %= self.rank
         if self.channel_axis == axis:
@@ -45,11 +45,11 @@ class Tensor:
 class Edit:
     """How a configuration value or an argument follows from what is kept.
 
-    `value(*masks)` gets, for each label array, a bool array: kept or not.
+    `new_value(*masks)` gets, for each label array, a bool array: kept or not.
     """
 
     labels: tuple
-    value: Callable[..., Any]
+    new_value: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Work:
     """Floating point operations: `factor` times the widths of these axes."""
 
     factor: float
-    axes: tuple = ()
+    labels: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,14 +66,14 @@ class InternalRead:
 
     Attributes:
         labels: Label array of it.
-        gated: `gated(operation, gate)` is a context: within it a call of the operation (or of a
+        apply_gate: `apply_gate(operation, gate)` is a context: within it a call of the operation (or of a
             copy) reads this times `gate`, a tensor that broadcasts to it.
-        number: That of the inner layer which reads it, among all inner layers; `None` for the past.
+        layer_number: That of the inner layer which reads it, among all inner layers; `None` for the past.
     """
 
     labels: np.ndarray
-    gated: Callable[..., Any]
-    number: int | None = None
+    apply_gate: Callable[..., Any]
+    layer_number: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,14 +89,14 @@ class Effect:
         reads: For each input (by number) that is contracted: the axis. A gate
             belongs on this edge.
         internal_reads: What it reads elsewhere, `InternalRead` each: gates belong there, too.
-        gated: For an operation that normalizes channels together, and lets them through: a
+        call_with_gate: For an operation that normalizes channels together, and lets them through: a
             function of it, of its input and of a gate for each channel of that, which puts out
             what the operation would without the channels whose gate is zero.
         work: Floating point operations of one example.
-        known: False where no rule knows the operation.
+        has_rule: False where no rule knows the operation.
         accelerate: Makes a copy of the layer cheaper to differentiate, in place, its
             values the same; `None` where there is no such way.
-        made: Weights with the axis along which they make the units inside of it.
+        inner_kernels: Weights with the axis along which they make the units inside of it.
     """
 
     outputs: list
@@ -105,11 +105,11 @@ class Effect:
     arguments: Mapping[int, Edit] = dataclasses.field(default_factory=dict)
     reads: Mapping[int, int] = dataclasses.field(default_factory=dict)
     internal_reads: tuple = ()
-    gated: Callable[..., Any] | None = None
+    call_with_gate: Callable[..., Any] | None = None
     work: tuple = ()
-    known: bool = True
+    has_rule: bool = True
     accelerate: Callable[..., None] | None = None
-    made: tuple = ()  # of (weight, axis)
+    inner_kernels: tuple = ()  # of (weight, axis)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,55 +119,55 @@ class Context:
     space: Any  # LabelSpace
     name: str
     operation: Any
-    inputs: list  # of Tensor
-    positions: list  # of each input among the flattened arguments
-    arguments: list  # the flattened arguments, `None` in the place of each tensor
+    inputs: list  # of LabeledTensor
+    input_positions: list  # of each input among the flattened arguments
+    constants: list  # the flattened arguments, `None` in the place of each tensor
     args: tuple
     kwargs: dict
     output_shapes: list
     closed: str | None = None  # why a layer could not be opened
 
-    def fresh(self, num):
+    def new_labels(self, num):
         """Labels of channels that this call makes."""
-        return self.space.fresh(num, self.name)
+        return self.space.new_labels(num, self.name)
 
     def lock(self, labels, why):
         """Keeps these labels for ever; the report says why and where."""
         self.space.lock(labels, f"{why} ('{self.name}')")
 
-    def normalize(self, labels):
+    def record_normalization(self, labels):
         """Notes that these are normalized together; says whether they may leave (`exact=False`)."""
-        return self.space.normalize(labels, type(self.operation).__name__, self.name)
+        return self.space.record_normalization(labels, type(self.operation).__name__, self.name)
 
     def union(self, first, second):
         """Makes labels that meet here one."""
         self.space.union(first, second, f"meets values that are no channels in '{self.name}'")
 
-    def fixed(self, output=0):
+    def fixed_labels(self, output=0):
         """Labels of an output that has no channels."""
         return np.full((1,) * len(self.output_shapes[output]), FIXED)
 
-    def placed(self, vector, axis, output=0):
+    def output_labels(self, vector, axis, output=0):
         """Labels of an output that vary along one axis as `vector` does."""
         rank = len(self.output_shapes[output])
         shape = [1] * rank
         shape[axis % rank] = -1
         vector = np.asarray(vector)
-        return vector.reshape(shape) if vector.size > 1 and vector.any() else self.fixed(output)
+        return vector.reshape(shape) if vector.size > 1 and vector.any() else self.fixed_labels(output)
 
-    def contracted(self, index, axis):
+    def input_labels(self, index, axis):
         """Labels along the axis that an operation sums over; others of the tensor are locked."""
         tensor = self.inputs[index]
         axis %= tensor.rank
         if tensor.channel_axis not in (None, axis):
             self.lock(tensor.labels, "summed together over an axis that is not the channels'")
-        return tensor.along(axis)
+        return tensor.labels_along(axis)
 
     def argument(self, position, name, default=None):
         """A call argument that is no tensor."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
-    def regular(self, labels):
+    def merge_to_one_axis(self, labels):
         """Labels on one axis at most: where two vary, those of one slice become one unit."""
         varying = [k for k, size in enumerate(labels.shape) if size > 1]
         for axis in list(varying):
@@ -187,6 +187,23 @@ class Context:
         return labels
 
 
+def lock_inputs(ctx, why="read by an operation that mixes channels"):
+    """Mixes channels in a way that no channel may leave."""
+    for tensor in ctx.inputs:
+        ctx.lock(tensor.labels, why)
+    outputs = [ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))]
+    return Effect(outputs=outputs)
+
+
+def unknown_operation(ctx):
+    """No rule knows the operation: it stays as it is, and the report names it."""
+    why = f"stays closed: {ctx.closed}" if ctx.closed else "has no rule"
+    for tensor in ctx.inputs:
+        ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, which {why}")
+    outputs = [ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))]
+    return Effect(outputs=outputs, has_rule=False)
+
+
 def weight_of(operation, path):
     """The weight of an operation at an attribute path (`"cell.kernel"`), `None` if it has none.
 
@@ -201,7 +218,7 @@ def weight_of(operation, path):
         return None
 
 
-def made_by_kernels(effect):
+def producing_kernels(effect):
     """Kernels with the axis along which they make channels: name, axis, labels."""
     made = [m for edit in effect.config.values() for m in edit.labels]
     made = [m for m in made if _repeats(effect.outputs[0].reshape(-1), m)]
@@ -209,7 +226,7 @@ def made_by_kernels(effect):
         found = [k for k, a in enumerate(axes) if a is not None and any(_repeats(a, m) for m in made)]
         if found and not name.endswith("bias") and len(axes) > 1:
             yield name, found[-1], axes[found[-1]]  # recurrent kernels read, before, what they make
-    for name, axis in effect.made:
+    for name, axis in effect.inner_kernels:
         yield name, axis, effect.weights[name][axis]
 
 
@@ -220,7 +237,7 @@ def _repeats(labels, once):
 
 
 @contextlib.contextmanager
-def replaced(owner, **values):
+def override_attributes(owner, **values):
     """Within it an object has other attributes, out of sight of Keras' tracking."""
     before = {name: vars(owner)[name] for name in values if name in vars(owner)}
     vars(owner).update(values)
@@ -232,35 +249,35 @@ def replaced(owner, **values):
         vars(owner).update(before)
 
 
-def is_keras_own(cls):
+def is_from_keras(cls):
     """Whether a class or function is one of Keras' own: a user's subclass may do anything."""
     return cls.__module__.split(".")[0] == "keras"
 
 
-def count(labels):
+def count_kept(labels):
     """An edit: as many as are kept of these labels."""
     return Edit((labels,), lambda kept: int(kept.sum()))
 
 
-def channel_axis(layer, tensor):
+def layer_channel_axis(layer, tensor):
     """The channel axis of a layer with a `data_format`."""
     first = getattr(layer, "data_format", None) == "channels_first"
     return 1 if first else tensor.rank - 1
 
 
-def size(shape, skip=()):
+def num_elements(shape, skip=()):
     """Number of elements of one example, axes in `skip` left out; unknown counts as NaN."""
     dims = [d for k, d in enumerate(shape) if k and k not in skip]
     return math.nan if None in dims else math.prod(dims)
 
 
-def elements(tensor_labels, shape, factor=1.0):
+def elementwise_work(tensor_labels, shape, factor=1.0):
     """Work of `factor` operations for every element of a tensor."""
-    tensor = Tensor(tensor_labels, shape)
+    tensor = LabeledTensor(tensor_labels, shape)
     axis = tensor.channel_axis
     if axis is None:
-        return (Work(factor * size(shape)),)
-    return (Work(factor * size(shape, (axis,)), (tensor.along(axis),)),)
+        return (Work(factor * num_elements(shape)),)
+    return (Work(factor * num_elements(shape, (axis,)), (tensor.labels_along(axis),)),)
 
 
 _ELEMENTWISE = {
@@ -279,13 +296,13 @@ def is_elementwise(activation):
         return type(activation) in (keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.ELU)
     if any(activation is getattr(keras.activations, name, None) for name in _ELEMENTWISE):
         return True
-    return _is_custom(activation) and is_valuewise(activation)
+    return _is_custom(activation) and is_elementwise_function(activation)
 
 
 def is_probed_activation(operation):
     """Whether a layer's activation is the user's, and was found to look at one value at a time."""
     activation = vars(operation).get("activation")
-    return _is_custom(activation) and is_valuewise(activation)
+    return _is_custom(activation) and is_elementwise_function(activation)
 
 
 def _is_custom(activation):

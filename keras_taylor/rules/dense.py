@@ -1,25 +1,24 @@
 """Dense layers, and embeddings: a table that is read by number."""
 
-from keras_taylor.rules.base import Effect, Work, count, is_elementwise, size
-from keras_taylor.rules.elementwise import locked
+from keras_taylor.rules.base import Effect, Work, count_kept, is_elementwise, lock_inputs, num_elements
 
 
 def dense(ctx):
     """Units can go; it reads the last axis, channels on another axis go through."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     last = tensor.rank - 1
-    read = tensor.along(last)
+    read = tensor.labels_along(last)
     if tensor.channel_axis not in (None, last):
         return _beside_channels(ctx, read)
-    made = ctx.fresh(layer.units)
+    made = ctx.new_labels(layer.units)
     if not is_elementwise(layer.activation):
         ctx.lock(made, "goes through an activation that may mix channels")
     return Effect(
-        outputs=[ctx.placed(made, last)],
+        outputs=[ctx.output_labels(made, last)],
         weights={"kernel": (read, made), "bias": (made,)},
-        config={"units": count(made)},
+        config={"units": count_kept(made)},
         reads={0: last},
-        work=(Work(2.0 * size(tensor.shape, (last,)), (read, made)),),
+        work=(Work(2.0 * num_elements(tensor.shape, (last,)), (read, made)),),
     )
 
 
@@ -27,12 +26,12 @@ def _beside_channels(ctx, read):
     """The channels lie on another axis: the layer treats each by itself, its own units stay."""
     tensor = ctx.inputs[0]
     axis = tensor.channel_axis
-    channels = tensor.along(axis)
+    channels = tensor.labels_along(axis)
     if not is_elementwise(ctx.operation.activation):
         ctx.lock(channels, "goes through an activation that may mix channels")
-    rest = size(tensor.shape, (axis, tensor.rank - 1))
+    rest = num_elements(tensor.shape, (axis, tensor.rank - 1))
     return Effect(
-        outputs=[ctx.placed(channels, axis)],
+        outputs=[ctx.output_labels(channels, axis)],
         work=(Work(2.0 * rest * read.size * ctx.operation.units, (channels,)),),
     )
 
@@ -50,24 +49,24 @@ def reversible_embedding(ctx):
     tensor = ctx.inputs[0]
     last = tensor.rank - 1
     if tensor.channel_axis not in (None, last):
-        return locked(ctx)
-    read = tensor.along(last)
+        return lock_inputs(ctx)
+    read = tensor.labels_along(last)
     return Effect(
-        outputs=[ctx.fixed()],
+        outputs=[ctx.fixed_labels()],
         weights=_tables(read, names),
-        config={"output_dim": count(read)},
+        config={"output_dim": count_kept(read)},
         reads={0: last},
-        work=(Work(2.0 * size(ctx.output_shapes[0]), (read,)),),
+        work=(Work(2.0 * num_elements(ctx.output_shapes[0]), (read,)),),
     )
 
 
 def _looked_up(ctx, names):
     ctx.lock(ctx.inputs[0].labels, "read as numbers of an embedding")
-    made = ctx.fresh(ctx.operation.output_dim)
+    made = ctx.new_labels(ctx.operation.output_dim)
     return Effect(
-        outputs=[ctx.placed(made, -1)],
+        outputs=[ctx.output_labels(made, -1)],
         weights=_tables(made, names),
-        config={"output_dim": count(made)},
+        config={"output_dim": count_kept(made)},
     )
 
 

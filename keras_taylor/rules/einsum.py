@@ -5,8 +5,8 @@ import math
 import keras
 import numpy as np
 
-from keras_taylor.rules.base import Edit, Effect, Work, elements, is_elementwise
-from keras_taylor.rules.elementwise import cut_constant, locked
+from keras_taylor.rules.base import Edit, Effect, Work, elementwise_work, is_elementwise, lock_inputs
+from keras_taylor.rules.elementwise import cut_constant
 from keras_taylor.rules.labels import FIXED
 
 
@@ -17,18 +17,18 @@ def einsum_dense(ctx):
     axis that is not summed over go through, and the layer's own units stay.
     """
     layer, tensor = ctx.operation, ctx.inputs[0]
-    terms = terms_of(layer.equation, (tensor.rank, len(layer.kernel.shape)))
+    terms = parse_subscripts(layer.equation, (tensor.rank, len(layer.kernel.shape)))
     if terms is None or terms[0][0] != terms[2][0] or terms[0][0] in terms[1]:
-        return locked(ctx)
+        return lock_inputs(ctx)
     read, kernel, made = terms
     axis = tensor.channel_axis
-    labels = {} if axis is None else {read[axis]: tensor.along(axis)}
+    labels = {} if axis is None else {read[axis]: tensor.labels_along(axis)}
     along = next((letter for letter in labels if letter in made), None)
     if along is None:
         along = next((letter for letter in made if letter not in read), None)
         if along is not None:
-            labels[along] = ctx.fresh(ctx.output_shapes[0][made.index(along)])
-    output = ctx.fixed() if along is None else ctx.placed(labels[along], made.index(along))
+            labels[along] = ctx.new_labels(ctx.output_shapes[0][made.index(along)])
+    output = ctx.fixed_labels() if along is None else ctx.output_labels(labels[along], made.index(along))
     if not is_elementwise(layer.activation):
         ctx.lock(output, "goes through an activation that may mix channels")
     return Effect(
@@ -57,7 +57,7 @@ def matmul(ctx):
 def dot(ctx):
     """As `matmul`, where both are the same."""
     shapes = _operand_shapes(ctx) or ((), (0, 0, 0))
-    return matmul(ctx) if len(shapes[1]) <= 2 else locked(ctx)
+    return matmul(ctx) if len(shapes[1]) <= 2 else lock_inputs(ctx)
 
 
 def dot_product_attention(ctx):
@@ -68,68 +68,69 @@ def dot_product_attention(ctx):
     query, key, value, *masks = ctx.inputs
     heads = 2
     if any(t.channel_axis not in (None, heads) for t in (query, key, value)):
-        return locked(ctx)
-    made, shared = query.along(heads), key.along(heads)
-    ctx.union(shared, value.along(heads))
+        return lock_inputs(ctx)
+    made, shared = query.labels_along(heads), key.labels_along(heads)
+    ctx.union(shared, value.labels_along(heads))
     if shared.size > 1:  # a single key meets every query and belongs to none
-        shared = np.repeat(np.maximum(shared, value.along(heads)), made.size // shared.size)
+        shared = np.repeat(np.maximum(shared, value.labels_along(heads)), made.size // shared.size)
         ctx.union(made, shared)
         made = np.maximum(made, shared)
     if key.shape[heads] != query.shape[heads]:
         ctx.lock(
-            key.along(heads)[:2], "several queries share a key, and a single one does not run everywhere"
+            key.labels_along(heads)[:2],
+            "several queries share a key, and a single one does not run everywhere",
         )
     for mask in masks:
         if mask.rank != 4 or mask.channel_axis not in (None, 1):
             ctx.lock(mask.labels, "combined with channels on another axis")
             ctx.lock(made, "masked along another axis")
         elif mask.shape[1] != 1:
-            ctx.union(made, mask.along(1))
-    if any(np.ndim(a) == 4 and np.shape(a)[1] != 1 for a in ctx.arguments if hasattr(a, "shape")):
+            ctx.union(made, mask.labels_along(1))
+    if any(np.ndim(a) == 4 and np.shape(a)[1] != 1 for a in ctx.constants if hasattr(a, "shape")):
         ctx.lock(made, "masked by a constant of its own for each head")
     lengths = (query.shape[1], key.shape[1], query.shape[3] + value.shape[3])
     factor = math.nan if None in lengths else 2.0 * math.prod(lengths)
-    return Effect(outputs=[ctx.placed(made, heads)], work=(Work(factor, (made,)),))
+    return Effect(outputs=[ctx.output_labels(made, heads)], work=(Work(factor, (made,)),))
 
 
 def _product(ctx, subscripts):
     """A product of tensors and constants over named axes."""
     shapes = _operand_shapes(ctx)
-    terms = None if shapes is None else terms_of(subscripts, [len(shape) for shape in shapes])
+    terms = None if shapes is None else parse_subscripts(subscripts, [len(shape) for shape in shapes])
     if terms is None:
-        return locked(ctx)
-    tensors = dict(zip(ctx.positions, ctx.inputs, strict=True))
+        return lock_inputs(ctx)
+    tensors = dict(zip(ctx.input_positions, ctx.inputs, strict=True))
     made = terms[-1]
     if any(terms[p][0] != made[:1] for p in tensors):
-        return locked(ctx, f"read by an operation on the batch axis ('{ctx.name}')")
+        return lock_inputs(ctx, f"read by an operation on the batch axis ('{ctx.name}')")
     letters = {p: terms[p][t.channel_axis] for p, t in tensors.items() if t.channel_axis is not None}
     sizes = _sizes(terms, shapes)
     if not letters:
-        return Effect(outputs=[ctx.fixed()], work=_work(sizes, made[0], {}))
+        return Effect(outputs=[ctx.fixed_labels()], work=_work(sizes, made[0], {}))
     along = next(iter(letters.values()))
     for p in (p for p, letter in letters.items() if letter != along):
         ctx.lock(tensors[p].labels, "multiplied with channels on another axis")
     met = {p: terms[p].index(along) for p in range(len(shapes)) if along in terms[p]}
     met = {p: axis for p, axis in met.items() if shapes[p][axis] != 1}  # else it meets every channel
     read = next(p for p in met if p in tensors and tensors[p].channel_axis is not None)
-    vector = tensors[read].along(met[read])
+    vector = tensors[read].labels_along(met[read])
     for p in met.keys() & tensors.keys():
-        mine = tensors[p].along(met[p])
+        mine = tensors[p].labels_along(met[p])
         ctx.union(vector, mine if mine.size else np.full(1, FIXED))
     return Effect(
-        outputs=[ctx.placed(vector, made.index(along)) if along in made else ctx.fixed()],
+        outputs=[ctx.output_labels(vector, made.index(along)) if along in made else ctx.fixed_labels()],
         arguments={
-            p: cut_constant(ctx.arguments[p], axis, vector) for p, axis in met.items() if p not in tensors
+            p: cut_constant(ctx.constants[p], axis, vector) for p, axis in met.items() if p not in tensors
         },
-        reads={} if along in made else {ctx.positions.index(read): met[read]},
+        reads={} if along in made else {ctx.input_positions.index(read): met[read]},
         work=_work(sizes, made[0], {along: vector}),
     )
 
 
 def _operand_shapes(ctx):
     """Shapes of tensors and constants that are multiplied, `None` where one is neither."""
-    shapes = dict(zip(ctx.positions, (t.shape for t in ctx.inputs), strict=True))
-    operands = ctx.arguments[: len(ctx.args)]
+    shapes = dict(zip(ctx.input_positions, (t.shape for t in ctx.inputs), strict=True))
+    operands = ctx.constants[: len(ctx.args)]
     found = []
     for position, value in enumerate(operands):
         if position not in shapes and (isinstance(value, keras.Variable) or not hasattr(value, "shape")):
@@ -138,7 +139,7 @@ def _operand_shapes(ctx):
     return found
 
 
-def terms_of(subscripts, ranks):
+def parse_subscripts(subscripts, ranks):
     """The letters of each operand and of the result, one for each axis; `None` for what has no rule.
 
     Axes behind `...` get letters of their own, counted from the last one.
@@ -213,22 +214,22 @@ def dot_layer(ctx):
     rank = len(ctx.output_shapes[0])
     known = rank == free[0].ndim + free[1].ndim - 1 and 0 not in axes
     if layer.normalize or (not known and any(labels.size > 1 for labels in free)):
-        return locked(ctx)
+        return lock_inputs(ctx)
     if all(labels.size > 1 for labels in free):
         for labels in free:
             ctx.lock(labels, "combined with channels on another axis")
         free = [np.zeros(1, np.int64)] * 2
-    read = first.along(axes[0])
-    ctx.union(read, second.along(axes[1]))
-    outputs = ctx.fixed()
+    read = first.labels_along(axes[0])
+    ctx.union(read, second.labels_along(axes[1]))
+    outputs = ctx.fixed_labels()
     if free[0].size > 1:
         outputs = free[0].reshape(free[0].shape + (1,) * (rank - free[0].ndim))
     elif free[1].size > 1:
         outputs = free[1].reshape((1,) * (rank - free[1].ndim + 1) + free[1].shape[1:])
     if axes[0] != first.channel_axis:
         factor = 2.0 * (np.nan if first.shape[axes[0]] is None else first.shape[axes[0]])
-        return Effect(outputs=[outputs], work=elements(outputs, ctx.output_shapes[0], factor))
-    work = [Work(2.0 * w.factor, (*w.axes, read)) for w in elements(outputs, ctx.output_shapes[0])]
+        return Effect(outputs=[outputs], work=elementwise_work(outputs, ctx.output_shapes[0], factor))
+    work = [Work(2.0 * w.factor, (*w.labels, read)) for w in elementwise_work(outputs, ctx.output_shapes[0])]
     # one gate is enough: it multiplies the products
     return Effect(outputs=[outputs], reads={0: axes[0]}, work=tuple(work))
 

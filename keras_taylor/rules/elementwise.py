@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from keras_taylor.rules.base import Edit, Effect, Tensor, elements, is_elementwise
+from keras_taylor.rules.base import Edit, Effect, LabeledTensor, elementwise_work, is_elementwise, lock_inputs
 from keras_taylor.rules.labels import FIXED
 
 
 def unary(ctx):
     """Channels go through: one value in, one value out."""
     labels = ctx.inputs[0].labels
-    return Effect(outputs=[labels], work=elements(labels, ctx.output_shapes[0]))
+    return Effect(outputs=[labels], work=elementwise_work(labels, ctx.output_shapes[0]))
 
 
 def identity(ctx):
@@ -19,7 +19,7 @@ def identity(ctx):
 
 def activation(ctx):
     """Channels go through where the function is known to look at one value at a time."""
-    return unary(ctx) if is_elementwise(ctx.operation.activation) else locked(ctx)
+    return unary(ctx) if is_elementwise(ctx.operation.activation) else lock_inputs(ctx)
 
 
 def softmax(ctx):
@@ -29,47 +29,32 @@ def softmax(ctx):
     if any(_raised(t, tensor.rank).channel_axis in axes for t in ctx.inputs):
         for mixed in ctx.inputs:
             ctx.lock(mixed.labels, "normalized together")
-        return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), tensor.shape, 3.0))
-    labels = merged(ctx, ctx.inputs, tensor.rank)
+        return Effect(
+            outputs=[ctx.fixed_labels()], work=elementwise_work(ctx.fixed_labels(), tensor.shape, 3.0)
+        )
+    labels = broadcast_labels(ctx, ctx.inputs, tensor.rank)
     return Effect(
-        outputs=[labels], arguments=_constants(ctx, labels), work=elements(labels, tensor.shape, 3.0)
+        outputs=[labels], arguments=_constants(ctx, labels), work=elementwise_work(labels, tensor.shape, 3.0)
     )
 
 
 def masking(ctx):
     """Channels stay: whether a step is masked depends on all of them."""
-    return locked(ctx, "decides with others whether a step is masked")
-
-
-def locked(ctx, why="read by an operation that mixes channels"):
-    """Mixes channels in a way that no channel may leave."""
-    for tensor in ctx.inputs:
-        ctx.lock(tensor.labels, why)
-    outputs = [ctx.fixed(k) for k in range(len(ctx.output_shapes))]
-    return Effect(outputs=outputs)
-
-
-def unknown(ctx):
-    """No rule knows the operation: it stays as it is, and the report names it."""
-    why = f"stays closed: {ctx.closed}" if ctx.closed else "has no rule"
-    for tensor in ctx.inputs:
-        ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, which {why}")
-    outputs = [ctx.fixed(k) for k in range(len(ctx.output_shapes))]
-    return Effect(outputs=outputs, known=False)
+    return lock_inputs(ctx, "decides with others whether a step is masked")
 
 
 def merge(ctx):
     """Channels that meet become one, with broadcasting; constants are cut too."""
-    labels = merged(ctx, ctx.inputs, len(ctx.output_shapes[0]))
+    labels = broadcast_labels(ctx, ctx.inputs, len(ctx.output_shapes[0]))
     factor = float(max(1, len(ctx.inputs) - 1))
     return Effect(
         outputs=[labels],
         arguments=_constants(ctx, labels),
-        work=elements(labels, ctx.output_shapes[0], factor),
+        work=elementwise_work(labels, ctx.output_shapes[0], factor),
     )
 
 
-def merged(ctx, tensors, rank):
+def broadcast_labels(ctx, tensors, rank):
     """Labels of tensors that broadcast against each other, an array of `rank` axes."""
     tensors = [_raised(t, rank) for t in tensors]
     axes = {t.channel_axis for t in tensors} - {None}
@@ -82,7 +67,7 @@ def merged(ctx, tensors, rank):
     for tensor in tensors:
         if tensor.channel_axis is None and tensor.shape[axis] == 1:
             continue  # broadcast: it meets every channel and belongs to none
-        labels = tensor.along(axis)
+        labels = tensor.labels_along(axis)
         labels = labels if labels.size else np.full(1, FIXED)  # of unknown size
         if result is not None:
             ctx.union(result, labels)
@@ -94,14 +79,14 @@ def merged(ctx, tensors, rank):
 
 def _raised(tensor, rank):
     missing = (1,) * (rank - tensor.rank)
-    return Tensor(tensor.labels.reshape(missing + tensor.labels.shape), missing + tensor.shape)
+    return LabeledTensor(tensor.labels.reshape(missing + tensor.labels.shape), missing + tensor.shape)
 
 
 def _constants(ctx, labels):
     """Edits of numeric constants that have a channel axis, as in `x * np.array(...)`."""
-    axis = Tensor(labels, ctx.output_shapes[0]).channel_axis
+    axis = LabeledTensor(labels, ctx.output_shapes[0]).channel_axis
     edits = {}
-    for position, value in enumerate(ctx.arguments):
+    for position, value in enumerate(ctx.constants):
         if axis is None or not hasattr(value, "shape"):
             continue
         from_end = labels.ndim - axis

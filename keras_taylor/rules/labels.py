@@ -31,7 +31,7 @@ class LabelSpace:
     def __len__(self):
         return self._num_labels
 
-    def fresh(self, num, producer):
+    def new_labels(self, num, producer):
         """Returns `num` labels that nobody has, an int64 array `(num,)`.
 
         A single channel can never be removed, so it is `FIXED` from the start.
@@ -59,7 +59,7 @@ class LabelSpace:
             self._locks.append((labels, len(self.reasons)))
             self.reasons.append(reason)
 
-    def normalize(self, labels, operation, name):
+    def record_normalization(self, labels, operation, name):
         """Notes that a kind of operation normalizes these together; says whether they may leave."""
         self.normalized.append((labels.reshape(-1), f"{operation} '{name}'"))
         if self.exact:

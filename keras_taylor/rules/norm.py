@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor.rules.base import Effect, channel_axis, count, elements
+from keras_taylor.rules.base import Effect, count_kept, elementwise_work
 
 # operations an element: what a fused scale and shift costs, and a full normalization
 _SCALE_AND_SHIFT = 2.0
@@ -21,7 +21,7 @@ _NORMALIZE = 8.0
 
 def batch_normalization(ctx):
     """Channels go through: at inference a scale and a shift of each."""
-    vector = ctx.inputs[0].along(ctx.operation.axis)
+    vector = ctx.inputs[0].labels_along(ctx.operation.axis)
     names = ("gamma", "beta", "moving_mean", "moving_variance")
     return _per_channel(ctx, dict.fromkeys(names, (vector,)), work=_SCALE_AND_SHIFT)
 
@@ -49,7 +49,7 @@ def group_normalization(ctx):
     """What is normalized together leaves as a whole; all channels together only with `exact=False`."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = layer.axis % tensor.rank
-    vector = tensor.along(axis)
+    vector = tensor.labels_along(axis)
     if tensor.channel_axis not in (None, axis):
         return _stays(ctx)
     weights = {"gamma": (vector,), "beta": (vector,)}
@@ -62,7 +62,7 @@ def group_normalization(ctx):
         if not ctx.space.exact:
             # a later plan would take single channels out of the last group
             ctx.lock(vector[: 2 * size], "of several groups that are normalized two stay")
-    return _per_channel(ctx, weights, {"groups": count(vector[::size])}, work=_NORMALIZE)
+    return _per_channel(ctx, weights, {"groups": count_kept(vector[::size])}, work=_NORMALIZE)
 
 
 def prelu(ctx):
@@ -70,7 +70,7 @@ def prelu(ctx):
     tensor = ctx.inputs[0]
     sizes = tuple(ctx.operation.alpha.shape)
     axes = tuple(
-        tensor.along(k) if k == tensor.channel_axis and sizes[k - 1] > 1 else None
+        tensor.labels_along(k) if k == tensor.channel_axis and sizes[k - 1] > 1 else None
         for k in range(1, tensor.rank)
     )
     return _per_channel(ctx, {"alpha": axes})
@@ -78,14 +78,16 @@ def prelu(ctx):
 
 def layer_scale(ctx):
     """Channels go through: one factor each."""
-    vector = ctx.inputs[0].along(-1)
-    return _per_channel(ctx, {"gamma": (vector,)}, {"projection_dim": count(vector)})
+    vector = ctx.inputs[0].labels_along(-1)
+    return _per_channel(ctx, {"gamma": (vector,)}, {"projection_dim": count_kept(vector)})
 
 
 def normalization(ctx):
     """Channels stay: its statistics are data of the user's."""
     ctx.lock(ctx.inputs[0].labels, "normalized with given statistics")
-    return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), ctx.output_shapes[0], 2.0))
+    return Effect(
+        outputs=[ctx.fixed_labels()], work=elementwise_work(ctx.fixed_labels(), ctx.output_shapes[0], 2.0)
+    )
 
 
 def rescaling(ctx):
@@ -93,28 +95,10 @@ def rescaling(ctx):
     layer, tensor = ctx.operation, ctx.inputs[0]
     if np.ndim(layer.scale) or np.ndim(layer.offset):
         ctx.lock(tensor.labels, "rescaled with a list of factors")
-        return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), tensor.shape, 2.0))
+        return Effect(
+            outputs=[ctx.fixed_labels()], work=elementwise_work(ctx.fixed_labels(), tensor.shape, 2.0)
+        )
     return _per_channel(ctx, {}, work=2.0)
-
-
-def spatial(ctx):
-    """Channels go through, each by itself; space may change its size."""
-    tensor = ctx.inputs[0]
-    axis = channel_axis(ctx.operation, tensor)
-    vector = ctx.contracted(0, axis)
-    out_rank = len(ctx.output_shapes[0])
-    out_axis = axis if out_rank == tensor.rank else 1  # a global pooling leaves (batch, channels)
-    window = getattr(ctx.operation, "pool_size", 1)
-    factor = float(np.prod(window)) if out_rank == tensor.rank else 1.0
-    labels = ctx.placed(vector, out_axis)
-    shape = ctx.output_shapes[0] if out_rank == tensor.rank else tensor.shape
-    work_labels = labels if out_rank == tensor.rank else tensor.labels
-    return Effect(outputs=[labels], work=elements(work_labels, shape, factor))
-
-
-def moved(ctx):
-    """Channels go through; space changes its size."""
-    return dataclasses.replace(spatial(ctx), work=())
 
 
 def _over_axes(ctx, run, names, understood=True):
@@ -124,7 +108,7 @@ def _over_axes(ctx, run, names, understood=True):
         return _per_channel(ctx, {}, work=_NORMALIZE)
     if not understood or list(axes) != sorted(axes):
         return _stays(ctx)
-    along = tuple(tensor.along(k) if k == tensor.channel_axis else None for k in axes)
+    along = tuple(tensor.labels_along(k) if k == tensor.channel_axis else None for k in axes)
     run = functools.partial(run, axes=_from_end(tensor, axes))
     return _let_through(ctx, run, dict.fromkeys(names, along))
 
@@ -133,9 +117,9 @@ def _let_through(ctx, run, weights):
     """What is normalized together goes through, or stays, as the caller of all this wants it."""
     if getattr(ctx.operation, "activity_regularizer", None) is not None:
         return _stays(ctx)
-    if not ctx.normalize(ctx.inputs[0].labels):
+    if not ctx.record_normalization(ctx.inputs[0].labels):
         return _untouched(ctx)
-    return dataclasses.replace(_per_channel(ctx, weights, work=_NORMALIZE), gated=run)
+    return dataclasses.replace(_per_channel(ctx, weights, work=_NORMALIZE), call_with_gate=run)
 
 
 def _stays(ctx):
@@ -144,7 +128,10 @@ def _stays(ctx):
 
 
 def _untouched(ctx):
-    return Effect(outputs=[ctx.fixed()], work=elements(ctx.fixed(), ctx.inputs[0].shape, _NORMALIZE))
+    return Effect(
+        outputs=[ctx.fixed_labels()],
+        work=elementwise_work(ctx.fixed_labels(), ctx.inputs[0].shape, _NORMALIZE),
+    )
 
 
 def _axes(ctx):
@@ -161,7 +148,7 @@ def _per_channel(ctx, weights, config=None, work=1.0):
         outputs=[labels],
         weights=weights,
         config=config or {},
-        work=elements(labels, ctx.output_shapes[0], work),
+        work=elementwise_work(labels, ctx.output_shapes[0], work),
     )
 
 

@@ -10,7 +10,7 @@ _TOLERANCE = {"float32": 1e-5, "float64": 1e-5}  # relative; other types are les
 _valuewise: dict = {}
 
 
-def is_valuewise(function):
+def is_elementwise_function(function):
     """Whether a function of one tensor looks at one value at a time, as far as random inputs tell."""
     if function not in _valuewise:
         _valuewise[function] = _holds(lambda: _check_values(_on_arrays(function)))

@@ -9,17 +9,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor.rules import elementwise
 from keras_taylor.rules.base import (
     Effect,
     InternalRead,
-    Tensor,
+    LabeledTensor,
     Work,
-    count,
+    count_kept,
     is_elementwise,
-    is_keras_own,
-    replaced,
-    size,
+    is_from_keras,
+    lock_inputs,
+    num_elements,
+    override_attributes,
+    unknown_operation,
 )
 
 CELLS = ("LSTMCell", "GRUCell", "SimpleRNNCell", "ConvLSTMCell")
@@ -42,12 +43,12 @@ def time_distributed(ctx, rule):
     """What `rule`, that of its layer, does to one step."""
     tensor = ctx.inputs[0]
     if len(ctx.inputs) > 1 or tensor.rank < 3 or tensor.channel_axis == 1:
-        return elementwise.locked(ctx)
+        return lock_inputs(ctx)
     steps = math.nan if tensor.shape[1] is None else tensor.shape[1]
     inner = dataclasses.replace(
         ctx,
         operation=ctx.operation.layer,
-        inputs=[Tensor(tensor.labels[:, 0], _without_time(tensor.shape))],
+        inputs=[LabeledTensor(tensor.labels[:, 0], _without_time(tensor.shape))],
         output_shapes=[_without_time(shape) for shape in ctx.output_shapes],
     )
     effect = _of_inner(rule(inner))
@@ -55,7 +56,7 @@ def time_distributed(ctx, rule):
         effect,
         outputs=[labels[:, None] for labels in effect.outputs],
         reads={number: axis + 1 for number, axis in effect.reads.items()},
-        work=tuple(Work(steps * work.factor, work.axes) for work in effect.work),
+        work=tuple(Work(steps * work.factor, work.labels) for work in effect.work),
     )
 
 
@@ -65,7 +66,7 @@ def spectral_normalization(ctx, rule):
     effect = rule(dataclasses.replace(ctx, operation=layer.layer))
     name = "kernel" if hasattr(layer.layer, "kernel") else "embeddings"
     if name not in effect.weights:
-        return elementwise.unknown(ctx)
+        return unknown_operation(ctx)
     inner = _of_inner(effect)
     weights = {**inner.weights, "vector_u": (None, effect.weights[name][-1])}
     return dataclasses.replace(inner, weights=weights)
@@ -73,19 +74,19 @@ def spectral_normalization(ctx, rule):
 
 def _of_inner(effect):
     """The effect of a layer as that of the wrapper around it."""
-    accelerate, gated_call = effect.accelerate, effect.gated
+    accelerate, call_with_gate = effect.accelerate, effect.call_with_gate
     return dataclasses.replace(
         effect,
         weights={f"layer.{name}": axes for name, axes in effect.weights.items()},
         config={f"layer.config.{key}": edit for key, edit in effect.config.items()},
         internal_reads=tuple(InternalRead(each.labels, _inner_gated(each)) for each in effect.internal_reads),
         accelerate=accelerate and (lambda layer: accelerate(layer.layer)),
-        gated=gated_call and (lambda layer, x, gate: gated_call(layer.layer, x, gate)),
+        call_with_gate=call_with_gate and (lambda layer, x, gate: call_with_gate(layer.layer, x, gate)),
     )
 
 
 def _inner_gated(within):
-    return lambda layer, gate: within.gated(layer.layer, gate)
+    return lambda layer, gate: within.apply_gate(layer.layer, gate)
 
 
 def _without_time(shape):
@@ -95,21 +96,21 @@ def _without_time(shape):
 def _recurrent(ctx, layers):
     """Units of these layers, by prefix of their attributes, and rows of their kernels can go."""
     if not all(_is_understood(layer) for layer in layers.values()) or not _is_first(ctx):
-        return elementwise.unknown(ctx)
+        return unknown_operation(ctx)
     tensor = ctx.inputs[0]
     first = getattr(next(iter(layers.values())).cell, "data_format", None) == "channels_first"
     from_end = tensor.rank - 2 if first else 1
-    read = ctx.contracted(0, -from_end)
+    read = ctx.input_labels(0, -from_end)
     made = _made(ctx, layers.values())
     _join_states(ctx, made, from_end)
     past = made.reshape([-1 if k == tensor.rank - 1 - from_end else 1 for k in range(tensor.rank - 1)])
     return Effect(
         outputs=[
-            ctx.placed(np.tile(made, shape[-from_end] // made.size), -from_end, number)
+            ctx.output_labels(np.tile(made, shape[-from_end] // made.size), -from_end, number)
             for number, shape in enumerate(ctx.output_shapes)
         ],
         weights={k: v for prefix, layer in layers.items() for k, v in _weights(prefix, layer, read, made)},
-        config={_CONFIGS[prefix] + _units_key(layer): count(made) for prefix, layer in layers.items()},
+        config={_CONFIGS[prefix] + _units_key(layer): count_kept(made) for prefix, layer in layers.items()},
         reads={0: tensor.rank - from_end},
         internal_reads=(InternalRead(past, lambda layer, gate: gated(_inside(layer, layers), gate)),),
         work=tuple(w for layer in layers.values() for w in _work(ctx, layer, read, made, from_end)),
@@ -124,7 +125,7 @@ def _inside(layer, prefixes):
 def _made(ctx, layers):
     """Labels of the units: the same for both directions."""
     nums = [_num_units(layer) for layer in layers]
-    made = ctx.fresh(nums[0])
+    made = ctx.new_labels(nums[0])
     if len(set(nums)) > 1:
         ctx.lock(made, "the two directions have different numbers of units")
     if any(_mixes(layer.cell) for layer in layers):
@@ -139,21 +140,21 @@ def _num_units(layer):
 def _mixes(cell):
     """Whether a unit may see others in an activation."""
     functions = [cell.activation, getattr(cell, "recurrent_activation", cell.activation)]
-    return not all(is_elementwise(f) and is_keras_own(f) for f in functions)
+    return not all(is_elementwise(f) and is_from_keras(f) for f in functions)
 
 
 def _join_states(ctx, made, from_end):
     """Channels of states that are given are those of the units, whose past they are."""
     given = [s for s in keras.tree.flatten(ctx.argument(1, "initial_state")) if s is not None]
     flat = keras.tree.flatten((ctx.args, ctx.kwargs))
-    numbers = {id(flat[position]): number for number, position in enumerate(ctx.positions)}
+    numbers = {id(flat[position]): number for number, position in enumerate(ctx.input_positions)}
     for state in given:
         number = numbers.pop(id(state), None)
         axis = None if number is None else ctx.inputs[number].rank - from_end
         if number is None or ctx.inputs[number].shape[axis] != made.size:
             ctx.lock(made, "begins with values that are no channels")
         else:
-            ctx.union(ctx.contracted(number, axis), made)
+            ctx.union(ctx.input_labels(number, axis), made)
     for number in numbers.values():
         if number:
             ctx.lock(ctx.inputs[number].labels, "read by a recurrent layer beside its sequence")
@@ -180,13 +181,13 @@ def _units_key(layer):
 def _is_understood(layer):
     cell = getattr(layer, "cell", None)
     types = [type(layer), type(cell)]
-    own = all(map(is_keras_own, types)) and type(cell).__name__ in CELLS
+    own = all(map(is_from_keras, types)) and type(cell).__name__ in CELLS
     return own and cell.built and not layer.stateful and not getattr(cell, "quantization_mode", None)
 
 
 def _is_first(ctx):
     """Whether the sequence is the first of the tensors, and not a list with the states."""
-    return ctx.positions[0] == 0 and not isinstance(ctx.args[0], (list, tuple, dict))
+    return ctx.input_positions[0] == 0 and not isinstance(ctx.args[0], (list, tuple, dict))
 
 
 def _work(ctx, layer, read, made, from_end):
@@ -194,7 +195,7 @@ def _work(ctx, layer, read, made, from_end):
     shape = ctx.output_shapes[0]
     axis = len(shape) - from_end
     steps = ctx.inputs[0].shape[1]
-    positions = size(shape, (axis, 1) if layer.return_sequences else (axis,))
+    positions = num_elements(shape, (axis, 1) if layer.return_sequences else (axis,))
     each = 2.0 * positions * (math.nan if steps is None else steps)
     *window, units, columns = layer.cell.recurrent_kernel.shape
     each *= math.prod(window) * (columns // units)
@@ -216,9 +217,9 @@ def gated(layers, gate):
     with contextlib.ExitStack() as stack:
         for layer in layers:
             step = _STEPS.get(type(layer.cell).__name__, _step)
-            stack.enter_context(replaced(layer.cell, call=step(layer.cell, gate)))
+            stack.enter_context(override_attributes(layer.cell, call=step(layer.cell, gate)))
             if hasattr(layer, "use_cudnn"):
-                stack.enter_context(replaced(layer, use_cudnn=False))
+                stack.enter_context(override_attributes(layer, use_cudnn=False))
         yield
 
 

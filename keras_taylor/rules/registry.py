@@ -12,12 +12,13 @@ from keras_taylor.rules import attention, conv, dense, einsum, elementwise, norm
 from keras_taylor.rules.base import (
     Context,
     Effect,
-    Tensor,
+    LabeledTensor,
     Work,
-    count,
-    elements,
-    is_keras_own,
-    size,
+    count_kept,
+    elementwise_work,
+    is_from_keras,
+    num_elements,
+    unknown_operation,
     weight_of,
 )
 
@@ -89,11 +90,11 @@ LAYERS = _table(
             "AdaptiveMaxPooling3D GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D "
             "GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D "
             "UpSampling1D UpSampling2D UpSampling3D Resizing",
-            norm.spatial,
+            conv.pool_or_resize,
         ),
         (
             "ZeroPadding1D ZeroPadding2D ZeroPadding3D Cropping1D Cropping2D Cropping3D CenterCrop",
-            norm.moved,
+            conv.pad_or_crop,
         ),
     ]
 )
@@ -132,7 +133,7 @@ OPERATIONS = _table(
         ("DotProductAttention", einsum.dot_product_attention),
         ("Repeat", shape.repeat),
         ("Tile", shape.tile),
-        ("Roll Flip Cumsum Cumprod", shape.beside),
+        ("Roll Flip Cumsum Cumprod", shape.along_axis),
         ("Tril Triu", shape.triangle),
         ("Stack", shape.stack),
         ("Unstack", shape.unstack),
@@ -141,19 +142,19 @@ OPERATIONS = _table(
 
 
 def rule_for(operation):
-    """The rule of an operation; `elementwise.unknown` where there is none.
+    """The rule of an operation; `unknown_operation` where there is none.
 
     Only Keras' own classes have rules, and those that were registered: a user's
     subclass may do anything in `call`.
     """
-    own = is_keras_own(type(operation))
+    own = is_from_keras(type(operation))
     table = LAYERS if isinstance(operation, keras.Layer) else OPERATIONS
     altered = getattr(operation, "quantization_mode", None) or getattr(operation, "lora_enabled", False)
     if type(operation) in REGISTERED and not altered:
         return REGISTERED[type(operation)]
     if altered or not own:
-        return elementwise.unknown
-    return table.get(type(operation).__name__, elementwise.unknown)
+        return unknown_operation
+    return table.get(type(operation).__name__, unknown_operation)
 
 
 def apply_rule(space, call, labels, shapes, positions, rule=None):
@@ -175,9 +176,9 @@ def apply_rule(space, call, labels, shapes, positions, rule=None):
         space=space,
         name=call.name,
         operation=call.operation,
-        inputs=[Tensor(labels[i], shapes[i]) for i in call.inputs],
-        positions=positions,
-        arguments=[None if i in positions else x for i, x in enumerate(call.flat)],
+        inputs=[LabeledTensor(labels[i], shapes[i]) for i in call.inputs],
+        input_positions=positions,
+        constants=[None if i in positions else x for i, x in enumerate(call.flat)],
         args=call.args,
         kwargs=call.kwargs,
         output_shapes=[shapes[i] for i in call.outputs],
@@ -256,24 +257,24 @@ def _described(weights, config, axis):
     def rule(ctx):
         tensor = ctx.inputs[0]
         if len(ctx.inputs) > 1 or len(ctx.output_shapes) > 1:
-            return elementwise.unknown(ctx)
+            return unknown_operation(ctx)
         if names <= {"channels", None}:
-            labels = {"channels": tensor.along(axis)}
+            labels = {"channels": tensor.labels_along(axis)}
             outputs, reads = tensor.labels, {}
-            work = elements(outputs, ctx.output_shapes[0])
+            work = elementwise_work(outputs, ctx.output_shapes[0])
         else:
-            labels = {"inputs": ctx.contracted(0, axis)}
-            outputs, reads = ctx.fixed(), {0: axis % tensor.rank}
+            labels = {"inputs": ctx.input_labels(0, axis)}
+            outputs, reads = ctx.fixed_labels(), {0: axis % tensor.rank}
             if "units" in names:
-                labels["units"] = ctx.fresh(ctx.output_shapes[0][axis])
-                outputs = ctx.placed(labels["units"], axis)
+                labels["units"] = ctx.new_labels(ctx.output_shapes[0][axis])
+                outputs = ctx.output_labels(labels["units"], axis)
             work = _products(ctx, weights, labels, axis)
         return Effect(
             outputs=[outputs],
             weights={
                 name: tuple(None if a is None else labels[a] for a in axes) for name, axes in weights.items()
             },
-            config={key: count(labels[what]) for key, what in config.items()},
+            config={key: count_kept(labels[what]) for key, what in config.items()},
             reads=reads,
             work=work,
         )
@@ -285,7 +286,7 @@ def _described(weights, config, axis):
 def _products(ctx, weights, labels, axis):
     """A multiplication and an addition for each value of a kernel, at every place."""
     shape = ctx.output_shapes[0]
-    places = size(shape, (axis % len(shape),))
+    places = num_elements(shape, (axis % len(shape),))
     work = []
     for name, axes in weights.items():
         kernel = weight_of(ctx.operation, name)

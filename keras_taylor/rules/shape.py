@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from keras_taylor.rules.base import Edit, Effect, Tensor, elements
-from keras_taylor.rules.elementwise import locked, merged
+from keras_taylor.rules.base import Edit, Effect, LabeledTensor, elementwise_work, lock_inputs
+from keras_taylor.rules.elementwise import broadcast_labels
 from keras_taylor.rules.labels import FIXED
 
 
@@ -14,16 +14,19 @@ def concatenate(ctx):
     rank = len(ctx.output_shapes[0])
     axis = ctx.operation.axis % rank
     if axis == 0:
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     if all(t.channel_axis != axis for t in ctx.inputs):
-        return Effect(outputs=[merged(ctx, ctx.inputs, rank)])
+        return Effect(outputs=[broadcast_labels(ctx, ctx.inputs, rank)])
     for tensor in ctx.inputs:
         if tensor.channel_axis not in (None, axis):
             ctx.lock(tensor.labels, "beside channels on another axis")
     vector = np.concatenate(
-        [t.along(axis) if t.channel_axis == axis else np.full(t.shape[axis], FIXED) for t in ctx.inputs]
+        [
+            t.labels_along(axis) if t.channel_axis == axis else np.full(t.shape[axis], FIXED)
+            for t in ctx.inputs
+        ]
     )
-    return Effect(outputs=[ctx.placed(vector, axis)])
+    return Effect(outputs=[ctx.output_labels(vector, axis)])
 
 
 def flatten(ctx):
@@ -31,7 +34,7 @@ def flatten(ctx):
     tensor = ctx.inputs[0]
     if ctx.operation.data_format == "channels_first" and tensor.rank > 1:
         axes = (0, *range(2, tensor.rank), 1)
-        tensor = Tensor(np.transpose(tensor.labels, axes), tuple(tensor.shape[k] for k in axes))
+        tensor = LabeledTensor(np.transpose(tensor.labels, axes), tuple(tensor.shape[k] for k in axes))
     return Effect(outputs=[_reshaped(ctx, tensor, ctx.output_shapes[0])])
 
 
@@ -46,13 +49,13 @@ def reshape(ctx):
     """The elements keep their order; where it splits channels, those of one slice become one unit."""
     tensor, shape = ctx.inputs[0], ctx.output_shapes[0]
     if not _keeps_batch(ctx.operation, tensor.shape, shape):
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     labels = _reshaped(ctx, tensor, shape)
-    out = Tensor(labels, shape)
+    out = LabeledTensor(labels, shape)
     axis = out.channel_axis
     config = {}
     if axis is not None:
-        vector = out.along(axis)
+        vector = out.labels_along(axis)
         if hasattr(ctx.operation, "target_shape"):
             config["target_shape"] = _sized(ctx.operation.target_shape, axis - 1, vector)
         elif hasattr(ctx.operation, "newshape"):
@@ -83,7 +86,7 @@ def expand_dims(ctx):
     """New axes of size 1."""
     axes = tuple(np.atleast_1d(ctx.operation.axis) % len(ctx.output_shapes[0]))
     if 0 in axes:
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     return Effect(outputs=[np.expand_dims(ctx.inputs[0].labels, axes)])
 
 
@@ -92,7 +95,7 @@ def squeeze(ctx):
     tensor, axis = ctx.inputs[0], ctx.operation.axis
     axes = [k for k, d in enumerate(tensor.shape) if d == 1] if axis is None else np.atleast_1d(axis)
     if 0 in np.mod(axes, tensor.rank):
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     return Effect(outputs=[np.squeeze(tensor.labels, tuple(axes))])
 
 
@@ -107,9 +110,9 @@ def reduce(ctx):
     axes = range(tensor.rank) if operation.axis is None else np.atleast_1d(operation.axis)
     axes = tuple(int(k) % tensor.rank for k in axes)
     if tensor.channel_axis in axes or 0 in axes:
-        return locked(ctx)
+        return lock_inputs(ctx)
     labels = tensor.labels if operation.keepdims else np.squeeze(tensor.labels, axes)
-    return Effect(outputs=[labels], work=elements(tensor.labels, tensor.shape))
+    return Effect(outputs=[labels], work=elementwise_work(tensor.labels, tensor.shape))
 
 
 def pad(ctx):
@@ -119,15 +122,15 @@ def pad(ctx):
     widths = widths * tensor.rank if len(widths) == 1 else widths
     axis = tensor.channel_axis
     if widths[0] != (0, 0):
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     if axis is None or widths[axis] == (0, 0):
         return Effect(outputs=[tensor.labels])
     if operation.mode != "constant":
-        return locked(ctx)
+        return lock_inputs(ctx)
     before, after = widths[axis]
-    added = ctx.space.fresh(before + after, ctx.name)
+    added = ctx.space.new_labels(before + after, ctx.name)
     left, right = added[:before], added[before:]
-    vector = np.concatenate([left, tensor.along(axis), right])
+    vector = np.concatenate([left, tensor.labels_along(axis), right])
 
     def value(kept_left, kept_right):
         new = [list(w) for w in widths]
@@ -135,7 +138,7 @@ def pad(ctx):
         return new
 
     edit = Edit((left, right), value)
-    return Effect(outputs=[ctx.placed(vector, axis)], config={"pad_width": edit})
+    return Effect(outputs=[ctx.output_labels(vector, axis)], config={"pad_width": edit})
 
 
 def split(ctx):
@@ -144,14 +147,14 @@ def split(ctx):
     axis = operation.axis % tensor.rank
     num = len(ctx.output_shapes)
     if axis == 0:
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     if tensor.channel_axis != axis:
         return Effect(outputs=[tensor.labels] * num)
     stops = np.cumsum([shape[axis] for shape in ctx.output_shapes])
-    vector = tensor.along(axis)
+    vector = tensor.labels_along(axis)
     parts = np.split(vector, stops[:-1])
     edit = Edit((vector,), lambda kept: [int(kept[:stop].sum()) for stop in stops[:-1]])
-    outputs = [ctx.regular(ctx.placed(part, axis, k)) for k, part in enumerate(parts)]
+    outputs = [ctx.merge_to_one_axis(ctx.output_labels(part, axis, k)) for k, part in enumerate(parts)]
     for part, labels in zip(parts, outputs, strict=True):
         if labels.size == 1:
             ctx.lock(part, "stands alone on its axis")
@@ -164,32 +167,32 @@ def get_item(ctx):
     key = ctx.argument(1, "key")
     entries = list(key) if isinstance(key, (tuple, list)) else [key]
     if not all(e is None or e is Ellipsis or isinstance(e, (int, slice)) for e in entries):
-        return locked(ctx)
+        return lock_inputs(ctx)
     if entries[0] not in (slice(None), Ellipsis):
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     axes = _axes_of(entries, tensor.rank)
     labels = tensor.labels[tuple(_on_labels(e, a, tensor) for e, a in zip(entries, axes, strict=True))]
     mine = next((i for i, a in enumerate(axes) if a is not None and a == tensor.channel_axis), None)
     if mine is None:
         return Effect(outputs=[labels])
-    entry, vector = entries[mine], tensor.along(axes[mine])
+    entry, vector = entries[mine], tensor.labels_along(axes[mine])
     if entry == slice(None):
         return Effect(outputs=[labels])
     if not isinstance(entry, slice) or entry.step not in (None, 1):
-        return locked(ctx)
+        return lock_inputs(ctx)
     start, stop, _ = entry.indices(vector.size)
     edit = Edit((vector,), lambda kept: slice(int(kept[:start].sum()), int(kept[:stop].sum())))
-    return Effect(outputs=[ctx.regular(labels)], arguments={_position(ctx, mine): edit})
+    return Effect(outputs=[ctx.merge_to_one_axis(labels)], arguments={_position(ctx, mine): edit})
 
 
-def on_batch(ctx):
+def lock_batch_operation(ctx):
     """What adds, removes or moves examples: a gate must know the example of each row."""
-    return locked(ctx, f"read by an operation on the batch axis ('{ctx.name}')")
+    return lock_inputs(ctx, f"read by an operation on the batch axis ('{ctx.name}')")
 
 
 def _position(ctx, entry):
     """Where an entry of the key stands among the flattened arguments."""
-    first = next(i for i in range(len(ctx.arguments)) if i not in ctx.positions)
+    first = next(i for i in range(len(ctx.constants)) if i not in ctx.input_positions)
     return first + entry
 
 
@@ -218,7 +221,7 @@ def _on_labels(entry, axis, tensor):
 
 def _transposed(ctx, axes):
     if axes[0] != 0:
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     return Effect(outputs=[np.transpose(ctx.inputs[0].labels, axes)])
 
 
@@ -249,7 +252,7 @@ def _reshaped(ctx, tensor, shape):
             labels = np.broadcast_to(tensor.labels.reshape(inner), dims_in).reshape(dims_out)
             whole = [1] * len(shape)
             whole[axes_out[0] : axes_out[-1] + 1] = dims_out
-            return ctx.regular(labels.reshape(whole))
+            return ctx.merge_to_one_axis(labels.reshape(whole))
     ctx.lock(tensor.labels, "reshaped together with an axis of unknown size")
     return np.full((1,) * len(shape), FIXED)
 
@@ -286,15 +289,15 @@ def repeat(ctx):
     """Each channel several times, side by side: the copies are one unit."""
     tensor, operation = ctx.inputs[0], ctx.operation
     if operation.axis is None:
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     axis = operation.axis % tensor.rank
     if axis == 0:
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     if tensor.channel_axis != axis:
         return Effect(outputs=[tensor.labels])
     if np.size(operation.repeats) != 1:
-        return locked(ctx)
-    return Effect(outputs=[ctx.placed(np.repeat(tensor.along(axis), operation.repeats), axis)])
+        return lock_inputs(ctx)
+    return Effect(outputs=[ctx.output_labels(np.repeat(tensor.labels_along(axis), operation.repeats), axis)])
 
 
 def tile(ctx):
@@ -303,20 +306,20 @@ def tile(ctx):
     repeats = [int(n) for n in np.atleast_1d(ctx.operation.repeats)]
     repeats = [1] * (tensor.rank - len(repeats)) + repeats
     if len(repeats) > tensor.rank or repeats[0] != 1:
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     axis = tensor.channel_axis
     if axis is None:
-        return Effect(outputs=[ctx.fixed()])
-    return Effect(outputs=[ctx.placed(np.tile(tensor.along(axis), repeats[axis]), axis)])
+        return Effect(outputs=[ctx.fixed_labels()])
+    return Effect(outputs=[ctx.output_labels(np.tile(tensor.labels_along(axis), repeats[axis]), axis)])
 
 
-def beside(ctx):
+def along_axis(ctx):
     """Acts along axes; channels on another one go through."""
     tensor, axis = ctx.inputs[0], ctx.operation.axis
     axes = () if axis is None else tuple(k % tensor.rank for k in np.atleast_1d(axis))
     if 0 in axes or not axes:
-        return on_batch(ctx)
-    return locked(ctx) if tensor.channel_axis in axes else Effect(outputs=[tensor.labels])
+        return lock_batch_operation(ctx)
+    return lock_inputs(ctx) if tensor.channel_axis in axes else Effect(outputs=[tensor.labels])
 
 
 def triangle(ctx):
@@ -324,15 +327,15 @@ def triangle(ctx):
     tensor = ctx.inputs[0]
     axis = tensor.channel_axis
     mixed = axis is not None and axis >= tensor.rank - 2
-    return locked(ctx) if mixed or tensor.rank < 3 else Effect(outputs=[tensor.labels])
+    return lock_inputs(ctx) if mixed or tensor.rank < 3 else Effect(outputs=[tensor.labels])
 
 
 def stack(ctx):
     """A new axis; channels at the same place meet."""
     axis = ctx.operation.axis % len(ctx.output_shapes[0])
     if axis == 0:
-        return on_batch(ctx)
-    return Effect(outputs=[np.expand_dims(merged(ctx, ctx.inputs, ctx.inputs[0].rank), axis)])
+        return lock_batch_operation(ctx)
+    return Effect(outputs=[np.expand_dims(broadcast_labels(ctx, ctx.inputs, ctx.inputs[0].rank), axis)])
 
 
 def unstack(ctx):
@@ -340,7 +343,7 @@ def unstack(ctx):
     tensor = ctx.inputs[0]
     axis = ctx.operation.axis % tensor.rank
     if axis == 0:
-        return on_batch(ctx)
+        return lock_batch_operation(ctx)
     if tensor.channel_axis == axis:
-        return locked(ctx)
+        return lock_inputs(ctx)
     return Effect(outputs=[np.squeeze(tensor.labels, axis)] * len(ctx.output_shapes))

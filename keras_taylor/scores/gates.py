@@ -196,7 +196,7 @@ class _Plumbing:
         """A context within which what a call reads inside of it is gated."""
         with contextlib.ExitStack() as stack:
             for read, edge in self._within.get(id(call), ()):
-                stack.enter_context(read.gated(self.operations[id(call.operation)], edge.gate(carrier)))
+                stack.enter_context(read.apply_gate(self.operations[id(call.operation)], edge.gate(carrier)))
             yield
 
 
@@ -345,10 +345,10 @@ def _normalized(labeled):
     """For calls that normalize units together: functions of the layer, its input and the carrier."""
     found = {}
     for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
-        units = labeled.units(labeled.labels[call.inputs[0]]) if effect.gated else np.full(1, -1)
+        units = labeled.units(labeled.labels[call.inputs[0]]) if effect.call_with_gate else np.full(1, -1)
         if (units >= 0).any():
             edge = _edge_of(units)
-            found[id(call)] = functools.partial(_run_normalized, effect.gated, edge)
+            found[id(call)] = functools.partial(_run_normalized, effect.call_with_gate, edge)
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from keras_taylor.budget.costs import COSTS, CostModel, check_countable, unit_savings
 from keras_taylor.reading.groups import label_model
 from keras_taylor.reading.tracing import functional_view
-from keras_taylor.rules.base import made_by_kernels, weight_of
+from keras_taylor.rules.base import producing_kernels, weight_of
 from keras_taylor.scores import criteria
 from keras_taylor.scores.fisher import FisherGates, removal_ranks
 from keras_taylor.scores.gates import ROWS, GatedModel
@@ -269,7 +269,7 @@ def _checked(values, group, criterion):
 
 def _filter_norms(labeled):
     """Mean over the layers that make a unit of the L2 norm of its filters, `(num_units,)`."""
-    norms = _per_unit(labeled, lambda _, effect: made_by_kernels(effect), _norms_along)
+    norms = _per_unit(labeled, lambda _, effect: producing_kernels(effect), _norms_along)
     return np.where(np.isnan(norms), 0, norms)  # what only padding makes has no filter
 
 
