@@ -285,7 +285,8 @@ def removals(case, scores):
             continue
         found[name] = []
         for goal in GOALS:
-            plan = keras_taylor.make_plan(case.model, some, goal, rank="score", balance=0)
+            selection = keras_taylor.Selection(rank="score", balance=0)
+            plan = keras_taylor.make_plan(case.model, some, goal, selection=selection)
             small = keras_taylor.prune(case.model, plan)
             repaired = keras_taylor.repair(small, case.model, plan, case.images, num_examples=512)
             found[name] += [accuracy_of(one, *case.test) for one in (small, repaired)]

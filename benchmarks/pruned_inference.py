@@ -37,7 +37,8 @@ ENDINGS = {"litert": ".tflite", "onnx": ".onnx"}
 HEAD = """# What half of the FLOPs is worth in time
 
 `keras.applications.ResNet50` at {size} px, random weights (what is measured does not depend on them), cut
-by `make_plan(goal={{"flops": {goal}}}, round_to={round_to})` with magnitude scores: {params:.2f} of the
+by `make_plan(goal={{"flops": {goal}}}, selection=Selection(round_to={round_to}))` with magnitude
+scores: {params:.2f} of the
 parameters and {flops:.2f} of the FLOPs are left. Keras models run by `predict_on_batch` ("XLA", ".compile":
 with `jit_compile=True`), files made by `export` in their runtimes. Every process has {cores} core(s), and a
 file's runtime as many threads. Original and pruned take turns in one process: {repetitions} repetitions
@@ -58,9 +59,9 @@ def measure(runtime, size, batches, parts, goal, round_to, cores, repetitions):
     keras.utils.set_random_seed(0)
     options = {"weights": None, "input_shape": (size, size, 3), "classifier_activation": None}
     model = keras.applications.ResNet50(**options)
-    plan = keras_taylor.make_plan(
-        model, keras_taylor.score(model, criterion="magnitude"), {"flops": goal}, round_to=round_to
-    )
+    scores = keras_taylor.score(model, criterion="magnitude")
+    selection = keras_taylor.Selection(round_to=round_to)
+    plan = keras_taylor.make_plan(model, scores, {"flops": goal}, selection=selection)
     both = model, keras_taylor.prune(model, plan)
     costs = keras_taylor.analyze(model).costs
     found = {"left": {what: value / costs[what] for what, value in plan.after.items()}, "rows": []}

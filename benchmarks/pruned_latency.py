@@ -19,7 +19,8 @@ FORMATS = {
 
 HEAD = """# What a FLOPs cut is worth
 
-`make_plan(goal={{"flops": {goal}}}, round_to=...)` by magnitude, `prune`, `export`; {size} px; random
+`make_plan(goal={{"flops": {goal}}}, selection=Selection(round_to=...))` by magnitude, `prune`,
+`export`; {size} px; random
 weights: what is measured does not depend on them. Ratios pruned / original; latency: median of one image on
 one thread, all files of a network in turn in one process, in ms before and after. "Off by" is the file's
 ratio less that of the parameters, in points.
@@ -63,7 +64,8 @@ def compared(name, model, goal, steps, repetitions):
     with tempfile.TemporaryDirectory() as folder:
         made += exported(model, name, folder, calibration)
         for step in steps:
-            plan = keras_taylor.make_plan(model, scores, {"flops": goal}, round_to=step)
+            selection = keras_taylor.Selection(round_to=step)
+            plan = keras_taylor.make_plan(model, scores, {"flops": goal}, selection=selection)
             small = keras_taylor.prune(model, plan)
             costs[step] = {what: value / before[what] for what, value in plan.after.items()}
             made += exported(small, f"{name}-{step}", folder, calibration)

@@ -148,7 +148,10 @@ def measured(network, arguments):
             known = {}
             for rank, balance in WAYS:
                 way = {"scope": "layer"} if rank == "layer" else {"rank": rank, "balance": balance}
-                plan = keras_taylor.make_plan(case.model, scores, {what: goal}, exact=case.exact, **way)
+                selection = keras_taylor.Selection(**way)
+                plan = keras_taylor.make_plan(
+                    case.model, scores, {what: goal}, selection=selection, exact=case.exact
+                )
                 key = plan.to_json().partition('"structure"')[0]
                 known[key] = known.get(key) or accuracies(case, plan)
                 narrowest = min(len(layer.kept) / layer.width for layer in plan.layers.values())
@@ -171,7 +174,7 @@ def sums_of_scores(network, arguments):
     import keras_taylor
     from keras_taylor.budget.costs import CostModel
     from keras_taylor.plans.planning import kept_units
-    from keras_taylor.plans.ranking import flat_scores
+    from keras_taylor.plans.ranking import flatten_scores
     from keras_taylor.reading.groups import label_model
 
     case = case_of(network, arguments.fashion)
@@ -181,14 +184,13 @@ def sums_of_scores(network, arguments):
         scores = keras_taylor.score(
             case.model, case.scored, criterion=criterion, exact=case.exact, batch_size=125
         )
-        flat = np.maximum(flat_scores(channels, scores), 0)
+        flat = np.maximum(flatten_scores(channels, scores), 0)
         for goal in SOLVED:
             ceilings = {what: (1 - share) * costs()[what] for what, share in goal.items()}
             lost = []
             for rank in ("score", "cost"):
-                plan = keras_taylor.make_plan(
-                    case.model, scores, goal, rank=rank, balance=0, exact=case.exact
-                )
+                selection = keras_taylor.Selection(rank=rank, balance=0)
+                plan = keras_taylor.make_plan(case.model, scores, goal, selection=selection, exact=case.exact)
                 lost.append(flat[~kept_units(channels, plan)].sum() / flat.sum())
             lost.append(_solved(costs, flat, ceilings) / flat.sum())
             name = " and ".join(f"{what} {share:.0%}" for what, share in goal.items())

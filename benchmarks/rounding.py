@@ -75,7 +75,8 @@ def compared(name, model, arguments):
     with tempfile.TemporaryDirectory() as folder:
         goal = arguments.goal
         for step in sorted(arguments.round_to, reverse=True):  # the coarsest misses the goal by most
-            plan = keras_taylor.make_plan(model, scores, {"flops": goal}, round_to=step)
+            selection = keras_taylor.Selection(round_to=step)
+            plan = keras_taylor.make_plan(model, scores, {"flops": goal}, selection=selection)
             goal = plan.after["flops"]
             left[step] = plan.after["flops"] / plan.before["flops"]
             made += exported(keras_taylor.prune(model, plan), f"{name}-{step}", folder)

@@ -24,7 +24,8 @@ def measure(repetitions):
         if analyze:
             keras_taylor.analyze(model)
         scores = keras_taylor.score(model, criterion="magnitude")
-        small = keras_taylor.prune(model, keras_taylor.make_plan(model, scores, 0.3, scope=scope))
+        selection = keras_taylor.Selection(scope=scope)
+        small = keras_taylor.prune(model, keras_taylor.make_plan(model, scores, 0.3, selection=selection))
         return small.count_params()
 
     def peer(ratio, **how):

@@ -13,6 +13,7 @@ from keras_taylor.loop.metric_limit import MetricLimit
 from keras_taylor.loop.wrapper import PrunableModel
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import make_plan
+from keras_taylor.plans.selection import Selection
 from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.reports.analysis import Analysis, analyze
 from keras_taylor.reports.report import Info
@@ -28,6 +29,7 @@ __all__ = [
     "MetricLimit",
     "Plan",
     "PrunableModel",
+    "Selection",
     "TaylorPruning",
     "UnsupportedModelError",
     "analyze",

@@ -157,7 +157,7 @@ def scores(job):
         result = keras_taylor.score(model, data, criterion=criterion, batch_size=size)
         found.update(with_prefix(criterion, result))
         if criterion == "taylor":
-            plan = keras_taylor.make_plan(model, result, 0.3, round_to=2)
+            plan = keras_taylor.make_plan(model, result, 0.3, selection=keras_taylor.Selection(round_to=2))
     small = keras_taylor.prune(model, plan)
     found["plan"] = np.array(plan.to_json())
     found.update(with_prefix("pruned", values(small)))

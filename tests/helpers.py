@@ -55,7 +55,7 @@ def reachable(model, exact=True):
     channels = label_model(model, exact=exact)
     costs = CostModel(channels)
     removal_order = RemovalOrder(channels, costs, np.zeros(channels.num_units))
-    return 1 - costs(removal_order.least())["params"] / costs()["params"]
+    return 1 - costs(removal_order.smallest_mask())["params"] / costs()["params"]
 
 
 def random_plan(model, seed=0, fraction=0.4, exact=True):

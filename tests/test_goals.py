@@ -245,7 +245,9 @@ def test_choices_reach_every_round(arguments):
     model = small_model()
     _, info = run({"params": 0.5}, model, increment=0.25, **arguments)
     scores = keras_taylor.score(model, criterion="magnitude")
-    plan = keras_taylor.make_plan(model, scores, {"params": 0.5}, **arguments)
+    plan = keras_taylor.make_plan(
+        model, scores, {"params": 0.5}, selection=keras_taylor.Selection(**arguments)
+    )
     assert {n: len(p.kept) for n, p in info.plan.layers.items()} == {
         n: len(p.kept) for n, p in plan.layers.items()
     }

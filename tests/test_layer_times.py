@@ -16,7 +16,7 @@ from keras_taylor.budget.measuring import Measurements
 from keras_taylor.cutting.surgery import rebuild
 from keras_taylor.exports import timing
 from keras_taylor.loop.measured_search import check_reachable, fitting_units
-from keras_taylor.plans.ranking import RemovalOrder
+from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest
 from keras_taylor.reading.groups import label_model
 
 
@@ -269,9 +269,10 @@ def test_a_latency_is_met_by_measuring(clock):
     measurements = Measurements(channels, wanted.measured, cache_dir=clock.folder)
     assert measurements.before == {"latency": 10 * model.count_params()}
     flat = np.random.default_rng(0).random(channels.num_units)
+    request = RemovalRequest(wanted.ceilings(measurements.before), goal)
     arguments = (
-        *(channels, lambda costs: RemovalOrder(channels, costs, flat), wanted.ceilings(measurements.before)),
-        *(measurements, lambda kept: rebuild(channels, kept)[0], goal),
+        *(channels, lambda costs: RemovalOrder(channels, costs, flat), request),
+        *(measurements, lambda kept: rebuild(channels, kept)[0]),
     )
     check_reachable(*arguments)
     kept, found = fitting_units(*arguments)

@@ -16,7 +16,7 @@ from keras_taylor.cutting.surgery import rebuild
 from keras_taylor.exports.artifacts import ExportError
 from keras_taylor.exports.formats import VARIANTS
 from keras_taylor.loop.measured_search import TRIES, check_reachable, fitting_units
-from keras_taylor.plans.ranking import RemovalOrder, flat_scores
+from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest, flatten_scores
 from keras_taylor.reading.groups import label_model
 
 
@@ -152,7 +152,7 @@ def law_of(channels, kept):
     return Invented.law(CostModel(channels)(kept)["params"])
 
 
-def setting(goal, measured=Invented, **limits):
+def setting(goal, measured=Invented):
     """A model, and the arguments of `fitting_units` for a goal."""
     keras.utils.set_random_seed(0)
     x = inputs = keras.Input((8, 8, 3))
@@ -161,7 +161,7 @@ def setting(goal, measured=Invented, **limits):
         x = keras.layers.BatchNormalization()(x)
     model = zoo.classified(inputs, x)
     channels = label_model(model)
-    flat = flat_scores(channels, random_scores(model))
+    flat = flatten_scores(channels, random_scores(model))
     wanted = parse_goal(goal, measurable=True)
     measurements = measured(channels, wanted.measured)
     built = []
@@ -171,10 +171,10 @@ def setting(goal, measured=Invented, **limits):
         return built[-1]
 
     def removal_order_for(costs):
-        return RemovalOrder(channels, costs, flat, **limits)
+        return RemovalOrder(channels, costs, flat)
 
-    ceilings = wanted.ceilings(measurements.costs(channels)())
-    return built, (channels, removal_order_for, ceilings, measurements, build, goal)
+    request = RemovalRequest(wanted.ceilings(measurements.costs(channels)()), goal)
+    return built, (channels, removal_order_for, request, measurements, build)
 
 
 @pytest.mark.parametrize("goal", [{"bytes": 0.3}, {"bytes": 0.6}, {"latency": 0.5}, {"latency": "1 ms"}])
@@ -182,11 +182,11 @@ def test_what_was_measured_holds_and_hardly_more_goes(goal):
     built, arguments = setting(goal)
     check_reachable(*arguments)
     channels, removal_order_for = arguments[:2]
-    ((what, ceiling),) = arguments[2].items()
+    ((what, ceiling),) = arguments[2].ceilings.items()
     kept, found = fitting_units(*arguments)
     assert found == {what: law_of(channels, kept)}
     removal_order = removal_order_for(CostModel(channels))
-    values = [law_of(channels, removal_order.mask(num)) for num in range(channels.num_units)]
+    values = [law_of(channels, removal_order.mask_after(num)) for num in range(channels.num_units)]
     best = max(value for value in values if value <= ceiling)
     aimed = max(value for value in values if value <= {"bytes": 1.0, "latency": 0.97}[what] * ceiling)
     assert min(aimed, {"bytes": 0.99, "latency": 0.93}[what] * ceiling) <= found[what] <= best
@@ -194,7 +194,7 @@ def test_what_was_measured_holds_and_hardly_more_goes(goal):
 
 
 def test_predictions_are_exact_for_the_whole_model():
-    _, (channels, _, _, measurements, _, _) = setting({"bytes": 0.3, "latency": 0.2})
+    _, (channels, _, _, measurements, _) = setting({"bytes": 0.3, "latency": 0.2})
     costs = measurements.costs(channels)
     assert costs() == {**CostModel(channels)(), **measurements.before}
     assert list(measurements.before) == ["bytes", "latency"]
@@ -203,8 +203,10 @@ def test_predictions_are_exact_for_the_whole_model():
 def test_a_counted_part_that_asks_for_more_decides():
     built, arguments = setting({"bytes": 0.1, "params": 0.6})
     kept, found = fitting_units(*arguments)
-    channels, removal_order_for, ceilings = arguments[:3]
-    assert (kept == removal_order_for(CostModel(channels)).until({"params": ceilings["params"]})).all()
+    channels, removal_order_for, request = arguments[:3]
+    ceilings = request.ceilings
+    order = removal_order_for(CostModel(channels))
+    assert (kept == order.largest_mask_within({"params": ceilings["params"]})).all()
     assert found["bytes"] < 0.9 * ceilings["bytes"]
     assert len(built) == 1
 
@@ -240,7 +242,7 @@ def test_a_smallest_model_that_does_not_run_is_no_failure():
     _, arguments = setting({"bytes": 0.3}, Fragile)
     check_reachable(*arguments)
     _, found = fitting_units(*arguments)
-    assert 0.97 * arguments[2]["bytes"] <= found["bytes"] <= arguments[2]["bytes"]
+    assert 0.97 * arguments[2].ceilings["bytes"] <= found["bytes"] <= arguments[2].ceilings["bytes"]
 
 
 class Stubborn(Invented):
@@ -281,5 +283,5 @@ def test_the_file_that_is_exported_is_under_its_goal(tmp_path, goal):
         calibration,
         tolerance=float("inf"),
     )
-    assert artifact.num_bytes == found[what] <= arguments[2][what]
-    assert found[what] > 0.97 * arguments[2][what]
+    assert artifact.num_bytes == found[what] <= arguments[2].ceilings[what]
+    assert found[what] > 0.97 * arguments[2].ceilings[what]

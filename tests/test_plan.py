@@ -89,20 +89,27 @@ def test_all_layers_of_a_group_lose_the_same_channels():
 def test_every_group_keeps_the_floor(floor):
     model = case("residual").model
     scores = {"stem": np.zeros(6), "block0_a": np.full(5, 5.0), "block1_a": np.full(5, 9.0)}
-    plan = keras_taylor.make_plan(model, scores, 0.1, min_channels=floor)
+    plan = keras_taylor.make_plan(model, scores, 0.1, selection=keras_taylor.Selection(min_channels=floor))
     assert min(len(layer.kept) for layer in plan.layers.values()) >= floor
 
 
 @pytest.mark.parametrize("multiple", [2, 4])
 def test_channels_are_kept_in_multiples(multiple):
     model = case("grouped").model
-    plan = keras_taylor.make_plan(model, {"conv2": np.arange(6.0)}, 0.03, round_to=multiple)
+    plan = keras_taylor.make_plan(
+        model, {"conv2": np.arange(6.0)}, 0.03, selection=keras_taylor.Selection(round_to=multiple)
+    )
     assert len(plan.layers["conv2"].kept) % multiple == 0
     assert len(plan.layers["conv2"].kept) < 6
 
 
 def test_a_multiple_that_the_width_is_none_of_never_adds_channels():
-    plan = keras_taylor.make_plan(case("chain").model, random_scores(case("chain").model), 0.2, round_to=4)
+    plan = keras_taylor.make_plan(
+        case("chain").model,
+        random_scores(case("chain").model),
+        0.2,
+        selection=keras_taylor.Selection(round_to=4),
+    )
     assert all(len(layer.kept) % 4 == 0 and len(layer.kept) < layer.width for layer in plan.layers.values())
 
 
@@ -163,7 +170,13 @@ def test_what_blocks_most_is_named_with_the_parameters_that_it_holds():
 
 def test_the_largest_goal_counts_the_floor():
     model = case("chain").model
-    text = message_of(keras_taylor.make_plan, model, random_scores(model), 0.9, min_channels=5)
+    text = message_of(
+        keras_taylor.make_plan,
+        model,
+        random_scores(model),
+        0.9,
+        selection=keras_taylor.Selection(min_channels=5),
+    )
     channels = label_model(model)
     kept = np.zeros(14, bool)
     kept[[0, 1, 2, 3, 4, 6, 7, 8, 9, 10]] = True
@@ -179,8 +192,7 @@ def test_a_model_with_nothing_to_prune_is_refused():
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
 @pytest.mark.parametrize("name", ["round_to", "min_channels"])
 def test_numbers_of_channels_are_whole(name, value):
-    model = case("chain").model
-    assert message_of(keras_taylor.make_plan, model, random_scores(model), 0.3, **{name: value}) == (
+    assert message_of(keras_taylor.Selection, **{name: value}) == (
         f"`{name}` is a number of channels. Expected a whole number from 1 on. Received: {name}={value!r}"
     )
 
@@ -330,3 +342,49 @@ def test_plans_that_do_not_fit_are_refused(layers, message):
 def test_a_plan_keeps_what_it_was_made_of():
     plan = helpers.random_plan(case("chain").model)
     assert set(plan.before) == set(plan.after) == {"params", "flops", "activation_memory"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"round_to": 8},
+            "`round_to` is part of `selection` now: "
+            "keras_taylor.make_plan(..., selection=keras_taylor.Selection(round_to=8))",
+        ),
+        (
+            {
+                "ratios": {"conv1": (0.1, 0.5)},
+                "scope": "layer",
+                "rank": None,
+                "balance": 0,
+                "min_channels": 2,
+            },
+            "`ratios`, `scope`, `rank`, `balance`, `min_channels` are part of `selection` now: "
+            "keras_taylor.make_plan(..., selection=keras_taylor.Selection(ratios={'conv1': (0.1, 0.5)}, "
+            "scope='layer', rank=None, balance=0, min_channels=2))",
+        ),
+        ({"speed": 2}, "make_plan() got an unexpected keyword argument 'speed'"),
+    ],
+)
+def test_arguments_that_moved_into_the_selection_are_refused(arguments, message):
+    model = case("chain").model
+    with pytest.raises(TypeError) as error:
+        keras_taylor.make_plan(model, random_scores(model), 0.2, **arguments)
+    assert str(error.value) == message
+    assert keras_taylor.plans.selection.refuse_old_arguments("compress", {"epochs": 2}, True) is None
+
+
+def test_auto_needs_times():
+    selection = keras_taylor.Selection(round_to="auto")
+    model = case("chain").model
+    text = message_of(keras_taylor.make_plan, model, random_scores(model), 0.2, selection=selection)
+    assert text.endswith("Expected a whole number from 1 on. Received: round_to='auto'")
+
+
+@pytest.mark.parametrize("ratios", [0.5, ["conv1"], "conv1"])
+def test_ratios_are_a_dict(ratios):
+    assert message_of(keras_taylor.Selection, ratios=ratios) == (
+        "`ratios` says how much of single layers leaves. Expected a dict from layer names to fractions. "
+        f"Received: ratios={ratios!r}"
+    )

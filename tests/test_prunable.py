@@ -205,7 +205,8 @@ def test_whatever_the_goals_what_went_stays_gone_and_no_layer_collapses(name, ra
     fresh = Shaken(model, rank=rank, balance=0.5)
     fresh.prune(0.7 * most)
     kept = {name: len(layer.kept) for name, layer in fresh.plan.layers.items()}
-    evenly = keras_taylor.make_plan(model, random_scores(model), 0.7 * most, scope="layer").layers
+    selection = keras_taylor.Selection(scope="layer")
+    evenly = keras_taylor.make_plan(model, random_scores(model), 0.7 * most, selection=selection).layers
     assert all(width >= len(evenly[layer].kept) // 2 for layer, width in kept.items() if layer in evenly)
 
 

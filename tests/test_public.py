@@ -16,6 +16,7 @@ def test_public_names():
         "MetricLimit",
         "Plan",
         "PrunableModel",
+        "Selection",
         "TaylorPruning",
         "UnsupportedModelError",
         "analyze",

@@ -11,10 +11,10 @@ from helpers import case, random_scores
 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.plans import prices
+from keras_taylor.plans import ranking
 from keras_taylor.plans.limits import Limits, ratio_limits
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.plans.ranking import choose_kept
+from keras_taylor.plans.ranking import RemovalRequest, choose_kept
 from keras_taylor.reading.groups import label_model
 
 
@@ -39,7 +39,8 @@ def widths_left(plan, model):
 
 
 def plan_for(model, goal=0.2, scores=None, **choice):
-    return keras_taylor.make_plan(model, random_scores(model) if scores is None else scores, goal, **choice)
+    scores = random_scores(model) if scores is None else scores
+    return keras_taylor.make_plan(model, scores, goal, selection=keras_taylor.Selection(**choice))
 
 
 @pytest.mark.parametrize(("ratio", "left"), [(0.5, 10), (0.0, 20), (0.26, 15), (0.99, 1)])
@@ -173,7 +174,9 @@ def test_rounds_add_up_to_an_even_cut():
         flat = np.concatenate([np.sort(scores[g.name])[: g.num_units] for g in channels.groups])
         ceilings = {"params": (1 - goal) * before}
         costs = CostModel(channels)
-        kept = choose_kept(channels, costs, flat, ceilings, goal, scope="layer", whole=whole)
+        selection = keras_taylor.Selection(scope="layer")
+        request = RemovalRequest(ceilings, goal, selection=selection, original_widths=whole)
+        kept = choose_kept(channels, costs, flat, request)
         model = keras_taylor.prune(model, keras_taylor.plans.planning.plan_of(channels, costs, kept))
         shares = [g.num_units / whole[g.name] for g in label_model(model).groups]
         assert max(shares) - min(shares) <= 1 / 10
@@ -224,7 +227,9 @@ def test_a_tenth_of_a_network_has_all_its_layers_and_trains(build, criterion):
     model.fit(x, y, epochs=5, verbose=0)
     scores = keras_taylor.score(model, (x, y), criterion=criterion)
     plan = keras_taylor.make_plan(model, scores, 0.9)
-    even = widths_left(keras_taylor.make_plan(model, scores, 0.9, scope="layer"), model)
+    even = widths_left(
+        keras_taylor.make_plan(model, scores, 0.9, selection=keras_taylor.Selection(scope="layer")), model
+    )
     assert all(num >= even[name] / 2 for name, num in widths_left(plan, model).items())
     small = keras_taylor.prune(model, plan)
     small.compile(keras.optimizers.Adam(1e-2), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -315,7 +320,7 @@ def test_ranking_by_cost_loses_little_more_than_the_best_choice(goal, seed):
 def test_few_units_stand_for_many_in_the_linear_program(monkeypatch):
     model, goal = stack(9, 12, 7), {"params": 0.5, "flops": 0.5}
     scores = random_scores(model)
-    monkeypatch.setattr(prices, "_MOST_VARIABLES", 7)
+    monkeypatch.setattr(ranking, "_MOST_VARIABLES", 7)
     plan = plan_for(model, goal, scores, rank="cost")
     channels = label_model(model)
     lost = np.concatenate([scores[g.name] for g in channels.groups])[~kept_units(channels, plan)].sum()

@@ -1,15 +1,31 @@
 """Parameters, FLOPs and activation memory at any set of widths."""
 
 import math
+from typing import Protocol
 
 import numpy as np
 
 from keras_taylor.budget.group_costs import GroupCosts
 from keras_taylor.budget.tensor_lifetimes import Lifetimes
 from keras_taylor.rules.base import weight_of
+from keras_taylor.support.types import BoolArray, Costs, IntArray
 
 COSTS = ("params", "flops", "activation_memory")
 _NAMES = {"flops": "FLOPs are", "activation_memory": "Activation memory is"}
+
+
+class CostFunction(Protocol):
+    """The costs of a model with any of its units gone: a `CostModel`, or one that also predicts costs."""
+
+    @property
+    def by_groups(self) -> GroupCosts:
+        """The counted costs as a function of the number of units that each group keeps."""
+
+    def __call__(self, kept: BoolArray | None = None) -> Costs:
+        """Costs with only the units kept whose entry in `kept` `(num_units,)` is true; `None`: all."""
+
+    def counts(self, kept: BoolArray | None = None) -> IntArray:
+        """How many units each group keeps, an int64 array `(num_groups,)`."""
 
 
 class CostModel:
@@ -132,6 +148,13 @@ def unit_savings(labeled, what):
     for group, alone in zip(labeled.groups, costs.each_alone(gone=1), strict=True):
         savings[group.start : group.start + group.num_units] = max(whole - alone[what], 1)
     return savings
+
+
+def known_cost(costs: Costs, cost: str) -> int:
+    """The amount of a cost that is known, because `check_countable` passed."""
+    amount = costs[cost]
+    assert amount is not None, f"{cost} is unknown"
+    return amount
 
 
 def check_countable(costs, what, wanted):

@@ -23,15 +23,21 @@ from keras_taylor.loop.measured_search import check_reachable, draft, fitting_un
 from keras_taylor.loop.metric_limit import MetricLimit, parse_metric_limit
 from keras_taylor.loop.round_scores import RoundScores, default_criterion, share_of_training, trained_examples
 from keras_taylor.loop.validating import Validation
-from keras_taylor.plans.limits import AUTO, Limits, check_round_to, ratio_limits
+from keras_taylor.plans.limits import Limits, check_round_to
 from keras_taylor.plans.planning import kept_units, plan_of
-from keras_taylor.plans.ranking import RemovalOrder, choose_kept, flat_scores, order_removals
+from keras_taylor.plans.ranking import (
+    RemovalOrder,
+    RemovalRequest,
+    choose_kept,
+    flatten_scores,
+    order_removals,
+)
+from keras_taylor.plans.selection import AUTO, Selection
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.groups import label_model, layer_names
 from keras_taylor.reading.tracing import view_to_train
 from keras_taylor.reading.walk import example_inputs
 from keras_taylor.reports.report import Info, Round
-from keras_taylor.scores.criteria import rank_for
 from keras_taylor.scores.scoring import check_compiled, check_labels, draws_labels
 from keras_taylor.support.console import Clock
 from keras_taylor.support.datasets import Feed
@@ -80,15 +86,13 @@ class CompressionRun:
         self._carry = not has_schedule(model.optimizer)
         labeled = label_model(model, self._include, self._exclude, exact)
         self._grouped = labeled.grouped
-        self._round_to = round_to
-        self._limits = Limits(
-            1 if round_to == AUTO else round_to, min_channels, ratio_limits(labeled, ratios)
-        )
-        self._choice = {"scope": scope, "rank": rank or "score", "balance": balance}
+        self._selection = Selection(scope, rank, balance, ratios, round_to, min_channels)
+        first = dataclasses.replace(self._selection, round_to=1 if round_to == AUTO else round_to)
+        self._limits = Limits.from_selection(first, labeled)
         self._whole = {group.name: group.num_units for group in labeled.groups}
         costs = CostModel(labeled)
         self._before = costs()
-        least = self._removal_order_for(labeled)(costs).least()
+        least = self._removal_order_for(labeled)(costs).smallest_mask()
         as_far_as_it_goes = None if max_drop is None else costs(least)
         self._goals = parse_goals(goal, measurable=True, furthest=as_far_as_it_goes)
         for one in self._goals:
@@ -106,7 +110,7 @@ class CompressionRun:
             targets=check_labels(labels) == "data",
         )
         criterion = criterion or default_criterion(labeled, repair, draws_labels(self._feed, labels))
-        self._choice["rank"] = rank or rank_for(criterion)
+        self._selection = self._selection.for_criterion(criterion)
         self._trains = self._fit_kwargs.get("epochs", 1) != 0
         if self._trains:
             check_trainable(self._feed, self._fit_kwargs, distill)
@@ -128,7 +132,7 @@ class CompressionRun:
         )
         if self._goals[-1].measured:  # takes a while, so after all that may be wrong with the call
             self._measure(labeled)
-            self._set_out(labeled, self._removal_order_for(labeled)(costs).least())
+            self._set_out(labeled, self._removal_order_for(labeled)(costs).smallest_mask())
         about = {"goal": self._goals[-1].parts, "criterion": criterion, "round_to": self._limits.round_to}
         self.info = Info.before_a_run(labeled, self._before, exact, **about)
         self._plans, self._inputs = [], None  # of the completed rounds; of repairs
@@ -137,24 +141,24 @@ class CompressionRun:
 
     def _removal_order_for(self, labeled):
         """A function of costs to what may go at all: how many units, whichever they are."""
-        scores, bounds = np.zeros(labeled.num_units), self._limits.bounds(labeled)
-        return lambda costs: RemovalOrder(labeled, costs, scores, self._limits.round_to, bounds=bounds)
+        scores = np.zeros(labeled.num_units)
+        return lambda costs: RemovalOrder(labeled, costs, scores, self._limits)
 
     def _measure(self, labeled):
         """Measures the original and the smallest model; refuses goals out of reach."""
         self._measurements = Measurements(labeled, self._goals[-1].measured, say=self._reporter.say)
         self._before = {**self._before, **self._measurements.before}
-        if self._round_to == AUTO:
+        if self._selection.round_to == AUTO:
             self._limits = dataclasses.replace(self._limits, round_to=self._measurements.best_multiple())
-        ceilings = self._goals[-1].ceilings(self._before)
-        arguments = ceilings, self._measurements, lambda mask: draft(labeled, mask), self._given_goal
+        request = RemovalRequest(self._goals[-1].ceilings(self._before), self._given_goal, self._limits)
+        arguments = request, self._measurements, lambda mask: draft(labeled, mask)
         check_reachable(labeled, self._removal_order_for(labeled), *arguments)
 
     def _set_out(self, labeled, least):
         """Finds the steps to the goals; refuses goals out of reach."""
         last = Step(self._goals[-1].ceilings(self._before), stop=len(self._goals) - 1)
         self._steps = steps(self._goals, self._before, self._increment)
-        if not self._steps and self._limits.bounds(labeled)[0].any():
+        if not self._steps and self._limits.bounds(labeled).least.any():
             self._steps = [last]  # the ratios ask for more than the goals
         self._least = self._costs(labeled)(least)
         self._kept(labeled, np.zeros(labeled.num_units), last)
@@ -225,8 +229,8 @@ class CompressionRun:
             include=self._include,
             exclude=self._exclude,
             exact=self._exact,
-            **{**dataclasses.asdict(self._limits), "round_to": self._round_to},
-            **self._choice,
+            **{**dataclasses.asdict(self._limits), "round_to": self._selection.round_to},
+            **{name: getattr(self._selection, name) for name in ("scope", "rank", "balance")},
             **limit,
             repair=self._repairs,
             distill=self._distill is not False,
@@ -283,7 +287,7 @@ class CompressionRun:
             scores = self._scores(labeled, self._plans, self._reporter.callback(f"{name}: scoring"))
         self._draw_anew(number)  # whatever was made for the scores
         with clock.phase("prune"):
-            flat = flat_scores(labeled, scores)
+            flat = flatten_scores(labeled, scores)
             kept = self._fitting(labeled, flat, step)
             plan = plan_of(labeled, CostModel(labeled), kept, flat)
             total = self.info.plan.compose(plan)
@@ -334,13 +338,14 @@ class CompressionRun:
     def _costs(self, labeled):
         return self._measurements.costs(labeled) if self._measurements else CostModel(labeled)
 
-    def _how(self, step):
-        """How units are chosen on the way to a step, see `ranking.order_removals`."""
-        return {**self._choice, "whole": self._whole, "share": step.share}
+    def _request(self, step):
+        """The `RemovalRequest` of a step."""
+        return RemovalRequest(
+            *(step.ceilings, self._given_goal, self._limits, self._selection, self._whole, step.share)
+        )
 
     def _kept(self, labeled, flat, step):
-        arguments = flat, step.ceilings, self._given_goal, self._limits
-        return choose_kept(labeled, self._costs(labeled), *arguments, **self._how(step))
+        return choose_kept(labeled, self._costs(labeled), flat, self._request(step))
 
     def _fitting(self, labeled, flat, step):
         """The units that stay after a step; where a goal is reached, what is measured holds, too."""
@@ -348,10 +353,9 @@ class CompressionRun:
             return self._kept(labeled, flat, step)
 
         def removal_order_for(costs):
-            arguments = flat, step.ceilings, self._given_goal, self._limits
-            return order_removals(labeled, costs, *arguments, **self._how(step))
+            return order_removals(labeled, costs, flat, self._request(step))
 
-        arguments = step.ceilings, self._measurements, lambda mask: draft(labeled, mask), self._given_goal
+        arguments = self._request(step), self._measurements, lambda mask: draft(labeled, mask)
         return fitting_units(labeled, removal_order_for, *arguments)[0]
 
     def _fine_tune(self, small, origin, callbacks):

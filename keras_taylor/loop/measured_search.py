@@ -1,6 +1,7 @@
 """How many units go until what is measured holds, too."""
 
 import contextlib
+import dataclasses
 
 import keras
 import numpy as np
@@ -15,19 +16,18 @@ _AIM = {"bytes": 1.0, "latency": 0.97}  # part of what may be left that is aimed
 _NEAR = {"bytes": 0.99, "latency": 0.93}  # from here on up no larger model is looked for
 
 
-def fitting_units(labeled, removal_order_for, ceilings, measurements, build, goal):
+def fitting_units(labeled, removal_order_for, request, measurements, build):
     """The largest mask of kept units that is found whose model, built and measured, keeps to all ceilings.
 
     Widths are chosen by predictions, the model is built and measured, the predictions learn from
     it, and so on until what was measured holds and little more would.
 
     Args:
-        channels: `groups.LabeledModel`.
-        removable_for: A function of costs (called like a `CostModel`) to a `ranking.RemovalOrder`.
-        ceilings: A dict: cost -> what may be left, counted and measured ones.
+        labeled: `groups.LabeledModel`.
+        removal_order_for: A function of costs (called like a `CostModel`) to a `ranking.RemovalOrder`.
+        request: The `ranking.RemovalRequest`; its ceilings are of counted costs and of measured ones.
         measurements: `measuring.Measurements`.
         build: A function of a mask of kept units to the model that keeps them.
-        goal: What the user wrote.
 
     Returns:
         The mask, a bool array `(num_units,)`, and what was measured of its model: key -> int.
@@ -35,13 +35,13 @@ def fitting_units(labeled, removal_order_for, ceilings, measurements, build, goa
     Raises:
         ValueError: if there is none, or none was found; it names `goal`, and what was reached.
     """
-    costs = measurements.costs(labeled)
+    costs, ceilings = measurements.costs(labeled), request.ceilings
     spare = dict.fromkeys(ceilings, 1.0)
     tried, best = [], None
     for _ in range(TRIES):
         removal_order = removal_order_for(costs)
-        aims = _aims(ceilings, spare, costs(removal_order.least()))
-        kept = units_to_keep(labeled, costs, removal_order, aims, goal)
+        aims = _aims(ceilings, spare, costs(removal_order.smallest_mask()))
+        kept = units_to_keep(labeled, costs, removal_order, dataclasses.replace(request, ceilings=aims))
         if any(np.array_equal(kept, other) for other in tried):
             break  # nothing larger is left to try
         tried.append(kept)
@@ -54,26 +54,26 @@ def fitting_units(labeled, removal_order_for, ceilings, measurements, build, goa
             if any(found[key] >= _part(_NEAR, key) * ceilings[key] for key in measurements.keys):
                 break
     if best is None:
-        raise _not_found(measurements.keys, found, ceilings, goal)
+        raise _not_found(measurements.keys, found, ceilings, request.goal)
     return best
 
 
-def check_reachable(labeled, removal_order_for, ceilings, measurements, build, goal):
+def check_reachable(labeled, removal_order_for, request, measurements, build):
     """Refuses a goal that no widths keep to: the smallest model is built and measured.
 
     Args:
-        channels, removable_for, ceilings, measurements, build, goal: As in `fitting_units`.
+        labeled, removal_order_for, request, measurements, build: As in `fitting_units`.
 
     Raises:
         ValueError: if it is out of reach; it names `goal`, and how much can go.
     """
     costs = measurements.costs(labeled)
     removal_order = removal_order_for(costs)
-    least = removal_order.least()
+    least = removal_order.smallest_mask()
     if not least.all():
         with contextlib.suppress(ExportError):  # a runtime may not take layers that are that narrow
             measurements.observe(labeled, least, build(least))
-    units_to_keep(labeled, costs, removal_order, ceilings, goal)
+    units_to_keep(labeled, costs, removal_order, request)
 
 
 def draft(labeled, kept):

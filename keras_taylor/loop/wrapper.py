@@ -8,7 +8,8 @@ from keras_taylor.budget.goals import parse_goal
 from keras_taylor.cutting.surgery import cut, rebuild
 from keras_taylor.plans.limits import Limits
 from keras_taylor.plans.planning import plan_of
-from keras_taylor.plans.ranking import RemovalOrder, check_choices, choose_kept, flat_scores
+from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest, choose_kept, flatten_scores
+from keras_taylor.plans.selection import Selection
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reading.groups import label_model, layer_names
 from keras_taylor.reading.tracing import functional_view, own_training
@@ -100,8 +101,8 @@ class PrunableModel(GatedModel):
                 "loss_reduction": loss_reduction,
                 "exact": exact,
             }
-            choice = {"rank": rank or criteria.rank_for(criterion), "balance": balance}
-            self._pruning = _Pruning(labeled, Limits(round_to, min_channels), choice)
+            selection = Selection(rank=rank, balance=balance, round_to=round_to, min_channels=min_channels)
+            self._pruning = _Pruning(labeled, selection.for_criterion(criterion))
             self.network.gates.averaged = loss_reduction != "sum"
             self.built = True
             settings = compile_settings(model)
@@ -214,7 +215,7 @@ class PrunableModel(GatedModel):
         kept = self.mask > 0
         if self.check_goal(goal) == 0:
             return 0
-        left = self._pruning.after(goal, flat_scores(self._pruning.labeled, self.scores), kept)
+        left = self._pruning.after(goal, flatten_scores(self._pruning.labeled, self.scores), kept)
         self.mask = left
         self.statistics = momentum * self.statistics
         return int(kept.sum() - left.sum())
@@ -292,34 +293,32 @@ class PrunableModel(GatedModel):
 class _Pruning:
     """Which units can go next; knows nothing of Keras variables."""
 
-    def __init__(self, labeled, limits, choice):
-        check_choices("global", **choice)
+    def __init__(self, labeled, selection):
         self.labeled, self.costs = labeled, CostModel(labeled)
-        self._limits, self._choice = limits, choice
+        self._limits, self._selection = Limits.from_selection(selection, labeled), selection
 
     def num_left(self, kept):
         """How many more units can go."""
-        least = self._removal_order(np.zeros(kept.size), kept).least()
+        least = self._removal_order(np.zeros(kept.size), kept).smallest_mask()
         return int(kept.sum() - least.sum())
 
     def after(self, goal, flat, kept):
         """The units kept when the goal is met, a bool array `(num_units,)`."""
         if isinstance(goal, (int, np.integer)) and not isinstance(goal, bool):
             _check_number(goal)
-            return self._removal_order(flat, kept).mask(int((~kept).sum()) + goal)
+            return self._removal_order(flat, kept).mask_after(int((~kept).sum()) + goal)
         wanted, before = parse_goal(goal), self.costs()
         wanted.check(before)
         if wanted.is_met(self.costs(kept), before):
             return kept
         closed = self.costs.counts() - self.costs.counts(kept)
-        arguments = _closed_first(flat, kept), wanted.ceilings(before), goal, self._limits
-        return choose_kept(self.labeled, self.costs, *arguments, closed=closed, **self._choice)
+        request = RemovalRequest(
+            *(wanted.ceilings(before), goal, self._limits, self._selection), num_closed=closed
+        )
+        return choose_kept(self.labeled, self.costs, _closed_first(flat, kept), request)
 
     def _removal_order(self, flat, kept):
-        bounds = self._limits.bounds(self.labeled)
-        return RemovalOrder(
-            self.labeled, self.costs, _closed_first(flat, kept), self._limits.round_to, bounds=bounds
-        )
+        return RemovalOrder(self.labeled, self.costs, _closed_first(flat, kept), self._limits)
 
 
 def _closed_first(flat, kept):

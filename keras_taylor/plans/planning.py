@@ -1,78 +1,80 @@
 """Makes plans for a model and its scores, and finds the units that a plan keeps."""
 
+from collections.abc import Mapping
+
+import keras
 import numpy as np
 
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.goals import parse_goal
-from keras_taylor.plans.limits import Limits, ratio_limits
+from keras_taylor.plans.limits import Limits
 from keras_taylor.plans.plan import LayerPlan, Plan
-from keras_taylor.plans.ranking import choose_kept, flat_scores
+from keras_taylor.plans.ranking import RemovalRequest, choose_kept, flatten_scores
+from keras_taylor.plans.selection import Selection, refuse_old_arguments
 from keras_taylor.plans.structure import PlanStructure
 from keras_taylor.reading.groups import label_model, mask_of
-from keras_taylor.scores.criteria import rank_for
+from keras_taylor.support.types import FloatArray, LayerPatterns
 
 
 def make_plan(
-    model,
-    scores,
-    goal=0.3,
+    model: keras.Model,
+    scores: Mapping[str, FloatArray],
+    goal: float | Mapping[str, float | int] = 0.3,
     *,
-    ratios=None,
-    scope="global",
-    rank=None,
-    balance=0.5,
-    round_to=1,
-    min_channels=1,
-    include=None,
-    exclude=(),
-    exact=True,
-):
-    """Chooses the units whose loss costs least for what they save, until the goal is met.
+    selection: Selection | None = None,
+    include: LayerPatterns | None = None,
+    exclude: LayerPatterns = (),
+    exact: bool = True,
+    **old_arguments: object,
+) -> Plan:
+    """Selects the units whose loss matters least for what they save, until a goal is met.
 
     Args:
         model: The model that was scored. It is not changed.
-        scores: What `score` returned: group name -> array `(num_units,)`. Groups
-            that are missing lose nothing.
-        goal: Fraction of the parameters to remove, frozen ones and BatchNorm
-            statistics counted (`model.count_params()`); or a dict of one or more of "params",
-            "flops" (one example's forward pass, a multiply-add counted as two) and
-            "activation_memory" (bytes, see `costs.CostModel`), which must all hold: a float is
-            the fraction to remove, an int what may be left (`{"params": 200_000, "flops": 0.5}`).
-        ratios: What single layers lose: `{"conv3": 0.5, "block.*": (0.1, 0.4)}` removes half of the
-            channels of one layer, and of each layer that a pattern matches a tenth at least
-            and four tenths at most. Layer names, regular expressions that match whole names, or
-            layers. Layers that go together lose what all of their ratios allow. `round_to` and
-            `min_channels` come first. At least these channels go, also where the goal asks for less.
-        scope: "global": the least important units of the whole network. "layer": the least important
-            of each group, the same share of all groups.
-        rank: "score": units with the lowest scores go first. "cost": those with the lowest scores
-            for what they save of the goal's cost; of several costs each counts as much as it is hard to
-            meet. `None`: "cost" for scores by criteria that say what the loss grows by (`taylor`,
-            `log_odds` and their kin, `oracle`), "score" for all others, and for scores of your own.
-        balance: Every group keeps at least this share of what `scope="layer"` would leave it, so that
-            no layer collapses where much goes. It never puts a goal out of reach. 0: no such floor.
-        round_to: Every group keeps a multiple of this many channels.
-        min_channels: Every group keeps at least so many channels.
-        include, exclude, exact: As in `score`. The plan remembers `exact`.
+        scores: The scores that `score` returned: group name -> array `(num_units,)`. Groups without scores
+            lose nothing.
+        goal: Fraction of the parameters to remove, a float above 0 and below 1; frozen ones and BatchNorm
+            statistics count (`model.count_params()`). Or a dict of one or more of "params", "flops" (of
+            one example's forward pass, 2 per multiply-add) and "activation_memory" (bytes, see
+            `keras_taylor.budget.costs.CostModel`), which must all hold: a float is the fraction to
+            remove, an int is how much may be left (`{"params": 200_000, "flops": 0.5}`).
+        selection: A `keras_taylor.Selection`: how the units that leave are selected, and what every layer
+            keeps. `None` (the default) means `Selection()`.
+        include: Layer names, regular expressions that match whole names, or layers: only the channels
+            that these make may leave. `None` (the default): all. As in `score`.
+        exclude: The same: none of the channels that these make leave. As in `score`.
+        exact: Whether channels that are normalized together stay (see `analyze`), `True` by default. As
+            in `score`; the plan remembers it.
+        **old_arguments: Refused: arguments of earlier versions, which are part of `selection` now.
 
     Returns:
-        A `Plan` that removes the goal, or at most one unit (or one rounding step) more, unless
-        `ratios` ask for more.
+        A `Plan` that reaches the goal. It removes at most one unit (or one rounding step) more than
+        needed, unless `ratios` ask for more.
 
     Raises:
-        ValueError: for a goal that is none, or that cannot be reached; the message
-            says how much can be.
+        ValueError: for a value that is no goal, and for a goal that cannot be reached; the message says how
+            much can.
+        TypeError: for other keyword arguments.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y))
+    >>> plan = keras_taylor.make_plan(model, scores, 0.3)
+    >>> plan = keras_taylor.make_plan(model, scores, {"params": 0.3, "flops": 0.4})
+    >>> selection = keras_taylor.Selection(rank="score", min_channels=2)
+    >>> plan = keras_taylor.make_plan(model, scores, 0.3, selection=selection)
+    >>> small = keras_taylor.prune(model, plan)
     """
+    refuse_old_arguments("make_plan", old_arguments)
     wanted = parse_goal(goal)
+    selection = (selection or Selection()).for_criterion(getattr(scores, "criterion", None))
     labeled = label_model(model, include, exclude, exact)
     costs = CostModel(labeled)
     wanted.check(costs())
-    flat = flat_scores(labeled, scores)
-    limits = Limits(round_to, min_channels, ratio_limits(labeled, ratios))
-    rank = rank or rank_for(getattr(scores, "criterion", None))
-    choice = {"scope": scope, "rank": rank, "balance": balance}
-    kept = choose_kept(labeled, costs, flat, wanted.ceilings(costs()), goal, limits, **choice)
-    return plan_of(labeled, costs, kept, flat)
+    unit_scores = flatten_scores(labeled, scores)
+    limits = Limits.from_selection(selection, labeled)
+    request = RemovalRequest(wanted.ceilings(costs()), goal, limits, selection)
+    return plan_of(labeled, costs, choose_kept(labeled, costs, unit_scores, request), unit_scores)
 
 
 def plan_of(labeled, costs, kept, flat=None):

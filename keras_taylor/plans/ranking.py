@@ -1,109 +1,196 @@
-"""Which units go first, and how many until a goal is met."""
+"""In which order units leave, and how many of them until a goal is met."""
+
+import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
+from scipy.optimize import linprog
 
+from keras_taylor.budget.costs import CostFunction, known_cost
 from keras_taylor.budget.feasibility import unreachable
 from keras_taylor.budget.measured_costs import proxy_ceilings
-from keras_taylor.plans.limits import Limits
-from keras_taylor.plans.prices import PricedOrder
+from keras_taylor.plans.limits import Limits, RemovalBounds
+from keras_taylor.plans.selection import Selection
+from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.support.types import BoolArray, FloatArray, IntArray
 
-SCOPES = ("global", "layer")
-RANKS = ("score", "cost")
+_NUM_RECOUNTS = 30  # how often the savings of units are counted again on the way to the goal
+_MOST_VARIABLES = 1000  # of a linear program: beyond, one of several units stands for its neighbors in score
 
 
-def choose_kept(labeled, costs, flat, ceilings, goal, limits=None, **how):
-    """The mask of kept units that a goal, limits and scores lead to.
+@dataclasses.dataclass(frozen=True)
+class RemovalRequest:
+    """What a removal of units has to reach, and what it must respect.
+
+    Attributes:
+        ceilings: Cost -> how much of it may be left.
+        goal: The goal as the user wrote it, for messages.
+        limits: How many units each group must and may lose.
+        selection: Its `scope`, `rank` (`None`: "score") and `balance` count here.
+        original_widths: Group -> number of its units in the original; `None`: the model is the original.
+        share: How much of the way to the last goal is behind after this removal, from 0 to 1; see
+            `Limits.bounds`.
+        num_closed: How many units of each group, those with the lowest scores, are gone in any case: an
+            int64 array `(num_groups,)`; `None`: no unit.
+    """
+
+    ceilings: Mapping[str, float]
+    goal: object
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    original_widths: Mapping[str, int] | None = None
+    share: float = 1.0
+    num_closed: IntArray | None = None
+
+    def bounds(self, labeled: LabeledModel) -> RemovalBounds:
+        """How many units of each group leave, those among them that are gone in any case."""
+        bounds = self.limits.bounds(labeled, self.original_widths, self.share)
+        if self.num_closed is None:
+            return bounds
+        return RemovalBounds(*(np.maximum(bound, self.num_closed) for bound in bounds))
+
+
+class RemovalOrder:
+    """The units of a model in the order in which they leave, and the masks of kept units on the way.
+
+    Within a group the unit with the lowest score leaves first.
 
     Args:
-        channels: `groups.LabeledModel`.
-        costs: Its `CostModel`.
-        flat: Scores, float64 `(num_units,)`; infinite: never.
-        ceilings: A dict: cost -> what may be left.
-        goal: What the user wrote.
-        limits: `limits.Limits`; `None`: none.
-        **how: As in `order_removals`.
+        labeled: The model.
+        costs: Its costs.
+        unit_scores: Float64 `(num_units,)`; units with an infinite score never leave.
+        limits: What holds for every group.
+        bounds: How many units of each group leave; `None`: as the limits say.
+    """
+
+    def __init__(
+        self,
+        labeled: LabeledModel,
+        costs: CostFunction,
+        unit_scores: FloatArray,
+        limits: Limits | None = None,
+        bounds: RemovalBounds | None = None,
+    ) -> None:
+        limits = limits or Limits()
+        least, most = bounds or limits.bounds(labeled)
+        self._costs, self._round_to = costs, limits.round_to
+        self._group_sizes = costs.counts()
+        self._group_of = np.repeat(np.arange(len(self._group_sizes)), self._group_sizes)
+        self._ranked = np.lexsort((unit_scores, self._group_of))  # within each group, the lowest score first
+        starts = np.array([group.start for group in labeled.groups], np.int64)
+        self._place_in_group = np.arange(unit_scores.size) - starts[self._group_of]
+        eligible, forced = np.zeros(unit_scores.size, bool), np.zeros(unit_scores.size, bool)
+        eligible[self._ranked] = self._place_in_group < most[self._group_of]
+        forced[self._ranked] = self._place_in_group < least[self._group_of]
+        eligible &= np.isfinite(unit_scores)
+        order = np.lexsort((unit_scores, ~forced))
+        self._order = order[eligible[order]]
+        self._num_forced = int((forced & eligible).sum())
+
+    def mask_after(self, num: int) -> BoolArray:
+        """The mask of kept units `(num_units,)` after the first `num` units of the order left."""
+        gone = np.bincount(self._group_of[self._order[:num]], minlength=len(self._group_sizes))
+        kept = -(-(self._group_sizes - gone) // self._round_to) * self._round_to
+        gone = self._group_sizes - np.minimum(kept, self._group_sizes)
+        mask = np.ones(self._group_of.size, bool)
+        mask[self._ranked] = self._place_in_group >= gone[self._group_of]
+        return mask
+
+    def smallest_mask(self) -> BoolArray:
+        """The mask of kept units after all units left that may."""
+        return self.mask_after(self._order.size)
+
+    def largest_mask_within(self, ceilings: Mapping[str, float]) -> BoolArray | None:
+        """The first mask on the way whose costs are at most `ceilings`, by bisection; `None` if none is."""
+        low, high = self._num_forced, self._order.size
+        if not self._is_within(high, ceilings):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if self._is_within(middle, ceilings):
+                high = middle
+            else:
+                low = middle + 1
+        return self.mask_after(high)
+
+    def _is_within(self, num: int, ceilings: Mapping[str, float]) -> bool:
+        costs = self._costs(self.mask_after(num))
+        return all(known_cost(costs, cost) <= ceiling for cost, ceiling in ceilings.items())
+
+
+def choose_kept(
+    labeled: LabeledModel, costs: CostFunction, unit_scores: FloatArray, request: RemovalRequest
+) -> BoolArray:
+    """The mask of kept units `(num_units,)` that scores lead to.
+
+    Args:
+        labeled: The model.
+        costs: Its costs.
+        unit_scores: Float64 `(num_units,)`; units with an infinite score never leave.
+        request: What has to be reached.
 
     Raises:
-        ValueError: if the goal is out of reach; it names `goal`, and how much can go.
+        ValueError: if the goal is out of reach; it names the goal, and how much can leave.
     """
-    limits = limits or Limits()
-    removal_order = order_removals(labeled, costs, flat, ceilings, goal, limits, **how)
-    return units_to_keep(labeled, costs, removal_order, ceilings, goal, bool(limits.ratios))
+    order = order_removals(labeled, costs, unit_scores, request)
+    return units_to_keep(labeled, costs, order, request)
 
 
 def order_removals(
-    labeled,
-    costs,
-    flat,
-    ceilings,
-    goal,
-    limits,
-    *,
-    scope="global",
-    rank="score",
-    balance=0.0,
-    whole=None,
-    share=1.0,
-    closed=None,
-):
-    """The `RemovalOrder` units on the way to a goal.
-
-    Args:
-        channels, costs, flat, ceilings, goal, limits: As in `choose_kept`.
-        scope, rank, balance: As in `make_plan`.
-        whole: Group -> how many units it had in the original, where some are gone already.
-        share: How much of the way to the goal is gone after this, see `Limits.bounds`.
-        closed: How many units of each group are gone in any case, those with the lowest scores, an
-            int64 array `(num_groups,)`; `None`: none.
-
-    Raises:
-        ValueError: if the goal is out of reach, for a choice that is none.
-    """
-    check_choices(scope, rank, balance)
-    closed = np.zeros(len(labeled.groups), np.int64) if closed is None else closed
-    least, most = (np.maximum(bound, closed) for bound in limits.bounds(labeled, whole, share))
-    _check_scored(labeled, flat, least)
-    shares = by_share(labeled, flat, whole)
-    evenly = RemovalOrder(labeled, costs, shares, limits.round_to, bounds=(least, most))
-    even = units_to_keep(labeled, costs, evenly, ceilings, goal, bool(limits.ratios))
-    if scope == "layer":
-        return evenly
-    # never more than what an even cut takes, so that the goal stays in reach
-    floors = np.ceil(balance * costs.counts(even)).astype(np.int64)
-    most = np.maximum(np.minimum(most, costs.counts() - floors), closed)
-    least = np.minimum(least, most)
-    if rank == "cost":
-        flat = PricedOrder(costs, flat, proxy_ceilings(ceilings, costs())).order(least, most)
-    return RemovalOrder(labeled, costs, flat, limits.round_to, bounds=(least, most))
+    labeled: LabeledModel, costs: CostFunction, unit_scores: FloatArray, request: RemovalRequest
+) -> RemovalOrder:
+    """The order in which units leave on the way to a goal; arguments and errors as in `choose_kept`."""
+    limits, selection = request.limits, request.selection
+    least, most = request.bounds(labeled)
+    _check_scored(labeled, unit_scores, least)
+    shares = _even_scores(labeled, unit_scores, request.original_widths)
+    even_order = RemovalOrder(labeled, costs, shares, limits, RemovalBounds(least, most))
+    even_mask = units_to_keep(labeled, costs, even_order, request)
+    if selection.scope == "layer":
+        return even_order
+    # no floor is above the even cut, so the goal stays in reach
+    floors = np.ceil(selection.balance * costs.counts(even_mask)).astype(np.int64)
+    num_closed = 0 if request.num_closed is None else request.num_closed
+    most = np.maximum(np.minimum(most, costs.counts() - floors), num_closed)
+    bounds = RemovalBounds(np.minimum(least, most), most)
+    if selection.rank == "cost":
+        ceilings = proxy_ceilings(request.ceilings, costs())
+        unit_scores = _RelaxedKnapsack(costs, unit_scores, ceilings).places(bounds)
+    return RemovalOrder(labeled, costs, unit_scores, limits, bounds)
 
 
-def units_to_keep(labeled, costs, removal_order, ceilings, goal, has_ratios=False):
-    """The largest mask of kept units whose costs are at most `ceilings`.
-
-    Args:
-        channels: `groups.LabeledModel`.
-        costs: Its `CostModel`.
-        removable: Its `RemovalOrder`.
-        ceilings: A dict: cost -> what may be left.
-        goal: What the user wrote.
-        has_ratios: Whether there are ratios, which can be in the way.
+def units_to_keep(
+    labeled: LabeledModel, costs: CostFunction, order: RemovalOrder, request: RemovalRequest
+) -> BoolArray:
+    """The largest mask of kept units `(num_units,)` whose costs are at most the request's ceilings.
 
     Raises:
-        ValueError: if there is none; it names `goal`, and how much can go.
+        ValueError: if there is none; it names the goal, and how much can leave.
     """
-    kept = removal_order.until(ceilings)
+    kept = order.largest_mask_within(request.ceilings)
     if kept is None:
-        raise unreachable(labeled, costs, removal_order.least(), ceilings, goal, has_ratios)
+        raise unreachable(
+            *(labeled, costs, order.smallest_mask()),
+            *(request.ceilings, request.goal, bool(request.limits.ratios)),
+        )
     return kept
 
 
-def flat_scores(labeled, scores):
-    """Scores of all units in one float64 array `(num_units,)`, infinite where there are none."""
-    flat = np.full(labeled.num_units, np.inf)
-    names = {group.name: group for group in labeled.groups}
+def flatten_scores(labeled: LabeledModel, scores: Mapping[str, FloatArray]) -> FloatArray:
+    """The scores of all units in one float64 array `(num_units,)`, infinite for groups without scores.
+
+    Args:
+        labeled: The model.
+        scores: Group -> array `(num_units,)` of the group.
+
+    Raises:
+        ValueError: for groups that the model does not have, arrays of another shape, NaN.
+    """
+    unit_scores = np.full(labeled.num_units, np.inf)
+    groups = {group.name: group for group in labeled.groups}
     for name, values in scores.items():
         values = np.asarray(values, np.float64)
-        group = names.get(name)
+        group = groups.get(name)
         if group is None or values.shape != (group.num_units,) or np.isnan(values).any():
             expected = (
                 "one of its groups that are prunable with these `include`, `exclude` and `exact`"
@@ -114,89 +201,30 @@ def flat_scores(labeled, scores):
                 f"The scores do not fit the model at '{name}'. Expected {expected}. "
                 f"Received: scores[{name!r}] of shape {values.shape}"
             )
-        flat[group.start : group.start + group.num_units] = values
-    return flat
+        unit_scores[group.start : group.start + group.num_units] = values
+    return unit_scores
 
 
-def by_share(labeled, flat, whole=None):
-    """Scores that take the same share of every group: the share of it that is gone with the unit.
+def _even_scores(
+    labeled: LabeledModel, unit_scores: FloatArray, original_widths: Mapping[str, int] | None
+) -> FloatArray:
+    """Scores `(num_units,)` by which every group loses the same share of its original units.
 
-    Args:
-        channels: `groups.LabeledModel`.
-        flat: Scores, float64 `(num_units,)`; within a group the lowest goes first.
-        whole: Group -> how many units it had in the original, where some are gone already.
+    The score of a unit is the share of its group that is gone after it left. Within a group the order stays.
     """
-    shares = np.full(flat.size, np.inf)
+    shares = np.full(unit_scores.size, np.inf)
     for group in labeled.groups:
         part = slice(group.start, group.start + group.num_units)
-        original = (whole or {}).get(group.name, group.num_units)
-        ranks = np.argsort(np.argsort(flat[part], kind="stable"))
+        original = (original_widths or {}).get(group.name, group.num_units)
+        ranks = np.argsort(np.argsort(unit_scores[part], kind="stable"))
         shares[part] = (original - group.num_units + ranks + 1) / original
-    return np.where(np.isfinite(flat), shares, np.inf)
+    return np.where(np.isfinite(unit_scores), shares, np.inf)
 
 
-class RemovalOrder:
-    """Units in the order in which they go, and the masks that this leads to.
-
-    Args:
-        channels: `groups.LabeledModel`.
-        costs: Its `CostModel`.
-        flat: Scores, float64 `(num_units,)`; infinite: never.
-        round_to, min_channels: As in `make_plan`.
-        bounds: How many units go of each group, at least and at most; `None`: as `min_channels` says.
-    """
-
-    def __init__(self, labeled, costs, flat, round_to=1, min_channels=1, bounds=None):
-        least, most = bounds or Limits(round_to, min_channels).bounds(labeled)
-        self._costs, self._round_to = costs, round_to
-        self._sizes = costs.counts()
-        self._starts = np.array([g.start for g in labeled.groups], np.int64)
-        self._group_of = np.repeat(np.arange(len(self._sizes)), self._sizes)
-        self._ranked = np.lexsort((flat, self._group_of))  # within each group, worst first
-        self._within = np.arange(flat.size) - self._starts[self._group_of] if flat.size else np.zeros(0, int)
-        eligible, forced = np.zeros(flat.size, bool), np.zeros(flat.size, bool)
-        eligible[self._ranked] = self._within < most[self._group_of]
-        forced[self._ranked] = self._within < least[self._group_of]
-        eligible &= np.isfinite(flat)
-        order = np.lexsort((flat, ~forced))
-        self._order = order[eligible[order]]
-        self._num_forced = int((forced & eligible).sum())
-
-    def mask(self, num):
-        """Units kept after the first `num` went, a bool array `(num_units,)`."""
-        gone = np.bincount(self._group_of[self._order[:num]], minlength=len(self._sizes))
-        kept = -(-(self._sizes - gone) // self._round_to) * self._round_to
-        gone = self._sizes - np.minimum(kept, self._sizes)
-        mask = np.ones(self._group_of.size, bool)
-        mask[self._ranked] = self._within >= gone[self._group_of]
-        return mask
-
-    def least(self):
-        """The mask with all gone that may go."""
-        return self.mask(self._order.size)
-
-    def until(self, ceilings):
-        """The largest mask whose costs are at most `ceilings`, `None` if there is none."""
-        low, high = self._num_forced, self._order.size
-        if not self._holds(high, ceilings):
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            if self._holds(middle, ceilings):
-                high = middle
-            else:
-                low = middle + 1
-        return self.mask(high)
-
-    def _holds(self, num, ceilings):
-        costs = self._costs(self.mask(num))
-        return all(costs[what] <= ceiling for what, ceiling in ceilings.items())
-
-
-def _check_scored(labeled, flat, least):
+def _check_scored(labeled: LabeledModel, unit_scores: FloatArray, least: IntArray) -> None:
     """Refuses groups that must lose units and have no scores."""
     for group, num in zip(labeled.groups, least, strict=True):
-        if num > np.isfinite(flat[group.start : group.start + group.num_units]).sum():
+        if num > np.isfinite(unit_scores[group.start : group.start + group.num_units]).sum():
             raise ValueError(
                 f"`ratios` ask for {num} of the {group.num_units} channels of '{group.name}', which have no "
                 f"scores. Expected scores of each layer that must lose channels. Received: no scores of "
@@ -204,13 +232,94 @@ def _check_scored(labeled, flat, least):
             )
 
 
-def check_choices(scope, rank, balance):
-    """Refuses what is no `scope`, `rank` or `balance` of `make_plan`."""
-    for name, value, known in (("scope", scope, SCOPES), ("rank", rank, RANKS)):
-        if value not in known:
-            raise ValueError(f"Expected one of {', '.join(map(repr, known))}. Received: {name}={value!r}")
-    if isinstance(balance, bool) or not isinstance(balance, (int, float)) or not 0 <= balance <= 1:
-        raise ValueError(
-            "`balance` is the share of an even cut's channels that every group keeps. Expected a number "
-            f"from 0 to 1. Received: balance={balance!r}"
-        )
+class _RelaxedKnapsack:
+    """The order in which units leave if scores are compared with what each unit saves.
+
+    The relaxed knapsack problem is: minimize the sum of the scores of the units that leave, subject to
+    "at least this much is saved", where a unit may leave in part. Its solution takes units by the ratio
+    of score to savings (Dantzig, Operations Research 5, 1957). With several costs the savings of a unit
+    are a weighted sum over the costs; the weight of a cost is the dual variable of its constraint. The
+    savings of a unit depend on the widths of neighboring layers, so they are counted again on the way.
+
+    Args:
+        costs: The costs of the model.
+        unit_scores: Float64 `(num_units,)`; units with an infinite score never leave.
+        ceilings: Counted cost -> how much of it may be left.
+    """
+
+    def __init__(self, costs: CostFunction, unit_scores: FloatArray, ceilings: Mapping[str, float]) -> None:
+        self._costs, self._unit_scores, self._ceilings = costs.by_groups, unit_scores, ceilings
+        self._group_sizes = costs.counts()
+        self._group_of = np.repeat(np.arange(self._group_sizes.size), self._group_sizes)
+
+    def places(self, bounds: RemovalBounds) -> FloatArray:
+        """The place of each unit in the order, a float64 array `(num_units,)`; infinite: the unit stays."""
+        starts = np.cumsum(self._group_sizes) - self._group_sizes
+        ranked = np.lexsort((self._unit_scores, self._group_of))
+        place_in_group = np.empty(ranked.size, np.int64)
+        place_in_group[ranked] = np.arange(ranked.size) - starts[self._group_of]
+        waiting = np.isfinite(self._unit_scores) & (place_in_group < bounds.most[self._group_of])
+        parts: list[IntArray] = [np.flatnonzero(waiting & (place_in_group < bounds.least[self._group_of]))]
+        waiting[parts[0]] = False
+        counts = self._group_sizes - np.bincount(self._group_of[parts[0]], minlength=self._group_sizes.size)
+        step = {cost: excess / _NUM_RECOUNTS for cost, excess in self._excess(counts).items()}
+        while waiting.any():
+            parts.append(self._next_units(np.flatnonzero(waiting), counts, step))
+            waiting[parts[-1]] = False
+            counts -= np.bincount(self._group_of[parts[-1]], minlength=counts.size)
+        places = np.full(self._unit_scores.size, np.inf)
+        places[np.concatenate(parts)] = np.arange(sum(map(len, parts)))
+        return places
+
+    def _excess(self, counts: IntArray) -> dict[str, float]:
+        """By how much each cost is above its ceiling, for those that are, with so many units left."""
+        now = self._costs(counts)
+        excess = {cost: known_cost(now, cost) - ceiling for cost, ceiling in self._ceilings.items()}
+        return {cost: amount for cost, amount in excess.items() if amount > 0}
+
+    def _next_units(self, units: IntArray, counts: IntArray, step: Mapping[str, float]) -> IntArray:
+        """The units with the lowest ratios that save one step; all units if no cost is above its ceiling."""
+        excess = self._excess(counts)
+        if not excess:
+            return units[np.argsort(self._unit_scores[units], kind="stable")]
+        per_group = np.array([self._costs.slopes(counts, cost) / excess[cost] for cost in excess])
+        savings = per_group[:, self._group_of[units]]
+        scores = self._unit_scores[units]
+        saved = _dual_variables(scores, savings) @ savings
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.where(scores > 0, scores / saved, scores * saved)
+        ratios = np.where(saved > 0, ratios, np.inf)
+        order = np.lexsort((scores, ratios))
+        is_step = [
+            np.cumsum(row[order]) * excess[cost] >= step[cost]
+            for cost, row in zip(excess, savings, strict=True)
+        ]
+        reached = np.any(is_step, axis=0)
+        return units[order[: reached.argmax() + 1]] if reached.any() else units[order]
+
+
+def _dual_variables(scores: FloatArray, savings: FloatArray) -> FloatArray:
+    """How much each cost's savings are worth: the dual variables of the relaxed knapsack's constraints.
+
+    The linear program over the parts p of the units that leave, each from 0 to 1, is: minimize
+    `scores @ p` subject to `savings @ p >= 1`, one row for each cost.
+
+    Args:
+        scores: `(num_units,)`.
+        savings: `(num_costs, num_units)`, as parts of what each cost must still lose.
+
+    Returns:
+        Non-negative weights `(num_costs,)`, at least one of them positive.
+    """
+    even = np.ones(len(savings))
+    scale = np.abs(scores).mean()
+    if len(savings) == 1 or scale == 0:
+        return even
+    stride = -(-scores.size // _MOST_VARIABLES)
+    sample = np.lexsort((scores, *savings))[stride // 2 :: stride]
+    values = np.maximum(scores[sample], 0) / scale
+    solution = linprog(stride * values, -stride * savings[:, sample], -even, bounds=(0, 1), method="highs")
+    if solution.status != 0:  # out of reach by the current savings; they change on the way
+        return even
+    duals = np.maximum(-solution.ineqlin.marginals, 0)
+    return duals if duals.any() else even

@@ -1,8 +1,9 @@
 """Names for the kinds of values that functions pass to each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import keras
 import numpy as np
 import numpy.typing as npt
 
@@ -28,3 +29,6 @@ Masks: TypeAlias = Sequence[BoolArray | None]
 
 # What is counted or measured of a model: "params", "flops", ... -> a number, `None` where it is unknown.
 Costs: TypeAlias = Mapping[str, int | None]
+
+# How users name layers: names, regular expressions that match whole names, or layers; one or several.
+LayerPatterns: TypeAlias = str | keras.Layer | Iterable[str | keras.Layer]
