@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from keras_taylor.support.least_squares import RIDGES, Moments, Regression, _downhill, threads_for
+from keras_taylor.support.least_squares import (
+    RIDGES,
+    Moments,
+    Regression,
+    limit_blas_threads,
+    search_downhill,
+)
 
 
 def problem(num_rows, columns=6, outputs=3, noise=0.0):
@@ -105,9 +111,9 @@ def test_the_best_ridge_is_reached_from_the_first():
         tried.append(value)
         return abs(value - 3)
 
-    assert _downhill((0, 1, 2, 3, 4, 5), error, 1) == 3
+    assert search_downhill((0, 1, 2, 3, 4, 5), error, 1) == 3
     assert 5 not in tried
-    assert _downhill((0, 1, 2, 3, 4, 5), error, 5) == 3
+    assert search_downhill((0, 1, 2, 3, 4, 5), error, 5) == 3
 
 
 def test_threads():
@@ -118,8 +124,8 @@ def test_threads():
         return [library.num_threads for library in openblas.lib_controllers]
 
     before = threads()
-    with threads_for(5000, 500):
+    with limit_blas_threads(5000, 500):
         assert set(threads()) <= {1}
-    with threads_for(100_000, 5000):
+    with limit_blas_threads(100_000, 5000):
         assert threads() == before
     assert threads() == before

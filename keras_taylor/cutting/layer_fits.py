@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_taylor.reading.downstream import Downstream, constant_place, is_linear
 from keras_taylor.reading.linear_views import linear_view, rows_an_example, some_positions
-from keras_taylor.support.least_squares import Regression, threads_for
+from keras_taylor.support.least_squares import Regression, limit_blas_threads
 
 # How often targets are relaxed where a rectifier hides them: twice was no better on held-out images.
 _NUM_EXCUSED = 1
@@ -58,7 +58,7 @@ class LayerFit:
         """
         num_columns = self._view.matrix().shape[1]
         num_positions = rows_an_example(num_columns, num_examples, thorough)
-        with threads_for(num_positions * num_examples, num_columns):
+        with limit_blas_threads(num_positions * num_examples, num_columns):
             if not self._is_understood():
                 return LayerRepair(self._name, reason="its output is not its kernel times its input")
             return self._fitted(num_positions, random, thorough)

@@ -1,143 +1,162 @@
-"""Ridge regression on rows that come in batches, the ridge chosen on held-out ones."""
+"""Ridge regression on rows that come in batches; held-out rows choose the ridge."""
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
+from numpy.typing import DTypeLike
 from scipy.linalg import cho_factor, cho_solve, lu_factor, lu_solve
 from threadpoolctl import ThreadpoolController
 
-# Candidates, relative to the mean of the diagonal of X'X, and which is tried first. Infinity, which leaves
-# the start but for the constant, is always tried: it costs nothing.
+from keras_taylor.support.types import Array, BoolArray, IntArray
+
+# Candidate ridges, relative to the mean of the diagonal of X'X, and the index of the one that is tried
+# first. An infinite ridge changes only the constant. It is always tried, since it costs nothing.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_FIRST = 2
-_ONE_THREAD = 2e9  # multiplications that are done on one processor
+_FIRST_RIDGE = 2
+_MOST_ONE_THREAD = 2e9  # multiplications that one thread does faster than several
+
+Solver: TypeAlias = Callable[[Array], Array]  # multiplies by the inverse of a matrix
+
+
+class AffineMap(NamedTuple):
+    """A change of a regression's matrix `(num_columns, num_outputs)` and its constant `(num_outputs,)`."""
+
+    change: Array
+    constant: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Solution:
-    """What a `Regression` found.
+    """The result of a `Regression`.
 
     Attributes:
-        change: Array `(num_columns, num_outputs)` to add to the start; zeros if nothing is won.
+        change: Array `(num_columns, num_outputs)` to add to the start; zeros if no fit is better than it.
         constant: Array `(num_outputs,)`.
-        ridge: The one that was chosen; `None` if nothing is won.
-        error_before, error_after: Mean squared error a held-out row, of the start and of the solution.
+        ridge: The chosen ridge; `None` if no fit is better than the start.
+        error_before: Mean squared error of the start for a held-out row.
+        error_after: Mean squared error of the solution for a held-out row.
     """
 
-    change: np.ndarray
-    constant: np.ndarray
+    change: Array
+    constant: Array
     ridge: float | None
     error_before: float
     error_after: float
 
 
 class Regression:
-    """Maps rows X to rows Y with least squared error, starting from a given matrix.
+    """Fits a linear map from rows X to rows Y with the least squared error, starting from a given matrix.
 
-    Minimises |Y - X (start + change) - constant|² + ridge · s · |change|², s the mean of the diagonal of
-    X'X: the ridge pulls towards the start, not towards zero.
+    It minimizes |Y - X (start + change) - constant|² + ridge · s · |change|², s the mean of the diagonal of
+    X'X (ridge regression, Hoerl and Kennard 1970, towards the start instead of zero).
 
     Args:
         start: Array `(num_columns, num_outputs)`.
-        constant: Whether there is a constant `(num_outputs,)`.
-        num_rows: How many rows will come. With fewer than columns the rows themselves are kept, and
-            the equations that are solved have one unknown a row; else moments are summed up,
-            so that memory does not grow with the rows.
-        weights: Array `(num_outputs,)`: what a squared error of each output counts; it matters only
-            for the choice of the ridge, and for the errors that are told.
+        constant: Whether to fit a constant `(num_outputs,)`.
+        num_rows: Number of rows that will be added. With fewer rows than columns, the rows are kept and the
+            dual equations are solved, with one unknown for each row. Otherwise moments are summed up, so
+            that memory does not grow with the number of rows.
+        weights: Array `(num_outputs,)` with the weight of each output's squared error. It affects the
+            choice of the ridge and the reported errors only; `None`: ones.
     """
 
-    def __init__(self, start, constant, num_rows, weights=None):
+    def __init__(self, start: Array, constant: bool, num_rows: int, weights: Array | None = None) -> None:
         self._start = np.asarray(start, np.float32)
         self._weights = np.ones(self._start.shape[1]) if weights is None else weights
         self._constant = constant
-        make = _Rows if num_rows < len(self._start) else _Moments
-        self._fit, self._held_out = make(self._start.shape), make(self._start.shape)
+        make: type[_Rows | _TargetMoments] = _Rows if num_rows < len(self._start) else _TargetMoments
+        num_columns, num_outputs = self._start.shape
+        self._fit: _Sums = make(num_columns, num_outputs)
+        self._held_out: _Sums = make(num_columns, num_outputs)
 
-    def add(self, x, y, held_out=False):
-        """Takes rows `x` `(n, num_columns)` and `y` `(n, num_outputs)`; held-out ones judge the ridge."""
+    def add(self, x: Array, y: Array, held_out: bool = False) -> None:
+        """Adds rows `x` `(n, num_columns)` and `y` `(n, num_outputs)`; held-out rows choose the ridge."""
         (self._held_out if held_out else self._fit).add(x, y - x @ self._start)
 
-    def again(self):
-        """The regression of the same rows, fit and held out, on other targets; see `Again`."""
-        return Again(self._all.without_targets(), self._start, self._constant)
+    def repeated(self) -> RepeatedRegression:
+        """The regression of the same rows, held-out ones included, on other targets."""
+        return RepeatedRegression(self._all.without_targets(), self._start, self._constant)
 
     @functools.cached_property
-    def _all(self):
+    def _all(self) -> _Sums:
         return self._fit.joined(self._held_out)
 
-    def solve(self):
-        """The `Solution` with the ridge that is best on the held-out rows, found from all rows."""
-        nothing = np.zeros(self._start.shape), np.zeros(self._start.shape[1])
-        before = self._error(*nothing)
+    def solve(self) -> Solution:
+        """The `Solution` for all rows, with the ridge that is best on the held-out rows."""
+        no_change = AffineMap(np.zeros(self._start.shape), np.zeros(self._start.shape[1]))
+        before = self._error(no_change)
 
         @functools.cache
-        def error(ridge):
-            return self._error(*self._fit.solve(ridge, self._constant, np.float32))
+        def error(ridge: float) -> float:
+            return self._error(self._fit.solve(ridge, self._constant, np.float32))
 
-        # candidates in single precision, which is enough to choose; what is chosen in double
-        best = min(np.inf, _downhill(RIDGES, error, _FIRST), key=error)
+        # single precision is enough to choose a ridge; the chosen one is solved in double precision
+        best = min(np.inf, search_downhill(RIDGES, error, _FIRST_RIDGE), key=error)
         num = max(self._held_out.num, 1)
-        if not error(best) < before:  # not `>=`: a NaN is no gain
-            return Solution(*nothing, None, before / num, before / num)
+        if not error(best) < before:  # not `>=`, since a NaN is no gain
+            return Solution(*no_change, None, before / num, before / num)
         return Solution(*self._all.solve(best, self._constant), best, before / num, error(best) / num)
 
-    def _error(self, change, constant):
-        return float(self._weights @ self._held_out.errors(change, constant))
+    def _error(self, fitted: AffineMap) -> float:
+        return float(self._weights @ self._held_out.errors(fitted))
 
 
 class Elimination:
-    """What the squared error of a regression grows by as blocks of columns leave, one after the other.
+    """The growth of a regression's squared error as blocks of columns are removed one after the other.
 
-    The columns that stay are refitted after each: the block formula of the optimal brain surgeon
+    The remaining columns are refitted after each removal, by the block formula of the optimal brain surgeon
     (Hassibi and Stork, NIPS 1992) on the second moments.
 
     Args:
-        products: Second moments of the columns, ridge included, `(num_columns, num_columns)`.
+        products: Second moments of the columns, with the ridge, `(num_columns, num_columns)`.
         matrix: Array `(num_columns, num_outputs)`.
         blocks: Indices of each block's columns, an int array `(num_blocks, size)`.
-        weights: What a squared error of each output counts.
+        weights: Array `(num_outputs,)` with the weight of each output's squared error.
     """
 
-    def __init__(self, products, matrix, blocks, weights):
+    def __init__(self, products: Array, matrix: Array, blocks: IntArray, weights: Array) -> None:
         self._inverse = np.linalg.inv(products)
         self._matrix = matrix * np.sqrt(weights)
         self._blocks = blocks
         self._scale = max(float((self._matrix * (products @ self._matrix)).sum()), 1e-30)
 
-    def costs(self):
-        """Growth for each block if it went next, relative to the mean square of what the matrix makes."""
+    def costs(self) -> Array:
+        """The growth `(num_blocks,)` if each block were next, relative to the mean square of the outputs."""
         inner = self._inverse[self._blocks[:, :, None], self._blocks[:, None, :]]
         rows = self._matrix[self._blocks]
         return (rows * np.linalg.solve(inner, rows)).sum((1, 2)) / self._scale
 
-    def remove(self, block):
-        """Lets a block go."""
+    def remove(self, block: int) -> None:
+        """Removes a block."""
         columns = self._blocks[block]
         across = self._inverse[:, columns]
         inner = np.linalg.inv(across[columns])
         self._matrix = self._matrix - across @ (inner @ self._matrix[columns])
         self._inverse = self._inverse - across @ inner @ across.T
         self._matrix[columns] = 0
-        # what has gone costs nothing more, and is touched no more
+        # removed columns have no further cost and no further effect
         self._inverse[columns] = self._inverse[:, columns] = 0
         self._inverse[columns, columns] = 1
 
 
-class Again:
-    """A regression on rows that were seen before, the ridge known; what depends on rows alone is kept."""
+class RepeatedRegression:
+    """A regression on known rows with a known ridge. It reuses everything that depends on the rows alone."""
 
-    def __init__(self, sums, start, constant):
+    def __init__(self, sums: _Sums, start: Array, constant: bool) -> None:
         self._sums, self._start, self._constant = sums, start, constant
 
-    def add(self, x, y):
-        """Takes the same rows in the same order, with new targets."""
+    def add(self, x: Array, y: Array) -> None:
+        """Adds new targets of the same rows, in the same order."""
         self._sums.add_targets(x, y - x @ self._start)
 
-    def solve(self, ridge):
-        """`change` and `constant`, as in `Solution`."""
+    def solve(self, ridge: float) -> AffineMap:
+        """The change and the constant, as in `Solution`."""
         return self._sums.solve(ridge, self._constant)
 
 
@@ -145,58 +164,61 @@ class Moments:
     """Means and second moments of rows that come in batches.
 
     Attributes:
-        num: How many rows there were.
-        xx: Sum of the rows' outer products, `(num_columns, num_columns)`.
+        num: Number of rows.
+        xx: Sum of the rows' outer products, float64 `(num_columns, num_columns)`.
     """
 
-    def __init__(self, num_columns):
+    def __init__(self, num_columns: int) -> None:
         self.num, self._x = 0, np.zeros(num_columns)
         self.xx = np.zeros((num_columns, num_columns))
-        self._solver = None
+        self._solver = _LastSolver()
 
     @property
-    def mean(self):
-        """Mean of the rows."""
+    def mean(self) -> Array:
+        """Mean of the rows, `(num_columns,)`."""
         return self._x / max(self.num, 1)
 
-    def add(self, x):
-        """Takes rows `(n, num_columns)`."""
+    def add(self, x: Array) -> None:
+        """Adds rows `(n, num_columns)`."""
         self.num += len(x)
         self.xx += x.T @ x
         self._x += x.sum(0, dtype=np.float64)
 
-    def solve(self, products, ridge, centered, dtype=np.float64):
+    def solve(self, products: Array, ridge: float, centered: bool, dtype: DTypeLike = np.float64) -> Array:
         """The inverse of `products(ridge, centered)` times an array; the last factorization is kept."""
-        if self._solver is None or self._solver[0] != (ridge, centered, dtype):
-            self._solver = None  # let go of it before the next is there
-            solver = _solver(lambda: self.products(ridge, centered).astype(dtype))
-            self._solver = (ridge, centered, dtype), solver
-        return self._solver[1](products.astype(dtype))
+        key = (ridge, centered, dtype)
+        solver = self._solver.get(key, lambda: self.products(ridge, centered).astype(dtype))
+        return solver(products.astype(dtype))
 
-    def joined(self, other):
-        """Those of both sets of rows."""
+    def joined(self, other: Moments) -> Moments:
+        """The moments of both sets of rows."""
         both = Moments(len(self._x))
         both.num, both.xx, both._x = self.num + other.num, self.xx + other.xx, self._x + other._x
         return both
 
-    def elimination(self, matrix, blocks, ridge, centered, weights):
-        """An `Elimination` of blocks of columns; arguments as in `restricted`."""
+    def elimination(
+        self, matrix: Array, blocks: IntArray, ridge: float, centered: bool, weights: Array
+    ) -> Elimination:
+        """An `Elimination` of blocks of columns; arguments as in `Elimination` and `restricted`."""
         return Elimination(self.products(ridge, centered), matrix, blocks, weights)
 
-    def products(self, ridge, centered):
-        """The outer products with the ridge on their diagonal, less those of the mean if `centered`."""
+    def products(self, ridge: float, centered: bool) -> Array:
+        """The sum of outer products, minus that of the mean if `centered`, with the ridge on the diagonal."""
         xx = self.xx - self.num * np.outer(self.mean, self.mean) if centered else self.xx.copy()
         xx.flat[:: len(xx) + 1] += ridge * max(np.trace(xx) / len(xx), 1e-30)
         return xx
 
-    def restricted(self, matrix, columns, ridge, centered):
-        """The matrix, zero outside some columns, that comes nearest to what another makes of the rows.
+    def restricted(self, matrix: Array, columns: BoolArray, ridge: float, centered: bool) -> Array:
+        """The matrix that uses some columns only and whose outputs come closest to those of another one.
 
         Args:
             matrix: Array `(num_columns, num_outputs)` that uses all columns.
-            columns: Bool array `(num_columns,)`.
+            columns: Bool array `(num_columns,)`: the columns to use.
             ridge: As in `Regression`; it pulls towards `matrix`.
             centered: Whether there will be a constant.
+
+        Returns:
+            An array `(num_columns, num_outputs)`, zero in the rows of the other columns.
         """
         xx = self.products(ridge, centered)
         among = xx[np.ix_(columns, columns)]
@@ -206,48 +228,72 @@ class Moments:
         return fitted
 
 
-class _Moments:
-    """Moments of rows and of what they should give, for more rows than columns."""
-
-    def __init__(self, shape, rows=None):
-        columns, outputs = shape
-        self._rows = rows or Moments(columns)
-        self._xr, self._r, self._squares = np.zeros(shape), np.zeros(outputs), np.zeros(outputs)
+class _Sums(Protocol):
+    """What a `Regression` remembers of rows `x` and their residuals `r = y - x @ start`."""
 
     @property
-    def num(self):
+    def num(self) -> int:
+        """Number of rows."""
+
+    def add(self, x: Array, r: Array) -> None:
+        """Adds rows."""
+
+    def add_targets(self, x: Array, r: Array) -> None:
+        """Adds residuals of rows that are known already."""
+
+    def joined(self, other: Self) -> Self:
+        """The sums of both sets of rows."""
+
+    def without_targets(self) -> Self:
+        """The same rows without residuals."""
+
+    def solve(self, ridge: float, constant: bool, dtype: DTypeLike = np.float64) -> AffineMap:
+        """The change of the matrix, and the constant."""
+
+    def errors(self, fitted: AffineMap) -> Array:
+        """The sum of squared errors of each output, `(num_outputs,)`."""
+
+
+class _TargetMoments:
+    """Moments of rows and residuals, for more rows than columns; see `_Sums`."""
+
+    def __init__(self, num_columns: int, num_outputs: int, rows: Moments | None = None) -> None:
+        self._rows = rows or Moments(num_columns)
+        self._xr, self._r = np.zeros((num_columns, num_outputs)), np.zeros(num_outputs)
+        self._squares = np.zeros(num_outputs)
+
+    @property
+    def num(self) -> int:
         return self._rows.num
 
-    def add(self, x, r):
+    def add(self, x: Array, r: Array) -> None:
         self._rows.add(x)
         self.add_targets(x, r)
 
-    def add_targets(self, x, r):
+    def add_targets(self, x: Array, r: Array) -> None:
         self._xr += x.T @ r
         self._r += r.sum(0, dtype=np.float64)
         self._squares += np.square(r, dtype=np.float64).sum(0)
 
-    def joined(self, other):
-        both = _Moments(self._xr.shape, self._rows.joined(other._rows))
+    def joined(self, other: Self) -> Self:
+        both = type(self)(*self._xr.shape, self._rows.joined(other._rows))
         both._xr, both._r = self._xr + other._xr, self._r + other._r
         both._squares = self._squares + other._squares
         return both
 
-    def without_targets(self):
-        return _Moments(self._xr.shape, self._rows)
+    def without_targets(self) -> Self:
+        return type(self)(*self._xr.shape, self._rows)
 
-    def solve(self, ridge, constant, dtype=np.float64):
-        """The change of the matrix, and the constant."""
+    def solve(self, ridge: float, constant: bool, dtype: DTypeLike = np.float64) -> AffineMap:
         level = constant * self._r / max(self.num, 1)
         if np.isinf(ridge):
-            return np.zeros(self._xr.shape), level
+            return AffineMap(np.zeros(self._xr.shape), level)
         centered = self._xr - self.num * np.outer(self._rows.mean, level)
         change = self._rows.solve(centered, ridge, constant, dtype)
-        return change, constant * (level - self._rows.mean @ change)
+        return AffineMap(change, constant * (level - self._rows.mean @ change))
 
-    def errors(self, change, constant):
-        """Sum of squared errors of each output."""
-        rows = self._rows
+    def errors(self, fitted: AffineMap) -> Array:
+        (change, constant), rows = fitted, self._rows
         mixed = (change * (rows.xx @ change)).sum(0) - 2 * (change * self._xr).sum(0)
         shifted = (
             self.num * (np.square(constant) + 2 * constant * (rows.mean @ change)) - 2 * constant * self._r
@@ -256,108 +302,123 @@ class _Moments:
 
 
 class _Rows:
-    """The rows themselves and what they should give, for fewer of them than columns."""
+    """The rows and residuals themselves, for fewer rows than columns; see `_Sums`."""
 
-    def __init__(self, shape, kernel=None):
-        columns, outputs = shape
-        self._x, self._r = [np.zeros((0, columns), np.float32)], [np.zeros((0, outputs), np.float32)]
-        self._kernel = kernel
+    def __init__(self, num_columns: int, num_outputs: int, gram: _GramMatrix | None = None) -> None:
+        self._x = [np.zeros((0, num_columns), np.float32)]
+        self._r = [np.zeros((0, num_outputs), np.float32)]
+        self._gram = gram
 
     @property
-    def num(self):
+    def num(self) -> int:
         return sum(map(len, self._x))
 
-    def add(self, x, r):
+    def add(self, x: Array, r: Array) -> None:
         self._x.append(x)
         self._r.append(r)
 
-    def joined(self, other):
-        both = _Rows((self._x[0].shape[1], self._r[0].shape[1]))
+    def joined(self, other: Self) -> Self:
+        both = type(self)(self._x[0].shape[1], self._r[0].shape[1])
         both._x, both._r = self._x + other._x, self._r + other._r
         return both
 
-    def without_targets(self):
-        fresh = _Rows((self._x[0].shape[1], self._r[0].shape[1]), self._kernel)
+    def without_targets(self) -> Self:
+        fresh = type(self)(self._x[0].shape[1], self._r[0].shape[1], self._gram)
         fresh._x = [x for x in self._x if len(x)]
         return fresh
 
-    def add_targets(self, x, r):
+    def add_targets(self, x: Array, r: Array) -> None:
         self._r.append(r)
 
-    def solve(self, ridge, constant, dtype=np.float64):
+    def solve(self, ridge: float, constant: bool, dtype: DTypeLike = np.float64) -> AffineMap:
         r = np.concatenate(self._r).astype(np.float64)
         level = r.mean(0) if constant else 0 * r[:1].sum(0)
         if np.isinf(ridge) or not len(r):
-            return np.zeros((self._x[0].shape[1], r.shape[1])), level
-        if self._kernel is None:
-            self._kernel = _Kernel(np.concatenate(self._x), constant)
-        change = self._kernel.solve(r - level, ridge, dtype)
-        return change, level - self._kernel.middle @ change
+            return AffineMap(np.zeros((self._x[0].shape[1], r.shape[1])), level)
+        if self._gram is None:
+            self._gram = _GramMatrix(np.concatenate(self._x), constant)
+        change = self._gram.solve(r - level, ridge, dtype)
+        return AffineMap(change, level - self._gram.middle @ change)
 
-    def errors(self, change, constant):
-        change, constant = change.astype(np.float32), constant.astype(np.float32)
-        return sum(np.square(r - x @ change - constant).sum(0) for x, r in zip(self._x, self._r, strict=True))
+    def errors(self, fitted: AffineMap) -> Array:
+        change, constant = (part.astype(np.float32) for part in fitted)
+        squares = [np.square(r - x @ change - constant).sum(0) for x, r in zip(self._x, self._r, strict=True)]
+        return np.sum(squares, 0)
 
 
-class _Kernel:
+class _GramMatrix:
     """Rows, and the products of all pairs of them.
 
     Attributes:
-        middle: The rows' mean if they are centered, else zeros.
+        middle: The rows' mean `(num_columns,)` if they are centered, else zeros.
     """
 
-    def __init__(self, x, centered):
+    def __init__(self, x: Array, centered: bool) -> None:
         self.middle = x.mean(0) if centered else np.zeros(x.shape[1], x.dtype)
         self._x = x - self.middle
         self._products = (self._x @ self._x.T).astype(np.float64)
-        self._solver = None
+        self._solver = _LastSolver()
 
-    def solve(self, r, ridge, dtype):
-        """The change of the matrix that makes `r` of the rows; the last factorization is kept."""
-        if self._solver is None or self._solver[0] != (ridge, dtype):
-            self._solver = None
-            self._solver = (ridge, dtype), _solver(lambda: self._with(ridge).astype(dtype))
-        return self._x.T @ self._solver[1](r.astype(dtype)).astype(self._x.dtype)
+    def solve(self, r: Array, ridge: float, dtype: DTypeLike) -> Array:
+        """The change of the matrix that maps the rows to `r`; the last factorization is kept."""
+        solver = self._solver.get((ridge, dtype), lambda: self._with_ridge(ridge).astype(dtype))
+        return self._x.T @ solver(r.astype(dtype)).astype(self._x.dtype)
 
-    def _with(self, ridge):
+    def _with_ridge(self, ridge: float) -> Array:
         products = self._products.copy()
         mean = np.trace(products) / self._x.shape[1]
         products.flat[:: len(products) + 1] += ridge * max(mean, 1e-30)
         return products
 
 
-@contextlib.contextmanager
-def threads_for(num_rows, num_columns):
-    """Within it NumPy and SciPy multiply small matrices on one thread.
+class _LastSolver:
+    """The last solver that was made, and what it was made for."""
 
-    OpenBLAS' threads go on spinning for some milliseconds when they are done. Between a backend's operations
-    they take the processors away from its threads, which costs more than they won.
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._solver: Solver | None = None
+
+    def get(self, key: tuple[Any, ...], make_matrix: Callable[[], Array]) -> Solver:
+        """The solver for a key; it is made from `make_matrix()` if the key is a new one."""
+        if self._solver is None or self._key != key:
+            self._solver = None  # frees its memory before the next one is made
+            self._key, self._solver = key, _make_solver(make_matrix)
+        return self._solver
+
+
+@contextlib.contextmanager
+def limit_blas_threads(num_rows: int, num_columns: int) -> Iterator[None]:
+    """A context in which NumPy and SciPy multiply small matrices on one thread.
+
+    OpenBLAS' threads keep spinning for some milliseconds after their work. They then take the processors
+    from the backend's threads, which costs more time than they save.
 
     Args:
-        num_rows, num_columns: Of the largest matrix whose second moments are taken.
+        num_rows: Rows of the largest matrix whose second moments are summed up.
+        num_columns: Its columns.
     """
-    limit = 1 if num_rows * num_columns**2 < _ONE_THREAD else None
+    limit = 1 if num_rows * num_columns**2 < _MOST_ONE_THREAD else None
     with _openblas().limit(limits=limit):
         yield
 
 
 @functools.cache
-def _openblas():
+def _openblas() -> ThreadpoolController:
     return ThreadpoolController().select(internal_api="openblas")
 
 
-def _solver(make):
-    """A function that multiplies by the inverse of a symmetric matrix, which `make` makes."""
+def _make_solver(make_matrix: Callable[[], Array]) -> Solver:
+    """A function that multiplies by the inverse of the symmetric matrix which `make_matrix` returns."""
     try:
-        factor = cho_factor(make().T, overwrite_a=True, check_finite=False)
+        factor = cho_factor(make_matrix().T, overwrite_a=True, check_finite=False)
         return functools.partial(cho_solve, factor, check_finite=False)
-    except np.linalg.LinAlgError:  # sums of float32 products, and a ridge too small for their errors
-        factor = lu_factor(make().T, overwrite_a=True, check_finite=False)
+    except np.linalg.LinAlgError:  # the ridge is smaller than the rounding errors of float32 products
+        factor = lu_factor(make_matrix().T, overwrite_a=True, check_finite=False)
         return functools.partial(lu_solve, factor, check_finite=False)
 
 
-def _downhill(values, error, first):
-    """The value with the smallest error that is reached by steps to better neighbors."""
+def search_downhill(values: Sequence[float], error: Callable[[float], float], first: int) -> float:
+    """The value that is found by stepping from the first one to neighbors with a smaller error."""
     at = first
     for step in (-1, 1):
         while 0 <= at + step < len(values) and error(values[at + step]) < error(values[at]):
