@@ -8,8 +8,7 @@ import zoo
 
 import keras_taylor
 from keras_taylor.loop import round_scores
-from keras_taylor.loop.masked_scoring import MaskedScorer
-from keras_taylor.loop.round_scores import share_of_training
+from keras_taylor.loop.round_scores import MaskedScorer, share_of_trained
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import scoring_passes
 from keras_taylor.scores.gates import ROWS, GatedModel
@@ -81,7 +80,7 @@ def test_rounds_compile_anew_only_where_the_model_has_become_much_smaller(monkey
 def test_a_run_takes_the_units_that_it_would_take_without_masks(monkeypatch):
     plans = []
     for at in (0.7, 2.0):  # with 2.0 every round has a scoring model of its own
-        monkeypatch.setattr(round_scores, "_CUT_AT", at)
+        monkeypatch.setattr(round_scores, "_NEW_SCORER_AT", at)
         keras.utils.set_random_seed(0)
         _, info = keras_taylor.compress(
             small_model(), data(), 0.5, increment=0.1, verbose=0, return_info=True, shuffle=False
@@ -95,7 +94,7 @@ def test_a_run_takes_the_units_that_it_would_take_without_masks(monkeypatch):
     [(None, 10_000), (800, 512), (4000, 512), (8000, 1000), (1_000_000, 10_000)],
 )
 def test_scores_take_an_eighth_of_what_is_trained_on(trained, examples):
-    assert share_of_training(trained, 1 / 8, 512, 10_000) == examples
+    assert share_of_trained(trained, 1 / 8, 512, 10_000) == examples
 
 
 @pytest.mark.parametrize(

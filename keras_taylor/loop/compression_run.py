@@ -21,7 +21,13 @@ from keras_taylor.loop.distilling import check_trainable, distiller
 from keras_taylor.loop.fine_tuning import Diverged, fine_tune, fine_tuning_rate, learning_rate_of
 from keras_taylor.loop.measured_search import check_reachable, draft, fitting_units
 from keras_taylor.loop.metric_limit import MetricLimit, parse_metric_limit
-from keras_taylor.loop.round_scores import RoundScores, default_criterion, share_of_training, trained_examples
+from keras_taylor.loop.round_scores import (
+    RoundScorer,
+    count_trained,
+    default_criterion,
+    prepare_score_data,
+    share_of_trained,
+)
 from keras_taylor.loop.validating import Validation
 from keras_taylor.plans.limits import Limits, check_round_to
 from keras_taylor.plans.planning import kept_units, plan_of
@@ -38,7 +44,7 @@ from keras_taylor.reading.groups import label_model, layer_names
 from keras_taylor.reading.tracing import view_to_train
 from keras_taylor.reading.walk import example_inputs
 from keras_taylor.reports.report import Info, Round
-from keras_taylor.scores.scoring import check_compiled, check_labels, draws_labels
+from keras_taylor.scores.scoring import check_compiled, check_labels, draws_labels, needs_data
 from keras_taylor.support.console import Clock
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.optimizers import has_schedule
@@ -126,9 +132,15 @@ class CompressionRun:
         if limit is not None and not isinstance(max_drop, MetricLimit):
             limit = MetricLimit(max_drop, monitor, baseline)
         self._validation, self._watched = Validation(self._fit_kwargs, self._feed.batch_size, limit), None
-        self._scores = RoundScores(
-            *(model, self._read, self._feed, score_ds, criterion, labels, score_examples),
-            *(proxy_cost(next(iter(self._goals[-1].parts))), self._fit_kwargs),
+        self._score_data = prepare_score_data(
+            *(model, self._feed, self._fit_kwargs),
+            score_ds=score_ds, num_examples=score_examples, labels=labels,
+        )  # fmt: skip
+        if not needs_data(criterion, self._score_data.feed):
+            self._score_data = None
+        self._scorer = RoundScorer(
+            *(model, self._read, self._score_data, criterion),
+            *(proxy_cost(next(iter(self._goals[-1].parts))), self._fit_kwargs.get("class_weight")),
         )
         if self._goals[-1].measured:  # takes a while, so after all that may be wrong with the call
             self._measure(labeled)
@@ -234,9 +246,9 @@ class CompressionRun:
             **limit,
             repair=self._repairs,
             distill=self._distill is not False,
-            labels="model" if self._scores.draws else "data",
-            score_examples=self._scores.num_examples,
-            scores_apart=self._scores.apart,
+            labels="model" if self._score_data and self._score_data.draws_labels else "data",
+            score_examples=self._score_data and self._score_data.num_examples,
+            scores_apart=self._score_data is not None and self._score_data.is_separate,
             epochs=self._fit_kwargs.get("epochs", 1),
             batch_size=self._feed.batch_size,
             steps_per_epoch=self._feed.steps_per_epoch,
@@ -284,7 +296,7 @@ class CompressionRun:
         name = f"round {number}/{len(self._steps)}"
         with clock.phase("score"):
             labeled = self._read(model)
-            scores = self._scores(labeled, self._plans, self._reporter.callback(f"{name}: scoring"))
+            scores = self._scorer.score(labeled, self._plans, self._reporter.callback(f"{name}: scoring"))
         self._draw_anew(number)  # whatever was made for the scores
         with clock.phase("prune"):
             flat = flatten_scores(labeled, scores)
@@ -371,7 +383,7 @@ class CompressionRun:
 
     def _repair(self, labeled, kept, small):
         if self._inputs is None:  # taken from the data once
-            num = share_of_training(trained_examples(self._feed, self._fit_kwargs), *_REPAIR)
+            num = share_of_trained(count_trained(self._feed, self._fit_kwargs), *_REPAIR)
             self._inputs = example_inputs(self._feed, graphs.read(self._original), num)
         return refit(labeled, kept, small, self._inputs, thorough=not self._trains)
 
@@ -381,8 +393,8 @@ class CompressionRun:
             self._original,
             self.info,
             num_rounds=len(self._steps),
-            scored=self._scores.num_examples if self._scores.needs_data else None,
-            draws=self._scores.draws,
+            scored=self._score_data and self._score_data.num_examples,
+            draws=self._score_data is not None and self._score_data.draws_labels,
             repairs=self._repairs,
             carries=self._carry,
             rate=self._rate,

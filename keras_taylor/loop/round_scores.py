@@ -1,155 +1,310 @@
-"""Where the scores of each round of `compress` come from."""
+"""Scores the channels in each round of `compress`."""
 
+import dataclasses
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
 
 from keras_taylor.cutting.surgery import cut
-from keras_taylor.loop.masked_scoring import MaskedScorer
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import label_model
+from keras_taylor.reading.groups import LabeledModel, label_model, mask_of
+from keras_taylor.rules.base import weight_of
 from keras_taylor.scores import criteria
+from keras_taylor.scores.gates import GatedModel
 from keras_taylor.scores.log_odds import has_odds
 from keras_taylor.scores.sampling import with_drawn_labels
 from keras_taylor.scores.scoring import (
     check_labels,
     draws_labels,
     gated_for,
-    needs_data,
     score_channels,
     scores_of,
     takes_one_pass,
 )
-from keras_taylor.support.datasets import Feed
+from keras_taylor.scores.scoring_passes import gate_statistics
+from keras_taylor.support.datasets import BATCH_SIZE, Feed
+from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.replicas import from_first_process
+from keras_taylor.support.types import Array, BoolArray, Data, FloatArray, Masks, Tensor
 
-# Examples a pass, unless more are asked for: an eighth of what is trained on in a round, within these.
-_SHARE, _FEWEST, _MOST = 1 / 8, 512, 10_000
+# Examples of a scoring pass, if the user does not say: a share of what a round trains on, within bounds.
+_SCORED_SHARE, _MIN_SCORED, _MAX_SCORED = 1 / 8, 512, 10_000
 # A smaller model is scored through the mask of a larger one until it has less than this share of its FLOPs.
-_CUT_AT = 0.7
+_NEW_SCORER_AT = 0.7
 
 
-def default_criterion(labeled, repaired, draws):
-    """The criterion that leaves most accuracy for one pass, by `benchmarks/results/criteria.md`.
+def default_criterion(labeled: LabeledModel, repairs: bool, draws: bool) -> str:
+    """Returns the criterion that keeps most accuracy with one pass, see `benchmarks/results/criteria.md`.
 
     Args:
-        channels: `groups.LabeledModel` of a compiled model.
-        repaired: Whether cuts are repaired.
-        draws: Whether labels are drawn: what depends on the sign of derivatives is then noise.
+        labeled: The model, compiled.
+        repairs: Whether cuts are repaired.
+        draws: Whether labels are drawn: the sign of derivatives is noise then.
     """
-    return "log_odds" if repaired and not draws and has_odds(labeled) else "taylor"
+    return "log_odds" if repairs and not draws and has_odds(labeled) else "taylor"
 
 
-class RoundScores:
-    """Scores by one criterion from the same data in every round.
+@dataclasses.dataclass(frozen=True)
+class ScoreData:
+    """The data of all scoring passes of a run.
+
+    Attributes:
+        feed: The data, checked.
+        num_examples: Most examples of a pass.
+        is_separate: Whether the user passed data for the scores beside those of the training.
+        draws_labels: Whether labels are drawn from the model's own predictions, again in each round.
+    """
+
+    feed: Feed
+    num_examples: int
+    is_separate: bool = False
+    draws_labels: bool = False
+
+
+def prepare_score_data(
+    model: keras.Model,
+    training: Feed,
+    fit_kwargs: Mapping[str, Any],
+    *,
+    score_ds: Data = None,
+    num_examples: int | None = None,
+    labels: str | None = None,
+) -> ScoreData:
+    """Checks the data of the scores, and chooses how many examples a pass takes.
 
     Args:
         model: The original model.
-        read: A function from a model to its `groups.LabeledModel`.
-        feed: `datasets.Feed` of the training data.
+        training: The data of the training.
+        fit_kwargs: Arguments of `fit`: "epochs" and "validation_split" count here.
         score_ds: Other data for the scores; `None`: those of the training.
-        criterion, labels: As in `compress`.
-        num_examples: Examples a pass; `None`: an eighth of those that a round trains on, at least 512, at
-            most 10,000; of `score_ds`, and without training, all, at most 10,000.
-        cost: What the goal is about, "params" or "flops".
-        fit_kwargs: What `fit` is called with: class weights, epochs and the validation split count here.
+        num_examples: Examples of a pass; `None`: an eighth of those that a round trains on, at least 512
+            and at most 10,000. Of `score_ds`, and without training, all, at most 10,000.
+        labels: As in `compress`.
 
-    Attributes:
-        apart: Whether scores come from other data than the training's.
-        draws: Whether labels are drawn from the model's own predictions.
-        num_examples: Examples a pass, at most.
-        needs_data: Whether the criterion needs any.
+    Raises:
+        ValueError: If the data does not fit the model.
+    """
+    feed, num_trained, split = training, count_trained(training, fit_kwargs), _validation_split(fit_kwargs)
+    if score_ds is not None:
+        feed = Feed(score_ds, model, training.batch_size, targets=check_labels(labels) == "data")
+        num_trained, split = None, 0.0
+    if not num_examples:
+        available = min(_MAX_SCORED, int((feed.num_examples or _MAX_SCORED) * (1 - split)))
+        wanted = share_of_trained(num_trained, _SCORED_SHARE, _MIN_SCORED, available)
+        size = feed.batch_size or BATCH_SIZE  # whole batches: a smaller last one would be compiled apart
+        num_examples = min(-(-wanted // size) * size, available)
+    return ScoreData(feed, num_examples, score_ds is not None, draws_labels(feed, labels))
+
+
+class RoundScorer:
+    """Scores the model of each round by one criterion, from the same data.
+
+    Models that are little smaller than an earlier one are scored through the mask of that one, so that
+    nothing is compiled again.
+
+    Args:
+        model: The original model.
+        read: A function from a model to its `LabeledModel`.
+        data: The data; `None`: the criterion needs none.
+        criterion: As in `compress`, not `None`.
+        cost: The cost that the goal is about, "params" or "flops".
+        class_weight: As in `fit`.
     """
 
-    def __init__(self, model, read, feed, score_ds, criterion, labels, num_examples, cost, fit_kwargs):
+    def __init__(
+        self,
+        model: keras.Model,
+        read: Callable[[keras.Model], LabeledModel],
+        data: ScoreData | None,
+        criterion: str | Callable[..., Any],
+        cost: str = "params",
+        class_weight: Mapping[int, float] | None = None,
+    ) -> None:
         criteria.get(criterion)
-        self._model, self._read = model, read
-        self._criterion, self._cost, self._class_weight = criterion, cost, fit_kwargs.get("class_weight")
-        self.apart = score_ds is not None
-        trained, split = trained_examples(feed, fit_kwargs), fit_kwargs.get("validation_split") or 0
-        if self.apart:
-            feed = Feed(score_ds, model, feed.batch_size, targets=check_labels(labels) == "data")
-            split, trained = 0, None
-        self.needs_data = needs_data(criterion, feed)
-        self._feed = feed if self.needs_data else None
-        self.draws = self.needs_data and draws_labels(feed, labels)
-        available = min(_MOST, int((feed.num_examples or _MOST) * (1 - split)))
-        share = share_of_training(trained, _SHARE, _FEWEST, available)
-        size = feed.batch_size or 32  # whole batches: a smaller last one would be compiled apart
-        self.num_examples = num_examples or min(-(-share // size) * size, available)
-        self._scorer, self._scorer_after = None, None
-        if self.needs_data:
-            feed.check_devices(self.num_examples)
+        self._model, self._read, self._data = model, read, data
+        self._criterion, self._cost, self._class_weight = criterion, cost, class_weight
+        self._num_examples = None if data is None else data.num_examples
+        self._masked: tuple[int, MaskedScorer] | None = None  # after how many plans; the scorer
+        if data is not None:
+            data.feed.check_devices(data.num_examples)
 
-    def __call__(self, labeled, plans, callbacks):
-        """Scores by group; several processes take the first one's.
+    def score(
+        self, labeled: LabeledModel, plans: Sequence[Plan], callbacks: Sequence[keras.callbacks.Callback]
+    ) -> dict[str, Array]:
+        """Returns the scores by group; if there are several processes, those of the first one.
 
         Args:
-            channels: `groups.LabeledModel` of the model as it is.
-            plans: A `Plan` for each round that is done: labels are drawn anew in each.
+            labeled: The model as it is.
+            plans: The plan of each round that is done, which together led to it.
             callbacks: Keras callbacks of the scoring pass.
         """
-        feed = self._feed
-        if self.draws:
-            feed = with_drawn_labels(feed, labeled.graph, self.num_examples, len(plans))
-        totals = None
-        if self.needs_data and takes_one_pass(self._criterion):
-            totals = self._totals(labeled, plans, feed, callbacks)
+        feed, totals = None, None
+        if self._data is not None:
+            feed = self._data.feed
+            if self._data.draws_labels:
+                feed = with_drawn_labels(feed, labeled.graph, self._data.num_examples, len(plans))
+            if takes_one_pass(self._criterion):
+                totals = self._masked_statistics(labeled, plans, feed, callbacks)
         if totals is not None:
             scores = scores_of(labeled, self._criterion, totals)
         else:
-            arguments = self._criterion, self.num_examples, self._class_weight, callbacks, self._cost
+            arguments = self._criterion, self._num_examples, self._class_weight, callbacks, self._cost
             scores = score_channels(labeled, feed, *arguments)
         scores.update({name: from_first_process(values) for name, values in scores.items()})
         return scores
 
-    def _totals(self, labeled, plans, feed, callbacks):
-        """Statistics of one pass through the model of an earlier round, masked; `None` if that cannot be."""
-        base = _last_cut(plans)
-        if self._scorer_after != base:
-            whole = labeled if base == len(plans) else self._channels_after(plans[:base])
-            self._scorer = MaskedScorer(whole, gated_for(whole, self._criterion))
-            self._scorer_after = base
-        arguments = feed, self.num_examples, self._class_weight, callbacks
-        return self._scorer.statistics(labeled, _composed(plans[base:]), *arguments)
+    def _masked_statistics(
+        self,
+        labeled: LabeledModel,
+        plans: Sequence[Plan],
+        feed: Feed,
+        callbacks: Sequence[keras.callbacks.Callback],
+    ) -> FloatArray | None:
+        """Statistics of one pass through the masked model of an earlier round; `None` if it does not fit."""
+        num_plans = _num_plans_of_scorer(plans)
+        if self._masked is None or self._masked[0] != num_plans:
+            base = labeled if num_plans == len(plans) else self._read_after(plans[:num_plans])
+            self._masked = num_plans, MaskedScorer(base, gated_for(base, self._criterion))
+        arguments = feed, self._num_examples, self._class_weight, callbacks
+        return self._masked[1].statistics(labeled, _compose(plans[num_plans:]), *arguments)
 
-    def _channels_after(self, plans):
-        """The original as some plans leave it: its structure, not what was learnt since."""
-        if not plans:
+    def _read_after(self, plans: Sequence[Plan]) -> LabeledModel:
+        """The original after some plans: its structure, without what was trained since."""
+        plan = _compose(plans)
+        if plan is None:
             return self._read(self._model)
-        plan = _composed(plans)
         original = label_model(self._model, exact=plan.exact)
         return self._read(cut(original, kept_units(original, plan), carry=False))
 
 
-def trained_examples(feed, fit_kwargs):
-    """How many examples `fit` trains on, one counted once an epoch; `None`: unknown, or none."""
+class MaskedScorer:
+    """Scores smaller models through one model with gates, which is compiled once.
+
+    A closed gate has the effect of a cut, so the model with gates and the weights of the smaller model
+    has the same outputs and the same derivatives.
+
+    Args:
+        labeled: The model that the smaller ones are cut from.
+        gated: Its model with gates.
+    """
+
+    def __init__(self, labeled: LabeledModel, gated: GatedModel) -> None:
+        self._labeled, self._gated = labeled, gated
+        weights = IdentitySet(gated.weights)
+        seeds = [variable for variable in gated.variables if variable not in weights]
+        self._seeds = [(variable, np.array(ops.convert_to_numpy(variable))) for variable in seeds]
+
+    def statistics(
+        self,
+        small: LabeledModel,
+        plan: Plan | None,
+        feed: Feed,
+        num_examples: int | None = None,
+        class_weight: Mapping[int, float] | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+    ) -> FloatArray | None:
+        """Returns what `gate_statistics` returns for a smaller model.
+
+        Args:
+            small: The smaller model, trained since the cut or not.
+            plan: The plan that led to it; `None`: nothing was cut.
+            feed, num_examples, class_weight, callbacks: As in `gate_statistics`.
+
+        Returns:
+            A float64 array `(num_rows, small.num_units)`; `None` if the units of the smaller model are
+            not exactly those that the plan keeps.
+        """
+        kept = np.ones(self._labeled.num_units, bool)
+        if plan is not None:
+            kept = kept_units(self._labeled, plan)
+        if not self._can_represent(small, kept):
+            return None
+        self._copy_weights(small, kept)
+        for variable, value in self._seeds:  # random numbers of a pass do not depend on earlier passes
+            variable.assign(value)
+        self._gated.mask = kept
+        arguments = self._labeled, feed, num_examples, class_weight, callbacks
+        return gate_statistics(self._gated, *arguments)[:, kept]
+
+    def _can_represent(self, small: LabeledModel, kept: BoolArray) -> bool:
+        """Whether the small model has the same calls, and the groups that the kept units form."""
+        names, small_names = ([call.name for call in one.graph.calls] for one in (self._labeled, small))
+        left = {g.name: int(kept[g.start :][: g.num_units].sum()) for g in self._labeled.groups}
+        return names == small_names and left == {g.name: g.num_units for g in small.groups}
+
+    def _copy_weights(self, small: LabeledModel, kept: BoolArray) -> None:
+        """Puts the small model's weights where the kept units are; weights behind closed gates stay."""
+        done = set()
+        base = self._labeled
+        for call, effect, other in zip(base.graph.calls, base.effects, small.graph.calls, strict=True):
+            if call.operation in done or not isinstance(call.operation, keras.Layer):
+                continue
+            done.add(call.operation)
+            axes = IdentityMap(
+                (weight_of(call.operation, name), labels) for name, labels in effect.weights.items()
+            )
+            copy = self._gated.network.copy_of(call.operation)
+            weights = zip(call.operation.weights, other.operation.weights, copy.weights, strict=True)
+            for weight, source, target in weights:
+                masks = [
+                    None if labels is None else mask_of(base, labels, kept).reshape(-1)
+                    for labels in axes.get(weight, ())
+                ]
+                target.assign(_scatter(source, target, masks))
+
+
+def count_trained(feed: Feed, fit_kwargs: Mapping[str, Any]) -> float | None:
+    """Returns how many examples `fit` trains on, one counted once an epoch; `None`: unknown, or none."""
     epochs = fit_kwargs.get("epochs", 1)
     if not epochs or feed.num_examples is None:
         return None
-    return feed.num_examples * (1 - (fit_kwargs.get("validation_split") or 0)) * epochs
+    return feed.num_examples * (1 - _validation_split(fit_kwargs)) * epochs
 
 
-def share_of_training(trained, share, least, most):
-    """How many examples something beside the training may take, so that it costs a share of it.
+def share_of_trained(num_trained: float | None, share: float, least: int, most: int) -> int:
+    """Returns how many examples a task beside the training may take, so that it costs a share of it.
 
     Args:
-        trained: How many examples are trained on; `None`: unknown, or none.
+        num_trained: How many examples are trained on; `None`: unknown, or none.
         share: The share.
-        least, most: At least and at most so many; `most` where `trained` is unknown.
+        least, most: Bounds; `most` if `num_trained` is unknown.
     """
-    return most if trained is None else min(max(round(trained * share), least), most)
+    return most if num_trained is None else min(max(round(num_trained * share), least), most)
 
 
-def _composed(plans):
+def _validation_split(fit_kwargs: Mapping[str, Any]) -> float:
+    return fit_kwargs.get("validation_split") or 0.0
+
+
+def _compose(plans: Sequence[Plan]) -> Plan | None:
     return functools.reduce(Plan.compose, plans) if plans else None
 
 
-def _last_cut(plans):
-    """After how many plans the model was so much smaller that scoring it by itself pays."""
-    last, whole = 0, None
+def _num_plans_of_scorer(plans: Sequence[Plan]) -> int:
+    """Returns after how many plans the model was so small that scoring it by itself pays."""
+    if not plans:
+        return 0
+    cost = "params" if plans[0].before["flops"] is None else "flops"
+    num_plans, largest = 0, plans[0].before[cost]
     for number, plan in enumerate(plans, 1):
-        what = "params" if plan.after["flops"] is None else "flops"
-        whole = whole or plan.before[what]
-        if plan.after[what] < _CUT_AT * whole:
-            last, whole = number, plan.after[what]
-    return last
+        left = plan.after[cost]
+        if left is not None and largest is not None and left < _NEW_SCORER_AT * largest:
+            num_plans, largest = number, left
+    return num_plans
+
+
+def _scatter(source: Tensor, target: Tensor, masks: Masks) -> Array:
+    """Returns the target's values as a new array, with those of the source where all masks are true."""
+    value = np.array(ops.convert_to_numpy(target))
+    masks = masks or [None] * value.ndim
+    places = [
+        np.arange(n) if mask is None else np.flatnonzero(mask)
+        for n, mask in zip(value.shape, masks, strict=True)
+    ]
+    value[np.ix_(*places)] = ops.convert_to_numpy(source)
+    return value
