@@ -14,7 +14,7 @@ import keras
 from keras import layers
 
 import keras_taylor
-from keras_taylor.cli.loading import load_data
+from keras_taylor.cli.data_files import load_data
 
 CRITERIA = ("magnitude", "log_odds", "fisher")
 GOALS = (0.5, 0.75)

@@ -2,10 +2,12 @@
 
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,9 @@ import pytest
 from test_compress import small_model, stripes
 
 import keras_taylor
-from keras_taylor.cli import commands, loading
+from keras_taylor.cli import commands, data_files, model_files
+from keras_taylor.cli.options import PruningOptions, parse_goal_texts
+from keras_taylor.support.datasets import BATCH_SIZE
 
 
 @pytest.fixture
@@ -86,7 +90,7 @@ def test_several_goals_write_a_model_each(run):
     ]
     assert "What is left at each goal" in pathlib.Path("report.html").read_text()
     os.remove("small.keras")
-    assert "'small-1.keras' is there already" in refused(run, *words[:-2])
+    assert "'small-1.keras' already exists" in refused(run, *words[:-2])
 
 
 def test_a_file_under_its_size_by_words(run):
@@ -169,7 +173,7 @@ def test_distillation_without_repair(run):
     assert code == 0 and one == 0 and "distillation_loss" in json.loads(out)["rounds"][0]["history"]
 
 
-def test_a_killed_run_goes_on(run, monkeypatch):
+def test_a_killed_run_continues(run, monkeypatch):
     real, calls = keras.Model.fit, []
 
     @functools.wraps(real)
@@ -189,7 +193,7 @@ def test_a_killed_run_goes_on(run, monkeypatch):
 
 def test_outputs_are_not_overwritten_without_force(run):
     pathlib.Path("small.keras").write_text("precious")
-    assert "'small.keras' is there already. Pass --force" in refused(run, *COMPRESS)
+    assert "'small.keras' already exists. Pass --force" in refused(run, *COMPRESS)
     assert pathlib.Path("small.keras").read_text() == "precious"
     assert run(*COMPRESS, "--epochs", "0", "--force")[0] == 0
 
@@ -218,7 +222,7 @@ def with_lambda():
 
 def test_files_that_cannot_be_used(run):
     assert "There is no file 'no.keras'" in refused(run, "analyze", "no.keras")
-    assert "is no model file" in refused(run, "analyze", "data.npz")
+    assert "is not a model file" in refused(run, "analyze", "data.npz")
     pathlib.Path("broken.keras").write_bytes(pathlib.Path("model.keras").read_bytes()[:2000])
     assert "'broken.keras' is damaged" in refused(run, "analyze", "broken.keras")
     with_lambda().save("code.keras")
@@ -243,11 +247,11 @@ def test_data_that_cannot_be_used(run):
     pathlib.Path("broken.npz").write_bytes(pathlib.Path("data.npz").read_bytes()[:300])
     assert "'broken.npz' is damaged" in compress("broken.npz")
     os.mkdir("empty")
-    assert "has no folders. Expected one folder of images for each class" in compress("empty")
+    assert "has no directories. Expected one directory of images for each class" in compress("empty")
     os.makedirs("images/cat")
-    assert "has no images in its folders cat" in compress("images")
+    assert "has no images in its directories cat" in compress("images")
     pathlib.Path("images/cat/1.png").write_text("no image")
-    assert "is no image that can be read" in compress("images")
+    assert "is not an image that can be read" in compress("images")
 
 
 def test_arguments_that_cannot_be_used(run):
@@ -260,17 +264,71 @@ def test_arguments_that_cannot_be_used(run):
     )
     assert "whole number of bytes, or a text with a unit" in refused(run, *COMPRESS[:-1], "bytes=small")
     assert "Expected a goal for a 'latency'" in refused(run, *COMPRESS, "--round-to", "auto")
-    assert "--round-to is a whole number from 1 on, or auto" in refused(run, *COMPRESS, "--round-to", "x")
+    assert "--round-to takes a whole number, 1 or larger" in refused(run, *COMPRESS, "--round-to", "x")
     assert "Unknown criterion" in refused(run, *COMPRESS, "--criterion", "best")
     assert "There is no format 'gif'" in refused(run, *COMPRESS, "--export", "gif")
     assert "does not end in '.html'" in refused(run, *COMPRESS, "--report", "report.txt")
     assert "There is no directory 'nowhere'" in refused(run, *COMPRESS, "-o", "nowhere/small.keras")
-    assert "is no number" in refused(run, *COMPRESS, "--mean", "a,b")
+    assert "is neither a number nor a list of numbers" in refused(run, *COMPRESS, "--mean", "a,b")
     assert "pass --data" in refused(run, "export", "model.keras", "-o", "x.tflite", "--format", "litert-int8")
     assert "There is no backend 'theano'" in refused(
         run, "analyze", "model.keras", "--backend", "theano", code=2
     )
     assert run("compress", "model.keras")[0] == 2  # typer's own message: --data is missing
+
+
+def test_defaults_are_those_of_compress():
+    options = inspect.signature(commands.compress_command).parameters
+    given = {name: option.default for name, option in options.items()}
+    arguments = inspect.signature(keras_taylor.compress).parameters
+    shared = given.keys() & arguments.keys()
+    assert shared > {"goal", "increment", "criterion", "exclude", "repair", "max_drop", "learning_rate"}
+    in_python = {name: given[name] for name in shared}
+    in_python["goal"] = parse_goal_texts(given["goal"])["params"]
+    in_python["exclude"] = given["exclude"] or ()
+    in_python["round_to"] = PruningOptions(round_to=given["round_to"]).multiple
+    assert in_python == {name: arguments[name].default for name in shared}
+    assert given["inexact"] is not arguments["exact"].default
+    assert (given["resume"] or None) is arguments["backup_dir"].default
+    fit = inspect.signature(keras.Model.fit).parameters
+    assert given["epochs"] == fit["epochs"].default and given["batch_size"] == BATCH_SIZE
+
+
+def test_defaults_are_those_of_analyze_and_export():
+    for command, verb, adapt in (
+        (commands.analyze_command, keras_taylor.analyze, {"exclude": lambda given: given or ()}),
+        (
+            commands.export_command,
+            keras_taylor.export,
+            {name: lambda given: given or None for name in ("batch_size", "data")},
+        ),
+    ):
+        options, arguments = (inspect.signature(one).parameters for one in (command, verb))
+        shared = (options.keys() & arguments.keys()) - {"model", "format"}
+        for name in shared:
+            given = adapt.get(name, lambda given: given)(options[name].default)
+            assert given == arguments[name].default, name
+
+
+def test_help_names_every_option_and_its_default(run):
+    code, out, _ = run("compress", "--help")
+    words = " ".join(out.replace("│", " ").split())
+    assert code == 0 and "[default: 0.05]" in words and "[default: 0.3]" in words
+    names = """
+        model --trust --import --data --divide-by --mean --std --exclude --inexact --goal --increment
+        --criterion --round-to --no-repair --max-drop --epochs --batch-size --learning-rate --distill --seed
+        --output --export --report --resume --force --json --backend
+    """
+    assert [name for name in names.split() if name not in words] == []
+
+
+def test_the_command_in_the_report_can_be_pasted_into_a_shell(run):
+    os.rename("data.npz", "my data.npz")
+    words = list(COMPRESS)
+    words[3] = "my data.npz"
+    assert run(*words, "--epochs", "0", "--export", "keras")[0] == 0
+    info = keras_taylor.Info.from_json(pathlib.Path("small.json").read_text())
+    assert shlex.split(info.command) == ["keras-taylor", *words, "--epochs", "0", "--export", "keras"]
 
 
 def test_extras_that_are_missing_are_named(run, monkeypatch):
@@ -287,7 +345,7 @@ def test_folders_of_images(tmp_path):
         for number in range(5):
             image = random.integers(0, 256, (10, 12, 1)).astype("uint8")
             keras.utils.save_img(tmp_path / name / f"{number}.png", image, scale=False)
-    (x, y), (x_test, y_test) = loading.load_data(str(tmp_path), small_model(), divide_by=255)
+    (x, y), (x_test, y_test) = data_files.load_data(str(tmp_path), small_model(), divide_by=255)
     assert x.shape == (8, 8, 8, 1) and x_test.shape == (2, 8, 8, 1) and x.dtype == np.float32
     assert x.min() >= 0 and 0.5 < x.max() <= 1 and set(y) | set(y_test) == {0, 1}
 
@@ -296,28 +354,28 @@ def test_inputs_are_scaled_channel_by_channel(tmp_path):
     x = np.full((4, 8, 8, 1), 100, "uint8")
     np.savez(tmp_path / "data.npz", x=x, y=np.arange(4)[:, None])
     path = str(tmp_path / "data.npz")
-    (x, y), _ = loading.load_data(path, small_model(), divide_by=200, mean=[0.25], std=[0.5])
+    (x, y), _ = data_files.load_data(path, small_model(), divide_by=200, mean=[0.25], std=[0.5])
     assert np.allclose(x, 0.5) and y.ndim == 1
 
 
 @pytest.mark.parametrize("loss", ["categorical_crossentropy", keras.losses.CategoricalCrossentropy()])
 def test_labels_are_as_the_compiled_loss_wants_them(tmp_path, loss):
     np.savez(tmp_path / "data.npz", x=np.zeros((5, 8, 8, 1)), y=np.array([0, 1, 2, 0, 1]))
-    (_, y), (_, y_test) = loading.load_data(str(tmp_path / "data.npz"), small_model(loss=loss))
+    (_, y), (_, y_test) = data_files.load_data(str(tmp_path / "data.npz"), small_model(loss=loss))
     assert y.shape == (4, 3) and y_test.shape == (1, 3) and (y.sum(1) == 1).all()
 
 
 def test_a_model_that_is_not_compiled_gets_the_loss_that_its_outputs_want():
     logits = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
     probabilities = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, activation="softmax")])
-    assert loading.compiled_for(logits, np.arange(3)).loss.get_config()["from_logits"]
-    assert not loading.compiled_for(probabilities, np.arange(3)).loss.get_config()["from_logits"]
-    with pytest.raises(loading.FileError, match="do not tell its loss"):
+    assert model_files.compile_for_targets(logits, np.arange(3)).loss.get_config()["from_logits"]
+    assert not model_files.compile_for_targets(probabilities, np.arange(3)).loss.get_config()["from_logits"]
+    with pytest.raises(model_files.FileError, match="do not tell its loss"):
         fresh = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
-        loading.compiled_for(fresh, np.zeros((3, 7)))
+        model_files.compile_for_targets(fresh, np.zeros((3, 7)))
 
 
-def test_another_backend_starts_anew(tmp_path):
+def test_another_backend_starts_the_process_again(tmp_path):
     installed = [name for name in ("torch", "jax", "tensorflow") if importlib.util.find_spec(name)]
     other = next((name for name in installed if name != keras.backend.backend()), None)
     if other is None:

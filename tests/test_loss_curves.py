@@ -340,7 +340,7 @@ def test_on_the_command_line(run):  # noqa: F811
     assert code == 0 and os.path.getsize("picture.png") > 10_000
     assert out.index("about") < out.index("channels can leave") < out.index("can go: loss")
     assert out.rstrip().endswith("written: picture.png")
-    assert "is there already" in refused(run, *words, "--plot", "picture.png")
+    assert "already exists" in refused(run, *words, "--plot", "picture.png")
     code, out, _ = run(*words, "--json", "--criterion", "magnitude")
     content = json.loads(out)["sensitivity"]
     assert content["num_examples"] == 20 and content["criterion"] == "magnitude"
@@ -348,5 +348,5 @@ def test_on_the_command_line(run):  # noqa: F811
     assert content["num_dispensable"].keys() == content["curves"].keys()
     code, out, _ = run("analyze", "model.keras", "--json")
     assert json.loads(out)["sensitivity"] is None
-    assert "pass --data, too" in refused(run, "analyze", "model.keras", "--plot", "picture.png")
+    assert "pass --data as well" in refused(run, "analyze", "model.keras", "--plot", "picture.png")
     assert "one of .eps" in refused(run, *words, "--plot", "picture.docx")

@@ -1,43 +1,42 @@
-"""The command `keras-taylor`."""
+"""The command `keras-taylor`: its subcommands, and how it starts and fails."""
 
 import dataclasses
-import importlib
 import importlib.util
 import json
 import logging
 import os
 import pathlib
+import shlex
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import keras
 import typer
 from rich.console import Console
 
 import keras_taylor
-from keras_taylor.budget.goals import goal_of_texts
-from keras_taylor.cli.loading import FileError, compiled_for, load_data, load_model
+from keras_taylor.cli.data_files import Examples
+from keras_taylor.cli.model_files import FileError, compile_for_targets
 from keras_taylor.cli.options import (
     Backend,
-    Data,
-    DivideBy,
-    Exclude,
+    ChannelOptions,
+    CompressOutputs,
+    ExportOptions,
+    FineTuningOptions,
     Force,
-    Goal,
-    Html,
-    Imports,
-    Inexact,
-    Json,
-    Mean,
-    Model,
-    RoundTo,
-    Std,
-    Trust,
-    multiple_of,
+    GeneralOptions,
+    GoalTexts,
+    InputOptions,
+    ModelOptions,
+    PruningOptions,
+    ReportPath,
+    RequiredData,
+    SensitivityOptions,
+    parse_goal_texts,
 )
-from keras_taylor.cli.outputs import picture_path, stop_paths, writable, write, write_text
+from keras_taylor.cli.outputs import check_output, check_plot, compress_paths, write_file, write_text
+from keras_taylor.cli.signatures import flat_options
 from keras_taylor.exports.formats import VARIANTS
-from keras_taylor.reports.report import Info
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -46,277 +45,238 @@ app = typer.Typer(
 )
 
 
-@app.command(epilog="Example: keras-taylor analyze model.keras --data images/ --plot sensitivity.png")
-def analyze(
-    model: Model,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="As of `compress`: also measure the loss of the training part as a growing share of each "
-            "group of channels goes.",
-            show_default=False,
-        ),
-    ] = "",
-    divide_by: DivideBy = 1.0,
-    mean: Mean = "",
-    std: Std = "",
-    num_examples: Annotated[int, typer.Option(help="Measure on so many examples; 0: all.")] = 512,
-    criterion: Annotated[
-        str | None, typer.Option(help="What orders the channels of a group; else taylor.")
-    ] = None,
-    plot: Annotated[
-        str, typer.Option(help="With --data: draw it, a .png, .svg or .pdf file.", show_default=False)
-    ] = "",
-    exclude: Exclude = None,
-    inexact: Inexact = False,
-    force: Force = False,
-    trust: Trust = False,
-    modules: Imports = None,
-    as_json: Json = False,
-    backend: Backend = "",
-):
-    """Say which channels could go, which stay, and why; with data, what the loss of each group does."""
-    path = picture_path(plot, data, force)
-    loaded, train = _model(model, trust, modules), None
-    if data:
-        train, _ = load_data(data, loaded, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
-        loaded = compiled_for(loaded, train[1])
+@app.command(
+    "analyze", epilog="Example: keras-taylor analyze model.keras --data images/ --plot sensitivity.png"
+)
+@flat_options
+def analyze_command(
+    model: ModelOptions,
+    sensitivity: SensitivityOptions,
+    inputs: InputOptions,
+    channels: ChannelOptions,
+    general: GeneralOptions,
+) -> None:
+    """Show which channels can leave, which stay, and why. With data, measure how the loss reacts."""
+    plot = check_plot(sensitivity.plot, sensitivity.data, general.force)
+    loaded, train = model.load(), None
+    if sensitivity.data:
+        train, _ = inputs.load(sensitivity.data, loaded)
+        loaded = compile_for_targets(loaded, train[1])
     analysis = keras_taylor.analyze(
-        *(loaded, train),
-        exclude=exclude or (),
-        exact=not inexact,
-        criterion=criterion,
-        num_examples=num_examples or None,
-        verbose=0 if as_json else "auto",
+        loaded,
+        train,
+        exclude=channels.exclude or (),
+        exact=not channels.inexact,
+        criterion=sensitivity.criterion,
+        num_examples=sensitivity.num_examples or None,
+        verbose=0 if general.as_json else "auto",
     )
-    if path:
-        write(path, analysis.plot)
-    if as_json:
-        _print_json(
-            costs=analysis.costs,
-            reachable=analysis.reachable,
-            groups=[dataclasses.asdict(group) for group in analysis.groups],
-            unknown=analysis.unknown,
-            sensitivity=analysis.sensitivity and analysis.sensitivity.to_dict(),
-        )
+    if plot:
+        write_file(plot, analysis.plot)
+    if general.as_json:
+        content = {
+            "costs": analysis.costs,
+            "reachable": analysis.reachable,
+            "groups": [dataclasses.asdict(group) for group in analysis.groups],
+            "unknown": analysis.unknown,
+            "sensitivity": analysis.sensitivity and analysis.sensitivity.to_dict(),
+        }
+        print(json.dumps(content, default=str))
     else:
         print(analysis)
-        if path:
-            print(f"written: {path}")
+        if plot:
+            _print_written(plot)
 
 
 @app.command(
+    "compress",
     epilog="Example: keras-taylor compress model.keras --data images/ --goal 0.4 --epochs 2 -o small.keras "
-    "--export litert-int8 --report report.html"
+    "--export litert-int8 --report report.html",
 )
-def compress(
-    model: Model,
-    data: Data,
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="The .keras file to write.", show_default=False)
-    ],
-    goal: Goal = None,
-    increment: Annotated[float, typer.Option(help="The fraction removed a round.")] = 0.1,
-    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning a round; 0: none.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 32,
-    learning_rate: Annotated[
-        float,
-        typer.Option(help="Else the model's own or 0.001; a tenth after a repair."),
-    ] = 0.0,
-    criterion: Annotated[
-        str | None, typer.Option(help="What makes a channel important; else it depends on the model.")
-    ] = None,
-    exclude: Exclude = None,
-    inexact: Inexact = False,
-    round_to: RoundTo = "1",
-    repair: Annotated[
-        bool, typer.Option("--repair/--no-repair", help="Refit the layers that lost inputs after each cut.")
-    ] = True,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(
-            help="Undo the round after which the test accuracy is worse by more than this, and end."
-        ),
-    ] = None,
-    distill: Annotated[
-        bool, typer.Option("--distill", help="Fine-tune with the given model as the teacher.")
-    ] = False,
-    divide_by: DivideBy = 1.0,
-    mean: Mean = "",
-    std: Std = "",
-    export: Annotated[list[str] | None, typer.Option(help=f"Also write {', '.join(VARIANTS)}.")] = None,
-    report: Html = "",
-    resume: Annotated[str, typer.Option(help="A folder for the state: a killed run goes on from it.")] = "",
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    force: Force = False,
-    trust: Trust = False,
-    modules: Imports = None,
-    as_json: Json = False,
-    backend: Backend = "",
-):
-    """Make a trained model smaller: score, prune, fine-tune, round by round."""
-    target = writable(output, force, ".keras")
-    exports = [(name, writable(_beside(target, name), force)) for name in map(_checked_format, export or ())]
-    page = writable(report, force, ".html") if report else None
-    wanted = goal_of_texts(goal or ["0.3"])
-    stops = stop_paths(target, wanted, force)
-    keras.utils.set_random_seed(seed)
-    original = _model(model, trust, modules)
-    train, test = load_data(data, original, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
-    original = compiled_for(original, train[1])
+@flat_options
+def compress_command(
+    model: ModelOptions,
+    data: RequiredData,
+    inputs: InputOptions,
+    channels: ChannelOptions,
+    pruning: PruningOptions,
+    tuning: FineTuningOptions,
+    outputs: CompressOutputs,
+    general: GeneralOptions,
+) -> None:
+    """Make a trained model smaller: score, prune and fine-tune it, round by round."""
+    goal = parse_goal_texts(pruning.goal)
+    paths = compress_paths(outputs, goal, general.force)
+    keras.utils.set_random_seed(tuning.seed)
+    original = model.load()
+    train, test = inputs.load(data, original)
+    original = compile_for_targets(original, train[1])
     models, info = keras_taylor.compress(
         original,
         train,
-        wanted,
-        increment=increment,
-        criterion=criterion,
-        exclude=exclude or (),
-        exact=not inexact,
-        round_to=multiple_of(round_to),
-        repair=repair,
-        learning_rate=learning_rate or None,
-        max_drop=max_drop,
-        distill=distill,
-        epochs=epochs,
-        batch_size=batch_size,
+        goal,
+        increment=pruning.increment,
+        criterion=pruning.criterion,
+        exclude=channels.exclude or (),
+        exact=not channels.inexact,
+        round_to=pruning.multiple,
+        repair=pruning.repair,
+        learning_rate=tuning.learning_rate,
+        max_drop=pruning.max_drop,
+        distill=tuning.distill,
+        epochs=tuning.epochs,
+        batch_size=tuning.batch_size,
         validation_data=test,
-        backup_dir=resume or None,
-        verbose=0 if as_json else "auto",
+        backup_dir=outputs.resume or None,
+        verbose=0 if general.as_json else "auto",
         return_info=True,
     )
-    info.command = " ".join(["keras-taylor", *sys.argv[1:]])
-    *between, small = models if stops else [models]
-    written = [*stops[: len(between)], target]
-    for path, one in zip(written, [*between, small], strict=True):
-        write(path, one.save)
-    if exports:
-        made = [
-            _exported(one, where, name, train, test, force)
-            for name, path in exports
-            for one, where in ((original, path.with_name(f"original-{path.name}")), (small, path))
-        ]
-        made = keras_taylor.measure_artifacts(made)  # in turn, so that latencies can be compared
-        info.artifacts = {"before": made[::2], "after": made[1::2]}
-    if page:
-        write_text(page, info.to_html())
-    write_text(target.with_suffix(".json"), info.to_json())
-    if as_json:
+    info.command = _command_line()
+    *others, small = models if isinstance(models, list) else [models]
+    written = [*paths.intermediate[: len(others)], paths.result]
+    for path, one in zip(written, [*others, small], strict=True):
+        write_file(path, one.save)
+    artifacts = [
+        _export_variant(one, path, variant, (train, test), general.force)
+        for variant, path_of_small in paths.exports.items()
+        for one, path in (
+            (original, path_of_small.with_name(f"original-{path_of_small.name}")),
+            (small, path_of_small),
+        )
+    ]
+    if artifacts:
+        # their times can be compared because they are measured in turn
+        artifacts = keras_taylor.measure_artifacts(artifacts)
+        info.artifacts = {"before": artifacts[::2], "after": artifacts[1::2]}
+    if paths.report:
+        write_text(paths.report, info.to_html())
+    write_text(paths.info, info.to_json())
+    if general.as_json:
         print(info.to_json())
     else:
         print(info)
-        print(f"written: {', '.join(str(p) for p in (*written, target.with_suffix('.json'), page) if p)}")
+        _print_written(*written, paths.info, *([paths.report] if paths.report else []))
 
 
 @app.command(
+    "export",
     epilog="Example: keras-taylor export small.keras --format litert-int8 --data images/ -o small.tflite "
-    "--batch-size 1 --int8-io --max-kib 128 --max-arena-kib 64"
+    "--batch-size 1 --int8-io --max-kib 128 --max-arena-kib 64",
 )
-def export(
-    model: Model,
-    output: Annotated[str, typer.Option("--output", "-o", help="What to write.", show_default=False)],
-    format: Annotated[str, typer.Option(help=", ".join(VARIANTS))] = "litert",
+@flat_options
+def export_command(
+    *,
+    model: ModelOptions,
+    target: ExportOptions,
     data: Annotated[
-        str, typer.Option(help="As of `compress`; needed for litert-int8.", show_default=False)
+        str,
+        typer.Option(
+            help="The same kinds of data as for `compress`. litert-int8 needs it.",
+            show_default=False,
+            rich_help_panel="Data",
+        ),
     ] = "",
-    divide_by: DivideBy = 1.0,
-    mean: Mean = "",
-    std: Std = "",
-    batch_size: Annotated[int, typer.Option(help="Examples a call, fixed; 0: any number.")] = 0,
-    int8_io: Annotated[bool, typer.Option("--int8-io", help="litert-int8: integers in and out.")] = False,
-    max_kib: Annotated[float, typer.Option(help="Refuse a larger file (flash), in KiB; 0: any.")] = 0.0,
-    max_arena_kib: Annotated[
-        float, typer.Option(help="LiteRT: refuse a larger tensor arena (RAM), in KiB; 0: any.")
-    ] = 0.0,
-    force: Force = False,
-    trust: Trust = False,
-    modules: Imports = None,
-    as_json: Json = False,
-    backend: Backend = "",
-):
-    """Write a model for inference elsewhere; what was written is run, compared and measured."""
-    path = writable(output, force, VARIANTS[_checked_format(format)].suffix)
-    loaded = _model(model, trust, modules)
-    train = test = None
-    if data:
-        train, test = load_data(data, loaded, divide_by=divide_by, mean=_numbers(mean), std=_numbers(std))
-    elif format == "litert-int8":
+    inputs: InputOptions,
+    general: GeneralOptions,
+) -> None:
+    """Write a model for inference elsewhere. The file is run, compared with the model, and measured."""
+    path = check_output(target.output, general.force, VARIANTS[target.format].suffix)
+    loaded = model.load()
+    if not data and target.format == "litert-int8":
         raise FileError("litert-int8 is calibrated on examples: pass --data.")
-    artifact = _exported(
-        *(loaded, path, format, train, test, force),
-        batch_size=batch_size or None,
-        int8_io=int8_io,
-        max_bytes=_bytes(max_kib),
-        max_arena_bytes=_bytes(max_arena_kib),
-    )
-    print(artifact.to_json() if as_json else artifact)
+    examples = inputs.load(data, loaded) if data else None
+    artifact = _export_variant(loaded, path, target.format, examples, general.force, **target.arguments())
+    print(artifact.to_json() if general.as_json else artifact)
 
 
-@app.command(epilog="Example: keras-taylor report small.json -o report.html")
-def report(
+@app.command("report", epilog="Example: keras-taylor report small.json -o report.html")
+def report_command(
     info: Annotated[str, typer.Argument(help="The .json file that `compress` wrote.", show_default=False)],
     output: Annotated[
-        str, typer.Option("--output", "-o", help="The HTML file to write; else a table is printed.")
+        str, typer.Option("--output", "-o", help="The HTML file to write. Without it, a table is printed.")
     ] = "",
     force: Force = False,
     backend: Backend = "",
-):
-    """Show what a run did: a table, or one HTML page."""
+) -> None:
+    """Show what a run of `compress` did: a table, or one HTML page."""
     path = pathlib.Path(info)
     if not path.is_file():
         raise FileError(f"There is no file '{path}'. Pass the .json file that `compress` wrote.")
-    page = writable(output, force, ".html") if output else None
-    done = Info.from_json(path.read_text("utf-8"))
+    page = check_output(output, force, ".html") if output else None
+    done = keras_taylor.Info.from_json(path.read_text("utf-8"))
     if page:
         write_text(page, done.to_html())
-        print(f"written: {page}")
+        _print_written(page)
     else:
         print(done)
 
 
-@app.command(epilog="Example: keras-taylor demo --backend jax")
-def demo(
-    goal: Goal = None,
-    report: Html = "",
+@app.command("demo", epilog="Example: keras-taylor demo --backend jax")
+def demo_command(
+    goal: GoalTexts = None,
+    report: ReportPath = "",
     force: Force = False,
     backend: Backend = "",
-):
-    """Train a small network on real handwritten digits, and make it smaller: about a minute."""
-    from keras_taylor.cli.demo import small_network
+) -> None:
+    """Train a small network on real handwritten digits and make it smaller. This takes about a minute."""
+    from keras_taylor.cli.demo import compress_digits_network
 
-    page = writable(report, force, ".html") if report else None
-    wanted = goal_of_texts(goal or ["0.3"])
-    keras.utils.set_random_seed(0)
-    model = small_network()
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(2e-3), loss, metrics=["accuracy"])
-    train, test = load_data("digits", model)
-    print("training a network on 1,438 handwritten digits")
-    model.fit(*train, epochs=15, batch_size=64, verbose=0)
-    _, info = keras_taylor.compress(
-        model, train, wanted, increment=0.1, epochs=2, batch_size=64, validation_data=test, return_info=True
-    )
-    info.command = " ".join(["keras-taylor", *sys.argv[1:]])
+    page = check_output(report, force, ".html") if report else None
+    info = compress_digits_network(parse_goal_texts(goal))
+    info.command = _command_line()
     print(info)
     if page:
         write_text(page, info.to_html())
-        print(f"written: {page}")
+        _print_written(page)
 
 
-def main():
-    """The command `keras-taylor`: every failure that a user can mend is one line, and exit code 1."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Keras' remarks on old model files
-    _start_on_backend()
+def _command_line() -> str:
+    """The command that was typed, ready to be pasted into a shell."""
+    return shlex.join(["keras-taylor", *sys.argv[1:]])
+
+
+def _print_written(*paths: pathlib.Path) -> None:
+    print(f"written: {', '.join(map(str, paths))}")
+
+
+def _export_variant(
+    model: keras.Model,
+    path: pathlib.Path,
+    name: str,
+    examples: tuple[Examples, Examples] | None,
+    force: bool,
+    **options: Any,
+) -> keras_taylor.Artifact:
+    """Exports a model; calibrates on the training examples, and measures on the test examples."""
+    variant = VARIANTS[name]
+    train, test = examples or (None, None)
+    return keras_taylor.export(
+        model,
+        path,
+        variant.format,
+        quantize=variant.quantize,
+        calibration=train[0] if train is not None and variant.quantize == "int8" else None,
+        data=test,
+        overwrite=force,
+        **options,
+    )
+
+
+def main() -> None:
+    """Runs the command. A failure that the user can fix prints one line, and the exit code is 1."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # hides what Keras says about old model files
+    _restart_on_backend()
     try:
         app(standalone_mode=True)
     except keras_taylor.CompressionInterrupted as interrupt:
-        _fail(f"{interrupt}. With --resume the same command goes on.", 130)
+        _fail(f"{interrupt}. With --resume, the same command continues the run.", 130)
     except (ValueError, TypeError, ImportError, OSError, keras_taylor.ExportError) as error:
         _fail(" ".join(str(error).split()), 1)
 
 
-def _start_on_backend():
-    """Keras takes its backend from the environment when it is imported, which has happened by now."""
-    wanted = _option("--backend")
+def _restart_on_backend() -> None:
+    """Starts the process again if another backend is asked for: Keras chose its own at import."""
+    wanted = _value_of_option("--backend")
     if not wanted or wanted == keras.backend.backend():
         return
     if wanted not in BACKENDS:
@@ -329,7 +289,8 @@ def _start_on_backend():
     os.execv(sys.executable, [sys.executable, "-m", "keras_taylor", *sys.argv[1:]])
 
 
-def _option(name):
+def _value_of_option(name: str) -> str:
+    """The value of an option on the command line, before typer reads it; "" without it."""
     for position, argument in enumerate(sys.argv):
         if argument == name:
             return sys.argv[position + 1] if position + 1 < len(sys.argv) else ""
@@ -338,55 +299,6 @@ def _option(name):
     return ""
 
 
-def _fail(text, code):
+def _fail(text: str, code: int) -> NoReturn:
     Console(stderr=True, soft_wrap=True).print(f"keras-taylor: {text}", markup=False, highlight=False)
     raise SystemExit(code)
-
-
-def _model(path, trust, modules):
-    sys.path.insert(0, os.getcwd())
-    for name in modules or ():
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise FileError(f"The module '{name}' of --import cannot be imported ({error}).") from error
-    return load_model(path, trust)
-
-
-def _checked_format(name):
-    if name not in VARIANTS:
-        raise FileError(f"There is no format '{name}'. Expected one of {', '.join(VARIANTS)}.")
-    return name
-
-
-def _beside(target, name):
-    return str(target.with_name(f"{target.stem}-{name}{VARIANTS[name].suffix}"))
-
-
-def _bytes(kib):
-    return kib * 1024 if kib else None
-
-
-def _exported(model, path, name, train, test, force, **options):
-    variant = VARIANTS[name]
-    return keras_taylor.export(
-        model,
-        path,
-        variant.format,
-        quantize=variant.quantize,
-        calibration=train[0] if variant.quantize == "int8" else None,
-        data=test,
-        overwrite=force,
-        **options,
-    )
-
-
-def _numbers(text):
-    try:
-        return [float(part) for part in text.split(",")] if text else None
-    except ValueError as error:
-        raise FileError(f"'{text}' is no number, nor a list of numbers like 0.5,0.4,0.4.") from error
-
-
-def _print_json(**content):
-    print(json.dumps(content, default=str))

@@ -1,49 +1,287 @@
-"""Arguments and options that commands share."""
+"""The options of the commands, as small values that check themselves."""
 
-from typing import Annotated
+import dataclasses
+import importlib
+import os
+import sys
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
+import keras
 import typer
 
-Model = Annotated[str, typer.Argument(help="A .keras file, or an old Keras .h5 file.", show_default=False)]
-Data = Annotated[
+from keras_taylor.budget.goals import goal_of_texts
+from keras_taylor.cli.data_files import Examples, load_data
+from keras_taylor.cli.model_files import FileError, load_model
+from keras_taylor.cli.signatures import OptionGroup
+from keras_taylor.exports.formats import VARIANTS
+
+# What `compress` takes as its goal.
+GoalArgument: TypeAlias = Any
+
+RequiredData = Annotated[
     str,
     typer.Option(
-        help="'digits', an .npz file (x_train, y_train, x_test, y_test; or x, y), or a folder with one "
-        "folder of images for each class.",
+        help="'digits', an .npz file (x_train, y_train, x_test, y_test; or x, y), or a directory with one "
+        "directory of images for each class.",
         show_default=False,
+        rich_help_panel="Data",
     ),
 ]
-DivideBy = Annotated[float, typer.Option(help="Inputs are divided by this.")]
-Mean = Annotated[str, typer.Option(help="Then this is taken off: a number, or one a channel: 0.5,0.4,0.4")]
-Std = Annotated[str, typer.Option(help="Then they are divided by this.")]
-Goal = Annotated[
+GoalTexts = Annotated[
     list[str] | None,
     typer.Option(
-        help="The fraction of the parameters to remove (0.3), or that of another cost (flops=0.5), or what "
-        "may be left (params=200000, bytes:litert-int8=90KiB). Several: all hold. With commas "
-        "(0.2,0.4,0.6): stops on one way, a model at each.  [default: 0.3]",
+        "--goal",
+        help="What to remove: a fraction of the parameters (0.3) or of another cost (flops=0.5). Or what may "
+        "be left at most (params=200000, bytes:litert-int8=90KiB). Repeat the option for several costs: all "
+        "must hold. With commas (0.2,0.4,0.6): several goals in one run, and a model for each.  "
+        "\\[default: 0.3]",
         show_default=False,
     ),
 ]
-RoundTo = Annotated[
-    str, typer.Option(help="Keep multiples of so many channels; auto, with a latency: of what pays.")
+ReportPath = Annotated[str, typer.Option(help="Write a report, one HTML file.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
+Backend = Annotated[
+    str, typer.Option(help="tensorflow, jax or torch. Default: KERAS_BACKEND, then the Keras configuration.")
 ]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="A layer that keeps its channels, or a regular expression.")
-]
-Inexact = Annotated[
-    bool, typer.Option("--inexact", help="Open what is normalized together (LayerNormalization), too.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")]
-Trust = Annotated[bool, typer.Option("--trust", help="Load code that the model file holds (Lambda layers).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON on standard output.")]
-Imports = Annotated[list[str] | None, typer.Option("--import", help="A module that registers custom layers.")]
-Backend = Annotated[str, typer.Option(help="tensorflow, jax or torch; else KERAS_BACKEND, else Keras' own.")]
-Html = Annotated[str, typer.Option(help="Write a report, one HTML file.", show_default=False)]
 
 
-def multiple_of(text):
-    """The number, or "auto", that `--round-to` says."""
-    if text != "auto" and not text.isdecimal():
-        raise ValueError(f"--round-to is a whole number from 1 on, or auto. Received: {text}")
-    return text if text == "auto" else int(text)
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(OptionGroup):
+    """The model file, and how far to trust it."""
+
+    panel: ClassVar[str] = "Model file"
+
+    model: Annotated[str, typer.Argument(help="A model file: .keras, or the older .h5.", show_default=False)]
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Load code that the model file holds (Lambda layers).")
+    ] = False
+    modules: Annotated[
+        list[str] | None, typer.Option("--import", help="A module that registers custom layers.")
+    ] = None
+
+    def load(self) -> keras.Model:
+        """The model, after the modules that register its layers."""
+        sys.path.insert(0, os.getcwd())
+        for name in self.modules or ():
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise FileError(f"The module '{name}' of --import cannot be imported ({error}).") from error
+        return load_model(self.model, self.trust)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputOptions(OptionGroup):
+    """How to scale the inputs of the data."""
+
+    panel: ClassVar[str] = "Data"
+
+    divide_by: Annotated[float, typer.Option(help="Divide the inputs by this number.")] = 1.0
+    mean: Annotated[
+        str, typer.Option(help="Then subtract this: one number, or one for each channel (0.5,0.4,0.4).")
+    ] = ""
+    std: Annotated[str, typer.Option(help="Then divide by this: one number, or one for each channel.")] = ""
+
+    def __post_init__(self) -> None:
+        parse_numbers(self.mean)
+        parse_numbers(self.std)
+
+    def load(self, source: str, model: keras.Model) -> tuple[Examples, Examples]:
+        """Training and test data for a model, scaled."""
+        mean, std = parse_numbers(self.mean), parse_numbers(self.std)
+        return load_data(source, model, divide_by=self.divide_by, mean=mean, std=std)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelOptions(OptionGroup):
+    """Which channels may leave."""
+
+    panel: ClassVar[str] = "Channels"
+
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="A layer that keeps its channels, or a regular expression.")
+    ] = None
+    inexact: Annotated[
+        bool,
+        typer.Option(
+            "--inexact", help="Also open channels that are normalized together (LayerNormalization)."
+        ),
+    ] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SensitivityOptions(OptionGroup):
+    """What `analyze` measures on data."""
+
+    panel: ClassVar[str] = "Data"
+
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Measure the loss of the training examples while a growing share of each group of channels "
+            "is removed. The same kinds of data as for `compress`.",
+            show_default=False,
+        ),
+    ] = ""
+    num_examples: Annotated[int, typer.Option(help="Measure on this many examples; 0: all.")] = 512
+    criterion: Annotated[
+        str | None, typer.Option(help="What orders the channels of a group. Default: taylor.")
+    ] = None
+    plot: Annotated[
+        str, typer.Option(help="Draw the losses into a .png, .svg or .pdf file.", show_default=False)
+    ] = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningOptions(OptionGroup):
+    """What `compress` removes."""
+
+    panel: ClassVar[str] = "Pruning"
+
+    goal: GoalTexts = None
+    increment: Annotated[
+        float, typer.Option(help="The fraction of the original to remove in each round.")
+    ] = 0.05
+    criterion: Annotated[
+        str | None, typer.Option(help="What makes a channel important. Default: depends on the model.")
+    ] = None
+    round_to: Annotated[
+        str,
+        typer.Option(
+            help="Keep a multiple of this many channels in every group. auto, for a latency goal: the "
+            "multiple that is fast on this machine."
+        ),
+    ] = "1"
+    repair: Annotated[
+        bool, typer.Option("--repair/--no-repair", help="Refit the layers that lost inputs after each cut.")
+    ] = True
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Undo a round that makes the test accuracy worse by more than this, and stop."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.round_to != "auto" and not self.round_to.isdecimal():
+            raise ValueError(
+                f"--round-to takes a whole number, 1 or larger, or auto. Received: {self.round_to}"
+            )
+        parse_goal_texts(self.goal)
+
+    @property
+    def multiple(self) -> int | Literal["auto"]:
+        """`round_to` as `compress` takes it."""
+        return "auto" if self.round_to == "auto" else int(self.round_to)
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuningOptions(OptionGroup):
+    """How `compress` trains after each cut."""
+
+    panel: ClassVar[str] = "Fine-tuning"
+
+    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning in each round; 0: none.")] = 1
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 32
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Default: the learning rate of the compiled model, or 0.001; after a repair a tenth of it."
+        ),
+    ] = None
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Fine-tune with the given model as the teacher.")
+    ] = False
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressOutputs(OptionGroup):
+    """What `compress` writes."""
+
+    panel: ClassVar[str] = "Outputs"
+
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The .keras file to write.", show_default=False)
+    ]
+    export: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Also export the original and the result: {', '.join(VARIANTS)}."),
+    ] = None
+    report: ReportPath = ""
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="A directory for the state of the run. The same command continues a run that was stopped."
+        ),
+    ] = ""
+
+    def __post_init__(self) -> None:
+        for variant in self.export or ():
+            check_variant(variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions(OptionGroup):
+    """What `export` writes, and how large it may be."""
+
+    panel: ClassVar[str] = "Outputs"
+
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The file or directory to write.", show_default=False)
+    ]
+    format: Annotated[str, typer.Option(help=f"{', '.join(VARIANTS)}.")] = "litert"
+    batch_size: Annotated[int, typer.Option(help="A fixed number of examples in a call; 0: any number.")] = 0
+    int8_io: Annotated[
+        bool, typer.Option("--int8-io", help="litert-int8: integers as inputs and outputs.")
+    ] = False
+    max_kib: Annotated[
+        float, typer.Option(help="Refuse a file that is larger than this many KiB (flash); 0: no limit.")
+    ] = 0.0
+    max_arena_kib: Annotated[
+        float,
+        typer.Option(help="LiteRT: refuse a tensor arena larger than this many KiB (RAM); 0: no limit."),
+    ] = 0.0
+
+    def __post_init__(self) -> None:
+        check_variant(self.format)
+
+    def arguments(self) -> dict[str, Any]:
+        """The options that `keras_taylor.export` takes as keyword arguments."""
+        return {
+            "batch_size": self.batch_size or None,
+            "int8_io": self.int8_io,
+            "max_bytes": self.max_kib * 1024 or None,
+            "max_arena_bytes": self.max_arena_kib * 1024 or None,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneralOptions(OptionGroup):
+    """What most commands take."""
+
+    panel: ClassVar[str] = "Options"
+
+    force: Force = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON on standard output.")] = (
+        False
+    )
+    backend: Backend = ""  # `commands.main` has read it before typer does
+
+
+def parse_numbers(text: str) -> list[float] | None:
+    """Numbers with commas between them; `None` for an empty text."""
+    try:
+        return [float(part) for part in text.split(",")] if text else None
+    except ValueError as error:
+        raise FileError(f"'{text}' is neither a number nor a list of numbers like 0.5,0.4,0.4.") from error
+
+
+def parse_goal_texts(texts: list[str] | None) -> GoalArgument:
+    """The goal that `--goal` asks for, 0.3 by default."""
+    return goal_of_texts(texts or ["0.3"])
+
+
+def check_variant(name: str) -> str:
+    """The name of an export format, if there is such a format."""
+    if name not in VARIANTS:
+        raise FileError(f"There is no format '{name}'. Expected one of {', '.join(VARIANTS)}.")
+    return name

@@ -1,0 +1,119 @@
+"""Models from files, loaded safely."""
+
+import pathlib
+import zipfile
+
+import keras
+import numpy as np
+
+from keras_taylor.support.types import Array
+
+
+class FileError(ValueError):
+    """A file cannot be used. The message is one line that says what to do."""
+
+
+def load_model(path: str | pathlib.Path, trust: bool = False) -> keras.Model:
+    """A Keras model from a `.keras` or an older `.h5` file.
+
+    Args:
+        path: The file.
+        trust: Load code that the file holds (Lambda layers). Such code can do anything.
+
+    Returns:
+        The model. It is compiled if a `.keras` file says how and Keras can do it. A model from an `.h5`
+        file is not compiled: Keras 3 often cannot run what compiled it.
+
+    Raises:
+        FileError: for a file that is missing or damaged, needs unknown classes, or holds code and is not
+            trusted.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileError(f"There is no file '{path}'. Check the name.")
+    if path.suffix not in (".keras", ".h5", ".hdf5"):
+        raise FileError(f"'{path}' is not a model file. Expected a .keras or .h5 file.")
+    if path.suffix == ".keras" and not zipfile.is_zipfile(path):
+        raise FileError(f"'{path}' is damaged or not a .keras file. Save the model again with `model.save`.")
+    if path.suffix != ".keras":
+        return _load_uncompiled(path, trust)
+    try:
+        return keras.models.load_model(path, safe_mode=not trust)
+    except Exception as error:
+        if _is_about_compiling(error):
+            return _load_uncompiled(path, trust)
+        raise _loading_error(path, error) from error
+
+
+def _is_about_compiling(error: Exception) -> bool:
+    """Whether loading failed because of a loss, metric or optimizer, whose class may be unknown."""
+    text = str(error)
+    return any(word in text for word in ("optimizer", "compile", "loss", "metric", "reduction"))
+
+
+def _load_uncompiled(path: pathlib.Path, trust: bool) -> keras.Model:
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=not trust)
+    except Exception as error:
+        raise _loading_error(path, error) from error
+
+
+def _loading_error(path: pathlib.Path, error: Exception) -> FileError:
+    """The error for a file that Keras cannot load, with what to do about it."""
+    text = " ".join(str(error).split())
+    if "lambda" in text.lower() and "safe" in text.lower():
+        return FileError(
+            f"'{path}' holds Python code (a Lambda layer), which can do anything. If you trust the source "
+            "of the file, pass --trust."
+        )
+    if "Could not locate" in text or "Unknown layer" in text or "registered" in text:
+        return FileError(
+            f"'{path}' needs classes that are not registered: {text[:200]}. Register them with "
+            "`keras.saving.register_keras_serializable` in a module, and pass the module with --import."
+        )
+    return FileError(f"'{path}' cannot be loaded ({type(error).__name__}: {text[:300]}).")
+
+
+def compile_for_targets(model: keras.Model, targets: Array) -> keras.Model:
+    """Compiles a model for targets if it is not compiled yet.
+
+    Args:
+        model: The model that `load_model` returned.
+        targets: Integer classes `(num_examples,)`, or an array like the outputs.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileError: for targets that do not say which loss is meant.
+    """
+    if not getattr(model, "compiled", False) or getattr(model, "loss", None) is None:
+        model.compile(keras.optimizers.Adam(1e-3), _loss_for_targets(model, targets), metrics=["accuracy"])
+    return model
+
+
+def _loss_for_targets(model: keras.Model, targets: Array) -> keras.losses.Loss:
+    """The cross-entropy that fits the targets and the model's outputs."""
+    if len(model.outputs) != 1:
+        raise FileError(
+            "The model is not compiled and has several outputs. Compile it and save it again, so that the "
+            "file says what its losses are."
+        )
+    shape = tuple(model.outputs[0].shape)
+    if targets.ndim == len(shape) - 1 and np.issubdtype(targets.dtype, np.integer):
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=not _has_softmax_outputs(model))
+    if targets.ndim == len(shape) and targets.shape[-1] == shape[-1]:
+        return keras.losses.CategoricalCrossentropy(from_logits=not _has_softmax_outputs(model))
+    raise FileError(
+        f"The model is not compiled, and targets of shape {targets.shape} do not tell its loss. Compile the "
+        "model and save it again."
+    )
+
+
+def _has_softmax_outputs(model: keras.Model) -> bool:
+    """Whether the outputs on random inputs are probabilities."""
+    random = np.random.default_rng(0)
+    shapes = [[1 if size is None else size for size in tensor.shape[1:]] for tensor in model.inputs]
+    inputs = [random.normal(size=(4, *shape)).astype("float32") for shape in shapes]
+    outputs = keras.ops.convert_to_numpy(model.predict(inputs if len(inputs) > 1 else inputs[0], verbose=0))
+    return bool((outputs >= 0).all() and np.allclose(outputs.sum(-1), 1, atol=1e-3))
