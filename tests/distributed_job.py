@@ -27,6 +27,13 @@ CRITERIA = {
 NUM_DEVICES = {"jax": 4, "tensorflow": 2, "torch": 1}
 
 
+def even_widths():
+    """Keras is imported after the devices are set up."""
+    import keras_taylor
+
+    return keras_taylor.Selection(round_to=2)
+
+
 class Job:
     """How one process takes part: the scope in which models are made, and its share of the data."""
 
@@ -157,7 +164,7 @@ def scores(job):
         result = keras_taylor.score(model, data, criterion=criterion, batch_size=size)
         found.update(with_prefix(criterion, result))
         if criterion == "taylor":
-            plan = keras_taylor.make_plan(model, result, 0.3, selection=keras_taylor.Selection(round_to=2))
+            plan = keras_taylor.make_plan(model, result, 0.3, selection=even_widths())
     small = keras_taylor.prune(model, plan)
     found["plan"] = np.array(plan.to_json())
     found.update(with_prefix("pruned", values(small)))
@@ -191,7 +198,7 @@ def training(job):
     with job.scope():
         model = build(normalized=False)  # BatchNormalization takes the statistics of each replica by itself
     (x, y), size = job.data()
-    prunable = keras_taylor.PrunableModel(model, criterion="taylor_batch", round_to=2)
+    prunable = keras_taylor.PrunableModel(model, criterion="taylor_batch", selection=even_widths())
     arguments = {"batch_size": size, "verbose": 0, "shuffle": False}
     prunable.fit(x, y, **arguments)
     found = with_prefix("first", prunable.scores)
@@ -212,7 +219,7 @@ def ddp(job):
 
     import keras_taylor
 
-    prunable = keras_taylor.PrunableModel(build(normalized=False), round_to=2)
+    prunable = keras_taylor.PrunableModel(build(normalized=False), selection=even_widths())
     (x, y), size = job.data()
     batches = list(zip(torch.tensor(x).split(size), torch.tensor(y).split(size), strict=True))
     optimizer = torch.optim.SGD([v.value for v in prunable.trainable_variables[:-1]], lr=0.05, momentum=0.9)
@@ -244,7 +251,9 @@ def loop(job):
 
     with job.scope():
         strategy = tf.distribute.get_strategy()
-        prunable = keras_taylor.PrunableModel(build(normalized=False), criterion="taylor_batch", round_to=2)
+        prunable = keras_taylor.PrunableModel(
+            build(normalized=False), criterion="taylor_batch", selection=even_widths()
+        )
     (x, y), size = job.data()
 
     def step(batch):
@@ -337,7 +346,7 @@ def layouts(job):
     import keras_taylor
 
     model = build(normalized=False)
-    prunable = keras_taylor.PrunableModel(model, round_to=2)
+    prunable = keras_taylor.PrunableModel(model, selection=even_widths())
     (x, y), size = job.data()
     prunable.fit(x, y, batch_size=size, verbose=0)
     prunable.prune(0.4)

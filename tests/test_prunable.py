@@ -131,13 +131,15 @@ def test_saved_in_mid_run_it_goes_on_in_another_process(trained, tmp_path):
 
 def test_saves_its_arguments(tmp_path):
     model = small_model()
-    arguments = {"criterion": "taylor_abs", "exclude": [model.layers[0]], "round_to": 4, "min_channels": 3}
-    arguments |= {"rank": "score", "balance": 0.25}
+    arguments = {"criterion": "taylor_abs", "exclude": [model.layers[0]]}
+    arguments["selection"] = keras_taylor.Selection(
+        rank="score", balance=0.25, round_to=4, min_channels=3, ratios={model.layers[1]: (0, 0.9)}
+    )
     prunable = keras_taylor.PrunableModel(model, **arguments, loss_reduction="sum", name="mine")
     prunable.save(tmp_path / "model.keras")
     again = keras.models.load_model(tmp_path / "model.keras")
     assert again.name == "mine" and again.get_config()["criterion"] == "taylor_abs"
-    assert again.get_config() == prunable.get_config() and again.get_config()["balance"] == 0.25
+    assert again.get_config() == prunable.get_config() and again.get_config()["selection"]["balance"] == 0.25
     assert again.prunable == prunable.prunable == 8  # of 12, multiples of four
     assert again.network.gates.averaged is False
 
@@ -167,7 +169,7 @@ def test_momentum_keeps_a_part_of_what_was_gathered():
 
 
 def test_a_met_goal_takes_nothing_and_what_went_stays_gone():
-    prunable = keras_taylor.PrunableModel(small_model(), round_to=2)
+    prunable = keras_taylor.PrunableModel(small_model(), selection=keras_taylor.Selection(round_to=2))
     prunable.fit(*stripes(), batch_size=16, verbose=0)
     prunable.prune(0.5)
     mask = prunable.mask
@@ -194,7 +196,7 @@ class Shaken(keras_taylor.PrunableModel):
 )
 def test_whatever_the_goals_what_went_stays_gone_and_no_layer_collapses(name, rank):
     model = case(name).model
-    prunable = Shaken(model, rank=rank, balance=0.5)
+    prunable = Shaken(model, selection=keras_taylor.Selection(rank=rank, balance=0.5))
     most = reachable(model)
     steps = [0.2 * most, {"flops": 0.3 * most}, 2, 0.5 * most, {"flops": 0.01}, 0.7 * most]
     for goal in steps:
@@ -202,7 +204,7 @@ def test_whatever_the_goals_what_went_stays_gone_and_no_layer_collapses(name, ra
         num = prunable.prune(goal)
         assert (prunable.mask <= before).all() and num == (before - prunable.mask).sum()
     assert prunable.cost()["params"] <= (1 - 0.7 * most) * prunable.plan.before["params"]
-    fresh = Shaken(model, rank=rank, balance=0.5)
+    fresh = Shaken(model, selection=keras_taylor.Selection(rank=rank, balance=0.5))
     fresh.prune(0.7 * most)
     kept = {name: len(layer.kept) for name, layer in fresh.plan.layers.items()}
     selection = keras_taylor.Selection(scope="layer")
@@ -211,7 +213,7 @@ def test_whatever_the_goals_what_went_stays_gone_and_no_layer_collapses(name, ra
 
 
 def test_more_than_can_go_takes_all_that_can():
-    prunable = keras_taylor.PrunableModel(small_model(), min_channels=2)
+    prunable = keras_taylor.PrunableModel(small_model(), selection=keras_taylor.Selection(min_channels=2))
     prunable.fit(*stripes(), batch_size=16, verbose=0)
     assert prunable.prune(1000) == 16 and prunable.prunable == 0
     assert prunable.strip().layers[0].filters == 2
@@ -298,9 +300,11 @@ def test_refusals():
     refused("Unknown criterion.*Received: criterion='best'$", wrap, model, criterion="best")
     refused("Received: loss_reduction='none'$", wrap, model, loss_reduction="none")
     refused("wrapped already. Received: model='prunable_small', a PrunableModel$", wrap, prunable)
-    refused("Received: round_to=0$", wrap, model, round_to=0)
-    refused("Received: rank='best'$", wrap, model, rank="best")
-    refused("even cut.*Received: balance=2$", wrap, model, balance=2)
+    refused(
+        r"part of `selection` now.*PrunableModel\(..., selection=keras_taylor.Selection\(round_to=8\)\)$",
+        wrap, model, round_to=8, error=TypeError,
+    )  # fmt: skip
+    refused("unexpected keyword argument 'goal'$", wrap, model, goal=0.3, error=TypeError)
     refused("Received: exclude='nowhere'$", wrap, model, exclude="nowhere")
     own = OwnStep(model.inputs, model.outputs, name="own")
     refused(

@@ -1,5 +1,11 @@
 """A model that scores and prunes its channels while it trains."""
 
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TypeAlias
+
 import keras
 import numpy as np
 
@@ -7,11 +13,12 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.cutting.surgery import cut, rebuild
 from keras_taylor.plans.limits import Limits
+from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import plan_of
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest, choose_kept, flatten_scores
-from keras_taylor.plans.selection import Selection
+from keras_taylor.plans.selection import Selection, refuse_old_arguments
 from keras_taylor.reading.cloning import compile_settings
-from keras_taylor.reading.groups import label_model, layer_names
+from keras_taylor.reading.groups import LabeledModel, label_model, layer_names
 from keras_taylor.reading.tracing import functional_view, own_training
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gates import ROWS, GatedModel
@@ -19,89 +26,93 @@ from keras_taylor.scores.losses import averages_examples
 from keras_taylor.scores.scoring import scores_of
 from keras_taylor.support.optimizers import StatisticsOptimizer, carry_state, fresh_optimizer, with_batch
 from keras_taylor.support.replicas import strategy_scope
+from keras_taylor.support.types import Array, BoolArray, FloatArray, LayerPatterns, Tensor
 
-# Criteria that need passes of their own.
-_APART = ("oracle", "sensitivity", "fisher", "log_odds", "log_odds_probed")
+Criterion: TypeAlias = str | Callable[[criteria.GroupStatistics], Array | None]
+PruneGoal: TypeAlias = float | Mapping[str, float | int]
+
+# Criteria that need a pass of their own over the data.
+_NEED_OWN_PASS = ("oracle", "sensitivity", "fisher", "log_odds", "log_odds_probed")
 
 
 @keras.saving.register_keras_serializable("keras_taylor")
 class PrunableModel(GatedModel):
-    """A copy of a model with gates, which scores its channels while it trains.
+    """A copy of a model with gates that scores its channels while it trains.
 
-    Same outputs as the model; compiles, fits, saves and loads like any other.
-    Each backward pass adds the Taylor terms of its examples to the scores; `prune`
-    closes the gates of the least important units (nothing is compiled anew);
-    `strip` returns the plain smaller model. Override `train_step` or `compute_loss`
-    in a subclass, as of any Keras model.
+    It computes what the model computes, and compiles, fits, saves and loads like any Keras model. Each
+    backward pass adds the Taylor terms of its examples to the scores (Molchanov et al., *Importance
+    Estimation for Neural Network Pruning*, CVPR 2019). `prune` closes the gates of the least important
+    units; nothing is compiled again. `strip` returns the plain smaller model. To change the training,
+    override `train_step` or `compute_loss` in a subclass.
 
     Args:
-        model: A built Keras model. It is not changed, and not
-            trained. If it is compiled, so is the wrapper, with a new optimizer that
-            goes on where its own stands.
-        criterion: What makes a channel important, see `keras_taylor.scores.criteria`; those that
-            need no passes of their own.
-        include, exclude: Layer names, regular expressions that match whole names, or
-            layers: prune only the channels that these make / none of them.
-        exact: As in `keras_taylor.analyze`. With `False` normalizations take their means and variances
-            over the channels that are open, so that `strip` changes nothing here either.
-        rank, balance: As in `make_plan`; a goal that is a number of units takes those with the lowest
-            scores, whatever they save.
-        round_to: Every group of channels keeps a multiple of this many.
-        min_channels: Every group keeps at least so many.
-        loss_reduction: Whether the loss of a batch is the "mean" or the "sum" of its
-            examples', which the size of the scores depends on; "auto" asks the
-            compiled losses, and takes "mean" where there are none.
-        name: Name of the wrapper.
+        model: A built Keras model. It is neither changed nor trained. If it is compiled, the wrapper is
+            compiled alike, with a new optimizer that continues from the state of the model's own.
+        criterion: What makes a channel important: a name or a function, see `keras_taylor.criteria`.
+            Criteria that need a pass of their own are refused ("oracle", "sensitivity", "fisher",
+            "log_odds", "log_odds_probed").
+        include: Layer names, regular expressions that match whole names, or layers: only the channels
+            that these layers make may leave. `None` (the default): all.
+        exclude: The same: the channels that these layers make stay. Empty by default.
+        exact: As in `keras_taylor.analyze`, `True` by default. With `False`, normalizations take their
+            means and variances over the open channels, so `strip` does not change the outputs here either.
+        selection: A `keras_taylor.Selection`: how the units that leave are selected. A goal that is a
+            number of units takes the units with the lowest scores, whatever they save. `None`:
+            `Selection()`.
+        loss_reduction: How the loss of a batch comes from the losses of its examples: "mean", "sum", or
+            "auto" (the default), which asks the compiled losses and takes "mean" if there are none. The
+            size of the scores depends on it.
+        name: Name of the wrapper; `None`: "prunable_" and the name of the model.
 
     Raises:
-        ValueError: for a model that is not built, whose class overrides `train_step` or
-            the like, a criterion that cannot be gathered while training.
-        UnsupportedModelError: for a model whose layers cannot be seen or made again.
+        ValueError: if the model is not built or its class overrides `train_step` or a similar method; if
+            the criterion cannot be gathered while training.
+        TypeError: if an argument is not one of the above.
+        UnsupportedModelError: if a layer of the model cannot be read, or made again.
 
     Example:
 
     >>> prunable = keras_taylor.PrunableModel(model)
-    >>> prunable.fit(x, y)
-    >>> prunable.prune(0.3)
-    >>> prunable.fit(x, y)
+    >>> history = prunable.fit(x, y, verbose=0)
+    >>> num_pruned = prunable.prune(0.3)
+    >>> history = prunable.fit(x, y, verbose=0)
     >>> small = prunable.strip()
     """
 
+    optimizer: Any  # a Keras optimizer, or `None`; the trainers of all backends assign it
+
     def __init__(
         self,
-        model,
+        model: keras.Model,
         *,
-        criterion="taylor",
-        include=None,
-        exclude=(),
-        rank=None,
-        balance=0.5,
-        round_to=1,
-        min_channels=1,
-        loss_reduction="auto",
-        exact=True,
-        name=None,
-    ):
+        criterion: Criterion = "taylor",
+        include: LayerPatterns | None = None,
+        exclude: LayerPatterns = (),
+        exact: bool = True,
+        selection: Selection | None = None,
+        loss_reduction: str = "auto",
+        name: str | None = None,
+        **others: Any,
+    ) -> None:
+        refuse_old_arguments("PrunableModel", others)
         _check_arguments(model, criterion, loss_reduction)
+        selection = selection or Selection()
         with strategy_scope(model):
             model = functional_view(model)
             original = label_model(model)
             own, weights = rebuild(original, np.ones(original.num_units, bool))
             include, exclude = layer_names(model, include), layer_names(model, exclude)
+            selection = _by_layer_name(selection, model)
             labeled = label_model(own, include, exclude, exact)
             super().__init__(labeled, frozen=False, name=name or f"prunable_{model.name}")
             self._arguments = {
                 "criterion": criterion,
                 "include": include,
                 "exclude": exclude,
-                "rank": rank,
-                "balance": balance,
-                "round_to": round_to,
-                "min_channels": min_channels,
-                "loss_reduction": loss_reduction,
                 "exact": exact,
+                "selection": dataclasses.asdict(selection),
+                "loss_reduction": loss_reduction,
             }
-            selection = Selection(rank=rank, balance=balance, round_to=round_to, min_channels=min_channels)
             self._pruning = _Pruning(labeled, selection.for_criterion(criterion))
             self.network.gates.averaged = loss_reduction != "sum"
             self.built = True
@@ -111,11 +122,13 @@ class PrunableModel(GatedModel):
                 if self.optimizer is not None:
                     carry_state(model.optimizer, self.optimizer, self.trainable_variables, weights)
 
-    def compile(self, optimizer="rmsprop", loss=None, **arguments):
-        """As `keras.Model.compile`; the optimizer is wrapped so that it leaves the scores alone.
+    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **arguments: Any) -> None:
+        """Compiles the model as `keras.Model.compile` does; the optimizer is wrapped and skips the scores.
 
         Args:
-            optimizer, loss, **arguments: As in `keras.Model.compile`.
+            optimizer: As in `keras.Model.compile`.
+            loss: As in `keras.Model.compile`.
+            **arguments: As in `keras.Model.compile`.
         """
         if self._arguments["loss_reduction"] == "auto":
             self.network.gates.averaged = averages_examples(loss)
@@ -125,20 +138,20 @@ class PrunableModel(GatedModel):
                 gates = self.network.gates
                 self.optimizer = StatisticsOptimizer(self.optimizer, lambda v: v is gates.statistics)
 
-    def compile_from_config(self, config):
-        """Compiles as the configuration says, when a file is loaded."""
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles as a configuration says. Keras calls it when it loads a file."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 
     @property
-    def scores(self):
-        """Scores since the last pruning: group name -> float32 array `(num_units,)`.
+    def scores(self) -> criteria.Scores:
+        """The scores since the last pruning: group name -> float32 array `(num_units,)`.
 
-        Units that were pruned have 0.
+        Pruned units have a score of 0.
 
         Raises:
-            ValueError: if no backward pass was seen yet.
+            ValueError: if there has been no backward pass yet.
         """
         criterion = self._arguments["criterion"]
         totals = self.statistics if self.statistics[ROWS.index("examples")].any() else None
@@ -150,31 +163,31 @@ class PrunableModel(GatedModel):
         labeled = self._pruning.labeled
         scores = scores_of(labeled, criterion, totals)
         kept = self.mask > 0
-        return {
+        open_only = {
             group.name: np.where(kept[group.start :][: group.num_units], scores[group.name], 0)
             for group in labeled.groups
             if group.name in scores
         }
+        return criteria.Scores(open_only, criterion)
 
     @property
-    def score_variable(self):
-        """The last of `trainable_variables`: its gradient is its value plus a batch's statistics."""
+    def score_variable(self) -> keras.Variable:
+        """The last of `trainable_variables`. Its gradient is its value plus the statistics of a batch."""
         return self.network.gates.statistics
 
-    def update_scores(self, gradient=None, loss_scale=1.0):
-        """Adds a batch to the scores, in training loops whose optimizer does not.
+    def update_scores(self, gradient: Tensor | None = None, loss_scale: float = 1.0) -> None:
+        """Adds a batch to the scores, in training loops whose optimizer does not do it.
 
-        Where gradients are averaged over workers (DistributedDataParallel), what is added is the mean of
-        their parts: scores, which are means over examples, are those of all examples together.
-
-        A Keras optimizer that gets the gradients of all `trainable_variables` does it by
-        itself. Other optimizers must not get the last one: hand it to this method.
+        A Keras optimizer that gets the gradients of all `trainable_variables` updates the scores itself.
+        Other optimizers must not get the last gradient: pass it to this method. If gradients are averaged
+        over workers (DistributedDataParallel), the mean of their parts is added. Scores are means over
+        examples, so they are then the scores of all examples together.
 
         Args:
-            gradient: The gradient with respect to `score_variable`, a float32 tensor of
-                its shape; `None`: the one that `loss.backward()` has left in PyTorch,
-                which is cleared.
-            loss_scale: By what the loss was multiplied before its gradient was taken.
+            gradient: The gradient with respect to `score_variable`, a float32 tensor of its shape. `None`
+                (PyTorch only): the gradient that `loss.backward()` stored, which is then cleared.
+            loss_scale: The factor that the loss was multiplied by before its gradient was taken, 1 by
+                default.
 
         Raises:
             ValueError: if there is no gradient.
@@ -190,26 +203,32 @@ class PrunableModel(GatedModel):
         variable.assign(with_batch(keras.ops.convert_to_tensor(variable), gradient, loss_scale))
 
     @property
-    def prunable(self):
-        """How many units can still be pruned, an int."""
+    def prunable(self) -> int:
+        """The number of units that can still be pruned."""
         return self._pruning.num_left(self.mask > 0)
 
-    def prune(self, goal, momentum=0.0):
-        """Closes the gates of the least important units; nothing is compiled anew.
+    def prune(self, goal: PruneGoal, momentum: float = 0.0) -> int:
+        """Closes the gates of the least important units. Nothing is compiled again.
 
         Args:
-            goal: A whole number: so many units more go (or all that can, if there are
-                fewer). Otherwise the goal that is met afterwards, counted from the
-                model without any pruning: a fraction of the parameters, or a dict of costs,
-                as in `make_plan`.
-            momentum: The weight that what was gathered so far keeps in later scores
-                (0.9 in the 2019 paper's code, 0 starts anew).
+            goal: An int: this number of units leaves, or all that can if there are fewer. A float or a
+                dict of costs, as in `make_plan`: the goal that is met afterwards, counted from the model
+                before any pruning.
+            momentum: The weight that statistics gathered so far keep in later scores, from 0 (the
+                default: none) to below 1. The code of the 2019 paper uses 0.9.
 
         Returns:
-            The number of units that went.
+            The number of units that left.
 
         Raises:
-            ValueError: without scores, for a goal that is none or out of reach.
+            ValueError: if there are no scores yet; if the goal is not a goal, or out of reach.
+
+        Example:
+
+        >>> prunable = keras_taylor.PrunableModel(model)
+        >>> history = prunable.fit(x, y, verbose=0)
+        >>> prunable.prune(2)
+        2
         """
         check_momentum(momentum)
         kept = self.mask > 0
@@ -220,42 +239,49 @@ class PrunableModel(GatedModel):
         self.statistics = momentum * self.statistics
         return int(kept.sum() - left.sum())
 
-    def check_goal(self, goal):
-        """Refuses what `prune` could not do, whatever the scores.
+    def check_goal(self, goal: PruneGoal) -> int:
+        """Refuses a goal that `prune` could not meet, whatever the scores are.
+
+        Args:
+            goal: As in `prune`.
 
         Returns:
-            About how many units would go: 0 only if the goal is met.
+            About how many units would leave; 0 only if the goal is met already.
 
         Raises:
-            ValueError: for a goal that is none or out of reach.
+            ValueError: if the goal is not a goal, or out of reach.
         """
         kept = self.mask > 0
         return int(kept.sum() - self._pruning.after(goal, np.zeros(kept.size), kept).sum())
 
-    def cost(self):
-        """The "params", "flops" and "activation_memory" of what is left: ints, `None` where unknown."""
+    def cost(self) -> dict[str, int | None]:
+        """The costs of the open units as a dict.
+
+        Returns:
+            "params", "flops" (of one example, two for each multiply-add) and "activation_memory" (bytes) ->
+            an int, `None` where a cost is unknown.
+        """
         return self._pruning.costs(self.mask > 0)
 
     @property
-    def plan(self):
-        """What has gone so far, as a `Plan` for the model that was wrapped."""
+    def plan(self) -> Plan:
+        """The units that have left so far, as a `Plan` for the wrapped model."""
         return plan_of(self._pruning.labeled, self._pruning.costs, self.mask > 0)
 
-    def strip(self, optimizer=None):
-        """The plain smaller model: no gates, pruned units cut out, weights copied.
+    def strip(self, optimizer: keras.optimizers.Optimizer | None = None) -> keras.Model:
+        """Returns the plain smaller model: no gates, pruned units cut out, weights copied.
 
         Args:
-            optimizer: An optimizer that trained this model in a loop of your own, whose
-                momentum and moments go over to the smaller model's; `None`: the one
-                that the model is compiled with.
+            optimizer: An optimizer that trained this model in a loop of your own. The optimizer of the
+                smaller model takes over its momentum and moments. `None`: the compiled optimizer.
 
         Returns:
-            A plain Keras model like the one that was wrapped, but smaller. Compiled as
-            this one is, its optimizer at the same step and in the same state, cut; not
-            compiled if this one is not and no optimizer was given.
+            A plain Keras model like the wrapped one, but smaller. It is compiled as this model is, and its
+            optimizer is at the same step, in the same state, cut like the weights. If this model is not
+            compiled and no optimizer is given, the smaller one is not compiled either.
 
         Raises:
-            ValueError: for an optimizer that was built for other weights.
+            ValueError: if the optimizer was built for other weights.
         """
         with strategy_scope(self):
             labeled, kept = self._pruning.labeled, self.mask > 0
@@ -272,8 +298,8 @@ class PrunableModel(GatedModel):
                 )
             return small
 
-    def get_config(self):
-        """What `from_config` makes the same wrapper from; weights, masks and scores are not in it."""
+    def get_config(self) -> dict[str, Any]:
+        """The configuration from which `from_config` makes the same wrapper, without weights and masks."""
         config = dict(self._arguments)
         if not isinstance(config["criterion"], str):
             config["criterion"] = keras.saving.serialize_keras_object(config["criterion"])
@@ -281,32 +307,37 @@ class PrunableModel(GatedModel):
         return {"model": model, "name": self.name, **config}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
-        """The wrapper that `get_config` describes, with new weights."""
+    def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> Self:
+        """The wrapper that a configuration describes, with new weights."""
         config = dict(config)
         for key in ("model", "criterion"):
             if isinstance(config.get(key), dict):
                 config[key] = keras.saving.deserialize_keras_object(config[key], custom_objects)
-        return cls(**config)
+        return cls(**{**config, "selection": Selection(**config["selection"])})
 
 
 class _Pruning:
-    """Which units can go next; knows nothing of Keras variables."""
+    """Selects the units that leave next; it knows nothing of Keras variables.
 
-    def __init__(self, labeled, selection):
+    Attributes:
+        labeled: The wrapped copy.
+        costs: Its costs.
+    """
+
+    def __init__(self, labeled: LabeledModel, selection: Selection) -> None:
         self.labeled, self.costs = labeled, CostModel(labeled)
         self._limits, self._selection = Limits.from_selection(selection, labeled), selection
 
-    def num_left(self, kept):
-        """How many more units can go."""
+    def num_left(self, kept: BoolArray) -> int:
+        """The number of units among the kept ones that can leave."""
         least = self._removal_order(np.zeros(kept.size), kept).smallest_mask()
         return int(kept.sum() - least.sum())
 
-    def after(self, goal, flat, kept):
+    def after(self, goal: PruneGoal, unit_scores: FloatArray, kept: BoolArray) -> BoolArray:
         """The units kept when the goal is met, a bool array `(num_units,)`."""
         if isinstance(goal, (int, np.integer)) and not isinstance(goal, bool):
-            _check_number(goal)
-            return self._removal_order(flat, kept).mask_after(int((~kept).sum()) + goal)
+            _check_num_units(int(goal))
+            return self._removal_order(unit_scores, kept).mask_after(int((~kept).sum()) + goal)
         wanted, before = parse_goal(goal), self.costs()
         wanted.check(before)
         if wanted.is_met(self.costs(kept), before):
@@ -315,42 +346,54 @@ class _Pruning:
         request = RemovalRequest(
             *(wanted.ceilings(before), goal, self._limits, self._selection), num_closed=closed
         )
-        return choose_kept(self.labeled, self.costs, _closed_first(flat, kept), request)
+        return choose_kept(self.labeled, self.costs, _closed_first(unit_scores, kept), request)
 
-    def _removal_order(self, flat, kept):
-        return RemovalOrder(self.labeled, self.costs, _closed_first(flat, kept), self._limits)
-
-
-def _closed_first(flat, kept):
-    """Scores by which what is gone goes first."""
-    finite = flat[np.isfinite(flat)]
-    return np.where(kept, flat, (finite.min() if finite.size else 0) - 1)
+    def _removal_order(self, unit_scores: FloatArray, kept: BoolArray) -> RemovalOrder:
+        return RemovalOrder(self.labeled, self.costs, _closed_first(unit_scores, kept), self._limits)
 
 
-def check_momentum(momentum):
-    """Refuses a weight of older scores that is none."""
+def _closed_first(unit_scores: FloatArray, kept: BoolArray) -> FloatArray:
+    """Scores in which closed units are lower than all others, so that they leave first."""
+    finite = unit_scores[np.isfinite(unit_scores)]
+    return np.where(kept, unit_scores, (finite.min() if finite.size else 0) - 1)
+
+
+def _by_layer_name(selection: Selection, model: keras.Model) -> Selection:
+    """The selection with names in the place of layers, which the copy of the model does not share."""
+    if not selection.ratios:
+        return selection
+    names = layer_names(model, list(selection.ratios))
+    return dataclasses.replace(selection, ratios=dict(zip(names, selection.ratios.values(), strict=True)))
+
+
+def check_momentum(momentum: float) -> None:
+    """Refuses a weight of older scores that is not a number from 0 on and below 1."""
     if isinstance(momentum, bool) or not 0 <= momentum < 1:
         raise ValueError(f"`momentum` is from 0 on and below 1. Received: momentum={momentum!r}")
 
 
-def _check_number(goal):
+def _check_num_units(goal: int) -> None:
     if goal < 1:
         raise ValueError(
-            "A whole number is how many units go now. Expected 1 or more, or a fraction of the "
+            "A whole number is the number of units that leave now. Expected 1 or more, or a fraction of the "
             f"parameters. Received: goal={goal!r}"
         )
 
 
-def _check_arguments(model, criterion, loss_reduction):
+def _check_arguments(
+    model: keras.Model,
+    criterion: Criterion,
+    loss_reduction: str,
+) -> None:
     criteria.get(criterion)
-    if criterion in _APART:
+    if criterion in _NEED_OWN_PASS:
         raise ValueError(
             f"The scores '{criterion}' cannot be gathered while training. Use another criterion, or "
             f"`keras_taylor.score(model, ds, criterion={criterion!r})`. Received: criterion={criterion!r}"
         )
     if loss_reduction not in ("auto", "mean", "sum"):
         raise ValueError(
-            'Expected "auto", "mean" or "sum": how the loss of a batch comes from its examples\'. '
+            'Expected "auto", "mean" or "sum": how the losses of its examples make the loss of a batch. '
             f"Received: loss_reduction={loss_reduction!r}"
         )
     if isinstance(model, GatedModel):
