@@ -16,6 +16,7 @@ from keras_taylor.exports.export_worker import JobError, ask
 from keras_taylor.exports.timing import time_layers
 from keras_taylor.reading.cloning import clone_operation
 from keras_taylor.reading.tracing import UnsupportedModelError
+from keras_taylor.rules.base import KeptLabels
 from keras_taylor.support.atomic_files import AtomicFile
 
 FRACTIONS = (0.25, 0.5, 1.0)  # of a layer's channels, in and out
@@ -200,11 +201,9 @@ class _Grid:
 
     def point(self, kept):
         """The layer with these units kept, as `TimeTable` knows it."""
-        call, edits = self._call, self._effect.config
-        changes = {
-            key: edit.new_value(*[np.append(kept, True)[self._labeled.units(a)] for a in edit.labels])
-            for key, edit in edits.items()
-        }
+        call = self._call
+        kept_labels = KeptLabels(lambda labels: np.append(kept, True)[self._labeled.units(labels)])
+        changes = kept_labels.changes(self._effect.config)
         layer = clone_operation(call.operation, call.name, changes)
         dtype = next(x.dtype for x in call.site.flat if isinstance(x, keras.KerasTensor))
         labels = self._labeled.labels[call.inputs[0]]

@@ -8,7 +8,7 @@ from keras import ops
 from keras_taylor.cutting.layer_fits import LayerFit, LayerRepair
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.closed_layers import recorded_inside
-from keras_taylor.reading.graph import Call, Graph, TensorRef
+from keras_taylor.reading.graph import Graph, single_layer_graph
 from keras_taylor.reading.groups import mask_of
 from keras_taylor.reading.linear_views import linear_view
 from keras_taylor.reading.walk import Walk, in_batches, outputs_of
@@ -196,8 +196,8 @@ def refit_inside(walks, number, read, axes_masks, num_fit, num_examples, random,
     if view is None:
         return LayerRepair(name, reason="it is not known as a matrix product")
     old, new = (_recorded(walk, number, read.layer_number, name) for walk in walks)
-    weights = [id(weight) for weight in calls[0].operation.weights]
-    _, outputs = view.kept(axes_masks(weights.index(id(view.kernel))))
+    (kernel,) = (n for n, weight in enumerate(calls[0].operation.weights) if weight is view.kernel)
+    _, outputs = view.kept(axes_masks(kernel))
     fit = LayerFit(old, new, old.graph.calls[0], new.graph.calls[0], outputs, num_fit)
     return fit.run(num_examples, random, thorough)
 
@@ -207,6 +207,5 @@ def _recorded(walk, number, inner_number, name):
     with recorded_inside(operation, inner_number) as (inputs, outputs):
         walk.run(number)
     layer = inner_layers(operation)[inner_number]
-    call = Call(name, layer, None, (TensorRef(0),), {}, inputs=(0,), outputs=(1,))
     shapes = [(None, *values[0].shape[1:]) for values in (inputs, outputs)]
-    return _Recorded(Graph(layer, [call], shapes, (0,), (1,), {}, {}, {}), {0: inputs, 1: outputs})
+    return _Recorded(single_layer_graph(layer, name, *shapes), {0: inputs, 1: outputs})

@@ -14,11 +14,12 @@ from keras_taylor.reading.cloning import (
     uninitialized,
 )
 from keras_taylor.reading.configurations import warn_of_file
-from keras_taylor.reading.groups import label_model
-from keras_taylor.reading.tracing import functional_class, is_functional, recursing
+from keras_taylor.reading.groups import label_model, mask_of
+from keras_taylor.reading.tracing import functional_class, is_functional, recursion_limit_raised
 from keras_taylor.rules.attention import head_counts, inner_layers, is_attention
-from keras_taylor.rules.base import weight_of
-from keras_taylor.support.optimizers import carry_state
+from keras_taylor.rules.base import KeptLabels, weight_of
+from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.optimizers import CutWeight, carry_state
 from keras_taylor.support.replicas import check_layout, strategy_scope
 
 
@@ -77,8 +78,7 @@ def rebuild(labeled, kept):
     """The model without the units that are not kept, not compiled.
 
     Returns:
-        The model, and for each of its weights (by `id`) the weight that it was cut
-        from and a tuple with a bool array, or `None`, for each axis.
+        The model, and for each of its weights the weight that it was cut from.
     """
     surgeon = _Surgeon(labeled, kept)
     surgeon.check_layouts()
@@ -90,16 +90,17 @@ def rebuild(labeled, kept):
 
 class _Surgeon:
     def __init__(self, labeled, kept):
-        self._labeled, self._stays = labeled, np.append(kept, True)  # unit -1 is what stays
-        self._inside = labeled.graph.inside
+        self._labeled = labeled
+        self._kept_labels = KeptLabels(lambda labels: mask_of(labeled, labels, kept))
+        self._submodels = labeled.graph.submodels
         calls = labeled.graph.calls
         pairs = list(zip(calls, labeled.effects, strict=True))
-        self._names = {id(c.operation): c.name for c in calls}
-        self._effect_of_operation = {id(c.operation): e for c, e in reversed(pairs)}
-        self._effect_of_site = {id(c.site): e for c, e in reversed(pairs)}
-        self._made = {}  # id of an operation -> (it, its successor)
-        self._origins = {}  # id of a successor -> (what it succeeds, names of weights that have their values)
-        self._containers = {}  # id of a structure -> (model or opened layer, its successor)
+        self._names = {c.operation: c.name for c in calls}
+        self._effect_of_operation = {c.operation: e for c, e in reversed(pairs)}
+        self._effect_of_site = {c.site: e for c, e in reversed(pairs)}
+        self._made = {}  # operation -> its successor
+        self._origins = {}  # successor -> (what it succeeds, names of weights that have their values)
+        self._containers = {}  # `SubmodelGraph` -> its successor
 
     def check_layouts(self):
         """Refuses widths that weights which are spread over devices cannot have."""
@@ -108,14 +109,14 @@ class _Surgeon:
                 weight = weight_of(call.operation, name)
                 if weight is not None:
                     shape = [
-                        size if labels is None else int(self._mask(labels).sum())
+                        size if labels is None else int(self._kept_labels.mask(labels).sum())
                         for size, labels in zip(weight.shape, axes, strict=True)
                     ]
                     check_layout(weight, shape, f"{call.name}/{name}")
 
     def container(self, structure):
         """The successor of a model, sub-model or opened layer, made once however often it is used."""
-        if id(structure) not in self._containers:
+        if structure not in self._containers:
             model = structure.model
             if is_attention(model):
                 new = self._attention(model)
@@ -124,46 +125,46 @@ class _Surgeon:
                 new = self._sequential(structure) if sequential else self._functional(structure)
                 if new.dtype_policy != model.dtype_policy:
                     new.dtype_policy = model.dtype_policy
-            self._containers[id(structure)] = (model, new)
-        return self._containers[id(structure)][1]
+            self._containers[structure] = new
+        return self._containers[structure]
 
     def _attention(self, layer):
         """An attention layer with as many heads as are kept; its inner layers succeed the old ones'."""
-        if id(layer) not in self._made:
+        if layer not in self._made:
             kept = {name: self._num_heads(part) for name, part in head_counts(layer).items()}
             new = clone_operation(layer, layer.name, kept)
-            self._made[id(layer)] = (layer, new)
-        return self._made[id(layer)][1]
+            self._made[layer] = new
+        return self._made[layer]
 
     def _num_heads(self, projection):
-        axes = self._effect_of_operation[id(projection)].weights.get("kernel")
+        axes = self._effect_of_operation[projection].weights.get("kernel")
         heads = axes and axes[1]
-        return projection.kernel.shape[1] if heads is None else int(self._mask(heads).sum())
+        return projection.kernel.shape[1] if heads is None else int(self._kept_labels.mask(heads).sum())
 
     def _sequential(self, structure):
         layers = [self._input(structure, 0), *(self._successor(site) for site in structure.sites)]
         with contextlib.ExitStack() as stack:
             for layer in filter(_will_be_built, layers):
                 stack.enter_context(self._with_weights(layer))
-            stack.enter_context(recursing(len(layers)))
+            stack.enter_context(recursion_limit_raised(len(layers)))
             return keras.Sequential(layers, name=structure.model.name)
 
     def _functional(self, structure):
         placeholders = keras.tree.flatten(structure.inputs)
-        tensors = {id(t): self._input(structure, k).output for k, t in enumerate(placeholders)}
+        tensors = IdentityMap((t, self._input(structure, k).output) for k, t in enumerate(placeholders))
         for site in structure.sites:
             outputs = self._applied(site, tensors)
-            tensors.update(zip(map(id, site.outputs), keras.tree.flatten(outputs), strict=True))
+            tensors.update(zip(site.outputs, keras.tree.flatten(outputs), strict=True))
         inputs, outputs = keras.tree.map_structure(
-            lambda t: tensors[id(t)], (structure.inputs, structure.outputs)
+            lambda t: tensors[t], (structure.inputs, structure.outputs)
         )
-        with recursing(len(structure.sites)):
+        with recursion_limit_raised(len(structure.sites)):
             return _class_of(structure.model)(inputs=inputs, outputs=outputs, name=structure.model.name)
 
     def _applied(self, site, tensors):
         """What comes out when the successor of what a site applies is applied."""
         args, kwargs = self._arguments(site, tensors)
-        operation, inner = self._successor(site), self._inside.get(id(site))
+        operation, inner = self._successor(site), self._submodels.get(site)
         if inner is not None and not is_functional(inner.model) and not is_attention(inner.model):
             flat = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
             training = {} if kwargs.get("training") is None else {"training": kwargs["training"]}
@@ -173,85 +174,71 @@ class _Surgeon:
         if inner is not None and is_attention(inner.model):
             for old, new in zip(inner_layers(inner.model), inner_layers(operation), strict=True):
                 new.name = old.name
-                self._made[id(old)] = (old, new)
+                self._made[old] = new
         return outputs
 
     def _input(self, structure, number):
         layer = structure.input_layers[number]
         placeholder = keras.tree.flatten(structure.inputs)[number]
         graph = self._labeled.graph
-        bound = graph.bindings[id(placeholder)]
+        bound = graph.bindings[placeholder]
         labels, shape = self._labeled.labels[bound[0]], list(placeholder.shape)
         if not is_functional(structure.model):  # an opened layer may be called on maps of several sizes
             sizes = zip(*(graph.shapes[index] for index in bound), strict=True)
             shape = [several[0] if len(set(several)) == 1 else None for several in sizes]
         for axis, size in enumerate(labels.shape):
             if size > 1:
-                shape[axis] = int(self._mask(labels).sum())
+                shape[axis] = int(self._kept_labels.mask(labels).sum())
         return clone_operation(layer, layer.name, {"batch_shape": tuple(shape)})
 
     def _successor(self, site):
         """The successor of a layer, an operation, a sub-model or an opened layer."""
-        inner = self._inside.get(id(site))
+        inner = self._submodels.get(site)
         return self._operation(site.operation) if inner is None else self.container(inner)
 
     def _operation(self, operation):
-        if id(operation) not in self._made:
-            edits = self._effect_of_operation[id(operation)].config
-            changes = {key: self._value(edit) for key, edit in edits.items() if self._touched(edit)}
-            new = clone_operation(operation, self._names[id(operation)], changes)
+        if operation not in self._made:
+            changes = self._kept_labels.changes(self._effect_of_operation[operation].config)
+            new = clone_operation(operation, self._names[operation], changes)
             warn_of_file(new)
-            self._made[id(operation)] = (operation, new)
-            self._origins[id(new)] = (operation, set())
-        return self._made[id(operation)][1]
+            self._made[operation] = new
+            self._origins[new] = (operation, set())
+        return self._made[operation]
 
     def _with_weights(self, layer):
         """Within it a layer is built with its weights, as far as they are known by then."""
-        if id(layer) not in self._origins:
+        if layer not in self._origins:
             return uninitialized(layer)
-        old, done = self._origins[id(layer)]
+        old, done = self._origins[layer]
         return initialized_with(layer, old, self._masks_of(old), done)
 
     def _arguments(self, site, tensors):
-        effect = self._effect_of_site.get(id(site))
-        flat = [tensors[id(x)] if isinstance(x, keras.KerasTensor) else x for x in site.flat]
-        for position, edit in (effect.arguments if effect else {}).items():
-            if self._touched(edit):
-                flat[position] = self._value(edit)
+        effect = self._effect_of_site.get(site)
+        flat = [tensors[x] if isinstance(x, keras.KerasTensor) else x for x in site.flat]
+        if effect:
+            for position, value in self._kept_labels.changes(effect.arguments).items():
+                flat[position] = value
         return site.packed(flat)
 
-    def _mask(self, labels):
-        return self._stays[self._labeled.units(labels)]
-
-    def _touched(self, edit):
-        return not all(self._mask(labels).all() for labels in edit.labels)
-
-    def _value(self, edit):
-        return edit.new_value(*[self._mask(labels) for labels in edit.labels])
-
     def copy_all_weights(self):
-        weights = {}
-        for old, new in self._made.values():
-            if isinstance(old, keras.Layer) and id(old) in self._effect_of_operation:
+        weights = IdentityMap()
+        for old, new in self._made.items():
+            if isinstance(old, keras.Layer) and old in self._effect_of_operation:
                 masks = self._masks_of(old)
-                _, done = self._origins.get(id(new), (old, ()))
+                _, done = self._origins.get(new, (old, ()))
                 copy_weights(old, new, masks, done)
-                pairs = zip(old.weights, new.weights, strict=True)
-                weights.update({id(after): (before, masks.get(id(before), ())) for before, after in pairs})
+                for number, (before, after) in enumerate(zip(old.weights, new.weights, strict=True)):
+                    weights[after] = CutWeight(before, masks.get(number, ()))
         return weights
 
     def _masks_of(self, layer):
-        """For each weight of a layer (by `id`) what is kept along each axis."""
-        return {
-            id(weight): tuple(None if a is None else self._mask(a) for a in axes)
-            for name, axes in self._effect_of_operation[id(layer)].weights.items()
-            if (weight := weight_of(layer, name)) is not None
-        }
+        return self._kept_labels.weight_masks(layer, self._effect_of_operation[layer])
 
     def set_trainable_flags(self):
         """Containers first: setting one's flag sets those of all its layers."""
-        layers = [(o, n) for o, n in self._made.values() if isinstance(o, keras.Layer)]
-        for old, new in [*reversed(self._containers.values()), *layers]:
+        containers = [(structure.model, new) for structure, new in self._containers.items()]
+        layers = [(o, n) for o, n in self._made.items() if isinstance(o, keras.Layer)]
+        for old, new in [*reversed(containers), *layers]:
             if new.trainable != old.trainable:
                 new.trainable = old.trainable
 

@@ -123,7 +123,8 @@ def initialized_with(layer, source, masks, done):
             return _zeros
 
         def initialize(shape, dtype=None):
-            value = copy_kept(weights[name], masks.get(id(weights[name]), ()))
+            number, weight = weights[name]
+            value = copy_kept(weight, masks.get(number, ()))
             if tuple(value.shape) != tuple(shape):
                 return _zeros(shape, dtype)
             done.add(name)
@@ -148,14 +149,14 @@ def _adding(add_weight, initializer_of):
 
 
 def _by_name(layer):
-    """A layer's weights by name, without those that share one."""
+    """A layer's weights with their positions, by name, without those that share a name."""
     names = [weight.name for weight in layer.weights]
-    return {weight.name: weight for weight in layer.weights if names.count(weight.name) == 1}
+    return {w.name: (number, w) for number, w in enumerate(layer.weights) if names.count(w.name) == 1}
 
 
 def _with_inner_layers(layer):
     """A layer and those inside, each once: cells, what a wrapper wraps."""
-    return list({id(each): each for each in (layer, *inner_layers(layer))}.values())
+    return list(dict.fromkeys((layer, *inner_layers(layer))))
 
 
 def _zeros(shape, dtype=None):
@@ -184,13 +185,13 @@ def copy_weights(source, target, masks=None, done=()):
 
     Args:
         source, target: Layers of the same class.
-        masks: For each weight of `source` (by `id`) a tuple with a bool array, or
-            `None`, for each axis.
+        masks: What stays along each axis, by the weight's position in `source.weights`; weights that are
+            not there stay whole.
         done: Names of weights that have their values already (`initialized_with`).
     """
-    for old, new in zip(source.weights, target.weights, strict=True):
+    for number, (old, new) in enumerate(zip(source.weights, target.weights, strict=True)):
         if not (old.name == new.name and new.name in done):
-            new.assign(copy_kept(old, (masks or {}).get(id(old), ())))
+            new.assign(copy_kept(old, (masks or {}).get(number, ())))
     if hasattr(target, "finalize_state"):  # layers with `adapt` compute with values made from their weights
         target.finalize_state()
 

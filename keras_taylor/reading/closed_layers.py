@@ -168,7 +168,7 @@ def _holds_once(recipe, remade, seed):
     kept = _drawn(recipe, random)
     small = remade.smaller(changes_of(recipe, kept))
     masks = {
-        id(whole.weights[number]): tuple(None if a is None else _kept_of(a, kept) for a in axes)
+        number: tuple(None if a is None else _kept_of(a, kept) for a in axes)
         for number, axes in recipe.weights.items()
     }
     if not remade.fits(recipe, kept):

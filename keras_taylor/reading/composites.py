@@ -12,7 +12,7 @@ import numpy as np
 from keras_taylor.reading.closed_layers import Remade, gated_inside, holds
 from keras_taylor.reading.configurations import configuration_of
 from keras_taylor.reading.graph import read_inside
-from keras_taylor.reading.tracing import Closed, UnsupportedModelError
+from keras_taylor.reading.tracing import LayerStaysClosed, UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.rules.base import (
     Edit,
@@ -184,7 +184,7 @@ def _recipe(call, shapes, label_model):
         recipe = _of_channels(call, shapes, one, other)
         found = {name: _search(recipe.only([name]), remade) for name, _ in recipe.groups}
         together = _together(recipe, found, remade)
-    except (Closed, UnsupportedModelError):
+    except (LayerStaysClosed, UnsupportedModelError):
         return None
     if together is not None and names <= found.keys():
         without = tuple(together.config)

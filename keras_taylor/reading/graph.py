@@ -4,93 +4,118 @@ import collections
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
 
 from keras_taylor.reading.tracing import (
-    Closed,
+    CallSequence,
+    LayerStaysClosed,
     UnsupportedModelError,
+    call_sequence,
     functional_view,
     is_functional,
-    may_open,
+    is_openable,
     nodes,
-    opened,
-    record,
+    trace_layer,
 )
 from keras_taylor.rules.attention import is_attention
+from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.types import Shape, Tree
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorRef:
-    """Stands for a tensor in a call's arguments."""
+    """Stands for a tensor in a call's arguments.
+
+    Attributes:
+        index: The number of the tensor in its graph.
+    """
 
     index: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Call:
-    """One application of one operation, in the order of execution.
+class Site:
+    """One place in a model or sub-model where an operation is applied.
 
     Attributes:
-        name: Path of the operation, `"backbone/conv1"` inside a sub-model.
-        operation: The `keras.Operation` (a layer or a `keras.ops` operation).
-        site: The place in the model's structure; calls of a sub-model that is
-            used twice share their sites.
-        args, kwargs: Call arguments, with a `TensorRef` in the place of each tensor.
-        inputs: Indices of the tensors among the arguments, in flattened order.
-        outputs: Indices of the tensors that come out, in flattened order.
-        closed: Why a layer could not be opened, `None` where nobody tried.
+        operation: The layer or `keras.ops` operation.
+        args, kwargs: Its call arguments, with a symbolic `KerasTensor` for each tensor.
+        outputs: The symbolic tensors that it returns, flattened.
     """
 
-    name: str
-    operation: Any
-    site: "Site"
-    args: tuple
-    kwargs: dict
-    inputs: tuple
-    outputs: tuple
-    closed: str | None = None
+    operation: keras.Operation
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[keras.KerasTensor, ...]
 
     @functools.cached_property
-    def flat(self):
-        """The flattened call arguments, a tuple."""
-        return _flattened(self.args, self.kwargs)
+    def flat(self) -> tuple[Any, ...]:
+        """The flattened call arguments."""
+        return _flatten_arguments(self.args, self.kwargs)
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Site:
-    """One place of a (sub-)model where an operation is applied.
-
-    `args` and `kwargs` hold symbolic `KerasTensor`s, `outputs` is their flat list.
-    """
-
-    operation: Any
-    args: tuple
-    kwargs: dict
-    outputs: tuple
-
-    @functools.cached_property
-    def flat(self):
-        """The flattened call arguments, a tuple."""
-        return _flattened(self.args, self.kwargs)
-
-    def packed(self, flat):
-        """Positional and keyword arguments like these, with other leaves."""
-        if _is_plain(self.args, self.kwargs):
+    def packed(self, flat: Iterable[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments in the structure of this site's, with other leaves."""
+        if _has_flat_arguments(self.args, self.kwargs):
             return tuple(flat), {}
         return keras.tree.pack_sequence_as((self.args, self.kwargs), list(flat))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SubmodelGraph:
-    """The nodes of one functional (sub-)model or opened layer, not looking into those inside."""
+class Call:
+    """One application of one operation.
 
-    model: Any
-    inputs: Any  # structure of KerasTensors, as the model was made with; of an opened layer a flat list
-    outputs: Any
-    input_layers: tuple
-    sites: tuple
+    Attributes:
+        number: Its position in the order of execution, which is its index in `Graph.calls`.
+        name: Path of the operation, such as `"backbone/conv1"` inside a sub-model.
+        operation: The layer or `keras.ops` operation.
+        site: The place in the model's structure. If a sub-model is used twice, its calls share their sites.
+        args, kwargs: Call arguments, with a `TensorRef` in the place of each tensor.
+        inputs: Indices of the tensors among the arguments, in flattened order.
+        outputs: Indices of the tensors that the call returns, in flattened order.
+        closed: Why the layer could not be opened; `None` if nobody tried.
+    """
+
+    number: int
+    name: str
+    operation: keras.Operation
+    site: Site
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    closed: str | None = None
+
+    @functools.cached_property
+    def flat(self) -> tuple[Any, ...]:
+        """The flattened call arguments."""
+        return _flatten_arguments(self.args, self.kwargs)
+
+    @functools.cached_property
+    def tensor_positions(self) -> list[int]:
+        """Where the tensors stand among the flattened call arguments."""
+        return [i for i, x in enumerate(self.flat) if isinstance(x, TensorRef)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SubmodelGraph:
+    """The operations of one functional model, sub-model or opened layer, without those of its sub-models.
+
+    Attributes:
+        model: The model or the opened layer.
+        inputs, outputs: Nested structures of symbolic tensors, as the model was made with. For an opened
+            layer, `inputs` is a flat list.
+        input_layers: The `InputLayer` of each flattened input.
+        sites: Where operations are applied, in the order of execution.
+    """
+
+    model: keras.Layer
+    inputs: Tree
+    outputs: Tree
+    input_layers: tuple[keras.layers.InputLayer, ...]
+    sites: tuple[Site, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,55 +124,46 @@ class Graph:
 
     Attributes:
         model: The model that was read.
-        calls: List of `Call`, sub-models inlined, producers before consumers.
-        shapes: Shape of every tensor, batch axis first, `None` where unknown.
+        calls: All calls, those of sub-models included, producers before consumers.
+        shapes: Shape of every tensor, batch axis first, `None` where a size is unknown.
         inputs, outputs: Tensor indices, in the model's flattened order.
-        structures: `SubmodelGraph` of the model and of every functional sub-model, by `id`.
-        inside: `SubmodelGraph` of what is applied at a site, by the site's `id`, for sub-models and opened
-            layers.
-        bindings: For each input of a sub-model (by `id` of its `KerasTensor`) the
-            tensors that it stands for, one a call of the sub-model.
+        root: The operations of the model itself.
+        submodels: What is applied at a site, for the sites of sub-models and of opened layers.
+        bindings: The tensors that each symbolic input of a model, sub-model or opened layer stands for, one
+            for each of its applications.
     """
 
-    model: Any
-    calls: list
-    shapes: list
-    inputs: tuple
-    outputs: tuple
-    structures: dict
-    inside: dict
-    bindings: dict
+    model: keras.Layer
+    calls: list[Call]
+    shapes: list[Shape]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    root: SubmodelGraph
+    submodels: Mapping[Site, SubmodelGraph]
+    bindings: Mapping[keras.KerasTensor, list[int]]
 
-    @property
-    def root(self):
-        """The `SubmodelGraph` of the model itself."""
-        return self.structures[id(self.model)]
-
-    def is_used_once(self, operation):
-        """Whether an operation has one call."""
-        return self._num_calls[id(operation)] == 1
+    def is_used_once(self, operation: keras.Operation) -> bool:
+        """Whether an operation has exactly one call."""
+        return self._num_calls[operation] == 1
 
     @functools.cached_property
-    def _num_calls(self):
-        return collections.Counter(id(call.operation) for call in self.calls)
+    def _num_calls(self) -> collections.Counter[keras.Operation]:
+        return collections.Counter(call.operation for call in self.calls)
 
-    def layers(self):
+    def layers(self) -> list[tuple[str, keras.Layer]]:
         """Names and layers that have a call, each layer once."""
-        seen = {}
+        names: dict[keras.Layer, str] = {}
         for call in self.calls:
             if isinstance(call.operation, keras.Layer):
-                seen.setdefault(id(call.operation), (call.name, call.operation))
-        return list(seen.values())
+                names.setdefault(call.operation, call.name)
+        return [(name, layer) for layer, name in names.items()]
 
 
-def read(model):
-    """Reads a built model, sub-models inlined, composite layers opened.
+def read(model: keras.Model) -> Graph:
+    """Reads a built model. Sub-models are inlined, composite layers are opened.
 
     Args:
-        model: A built `keras.Model`; of a subclassed one its `tracing.functional_view` is read.
-
-    Returns:
-        A `Graph`.
+        model: A built `keras.Model`. If it is subclassed, its `tracing.functional_view` is read.
 
     Raises:
         UnsupportedModelError: if the model is neither Sequential nor Functional, and cannot be opened; if
@@ -159,23 +175,36 @@ def read(model):
         raise ValueError(
             f"Expected a `keras.Model`. Received: model={model!r} (of type {type(model).__name__})"
         )
-    graph = _read(_read_structure(model, model.name))
-    _refuse_other_forms(graph)
+    graph = _open_and_inline(_read_submodel(model, model.name))
+    _check_plain_weights(graph)
     return graph
 
 
-def read_inside(layer, args, kwargs):
-    """Reads what a layer does with arguments that hold symbolic tensors, as `read` does a model.
+def read_inside(layer: keras.Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
+    """Reads what a layer does with arguments that hold symbolic tensors, as `read` reads a model.
 
     Raises:
-        Closed: if that cannot be seen; the message says why.
+        LayerStaysClosed: if that cannot be seen; the message says why.
     """
-    return _read(_structure_of(layer, opened(layer, args, kwargs)))
+    return _open_and_inline(_submodel_graph(layer, trace_layer(layer, args, kwargs)))
 
 
-def _refuse_other_forms(graph):
-    """Refuses weights that are not plain: quantized, with low-rank changes, in two layers at once."""
-    owners = {}
+def single_layer_graph(layer: keras.Layer, name: str, input_shape: Shape, output_shape: Shape) -> Graph:
+    """The graph of one layer alone, which reads tensor 0 and makes tensor 1."""
+    site = Site(layer, (), {}, ())
+    call = Call(0, name, layer, site, (TensorRef(0),), {}, inputs=(0,), outputs=(1,))
+    root = SubmodelGraph(layer, [], [], (), (site,))
+    return Graph(layer, [call], [input_shape, output_shape], (0,), (1,), root, {}, {})
+
+
+def num_inbound_nodes(layer: keras.Layer) -> int:
+    """How often a layer was called symbolically."""
+    return len(layer._inbound_nodes)
+
+
+def _check_plain_weights(graph: Graph) -> None:
+    """Refuses weights that are quantized, that have LoRA weights beside them, or that two layers share."""
+    owners: IdentityMap[keras.Variable, str] = IdentityMap()
     for name, layer in graph.layers():
         mode = getattr(layer, "quantization_mode", None)
         if mode:
@@ -190,7 +219,7 @@ def _refuse_other_forms(graph):
                 "lora_enabled=True"
             )
         for weight in layer.weights:
-            other = owners.setdefault(id(weight), name)
+            other = owners.setdefault(weight, name)
             if other != name:
                 raise UnsupportedModelError(
                     f"Layers '{other}' and '{name}' share the weight '{weight.name}', and the smaller model "
@@ -199,125 +228,159 @@ def _refuse_other_forms(graph):
                 )
 
 
-def _read(structure):
-    several_ways = set()
-    while True:
-        try:
-            return _read_once(structure, several_ways)
-        except _SeveralWays as error:
-            several_ways.add(id(error.layer))
+def _open_and_inline(root: SubmodelGraph) -> Graph:
+    """The graph of a model or opened layer: first the layers inside are opened, then all is inlined."""
+    openings = _Openings()
+    openings.visit(root)
+    return _Inliner(openings, root).graph
 
 
-def _read_once(structure, several_ways):
-    model, reader = structure.model, _Reader(several_ways)
-    reader.structures[id(model)] = structure
-    shapes = [tuple(t.shape) for t in keras.tree.flatten(structure.inputs)]
-    reader.shapes.extend(shapes)
-    inputs = tuple(range(len(shapes)))
-    outputs = reader.inline(structure, inputs, prefix="")
-    return Graph(
-        *(model, reader.calls, reader.shapes, inputs, outputs),
-        *(reader.structures, reader.inside, reader.bindings),
-    )
+class _Openings:
+    """Finds the sub-models in a model, and opens layers.
 
+    A layer is opened if it does the same at all of its calls. Otherwise no single sub-model could take its
+    place, and it stays closed everywhere.
+    """
 
-def tensor_positions(call):
-    """Where tensors stand among a call's flattened arguments."""
-    return [i for i, x in enumerate(call.flat) if isinstance(x, TensorRef)]
+    def __init__(self) -> None:
+        self._visited: set[SubmodelGraph] = set()
+        self._models: dict[keras.Model, SubmodelGraph] = {}
+        self._submodels: dict[Site, SubmodelGraph] = {}
+        self._reasons: dict[Site, str] = {}  # why layers could not be opened
+        self._sites: dict[keras.Layer, list[Site]] = {}  # sites with different arguments, already opened
+        self._first_sequences: dict[keras.Layer, tuple[CallSequence, SubmodelGraph]] = {}
+        self._changing: set[keras.Layer] = set()  # layers that do other things at one call than at another
 
+    def visit(self, submodel: SubmodelGraph, prefix: str = "") -> None:
+        """Opens everything inside a model or opened layer."""
+        self._visited.add(submodel)
+        for site in submodel.sites:
+            name = prefix + _local_name(submodel, site.operation)
+            self._open(site, name)
+            inner = self.submodel_at(site)
+            if inner is not None and inner not in self._visited:
+                self.visit(inner, name + "/")
 
-def num_inbound_nodes(layer):
-    """How often a layer was called symbolically (a law counts it before and after)."""
-    return len(layer._inbound_nodes)
+    def submodel_at(self, site: Site) -> SubmodelGraph | None:
+        """The sub-model or opened layer at a visited site; `None` for a single operation."""
+        return None if site.operation in self._changing else self._submodels.get(site)
 
+    def reason_at(self, site: Site) -> str | None:
+        """Why the layer at a visited site stays closed; `None` if nobody tried to open it."""
+        if site.operation in self._changing:
+            return "it is called in several ways"
+        return self._reasons.get(site)
 
-class _SeveralWays(Exception):
-    """A layer does other things at one call than at another: no one sub-model stands for it."""
-
-    def __init__(self, layer):
-        super().__init__(layer.name)
-        self.layer = layer
-
-
-class _Reader:
-    def __init__(self, several_ways):
-        self.calls = []
-        self.shapes = []
-        self.structures = {}
-        self.inside = {}
-        self.bindings = {}
-        self._several_ways = several_ways  # ids of layers
-        self._opened, self._ways = {}, {}
-
-    def structure(self, model, name):
-        if id(model) not in self.structures:
-            self.structures[id(model)] = _read_structure(model, name)
-        return self.structures[id(model)]
-
-    def inline(self, structure, inputs, prefix):
-        """Appends the calls of one application of a (sub-)model; returns its outputs."""
-        placeholders = keras.tree.flatten(structure.inputs)
-        tensors = {id(t): i for t, i in zip(placeholders, inputs, strict=True)}
-        for placeholder, index in tensors.items():
-            self.bindings.setdefault(placeholder, []).append(index)
-        for site in structure.sites:
-            name = prefix + _local_name(structure, site.operation)
-            args, kwargs = site.packed(
-                TensorRef(tensors[id(x)]) if isinstance(x, keras.KerasTensor) else x for x in site.flat
-            )
-            inner, closed = self._inside(site, name)
-            if inner is None:
-                outputs = self._append(name, site, args, kwargs, closed)
-            else:
-                self.inside[id(site)] = inner
-                # a sub-model makes its masks itself
-                taken = _taken(args[:1], {}) if is_functional(inner.model) and args else _taken(args, kwargs)
-                outputs = self.inline(inner, taken, name + "/")
-            tensors.update(zip(map(id, site.outputs), outputs, strict=True))
-        return tuple(tensors[id(t)] for t in keras.tree.flatten(structure.outputs))
-
-    def _inside(self, site, name):
-        """The structure of what is applied at a site; `None` for a single operation; why it stays one."""
+    def _open(self, site: Site, name: str) -> None:
         operation = site.operation
         if isinstance(operation, keras.Model) and is_functional(operation):
-            return self.structure(operation, name), None
-        if not may_open(operation):
-            return None, None
-        if id(operation) in self._several_ways:
-            return None, "it is called in several ways"
-        key = (id(operation), *map(_signature, site.flat))
-        if key not in self._opened:
-            self._opened[key] = self._open(operation, site)
-        return self._opened[key]
+            if operation not in self._models:
+                self._models[operation] = _read_submodel(operation, name)
+            self._submodels[site] = self._models[operation]
+        elif is_openable(operation) and operation not in self._changing:
+            known = self._sites.setdefault(operation, [])
+            alike = next((other for other in known if _is_called_alike(site, other)), None)
+            if alike is None:
+                known.append(site)
+                self._open_layer(operation, site)
+            elif alike in self._submodels:
+                self._submodels[site] = self._submodels[alike]
+            else:
+                self._reasons[site] = self._reasons[alike]
 
-    def _open(self, operation, site):
+    def _open_layer(self, layer: keras.Layer, site: Site) -> None:
         try:
-            function = opened(operation, site.args, site.kwargs)
-        except Closed as reason:
-            return None, str(reason)
-        way = record(function)
-        first, structure = self._ways.setdefault(id(operation), (way, _structure_of(operation, function)))
-        if first != way:
-            raise _SeveralWays(operation)
-        return structure, None
+            function = trace_layer(layer, site.args, site.kwargs)
+        except LayerStaysClosed as reason:
+            self._reasons[site] = str(reason)
+            return
+        sequence = call_sequence(function)
+        if layer not in self._first_sequences:
+            self._first_sequences[layer] = sequence, _submodel_graph(layer, function)
+        first, self._submodels[site] = self._first_sequences[layer]
+        if first != sequence:
+            self._changing.add(layer)
 
-    def _append(self, name, site, args, kwargs, closed):
-        taken = _taken(args, kwargs)
-        outputs = tuple(range(len(self.shapes), len(self.shapes) + len(site.outputs)))
-        self.shapes.extend(self._output_shapes(site, args, kwargs, taken))
-        self.calls.append(Call(name, site.operation, site, args, kwargs, taken, outputs, closed))
+
+class _Inliner:
+    """Makes the flat graph of a model whose layers were opened."""
+
+    def __init__(self, openings: _Openings, root: SubmodelGraph) -> None:
+        self._openings = openings
+        self._calls: list[Call] = []
+        self._submodels: dict[Site, SubmodelGraph] = {}
+        self._bindings: IdentityMap[keras.KerasTensor, list[int]] = IdentityMap()
+        self._shapes: list[Shape] = [tuple(t.shape) for t in keras.tree.flatten(root.inputs)]
+        inputs = tuple(range(len(self._shapes)))
+        outputs = self._inline(root, inputs, prefix="")
+        self.graph = Graph(
+            model=root.model,
+            calls=self._calls,
+            shapes=self._shapes,
+            inputs=inputs,
+            outputs=outputs,
+            root=root,
+            submodels=self._submodels,
+            bindings=self._bindings,
+        )
+
+    def _inline(self, submodel: SubmodelGraph, inputs: tuple[int, ...], prefix: str) -> tuple[int, ...]:
+        """Appends the calls of one application of a (sub-)model; returns its outputs."""
+        tensors: IdentityMap[keras.KerasTensor, int] = IdentityMap(
+            zip(keras.tree.flatten(submodel.inputs), inputs, strict=True)
+        )
+        for placeholder, index in tensors.items():
+            self._bindings.setdefault(placeholder, []).append(index)
+        for site in submodel.sites:
+            name = prefix + _local_name(submodel, site.operation)
+            args, kwargs = site.packed(
+                TensorRef(tensors[x]) if isinstance(x, keras.KerasTensor) else x for x in site.flat
+            )
+            inner = self._openings.submodel_at(site)
+            if inner is None:
+                outputs = self._append_call(name, site, args, kwargs)
+            else:
+                self._submodels[site] = inner
+                if is_functional(inner.model) and args:  # it computes its masks itself
+                    args, kwargs = args[:1], {}
+                outputs = self._inline(inner, _tensor_indices(args, kwargs), name + "/")
+            tensors.update(zip(site.outputs, outputs, strict=True))
+        return tuple(tensors[t] for t in keras.tree.flatten(submodel.outputs))
+
+    def _append_call(
+        self, name: str, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, ...]:
+        """Appends one call; returns the indices of its outputs."""
+        inputs = _tensor_indices(args, kwargs)
+        outputs = tuple(range(len(self._shapes), len(self._shapes) + len(site.outputs)))
+        self._shapes.extend(self._output_shapes(site, args, kwargs, inputs))
+        call = Call(
+            number=len(self._calls),
+            name=name,
+            operation=site.operation,
+            site=site,
+            args=args,
+            kwargs=kwargs,
+            inputs=inputs,
+            outputs=outputs,
+            closed=self._openings.reason_at(site),
+        )
+        self._calls.append(call)
         return outputs
 
-    def _output_shapes(self, site, args, kwargs, taken):
-        """Recorded shapes, inferred anew where a sub-model is fed other shapes than it was made with."""
+    def _output_shapes(
+        self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: tuple[int, ...]
+    ) -> list[Shape]:
+        """Recorded shapes, inferred again where a sub-model gets other shapes than it was made with."""
         recorded = [tuple(t.shape) for t in site.flat if isinstance(t, keras.KerasTensor)]
-        # a reshape in an opened layer may know more by now
+        shapes = [self._shapes[i] for i in inputs]
+        # A reshape in an opened layer may know more by now than when it was recorded.
         is_settled = not hasattr(site.operation, "newshape")
-        if is_settled and recorded == [self.shapes[i] for i in taken]:
-            return _completed(site.operation, recorded, [tuple(t.shape) for t in site.outputs])
+        if is_settled and recorded == shapes:
+            return _einsum_sizes(site.operation, recorded, [tuple(t.shape) for t in site.outputs])
         args, kwargs = keras.tree.map_structure(
             lambda new, old: (
-                keras.KerasTensor(self.shapes[new.index], dtype=old.dtype)
+                keras.KerasTensor(self._shapes[new.index], dtype=old.dtype)
                 if isinstance(new, TensorRef)
                 else new
             ),
@@ -325,12 +388,24 @@ class _Reader:
             (site.args, site.kwargs),
         )
         spec = site.operation.compute_output_spec(*args, **kwargs)
-        shapes = [self.shapes[i] for i in taken]
-        return _completed(site.operation, shapes, [tuple(t.shape) for t in keras.tree.flatten(spec)])
+        return _einsum_sizes(site.operation, shapes, [tuple(t.shape) for t in keras.tree.flatten(spec)])
 
 
-def _completed(operation, inputs, outputs):
-    """Shapes with the sizes that an `EinsumDense` layer leaves open though its input has them."""
+def _is_called_alike(first: Site, second: Site) -> bool:
+    """Whether the arguments of two sites are the same; symbolic tensors need the same shape and dtype."""
+
+    def is_alike(one: Any, other: Any) -> bool:
+        if isinstance(one, keras.KerasTensor) and isinstance(other, keras.KerasTensor):
+            return tuple(one.shape) == tuple(other.shape) and one.dtype == other.dtype
+        if isinstance(one, (int, float, str, bool, type(None))):
+            return type(one) is type(other) and repr(one) == repr(other)
+        return one is other
+
+    return len(first.flat) == len(second.flat) and all(map(is_alike, first.flat, second.flat))
+
+
+def _einsum_sizes(operation: keras.Operation, inputs: list[Shape], outputs: list[Shape]) -> list[Shape]:
+    """Output shapes, with the sizes that `EinsumDense` leaves open although its input has them."""
     if type(operation) is not keras.layers.EinsumDense:
         return outputs
     read, made = operation.equation.partition(",")[0], operation.equation.partition("->")[2]
@@ -340,31 +415,40 @@ def _completed(operation, inputs, outputs):
     return [tuple(sizes.get(c) if d is None else d for c, d in zip(made, outputs[0], strict=True))]
 
 
-def _taken(args, kwargs):
-    return tuple(x.index for x in _flattened(args, kwargs) if isinstance(x, TensorRef))
+def _tensor_indices(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(x.index for x in _flatten_arguments(args, kwargs) if isinstance(x, TensorRef))
 
 
-def _flattened(args, kwargs):
-    return tuple(args if _is_plain(args, kwargs) else keras.tree.flatten((args, kwargs)))
+def _flatten_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(args if _has_flat_arguments(args, kwargs) else keras.tree.flatten((args, kwargs)))
 
 
-def _is_plain(args, kwargs):
-    """Whether there is nothing to flatten: most calls are so, and `keras.tree` is slow on PyTorch."""
+def _has_flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether there is nothing to flatten, as in most calls: `keras.tree` is slow on PyTorch."""
     return not kwargs and not any(map(keras.tree.is_nested, args))
 
 
-def _read_structure(model, name):
-    return _structure_of(model, _function_of(model, name))
+def _read_submodel(model: keras.Model, name: str) -> SubmodelGraph:
+    return _submodel_graph(model, _function_of(model, name))
 
 
-def _structure_of(model, function):
+def _submodel_graph(model: keras.Layer, function: keras.Function) -> SubmodelGraph:
+    """The graph of a model or layer, given the function that it computes."""
     inputs, outputs = function._inputs_struct, function._outputs_struct
-    input_layers = tuple(t._keras_history.operation for t in keras.tree.flatten(inputs))
-    return SubmodelGraph(model, inputs, outputs, input_layers, tuple(_sites(function)))
+    return SubmodelGraph(
+        model=model,
+        inputs=inputs,
+        outputs=outputs,
+        input_layers=tuple(t._keras_history.operation for t in keras.tree.flatten(inputs)),
+        sites=tuple(
+            Site(node.operation, node.arguments.args, node.arguments.kwargs, tuple(node.outputs))
+            for node in nodes(function)
+        ),
+    )
 
 
-def _function_of(model, name):
-    """The `keras.Function` behind a model: the model itself, or what a Sequential builds."""
+def _function_of(model: keras.Model, name: str) -> keras.Function:
+    """The `keras.Function` behind a model: the model itself, or the one that a Sequential builds."""
     if isinstance(model, keras.Sequential):
         if not model.built or model._functional is None:
             raise ValueError(
@@ -381,19 +465,7 @@ def _function_of(model, name):
     )
 
 
-def _local_name(structure, operation):
-    """Its own name; inside attention, some layers are named by how many there have been in the process."""
-    return re.sub(r"_\d+$", "", operation.name) if is_attention(structure.model) else operation.name
-
-
-def _signature(argument):
-    if isinstance(argument, keras.KerasTensor):
-        return tuple(argument.shape), argument.dtype
-    return repr(argument) if isinstance(argument, (int, float, str, bool, type(None))) else id(argument)
-
-
-def _sites(function):
-    return [
-        Site(node.operation, node.arguments.args, node.arguments.kwargs, tuple(node.outputs))
-        for node in nodes(function)
-    ]
+def _local_name(submodel: SubmodelGraph, operation: keras.Operation) -> str:
+    """The operation's own name, in attention layers without the counter that Keras appends to some."""
+    name: str = operation.name
+    return re.sub(r"_\d+$", "", name) if is_attention(submodel.model) else name

@@ -97,7 +97,7 @@ class LabeledModel:
             check_registered(call, self.labels, graph.shapes, self.exact)
             inside = inside_rule(call, graph.shapes, LabeledModel)
             probed = None if inside else probed_rule(call, self.labels, graph.shapes)
-            positions = graphs.tensor_positions(call)
+            positions = call.tensor_positions
             effect = apply_rule(self.space, call, self.labels, graph.shapes, positions, inside or probed)
             if probed or (call.closed is None and is_probed_activation(call.operation)):
                 self.probed.append(call.name)
@@ -115,11 +115,11 @@ class LabeledModel:
 
     def _join(self, call, effect):
         """An operation that was seen before has one set of weights and one configuration."""
-        first = self._first.setdefault(id(call.operation), effect)
+        first = self._first.setdefault(call.operation, effect)
         if first is not effect:
             for before, now in _vectors(first, effect):
                 self._unite(before, now, call.name)
-        first = self._first.setdefault(id(call.site), effect)
+        first = self._first.setdefault(call.site, effect)
         if first is not effect:
             for before, now in zip(first.outputs, effect.outputs, strict=True):
                 self._unite(before, now, call.name)
@@ -257,14 +257,14 @@ def _members(roots, producer_of):
 def matching(patterns, graph, names, argument):
     """Indices of producers that names, regular expressions or layers stand for."""
     patterns = [patterns] if isinstance(patterns, (str, keras.Layer)) else list(patterns)
-    layers = {id(layer): name for name, layer in graph.layers()}
+    layers = {layer: name for name, layer in graph.layers()}
     known = list(layers.values()) + [n for n in names if n not in layers.values()]
     found = []
     for pattern in patterns:
         if isinstance(pattern, str):
             hits = {n for n in known if re.fullmatch(pattern, n)} or {n for n in known if n == pattern}
         else:
-            hits = {layers[id(pattern)]} if id(pattern) in layers else set()
+            hits = {layers[pattern]} if pattern in layers else set()
         if not hits:
             raise ValueError(
                 f"`{argument}` names a layer that the model does not have. Expected layer names, "
@@ -280,9 +280,9 @@ def layer_names(model, patterns):
     """Patterns with layers of the model replaced by their names, which pruned models have too."""
     if patterns is None:
         return None
-    names = {id(layer): name for name, layer in graphs.read(model).layers()}
+    names = {layer: name for name, layer in graphs.read(model).layers()}
     patterns = [patterns] if isinstance(patterns, (str, keras.Layer)) else patterns
-    return [re.escape(names[id(p)]) if id(p) in names else p for p in patterns]
+    return [re.escape(names[p]) if p in names else p for p in patterns]
 
 
 def label_model(model, include=None, exclude=(), exact=True, grouped=()):

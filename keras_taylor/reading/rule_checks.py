@@ -9,9 +9,9 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
-from keras_taylor.reading.graph import TensorRef, tensor_positions
+from keras_taylor.reading.graph import TensorRef
 from keras_taylor.rules import elementwise
-from keras_taylor.rules.base import LabeledTensor, unknown_operation, weight_of
+from keras_taylor.rules.base import KeptLabels, LabeledTensor, unknown_operation
 from keras_taylor.rules.labels import FIXED, LabelSpace
 from keras_taylor.rules.probing import is_channelwise
 from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
@@ -129,7 +129,7 @@ class _Trial:
             if axis and (shapes[index][axis] or 0) > 1:
                 vector = self._space.new_labels(shapes[index][axis], call.name)
                 self._labels[index] = np.expand_dims(vector, [k for k in range(rank) if k != axis])
-        positions = tensor_positions(call)
+        positions = call.tensor_positions
         try:
             self._effect = apply_rule(self._space, call, self._labels, shapes, positions, rule)
         except Exception as error:
@@ -140,7 +140,7 @@ class _Trial:
         kept = self._draw()
         if kept is None:
             return
-        self._kept = kept
+        self._kept, self._kept_labels = kept, KeptLabels(kept.__getitem__)
         whole = clone_operation(self._call.operation, self._call.name)
         build_like(whole, self._call.operation, self._call.name)
         try:
@@ -217,30 +217,17 @@ class _Trial:
         return value if axis is None else np.compress(self._kept[labels.reshape(-1)], value, axis)
 
     def _cut(self, whole):
-        edits = self._effect.config
-        changes = {key: self._value(edit) for key, edit in edits.items() if self._touched(edit)}
+        changes = self._kept_labels.changes(self._effect.config)
         small = clone_operation(self._call.operation, self._call.name, changes)
         self._outputs(small, {i: self._short(i) for i in self._inputs}, cut=True)  # builds it
-        masks = {
-            id(weight): tuple(None if a is None else self._kept[a] for a in axes)
-            for name, axes in self._effect.weights.items()
-            if (weight := weight_of(whole, name)) is not None
-        }
-        copy_weights(whole, small, masks)
+        copy_weights(whole, small, self._kept_labels.weight_masks(whole, self._effect))
         return small
 
     def _outputs(self, layer, inputs, cut=False):
         return run_call(self._call, layer, inputs, self._arguments() if cut else {})
 
     def _arguments(self):
-        edits = self._effect.arguments
-        return {position: self._value(edit) for position, edit in edits.items() if self._touched(edit)}
-
-    def _touched(self, edit):
-        return not all(self._kept[labels].all() for labels in edit.labels)
-
-    def _value(self, edit):
-        return edit.new_value(*[self._kept[labels] for labels in edit.labels])
+        return self._kept_labels.changes(self._effect.arguments)
 
 
 def run_call(call, operation, inputs, arguments=None):

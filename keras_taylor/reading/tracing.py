@@ -5,24 +5,26 @@ import functools
 import inspect
 import math
 import sys
+from typing import Any, TypeAlias
 
 import keras
 
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.rules.base import is_from_keras
 from keras_taylor.rules.registry import REGISTERED
+from keras_taylor.support.identity import IdentityMap, IdentitySet
 
 # What a model's class may override, and another model would not run.
-_TRAINING = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
-_PLAIN = (int, float, str, bool, slice, type(None))
-_SETTINGS = (*_PLAIN, tuple, list)
+_TRAINING_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+_PLAIN_TYPES = (int, float, str, bool, slice, type(None))
+_SETTING_TYPES = (*_PLAIN_TYPES, tuple, list)
 
 
 class UnsupportedModelError(ValueError):
     """A model that cannot be read, with the layer's name and the way out."""
 
 
-class Closed(Exception):
+class LayerStaysClosed(Exception):
     """A layer whose insides cannot be seen; the message says why."""
 
 
@@ -46,11 +48,11 @@ def functional_view(model):
             f"data. Received: model={model!r}"
         )
     try:
-        shape = _built_with(model)
-        view = _traced(model, _inputs_of_shape(shape, "float32"), make=keras.Model)
-        if _only_looked_up(view):
-            view = _traced(model, _inputs_of_shape(shape, "int32"), make=keras.Model)
-    except Closed as reason:
+        shape = _recorded_input_shapes(model)
+        view = _trace(model, _make_inputs(shape, "float32"), make=keras.Model)
+        if _feeds_only_embeddings(view):
+            view = _trace(model, _make_inputs(shape, "int32"), make=keras.Model)
+    except LayerStaysClosed as reason:
         raise UnsupportedModelError(
             f"Model '{model.name}' is a subclassed model (class `{type(model).__name__}`) that cannot be "
             f"opened: {reason}. Build it with the functional API: `x = keras.Input(shape); keras.Model(x, "
@@ -87,14 +89,16 @@ def view_to_train(model):
     return view
 
 
-def _built_with(model):
+def _recorded_input_shapes(model):
     """The input shapes that Keras has on record for a subclassed model."""
     config = model.get_build_config() or {}
     shapes = (
         [config["input_shape"]] if "input_shape" in config else list(config.get("shapes_dict", {}).values())
     )
     if not shapes:
-        raise Closed("Keras has no input shapes on record; its `call` may not run on symbolic inputs")
+        raise LayerStaysClosed(
+            "Keras has no input shapes on record; its `call` may not run on symbolic inputs"
+        )
     return shapes[0]
 
 
@@ -102,7 +106,9 @@ def own_training(model):
     """Name of a method of training that a model's class overrides, `None` if it trains as Keras does."""
     if not isinstance(model, keras.Model):
         return None
-    return next((n for n in _TRAINING if getattr(type(model), n) is not getattr(keras.Model, n)), None)
+    return next(
+        (n for n in _TRAINING_METHODS if getattr(type(model), n) is not getattr(keras.Model, n)), None
+    )
 
 
 def is_functional(model):
@@ -119,14 +125,14 @@ def functional_class():
     return type(keras.Model(inputs, inputs))
 
 
-def may_open(operation):
+def is_openable(operation):
     """Whether to look into a layer: the user's own ones without a registered rule, and attention."""
     if not isinstance(operation, keras.Layer) or is_functional(operation) or type(operation) in REGISTERED:
         return False
     return is_attention(operation) or not is_from_keras(type(operation))
 
 
-def opened(layer, args, kwargs):
+def trace_layer(layer, args, kwargs):
     """What a layer does with its arguments, as a `keras.Function` of the tensors among them.
 
     Args:
@@ -137,7 +143,7 @@ def opened(layer, args, kwargs):
         The function; its inputs are a list, one for each tensor in the order of the flattened arguments.
 
     Raises:
-        Closed: if that cannot be found out; the message says why.
+        LayerStaysClosed: if that cannot be found out; the message says why.
     """
     # flattened, packed and flattened: mapping would take dicts in another order than flattening does
     flat = keras.tree.flatten((args, kwargs))
@@ -147,49 +153,49 @@ def opened(layer, args, kwargs):
     args, kwargs = keras.tree.pack_sequence_as((args, kwargs), flat)
     inputs = [x for x in flat if isinstance(x, keras.KerasTensor)]
     if getattr(layer, "quantization_mode", None):
-        raise Closed("it is quantized")
-    return _traced(layer, inputs, args, kwargs)
+        raise LayerStaysClosed("it is quantized")
+    return _trace(layer, inputs, args, kwargs)
 
 
-def _traced(layer, inputs, args=None, kwargs=None, make=keras.Function):
+def _trace(layer, inputs, args=None, kwargs=None, make=keras.Function):
     """The `keras.Function` of a layer's `call`, checked to be the same while training."""
     args = (inputs,) if args is None else args
     _refuse_own_weights(layer)
     if layer.activity_regularizer is not None:
-        raise Closed("it has an activity regularizer of its own")
-    function = _run(layer, inputs, args, kwargs or {}, make)
+        raise LayerStaysClosed("it has an activity regularizer of its own")
+    function = _trace_call(layer, inputs, args, kwargs or {}, make)
     _refuse_computed_weights(layer, function)
     if "training" in inspect.signature(layer.call).parameters and "training" not in (kwargs or {}):
-        training = _run(layer, inputs, args, {**(kwargs or {}), "training": True})
-        if record(training) != record(function):
-            raise Closed("its `call` takes another way while training")
+        training = _trace_call(layer, inputs, args, {**(kwargs or {}), "training": True})
+        if call_sequence(training) != call_sequence(function):
+            raise LayerStaysClosed("its `call` takes another way while training")
     return function
 
 
-def _run(layer, inputs, args, kwargs, make=keras.Function):
-    with _unchanged(layer):
+def _trace_call(layer, inputs, args, kwargs, make=keras.Function):
+    with _call_records_restored(layer):
         try:
-            outputs = layer.call(*_computed_in(layer, args), **_computed_in(layer, kwargs))
-            given = {id(x) for x in keras.tree.flatten(inputs)}
+            outputs = layer.call(*_cast_arguments(layer, args), **_cast_arguments(layer, kwargs))
+            given = IdentitySet(keras.tree.flatten(inputs))
             # a sub-model that hands its input through would put out a tensor that has been made already
-            outputs = keras.tree.map_structure(lambda y: keras.ops.copy(y) if id(y) in given else y, outputs)
-            with recursing(_num_calls(outputs)):
+            outputs = keras.tree.map_structure(lambda y: keras.ops.copy(y) if y in given else y, outputs)
+            with recursion_limit_raised(_count_calls(outputs)):
                 function = make(inputs, outputs)
         except Exception as error:
             text = (str(error).strip().splitlines() or [""])[0]
             open_ended = any(None in x.shape[1:] for x in keras.tree.flatten(inputs))
             hint = "; an input axis of unknown size may be why (`keras.Input((128,))` gives it one)"
             hint = hint if open_ended else ""
-            raise Closed(f"{type(error).__name__}: {text}{hint}") from error
+            raise LayerStaysClosed(f"{type(error).__name__}: {text}{hint}") from error
     if any(not isinstance(y, keras.KerasTensor) for y in keras.tree.flatten(outputs)):
-        raise Closed("its `call` returns something that is no tensor")
-    shapes = {}
+        raise LayerStaysClosed("its `call` returns something that is no tensor")
+    shapes = IdentityMap()
     for number, node in enumerate(nodes(function)):
         arguments = [list(node.arguments.args), node.arguments.kwargs]
         if any(isinstance(x, keras.Variable) for x in keras.tree.flatten(arguments)):
-            raise Closed("its `call` uses weights outside of layers")
+            raise LayerStaysClosed("its `call` uses weights outside of layers")
         if any(callable(x) for x in keras.tree.flatten(arguments)):
-            raise Closed("its `call` branches or loops by functions, whose insides are not seen")
+            raise LayerStaysClosed("its `call` branches or loops by functions, whose insides are not seen")
         if not isinstance(node.operation, keras.Layer):
             # made by this call, with a name that counts all operations so far; plans go by names
             node.operation.name = f"{type(node.operation).__name__.lower()}_{number}"
@@ -198,7 +204,7 @@ def _run(layer, inputs, args, kwargs, make=keras.Function):
 
 
 @contextlib.contextmanager
-def recursing(num_calls):
+def recursion_limit_raised(num_calls):
     """Within it Keras can make a model of so many calls, whatever the recursion limit is.
 
     It goes from the outputs to the inputs by recursion, a frame a call; nothing else here does.
@@ -211,13 +217,13 @@ def recursing(num_calls):
         sys.setrecursionlimit(before)
 
 
-def _num_calls(outputs):
+def _count_calls(outputs):
     """How many calls lead to symbolic tensors."""
     seen, ahead = set(), [y for y in keras.tree.flatten(outputs) if isinstance(y, keras.KerasTensor)]
     while ahead:
         operation, number, _ = ahead.pop()._keras_history
-        if (id(operation), number) not in seen:
-            seen.add((id(operation), number))
+        if (operation, number) not in seen:
+            seen.add((operation, number))
             ahead.extend(operation._inbound_nodes[number].input_tensors)
     return len(seen)
 
@@ -227,7 +233,7 @@ def _settle_shape(node, shapes):
 
     Args:
         node: The record of a call.
-        shapes: Shapes of tensors made before it, by `id`, where more is known of them than they say.
+        shapes: Shapes of tensors made before it, where more is known of them than they say.
             Those of its outputs are added.
     """
     operation = node.operation
@@ -236,7 +242,7 @@ def _settle_shape(node, shapes):
         settings = {k: v for k, v in vars(operation).items() if isinstance(v, (tuple, list)) and None in v}
     if "newshape" in settings:
         first = node.arguments.keras_tensors[0]
-        wanted = _reshaped(shapes.get(id(first), first.shape), operation.newshape)
+        wanted = _infer_newshape(shapes.get(first, first.shape), operation.newshape)
         if wanted.count(None) == 1:
             operation.newshape = tuple(-1 if size is None else size for size in wanted)
             # one that was made so: copies are made from what an operation was made with
@@ -247,25 +253,23 @@ def _settle_shape(node, shapes):
     if {"newshape", "shape", "size"} & settings.keys() or (
         is_resizing and None in (operation.height, operation.width)
     ):
-        raise Closed(f"its `call` needs a size that is not known ('{operation.name}')")
-    is_more_known = node.operation is not operation or any(
-        id(x) in shapes for x in node.arguments.keras_tensors
-    )
+        raise LayerStaysClosed(f"its `call` needs a size that is not known ('{operation.name}')")
+    is_more_known = node.operation is not operation or any(x in shapes for x in node.arguments.keras_tensors)
     if is_more_known and any(None in x.shape[1:] for x in node.outputs):
-        shapes.update(_known_by_now(node, shapes))
+        shapes.update(_infer_output_shapes(node, shapes))
 
 
-def _known_by_now(node, shapes):
-    """Shapes of a call's outputs, by `id`, computed anew from what is known of its inputs."""
+def _infer_output_shapes(node, shapes):
+    """Shapes of a call's outputs, computed again from what is known of its inputs."""
     args, kwargs = keras.tree.map_structure(
-        lambda x: keras.KerasTensor(shapes[id(x)], dtype=x.dtype) if id(x) in shapes else x,
+        lambda x: keras.KerasTensor(shapes[x], dtype=x.dtype) if x in shapes else x,
         (node.arguments.args, node.arguments.kwargs),
     )
     outputs = keras.tree.flatten(node.operation.compute_output_spec(*args, **kwargs))
-    return {id(x): tuple(y.shape) for x, y in zip(node.outputs, outputs, strict=True)}
+    return IdentityMap((x, tuple(y.shape)) for x, y in zip(node.outputs, outputs, strict=True))
 
 
-def _reshaped(old, new):
+def _infer_newshape(old, new):
     """A new shape of which the first size is that of the batch, with what follows for a -1."""
     new = [None if size in (None, -1) else size for size in new]
     if old[0] is None and new[0] is None and None not in old[1:] and new[1:].count(None) == 1:
@@ -276,10 +280,10 @@ def _reshaped(old, new):
 
 def _refuse_own_weights(layer):
     # there is no public way to ask for the layers inside one
-    inside = {id(w) for inner in layer._flatten_layers(include_self=False) for w in inner.weights}
-    own = [w for w in layer.weights if id(w) not in inside]
+    inside = IdentitySet(w for inner in layer._flatten_layers(include_self=False) for w in inner.weights)
+    own = [w for w in layer.weights if w not in inside]
     if own:
-        raise Closed(f"it has weights of its own ('{own[0].name}')")
+        raise LayerStaysClosed(f"it has weights of its own ('{own[0].name}')")
 
 
 def _refuse_computed_weights(layer, function):
@@ -288,13 +292,13 @@ def _refuse_computed_weights(layer, function):
     arguments = keras.tree.flatten([[list(node.arguments.args), node.arguments.kwargs] for node in steps])
     if not any(keras.ops.is_tensor(x) and not isinstance(x, keras.KerasTensor) for x in arguments):
         return
-    seen = {id(w) for node in steps for w in getattr(node.operation, "weights", ())}
+    seen = IdentitySet(w for node in steps for w in getattr(node.operation, "weights", ()))
     for inner in layer._flatten_layers(include_self=False):
-        if inner.weights and not any(id(w) in seen for w in inner.weights):
-            raise Closed(f"it calls '{inner.name}' on values that do not come from its inputs")
+        if inner.weights and not any(w in seen for w in inner.weights):
+            raise LayerStaysClosed(f"it calls '{inner.name}' on values that do not come from its inputs")
 
 
-def _computed_in(layer, arguments):
+def _cast_arguments(layer, arguments):
     """Arguments cast as the layer casts its inputs."""
     wanted = layer.compute_dtype
 
@@ -306,7 +310,7 @@ def _computed_in(layer, arguments):
 
 
 @contextlib.contextmanager
-def _unchanged(layer):
+def _call_records_restored(layer):
     """Takes back what calls within it leave in the records of a layer's insides."""
     # Keras keeps each symbolic call in private lists; a law of ours is that they stay as they were
     lists = [
@@ -328,14 +332,17 @@ def nodes(function):
     return [n for depth in sorted(by_depth, reverse=True) for n in by_depth[depth] if not n.is_input]
 
 
-def record(function):
+CallSequence: TypeAlias = tuple[list[tuple[Any, list[Any]]], list[Any]]
+
+
+def call_sequence(function) -> CallSequence:
     """What is called in what order, whatever `training` is."""
-    numbers = {}
+    numbers: IdentityMap[keras.KerasTensor, int] = IdentityMap()
 
     def known(x):
         if isinstance(x, keras.KerasTensor):
-            return ("tensor", numbers.setdefault(id(x), len(numbers)))
-        return repr(x) if isinstance(x, _PLAIN) else type(x).__name__
+            return ("tensor", numbers.setdefault(x, len(numbers)))
+        return repr(x) if isinstance(x, _PLAIN_TYPES) else type(x).__name__
 
     steps = []
     for x in keras.tree.flatten(function._inputs_struct):
@@ -343,10 +350,10 @@ def record(function):
     for node in nodes(function):
         operation = node.operation
         if isinstance(operation, keras.Layer):
-            what = id(operation)
+            what = operation
         else:
             settings = {k: v for k, v in vars(operation).items() if k not in ("name", "_name")}
-            flat = keras.tree.flatten({k: v for k, v in settings.items() if isinstance(v, _SETTINGS)})
+            flat = keras.tree.flatten({k: v for k, v in settings.items() if isinstance(v, _SETTING_TYPES)})
             what = type(operation).__name__, [known(x) for x in flat]
         kwargs = {k: v for k, v in node.arguments.kwargs.items() if k != "training"}
         arguments = [known(x) for x in keras.tree.flatten([list(node.arguments.args), kwargs])]
@@ -356,21 +363,19 @@ def record(function):
     return steps, [known(y) for y in keras.tree.flatten(function._outputs_struct)]
 
 
-def _inputs_of_shape(shape, dtype, name="input"):
+def _make_inputs(shape, dtype, name="input"):
     """`keras.Input`s in the structure of recorded shapes, any number of examples."""
     if isinstance(shape, dict):
-        return {key: _inputs_of_shape(one, dtype, key) for key, one in shape.items()}
+        return {key: _make_inputs(one, dtype, key) for key, one in shape.items()}
     if all(isinstance(size, (int, type(None))) for size in shape):
         return keras.Input(batch_shape=(None, *shape[1:]), dtype=dtype, name=name)
-    return [_inputs_of_shape(one, dtype, f"{name}_{k}") for k, one in enumerate(shape)]
+    return [_make_inputs(one, dtype, f"{name}_{k}") for k, one in enumerate(shape)]
 
 
-def _only_looked_up(function):
+def _feeds_only_embeddings(function):
     """Whether all that reads the inputs are embeddings, which take whole numbers."""
-    inputs = {id(x) for x in keras.tree.flatten(function._inputs_struct)}
+    inputs = IdentitySet(keras.tree.flatten(function._inputs_struct))
     readers = [
-        node.operation
-        for node in nodes(function)
-        if any(id(x) in inputs for x in node.arguments.keras_tensors)
+        node.operation for node in nodes(function) if any(x in inputs for x in node.arguments.keras_tensors)
     ]
     return bool(readers) and all(isinstance(o, keras.layers.Embedding) for o in readers)

@@ -6,13 +6,17 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
 
 from keras_taylor.rules.labels import FIXED
 from keras_taylor.rules.probing import is_elementwise_function
+from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.types import BoolArray, IntArray, Masks
+
+EditKey = TypeVar("EditKey")  # of a configuration value (a path) or of a call argument (its position)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -216,6 +220,40 @@ def weight_of(operation, path):
         return operator.attrgetter(path)(operation)
     except AttributeError:
         return None
+
+
+def weight_axes(operation, effect: Effect) -> dict[int, tuple[IntArray | None, ...]]:
+    """Labels along the axes of an operation's weights, by the weight's position in `operation.weights`."""
+    numbers = IdentityMap((weight, number) for number, weight in enumerate(getattr(operation, "weights", ())))
+    weights = ((weight_of(operation, name), axes) for name, axes in effect.weights.items())
+    return {numbers[weight]: axes for weight, axes in weights if weight in numbers}
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptLabels:
+    """Which labels stay, and what follows for weights, configuration values and call arguments.
+
+    Attributes:
+        mask: A function from a label array to a bool array of the same shape: kept or not.
+    """
+
+    mask: Callable[[IntArray], BoolArray]
+
+    def changes(self, edits: Mapping[EditKey, Edit]) -> dict[EditKey, Any]:
+        """New values of what is edited, without those that stay because all their labels do."""
+        masks = {key: [self.mask(labels) for labels in edit.labels] for key, edit in edits.items()}
+        return {
+            key: edit.new_value(*masks[key])
+            for key, edit in edits.items()
+            if not all(mask.all() for mask in masks[key])
+        }
+
+    def weight_masks(self, operation, effect: Effect) -> dict[int, Masks]:
+        """What stays along each axis of a weight, by the weight's position in `operation.weights`."""
+        return {
+            number: [None if labels is None else self.mask(labels) for labels in axes]
+            for number, axes in weight_axes(operation, effect).items()
+        }
 
 
 def producing_kernels(effect):

@@ -2,15 +2,30 @@
 
 import contextlib
 import inspect
+from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_taylor.support.copies import copy_kept
+from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.types import Masks
 
 # What becomes of each row of `gates.ROWS` when the loss is scaled by S: it is S^power times as large.
 _POWERS = np.array([1, 1, 2, 2, 0, 0], np.float32)
+
+
+class CutWeight(NamedTuple):
+    """What a weight of a smaller model was made from.
+
+    Attributes:
+        source: The weight of the original.
+        masks: What stays along each of its axes; empty where all does.
+    """
+
+    source: keras.Variable
+    masks: Masks
 
 
 class StatisticsOptimizer(keras.optimizers.Optimizer):
@@ -152,8 +167,7 @@ def carry_state(source, target, variables, weights):
         source: The optimizer with the state; built for the weights before the cut.
         target: A new optimizer of the same class and configuration.
         variables: The trainable variables to build it for.
-        weights: For each new weight (by `id`) the weight that it was cut from, and a
-            tuple with a bool array or `None` for each axis.
+        weights: For each new weight the weight that it was cut from.
 
     Returns:
         Whether there was a state to carry over.
@@ -163,9 +177,9 @@ def carry_state(source, target, variables, weights):
     if not source.built or len(source.variables) != len(target.variables):
         return False
     for old, new in zip(source.variables, target.variables, strict=True):
-        reference, masks = references.get(id(new)), ()
+        reference, masks = references.get(new), ()
         if reference is not None:
-            before, masks = weights[id(reference)]
+            before, masks = weights[reference]
             if tuple(old.shape) != tuple(before.shape):
                 continue
         value = copy_kept(old, masks)
@@ -175,8 +189,8 @@ def carry_state(source, target, variables, weights):
 
 
 def _build(optimizer, variables):
-    """Builds an optimizer; returns the weight that each of its slots (by `id`) was made for."""
-    references = {}
+    """Builds an optimizer; returns the weight that each of its slots was made for."""
+    references = IdentityMap()
     with contextlib.ExitStack() as stack:
         for one in _all_optimizers(optimizer):
             stack.enter_context(_recording(one, references))
@@ -190,7 +204,7 @@ def _recording(optimizer, references):
 
     def record(reference_variable, *args, **kwargs):
         slot = make(reference_variable, *args, **kwargs)
-        references[id(slot)] = reference_variable
+        references[slot] = reference_variable
         return slot
 
     vars(optimizer)["add_variable_from_reference"] = record
@@ -204,8 +218,8 @@ def _all_optimizers(optimizer):
     """An optimizer with those that it wraps."""
     inner = [getattr(optimizer, name, None) for name in ("wrapped", "inner_optimizer")]
     inner += list(getattr(optimizer, "optimizers", None) or [])
-    found = {id(optimizer): optimizer}
+    found = {optimizer: None}
     for one in inner:
-        if one is not None and id(one) not in found:
-            found.update({id(o): o for o in _all_optimizers(one)})
-    return list(found.values())
+        if one is not None and one not in found:
+            found.update(dict.fromkeys(_all_optimizers(one)))
+    return list(found)
