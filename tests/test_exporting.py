@@ -16,10 +16,11 @@ import pytest
 from helpers import BACKEND, fingerprint, predict, random_plan
 
 import keras_taylor
-from keras_taylor.exports import export_worker, exporting, runners
-from keras_taylor.exports.artifacts import Artifact, artifact_table
-from keras_taylor.exports.export_parity import accuracy, compared, tolerance_violation
-from keras_taylor.exports.export_worker import JobError, ask
+from keras_taylor.exports import export_worker, exporting, runners, source_models
+from keras_taylor.exports.artifacts import Artifact, artifact_table, size_on_disk
+from keras_taylor.exports.export_parity import TOLERANCES, accuracy, compare_outputs, tolerance_violation
+from keras_taylor.exports.export_worker import JobError, run_job
+from keras_taylor.exports.formats import checked_format
 from keras_taylor.support.console import render_table
 
 pytest.importorskip("tensorflow")
@@ -79,8 +80,8 @@ def test_every_format_runs_and_is_measured(made, name):
     artifact = made.artifact(name)
     options = VARIANTS[name]
     assert artifact.path == str(made.folder / name)
-    assert artifact.format == exporting.checked_format(made.folder / name, options.get("format"))
-    assert artifact.relative_difference <= exporting.TOLERANCES[artifact.quantize]
+    assert artifact.format == checked_format(made.folder / name, options.get("format"))
+    assert artifact.relative_difference <= TOLERANCES[artifact.quantize]
     assert artifact.agreement > 0.9
     assert list(artifact.inputs) == ["image", "extra"]
     batch = options.get("batch_size")
@@ -196,8 +197,8 @@ def test_recurrent_layers_and_half_precision_in_lite_rt(tmp_path):
     half = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, dtype="mixed_float16")])
     with pytest.raises(keras_taylor.ExportError, match="with the policy 'float32'"):
         keras_taylor.export(half, tmp_path / "half.tflite")
-    assert exporting._default_tolerance(half, None) == exporting.TOLERANCES["float16"]
-    assert exporting._default_tolerance(model, None) == exporting.TOLERANCES[None]
+    assert source_models.default_tolerance(half, None) == TOLERANCES["float16"]
+    assert source_models.default_tolerance(model, None) == TOLERANCES[None]
 
 
 def test_a_chain_of_dense_layers_and_its_arena(tmp_path):
@@ -258,7 +259,7 @@ def test_what_lite_rt_has_no_operation_for_says_so(tmp_path):
 def test_a_difference_past_the_tolerance_is_moved_aside(made, tmp_path, monkeypatch):
     target = tmp_path / "half.tflite"
     target.write_text("what was there")
-    monkeypatch.setitem(exporting.TOLERANCES, "float16", 1e-9)
+    monkeypatch.setitem(TOLERANCES, "float16", 1e-9)
     with pytest.raises(keras_taylor.ExportError, match="the largest difference is") as caught:
         keras_taylor.export(made.model, target, quantize="float16", overwrite=True)
     assert "half.tflite.rejected" in str(caught.value)
@@ -283,7 +284,7 @@ def test_overwrite_replaces_a_directory(made, tmp_path):
     second = keras_taylor.export(conv1d(), target, overwrite=True)
     assert second.num_bytes != first.num_bytes
     assert os.listdir(tmp_path) == ["served"]
-    assert exporting.size_of(target) == second.num_bytes
+    assert size_on_disk(target) == second.num_bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of another process")
@@ -293,7 +294,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
     keras_taylor.export(conv1d(), tmp_path / "first.tflite")  # starts the process
-    process = export_worker._workers[os.getpid(), "tensorflow"]._process
+    process = export_worker._pool["tensorflow"].process
     before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     try:
         for name in ("model", "model.tflite", "model.onnx"):
@@ -326,7 +327,7 @@ def test_budgets_of_bytes(made, tmp_path):
     size = made.artifact("integers.tflite").num_bytes
     options = {"quantize": "int8", "int8_io": True, "calibration": inputs_of(made.model)}
     keras_taylor.export(made.model, path, max_bytes=size + 100, max_arena_bytes=1e6, **options)
-    with pytest.raises(keras_taylor.ExportError, match=r"file takes .* bytes; accepted are 1,000\..*prune"):
+    with pytest.raises(keras_taylor.ExportError, match=r"file takes .* bytes; the limit is 1,000\..*Prune"):
         keras_taylor.export(made.model, path, max_bytes=1000, overwrite=True, **options)
     assert path.stat().st_size == size and (tmp_path / "model.tflite.rejected").exists()
     with pytest.raises(ValueError, match="Only LiteRT files have a tensor arena"):
@@ -359,7 +360,7 @@ REFUSED = {
     "batch size of keras": ({"path": "a.keras", "batch_size": 2}, "the only choice for format='keras'"),
     "tolerance": ({"tolerance": -1}, "Received: tolerance=-1"),
     "existing": ({"path": "there.onnx"}, "exists. Pass overwrite=True"),
-    "a directory": ({"path": "folder", "overwrite": True}, "is a directory, and no SavedModel"),
+    "a directory": ({"path": "folder", "overwrite": True}, "is a directory, but not a SavedModel"),
     "samples": ({"samples": np.ones((3, 5))}, "does not fit the model's inputs.*Expected shapes"),
     "no numbers": ({"samples": np.full((3, 4), np.nan)}, "NaN or infinity"),
     "targets": ({"data": (np.ones((3, 4)), np.ones(3) > 0)}, "Pass `metric`"),
@@ -371,7 +372,7 @@ def test_refused_before_any_work(what, tmp_path, monkeypatch):
     (tmp_path / "there.onnx").write_text("precious")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "precious").write_text("precious")
-    monkeypatch.setattr(exporting, "ask", None)
+    monkeypatch.setattr(exporting, "run_job", None)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     arguments, words = REFUSED[what]
     path = tmp_path / arguments.get("path", "a.onnx")
@@ -424,15 +425,17 @@ def outputs_off_by(amount):
 
 def test_differences_and_what_is_made_of_them():
     reference = outputs_off_by(0)
-    found = compared(outputs_off_by(0.1), reference)
+    found = compare_outputs(outputs_off_by(0.1), reference)
     assert found["difference"] == pytest.approx(0.1)
     assert found["relative_difference"] == pytest.approx(0.025)
     assert found["agreement"] == 1
-    assert compared(outputs_off_by(-3), reference)["agreement"] == 0.5
-    assert compared([reference[0][:1]], [reference[0][:1]])["agreement"] is None  # one class, no evidence
-    assert compared(outputs_off_by(np.nan), reference)["relative_difference"] == np.inf
+    assert compare_outputs(outputs_off_by(-3), reference)["agreement"] == 0.5
+    assert (
+        compare_outputs([reference[0][:1]], [reference[0][:1]])["agreement"] is None
+    )  # one class, no evidence
+    assert compare_outputs(outputs_off_by(np.nan), reference)["relative_difference"] == np.inf
     with pytest.raises(keras_taylor.ExportError, match="other shapes"):
-        compared([np.ones((2, 3))], reference)
+        compare_outputs([np.ones((2, 3))], reference)
 
 
 def test_what_is_accepted():
@@ -448,7 +451,7 @@ def test_what_is_accepted():
     lost = dataclasses.replace(exact, quantize="int8", relative_difference=np.inf)
     assert tolerance_violation(lost, 0.1, 0) != ""
     falls = dataclasses.replace(exact, metric=0.8, model_metric=0.9)
-    assert "the metric falls from 0.9 to 0.8; accepted is a drop of 0.05. " in tolerance_violation(
+    assert "the metric falls from 0.9 to 0.8. The largest accepted drop is 0.05. " in tolerance_violation(
         falls, 0.2, 0.05
     )
     assert tolerance_violation(falls, 0.2, 0.11) == ""
@@ -464,21 +467,21 @@ def test_accuracy_of_labels_and_of_one_hot_targets():
 
 
 def test_order_and_names():
-    assert runners.in_order(["output_10", "output_2"]) == ["output_2", "output_10"]
-    assert runners.in_order(["b10", "b2", "a"]) == ["a", "b10", "b2"]
-    assert runners.matched(["x/1", "2y"], {"arg_2y": 0, "x_1": 0}) == ["x_1", "arg_2y"]
+    assert runners.sort_outputs(["output_10", "output_2"]) == ["output_2", "output_10"]
+    assert runners.sort_outputs(["b10", "b2", "a"]) == ["a", "b10", "b2"]
+    assert runners.match_inputs(["x/1", "2y"], {"arg_2y": 0, "x_1": 0}) == ["x_1", "arg_2y"]
     with pytest.raises(ValueError, match="are not the model's"):
-        runners.matched(["x", "y"], {"x": 0, "z": 0})
+        runners.match_inputs(["x", "y"], {"x": 0, "z": 0})
 
 
 def test_a_process_without_work_ends(monkeypatch):
     """Without a fork too, as on systems that have none."""
     monkeypatch.setattr(export_worker, "IDLE_SECONDS", 0.1)
     with pytest.raises(JobError, match="KeyError: 'no such job'"):
-        ask("numpy", "no such job")
-    process = export_worker._workers[os.getpid(), "numpy"]._process
+        run_job("numpy", "no such job")
+    process = export_worker._pool._workers[os.getpid(), "numpy"].process
     process.wait(timeout=20)
-    answer = export_worker.perform({"path": sys.path, "modules": ["no_such_module"], "job": "convert"})
+    answer = export_worker.execute_job({"path": sys.path, "modules": ["no_such_module"], "job": "convert"})
     assert answer["error"] == "ModuleNotFoundError"
 
 

@@ -314,21 +314,21 @@ class Counted:
 def test_the_time_of_a_call_is_that_of_its_calmest_block(monkeypatch):
     warm_up, slow, calm = [10**9] * 2, [5 * 10**8] * 9, [10**8, 9 * 10**8, 10**8]
     runner = Counted(monkeypatch, warm_up + slow + calm + [3 * 10**8] * 60)
-    assert timing.calm_time(runner, [], patience=3, most=60) == 10**8
-    assert runner.calls == 2 + 9 + 3 + 3 * timing.BLOCKS  # which take longer than the patience
+    assert timing.min_block_median(runner, [], timing.TimeLimits(patience=3, total=60)) == 10**8
+    assert runner.calls == 2 + 9 + 3 + 3 * timing.MIN_BLOCKS  # which take longer than the patience
 
 
 def test_a_busy_machine_is_not_waited_for_for_ever(monkeypatch):
     faster = (10**9 * 0.98 ** (k // 3) for k in range(1000))
     runner = Counted(monkeypatch, faster)
-    timing.calm_time(runner, [], patience=100, most=30)
+    timing.min_block_median(runner, [], timing.TimeLimits(patience=100, total=30))
     assert 30 <= runner.now / 1e9 < 40
 
 
 def test_slow_models_are_called_a_few_times_anyway(monkeypatch):
     runner = Counted(monkeypatch, [10**10] * 100)
-    timing.calm_time(runner, [], patience=1, most=2)
-    assert runner.calls == 2 + timing.CALLS * timing.BLOCKS
+    timing.min_block_median(runner, [], timing.TimeLimits(patience=1, total=2))
+    assert runner.calls == 2 + timing.CALLS_A_BLOCK * timing.MIN_BLOCKS
 
 
 @pytest.mark.parametrize("variant", ["keras", "litert-int8", "onnx"])

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
-from keras_taylor.exports.export_worker import JobError, ask
+from keras_taylor.exports.export_worker import JobError, run_job
 from keras_taylor.exports.timing import time_layers
 from keras_taylor.reading.cloning import clone_operation
 from keras_taylor.reading.tracing import UnsupportedModelError
@@ -133,7 +133,7 @@ class TimeTable:
         if self._form == "keras":
             return time_layers(**arguments)
         try:
-            return ask("tensorflow", "time_layers", **arguments)
+            return run_job("tensorflow", "time_layers", **arguments)
         except JobError:  # native code that crashed takes its neighbors along: one by one then
             return [None] if len(points) == 1 else [t for p in points for t in self._measured([p])]
 

@@ -9,18 +9,16 @@ import numpy as np
 from keras_taylor.budget.costs import CostModel, weights_of
 from keras_taylor.budget.layer_times import LayerTimes
 from keras_taylor.budget.measured_costs import measured_cost_of
-from keras_taylor.exports.artifacts import ExportError, size_of
-from keras_taylor.exports.export_worker import JobError, ask
+from keras_taylor.exports.artifacts import ExportError, size_on_disk
+from keras_taylor.exports.export_worker import JobError, run_job
 from keras_taylor.exports.exporting import convert_model
-from keras_taylor.exports.formats import VARIANTS, check_installed
-from keras_taylor.exports.runners import random_arrays, write_arrays
+from keras_taylor.exports.formats import VARIANTS, ExportSettings, check_installed
 from keras_taylor.exports.timing import time_model
 from keras_taylor.support.replicas import num_processes
 
 _BYTES_A_NUMBER = {None: 4, "float16": 2, "dynamic": 1, "int8": 1}  # of matrices; all else is float32
 _NOT_QUANTIZED = 1024  # "dynamic" leaves smaller matrices as they are
 _DOUBTED = 1.05  # a time so many times the predicted one is measured twice
-_NUM_CALIBRATION = 4  # examples for "int8": neither sizes nor times depend on their values
 
 
 class Measurements:
@@ -81,10 +79,10 @@ class Measurements:
 
     def _measured(self, model, folder, quantity):
         if quantity.kind == "bytes":
-            return size_of(exported(model, folder, quantity.variant))
+            return size_on_disk(export_file(model, folder, quantity.variant))
         if quantity.variant == "keras":
             return time_model(model, self._batch_size)
-        path = exported(model, folder, quantity.variant, self._batch_size)
+        path = export_file(model, folder, quantity.variant, self._batch_size)
         return time_exported(path, model, quantity.variant, self._batch_size)
 
     def observe(self, labeled, kept, model):
@@ -196,25 +194,18 @@ class WeightBytes:
         return total
 
 
-def exported(model, folder, variant, batch_size=None):
-    """The file that `export` writes of a model, in a folder: its path.
+def export_file(model: keras.Model, folder: str, variant: str, batch_size: int | None = None) -> pathlib.Path:
+    """Writes the file that `export` writes, into a folder; returns its path.
 
     Args:
         model: A built Sequential or Functional model.
         folder: A directory.
-        form: Key of `formats.VARIANTS`.
-        batch_size: Examples a call takes; `None`: any number.
+        variant: Key of `formats.VARIANTS`.
+        batch_size: Number of examples that a call takes; `None` for any number.
     """
     kind = VARIANTS[variant]
     path = pathlib.Path(folder) / f"{variant}-{batch_size}{kind.suffix}"
-    calibration = None
-    if kind.quantize == "int8":
-        calibration = str(pathlib.Path(folder) / "calibration.npz")
-        dtypes = [keras.backend.standardize_dtype(t.dtype) for t in model.inputs]
-        shapes = [t.shape for t in model.inputs]
-        write_arrays(calibration, random_arrays(shapes, dtypes, _NUM_CALIBRATION))
-    order = {"format": kind.format, "quantize": kind.quantize, "int8_io": False, "batch_size": batch_size}
-    convert_model(model, folder, path, order, calibration)
+    convert_model(model, path, ExportSettings(kind.format, kind.quantize, batch_size=batch_size))
     return path
 
 
@@ -231,7 +222,7 @@ def time_exported(path, model, variant, batch_size):
     """
     names = [t.name for t in model.inputs]
     try:
-        return ask(
+        return run_job(
             "tensorflow", "time_file", variant=variant, path=str(path), names=names, batch_size=batch_size
         )
     except JobError as error:

@@ -1,8 +1,11 @@
-"""An exported model: where it is, how large, how exact, how fast."""
+"""An exported model: its place, size, precision and speed."""
 
 import dataclasses
 import json
 import os
+import pathlib
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
 
 from rich.table import Table
 
@@ -10,39 +13,71 @@ from keras_taylor.support.console import render_table
 
 
 class ExportError(RuntimeError):
-    """A model could not be converted, or its artifact does not run, or computes something else."""
+    """An exported model is not usable: conversion failed, or the file does not run or is not accurate enough.
+
+    Example:
+
+    >>> try:
+    ...     keras_taylor.export(model, "small.keras", max_bytes=100)
+    ... except keras_taylor.ExportError as error:
+    ...     print(str(error)[:21])
+    The file takes
+    """
+
+
+class TensorDetails(TypedDict):
+    """Shape (batch axis first, `None` where free) and dtype of an input or output.
+
+    "scale" and "zero_point" are there if integers stand for reals: real = scale x (integer - zero_point).
+    """
+
+    shape: list[int | None]
+    dtype: str
+    scale: NotRequired[float]
+    zero_point: NotRequired[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """A file (of a SavedModel: a directory) that `export` wrote; `print(artifact)` is a table.
+    """A file that `export` wrote (a directory for a SavedModel). `print(artifact)` prints a table.
 
     Attributes:
-        path: Where it is.
+        path: Where the file is, a str.
         format: "saved_model", "litert", "onnx" or "keras".
         quantize: `None` (float32), "float16", "dynamic" or "int8".
-        batch_size: Examples a call takes; `None`: any number.
-        num_bytes: Size on disk; of a SavedModel that of all its files.
-        inputs, outputs: For each name, in the order of the model's flattened inputs and
-            outputs: "shape" (batch first, `None` where free) and "dtype", and where the
-            artifact takes or gives integers for reals "scale" and "zero_point":
-            real = scale x (integer - zero_point).
-        difference: Largest absolute difference to the Keras model's outputs.
-        relative_difference: Largest difference of an output, divided by that output's largest value.
-        agreement: Fraction of predictions (argmax over the last axis) that are the
-            Keras model's; `None` without an output of two or more classes, or if it predicts
-            the same one for all samples.
-        metric, model_metric: Accuracy, or what `metric=` computes, of the artifact and of the
-            Keras model on `data`; `None` without `data`.
-        latency_ms, latency_p90_ms: Median and 90th percentile of the time of one call, in
-            milliseconds, on one thread of this machine's CPU ("keras" format: as many as
-            its backend takes).
-        latency_batch: Examples in that call.
-        peak_memory: Bytes by which the resident memory of a process grows that loads the
-            artifact and calls it, the runtime's own included, imports not; `None` where
-            the system does not tell.
-        arena_bytes: LiteRT only, for one batch: bytes of the tensors that are alive together, at
-            the worst point; see `runners.arena_size`. `None` else.
+        batch_size: Number of examples that a call takes; `None` for any number.
+        num_bytes: Size on disk in bytes, of all files for a SavedModel.
+        inputs: Name -> details, in the order of the model's flattened inputs. Details are a dict of
+            "shape" (batch axis first, `None` where free) and "dtype". If an int8 input stands for reals,
+            they also hold "scale" and "zero_point": real = scale x (integer - zero_point).
+        outputs: The same for the model's flattened outputs.
+        difference: Largest absolute difference from the Keras model's outputs.
+        relative_difference: Largest difference in an output, divided by that output's largest
+            absolute value; the maximum over all outputs.
+        agreement: Fraction of predictions (argmax over the last axis) that equal the Keras model's.
+            `None` if no output has two or more classes, or if the Keras model predicts the same class
+            for all samples.
+        metric: Accuracy of the artifact on `data`, or the value of `metric`; `None` without `data`.
+        model_metric: The same for the Keras model.
+        latency_ms: Median time of one call in milliseconds, on one thread of this machine's CPU. The
+            format "keras" uses as many threads as its backend takes.
+        latency_p90_ms: 90th percentile of that time, in milliseconds.
+        latency_batch: Number of examples in that call.
+        peak_memory: Bytes by which the resident memory of a process grows when it loads the artifact
+            and calls it. The runtime's own memory counts, its imports do not. `None` where the system
+            does not tell.
+        arena_bytes: LiteRT only, for one batch: the most bytes of tensors that are alive at the same
+            time, see `inspection.arena_size`. `None` for other formats.
+
+    Example:
+
+    >>> artifact = keras_taylor.export(model, "small.keras")
+    >>> artifact.format, artifact.quantize
+    ('keras', None)
+    >>> artifact.relative_difference < 1e-4
+    True
+    >>> keras_taylor.Artifact.from_json(artifact.to_json()) == artifact
+    True
     """
 
     path: str
@@ -50,8 +85,8 @@ class Artifact:
     quantize: str | None
     batch_size: int | None
     num_bytes: int
-    inputs: dict
-    outputs: dict
+    inputs: dict[str, TensorDetails]
+    outputs: dict[str, TensorDetails]
     difference: float
     relative_difference: float
     agreement: float | None
@@ -63,16 +98,28 @@ class Artifact:
     peak_memory: int | None
     arena_bytes: int | None
 
-    def to_json(self):
-        """Everything as a JSON string."""
+    def to_json(self) -> str:
+        """Returns all attributes as a JSON string, see `from_json`."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text):
-        """The `Artifact` that `to_json` wrote.
+    def from_json(cls, text: str) -> "Artifact":
+        """Reads what `to_json` wrote.
+
+        Args:
+            text: A str that `to_json` returned.
+
+        Returns:
+            An `Artifact`.
 
         Raises:
-            ValueError: if the text is not such an `Artifact`.
+            ValueError: if `to_json` did not write the text.
+
+        Example:
+
+        >>> artifact = keras_taylor.export(model, "small.keras")
+        >>> keras_taylor.Artifact.from_json(artifact.to_json()) == artifact
+        True
         """
         try:
             return cls(**json.loads(text))
@@ -82,14 +129,14 @@ class Artifact:
                 f"Received: text={text[:80]!r}"
             ) from error
 
-    def __str__(self):
+    def __str__(self) -> str:
         return render_table(artifact_table([self]), width=140)
 
 
-def artifact_table(artifacts):
-    """A rich table with one row an artifact."""
+def artifact_table(artifacts: Sequence[Artifact]) -> Table:
+    """A rich table with one row for each artifact."""
     table = Table()
-    rows = [artifact_row(one) for one in artifacts]
+    rows = [artifact_row(artifact) for artifact in artifacts]
     for column, name in enumerate(rows[0] if rows else ()):
         table.add_column(name, justify="left" if column < 2 else "right", no_wrap=column < 2)
     for row in rows:
@@ -97,33 +144,34 @@ def artifact_table(artifacts):
     return table
 
 
-def artifact_row(one):
-    """What tables say of an artifact: texts by the columns' names."""
+def artifact_row(artifact: Artifact) -> dict[str, str]:
+    """The texts of an artifact's row in a table, by column name."""
+    agreement, metric = artifact.agreement, artifact.metric
     return {
-        "file": os.path.basename(one.path),
-        "format": variant_label(one),
-        "size": format_kib(one.num_bytes),
-        "difference": f"{one.relative_difference:.1e}",
-        "agreement": "" if one.agreement is None else f"{one.agreement:.1%}",
-        "metric (Keras)": "" if one.metric is None else f"{one.metric:.4g} ({one.model_metric:.4g})",
-        "median ms": f"{one.latency_ms:.3f}",
-        "p90 ms": f"{one.latency_p90_ms:.3f}",
-        "memory": format_kib(one.peak_memory),
-        "arena": format_kib(one.arena_bytes),
+        "file": os.path.basename(artifact.path),
+        "format": variant_label(artifact),
+        "size": format_kib(artifact.num_bytes),
+        "difference": f"{artifact.relative_difference:.1e}",
+        "agreement": "" if agreement is None else f"{agreement:.1%}",
+        "metric (Keras)": "" if metric is None else f"{metric:.4g} ({artifact.model_metric:.4g})",
+        "median ms": f"{artifact.latency_ms:.3f}",
+        "p90 ms": f"{artifact.latency_p90_ms:.3f}",
+        "memory": format_kib(artifact.peak_memory),
+        "arena": format_kib(artifact.arena_bytes),
     }
 
 
-def variant_label(one):
+def variant_label(artifact: Artifact) -> str:
     """Format and precision of an artifact as text."""
-    return one.format if one.quantize is None else f"{one.format} {one.quantize}"
+    return artifact.format if artifact.quantize is None else f"{artifact.format} {artifact.quantize}"
 
 
-def format_kib(num_bytes):
-    """A size as text, `""` where it is not known."""
+def format_kib(num_bytes: int | None) -> str:
+    """A size as text, `""` for `None`."""
     return "" if num_bytes is None else f"{num_bytes / 1024:,.1f} KiB"
 
 
-def size_of(path):
+def size_on_disk(path: str | pathlib.Path) -> int:
     """Bytes of a file, or of all files in a directory."""
     if not os.path.isdir(path):
         return os.path.getsize(path)

@@ -1,10 +1,10 @@
-"""The process that converts and runs exported models, and the way to ask it.
+"""The process that converts and runs exported models, and the way to send it jobs.
 
-TensorFlow's converters are native code that may crash, and Keras runs on one backend a
-process, so all of it happens in a process of its own, on TensorFlow whatever the user's
-backend is. The process imports its libraries once and forks itself for every job, so that
-a crash or the memory of one is not that of the next. It ends when its standard input does:
-with the user's process, or when it has had no job for a while.
+TensorFlow's converters are native code that may crash, and a process runs Keras on one backend only.
+So exports happen in a process of their own, on TensorFlow whatever the user's backend is. The process
+imports its libraries once and forks itself for every job, so that a crash or the memory of one job does
+not affect the next. It ends when its standard input does: with the user's process, or when it has had
+no job for a while.
 """
 
 import atexit
@@ -18,175 +18,222 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, TypedDict
 
-from keras_taylor.exports import conversion, runners, timing
+from keras_taylor.exports import conversion, inspection, timing
+from keras_taylor.exports.formats import ExportSettings
 
-JOBS = {
-    "convert": conversion.convert,
-    "inspect": runners.inspect,
-    "time_in_turn": runners.time_in_turn,
-    "time_file": timing.time_file,
-    "time_layers": timing.time_layers,
-}
 IDLE_SECONDS = 60
-CAN_FORK = sys.platform == "linux"  # on macOS system libraries do not survive it, Windows has none
+CAN_FORK = sys.platform == "linux"  # macOS' system libraries do not survive a fork, Windows has none
+_MAX_LOG_LINES = 8
 
 
 class JobError(Exception):
     """A job failed.
 
     Attributes:
-        kind: Name of the exception's class, or "crash".
-        message: What the exception, or the end of the process's log, says.
+        error_name: Name of the exception's class, or "crash".
+        message: The exception's message, or the end of the process's log.
     """
 
-    def __init__(self, kind, message):
-        super().__init__(f"{kind}: {message}")
-        self.kind, self.message = kind, message
+    def __init__(self, error_name: str, message: str) -> None:
+        super().__init__(f"{error_name}: {message}")
+        self.error_name, self.message = error_name, message
 
 
-def ask(backend, job, modules=(), **arguments):
-    """Has a job done by the process for a backend, which is started if there is none.
+class JobRequest(TypedDict):
+    """What the user's process writes.
+
+    Attributes:
+        job: Key of `JOBS`.
+        modules: Names of modules to import first.
+        path: The user's `sys.path`.
+        arguments: Arguments of the job's function.
+    """
+
+    job: str
+    modules: list[str]
+    path: list[str]
+    arguments: dict[str, Any]
+
+
+class JobAnswer(TypedDict, total=False):
+    """What the worker process writes: a result, or the name and message of an error."""
+
+    result: Any
+    error: str
+    message: str
+
+
+def run_job(backend: str, job: str, modules: Iterable[str] = (), **arguments: Any) -> Any:
+    """Has the process for a backend do a job. Starts the process if there is none.
 
     Args:
         backend: Keras' backend in that process.
         job: Key of `JOBS`.
-        modules: Names of modules to import before: they register the user's classes.
-        **arguments: The job's, as JSON can hold them.
+        modules: Names of modules to import first: they register the user's classes.
+        **arguments: Arguments of the job's function, as JSON can hold them.
 
     Returns:
         What the job's function returns.
 
     Raises:
-        JobError: if it fails, or its process dies.
+        JobError: if the job fails, or its process dies.
     """
-    request = {"job": job, "modules": sorted(modules), "path": sys.path, "arguments": arguments}
-    with _lock:
-        key = os.getpid(), backend  # a fork of the user's process must not talk into its pipes
-        if key not in _workers or not _workers[key].alive():
-            _workers[key] = _Worker(backend)
-        answer = _workers[key].ask(request)
+    request: JobRequest = {"job": job, "modules": sorted(modules), "path": sys.path, "arguments": arguments}
+    answer = _pool.run(backend, request)
     if "error" in answer:
         raise JobError(answer["error"], answer["message"])
     return answer["result"]
 
 
-def close_workers():
-    """Ends the processes that wait for jobs."""
-    with _lock:
-        for worker in _workers.values():
-            worker.close()
-        _workers.clear()
+class Worker:
+    """The user's end of the pipes to a worker process.
 
+    Args:
+        backend: Keras' backend in the process.
+        lock: Held while the process does a job or is closed.
 
-_workers: dict = {}
-_lock = threading.RLock()
-atexit.register(close_workers)
+    Attributes:
+        process: The process.
+    """
 
-
-class _Worker:
-    """The user's end of the pipes."""
-
-    def __init__(self, backend):
+    def __init__(self, backend: str, lock: threading.RLock) -> None:
         hidden = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
         path = os.pathsep.join(filter(None, sys.path))
         environment = {**os.environ, **hidden, "KERAS_BACKEND": backend, "PYTHONPATH": path}
-        self._backend = backend
+        self._lock = lock
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from keras_taylor.exports.export_worker import serve; serve()"],
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from keras_taylor.exports.export_worker import serve_jobs; serve_jobs()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=environment,
-            start_new_session=True,  # so that it can be ended with its children
+            start_new_session=True,  # so that it can be ended together with its children
         )
-        self._timer = None
+        self._idle_timer: threading.Timer | None = None
 
-    def alive(self):
-        return self._process.poll() is None
+    def is_alive(self) -> bool:
+        """Whether the process is running."""
+        return self.process.poll() is None
 
-    def ask(self, request):
-        if self._timer is not None:
-            self._timer.cancel()
+    def run(self, request: JobRequest) -> JobAnswer:
+        """Sends a request and waits for the answer. A process that dies makes it an error."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         self._log.seek(0, os.SEEK_END)
         begin = self._log.tell()
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
         except OSError:
             line = b""
-        except BaseException:  # Ctrl-C: nobody will read the answer
+        except BaseException:  # after Ctrl-C nobody reads the answer
             self.kill()
             raise
-        answer = json.loads(line) if line else {"error": "crash", "message": "its process died."}
+        answer: JobAnswer = json.loads(line) if line else {"error": "crash", "message": "its process died."}
         if answer.get("error") == "crash":
-            answer["message"] += self._tail(begin)
+            answer["message"] += self._read_log(begin)
         if not line:
             self.kill()
         else:
-            self._timer = threading.Timer(IDLE_SECONDS, self._close_when_idle)
-            self._timer.daemon = True
-            self._timer.start()
+            self._idle_timer = threading.Timer(IDLE_SECONDS, self._close_when_idle)
+            self._idle_timer.daemon = True
+            self._idle_timer.start()
         return answer
 
-    def _tail(self, begin):
+    def _read_log(self, begin: int) -> str:
+        """The last lines of the log from this position on, as a sentence."""
         self._log.seek(begin)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()[-8:]
+        lines = self._log.read().decode(errors="replace").strip().splitlines()[-_MAX_LOG_LINES:]
         return " The last lines of its log: " + " | ".join(lines) if lines else ""
 
-    def _close_when_idle(self):
-        with _lock:
-            timer = self._timer
-            if timer is threading.current_thread():  # else a job came in between
+    def _close_when_idle(self) -> None:
+        with self._lock:
+            if self._idle_timer is threading.current_thread():  # else a job came in between
                 self.close()
 
-    def close(self):
-        """Lets it end by itself."""
-        if self._timer is not None:
-            self._timer.cancel()
+    def close(self) -> None:
+        """Closes the pipe, which makes the process end by itself."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self.process.stdin.close()
         try:
-            self._process.wait(timeout=10)
+            self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self.kill()
-        self._process.stdout.close()
+        self.process.stdout.close()
         self._log.close()
 
-    def kill(self):
-        """Ends it and its children at once."""
+    def kill(self) -> None:
+        """Ends the process and its children at once."""
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
 
 
-def serve():
-    """The process's own loop: a line of JSON in, a line of JSON out."""
+class WorkerPool:
+    """The worker processes of this process, one for each backend; at most one job runs at a time."""
+
+    def __init__(self) -> None:
+        self._workers: dict[tuple[int, str], Worker] = {}
+        self._lock = threading.RLock()
+
+    def __getitem__(self, backend: str) -> Worker:
+        """The worker for a backend, which is started if there is none."""
+        key = os.getpid(), backend  # a fork of the user's process must not write to its pipes
+        if key not in self._workers or not self._workers[key].is_alive():
+            self._workers[key] = Worker(backend, self._lock)
+        return self._workers[key]
+
+    def run(self, backend: str, request: JobRequest) -> JobAnswer:
+        """Has the worker for a backend do a job."""
+        with self._lock:
+            return self[backend].run(request)
+
+    def close(self) -> None:
+        """Ends all processes."""
+        with self._lock:
+            for worker in self._workers.values():
+                worker.close()
+            self._workers.clear()
+
+
+_pool = WorkerPool()
+atexit.register(_pool.close)
+
+
+def serve_jobs() -> None:
+    """The loop of the worker process: it reads requests and writes answers, a line of JSON each."""
     import keras
 
     if keras.backend.backend() == "tensorflow":
         import tensorflow  # noqa: F401  # once, not in every child
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not get between the answers
+    os.dup2(2, 1)  # libraries print to the log, not between the answers
     for line in sys.stdin:
-        request = json.loads(line)
-        answer = _in_a_child(request) if CAN_FORK else perform(request)
+        request: JobRequest = json.loads(line)
+        answer = _execute_in_fork(request) if CAN_FORK else execute_job(request)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def _in_a_child(request):
+def _execute_in_fork(request: JobRequest) -> JobAnswer:
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         os.close(reading)
         with os.fdopen(writing, "w") as pipe:
-            json.dump(perform(request), pipe)
-        os._exit(0)  # nothing of the parent's is to be cleaned up here
+            json.dump(execute_job(request), pipe)
+        os._exit(0)  # the child must not clean up what belongs to the parent
     os.close(writing)
     with os.fdopen(reading) as pipe:
         text = pipe.read()
@@ -196,11 +243,12 @@ def _in_a_child(request):
         return {"error": "crash", "message": f"its process was ended by the signal {name}."}
     if not text:
         return {"error": "crash", "message": f"its process exited with status {status}."}
-    return json.loads(text)
+    answer: JobAnswer = json.loads(text)
+    return answer
 
 
-def perform(request):
-    """Does a job in this process; its result, or its error, as JSON can hold it."""
+def execute_job(request: JobRequest) -> JobAnswer:
+    """Does a job in this process; returns its result or its error."""
     try:
         sys.path[:] = request["path"]
         for name in request["modules"]:
@@ -209,3 +257,16 @@ def perform(request):
     except Exception as error:
         traceback.print_exc()
         return {"error": type(error).__name__, "message": str(error)}
+
+
+def _convert(source: str, target: str, settings: dict[str, Any], calibration: str | None) -> None:
+    conversion.convert_file(source, target, ExportSettings(**settings), calibration)
+
+
+JOBS: Final[Mapping[str, Callable[..., Any]]] = {
+    "convert": _convert,
+    "inspect": inspection.inspect_file,
+    "time_files": timing.time_files,
+    "time_file": timing.time_file,
+    "time_layers": timing.time_layers,
+}

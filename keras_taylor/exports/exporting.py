@@ -1,387 +1,281 @@
-"""SavedModel, LiteRT, ONNX and Keras files, from any backend, checked and measured."""
+"""SavedModel, LiteRT, ONNX and Keras files from any backend, checked and measured."""
 
 import dataclasses
 import os
 import pathlib
 import tempfile
-import warnings
-import weakref
+from collections.abc import Callable, Iterable, Sequence
 
 import keras
-import numpy as np
 
-from keras_taylor.exports.artifacts import Artifact, ExportError, size_of
-from keras_taylor.exports.export_checks import check_budgets, check_model, check_options, check_target
-from keras_taylor.exports.export_parity import (
-    TOLERANCES,
-    accuracy,
-    compared,
-    size_violation,
-    tolerance_violation,
+from keras_taylor.exports.artifacts import Artifact, ExportError, size_on_disk
+from keras_taylor.exports.conversion import save_and_convert
+from keras_taylor.exports.export_checks import check_calibration, check_limits, check_model, check_target
+from keras_taylor.exports.export_failures import conversion_failure, run_failure, shorten
+from keras_taylor.exports.export_parity import compare_outputs, size_violation, tolerance_violation
+from keras_taylor.exports.export_worker import JobError, run_job
+from keras_taylor.exports.formats import ExportSettings, check_installed, checked_format
+from keras_taylor.exports.inspection import Inspection
+from keras_taylor.exports.source_models import (
+    ExportExamples,
+    Reference,
+    default_tolerance,
+    find_user_modules,
 )
-from keras_taylor.exports.export_worker import JobError, ask
-from keras_taylor.exports.formats import check_installed, checked_format
-from keras_taylor.exports.runners import random_arrays, read_arrays, write_arrays
+from keras_taylor.exports.timing import ExportedFile
+from keras_taylor.support.arrays import read_arrays, write_arrays
 from keras_taylor.support.atomic_files import AtomicFile
-from keras_taylor.support.datasets import Feed, flat_inputs, inputs_and_targets
+from keras_taylor.support.types import Array, Data, Tree
 
-NUM_SAMPLES, NUM_CALIBRATION, REPETITIONS = 32, 200, 100
-
-_flat_models: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_MAX_REPETITIONS = 100
 
 
 def export(
-    model,
-    path,
-    format=None,
-    quantize=None,
-    calibration=None,
-    int8_io=False,
-    batch_size=None,
-    samples=None,
-    data=None,
-    metric=None,
-    tolerance=None,
-    max_drop=0.02,
-    max_bytes=None,
-    max_arena_bytes=None,
-    overwrite=False,
-):
-    """Writes a model for inference elsewhere, runs what was written, and measures it.
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    quantize: str | None = None,
+    calibration: Data = None,
+    int8_io: bool = False,
+    batch_size: int | None = None,
+    samples: Tree = None,
+    data: Data = None,
+    metric: Callable[[Tree, Tree], float] | None = None,
+    tolerance: float | None = None,
+    max_drop: float = 0.02,
+    max_bytes: float | None = None,
+    max_arena_bytes: float | None = None,
+    overwrite: bool = False,
+) -> Artifact:
+    """Writes a model for inference elsewhere, runs the written file, and measures it.
 
-    Works the same on every backend: another process, which runs Keras on TensorFlow, loads
-    a copy of the model and converts it. What comes out is run there and its outputs are compared
-    with the model's on its own backend; only then is it moved to `path`. Layers of your own must
-    be registered (`keras.saving.register_keras_serializable`) in a module that can be imported.
+    It works the same on every backend: another process, which runs Keras on TensorFlow, loads a copy of
+    the model and converts it. It runs the result and compares the outputs with those of the model on its
+    own backend. Only then is the file moved to `path`. Your own layers must be registered
+    (`keras.saving.register_keras_serializable`) in a module that can be imported.
 
     Args:
-        model: A built Sequential or Functional model; it is not changed. A `PrunableModel` gives
-            one by `strip()`.
-        path: The file to write; for "saved_model" a directory. Its parent must exist.
+        model: A built Sequential or Functional model; it is not changed. For a `PrunableModel`, pass what
+            `strip()` returns.
+        path: The file to write, or the directory for "saved_model". Its parent must exist.
         format: "saved_model" (signature `serving_default`, names as Keras' own export gives
             them), "litert" (`.tflite`, built-in operations only), "onnx" (`.onnx`) or "keras"
-            (`.keras`, without the optimizer). `None`: what the ending of `path` says.
-        quantize: LiteRT only. `None`: float32. "float16": weights. "dynamic": weights
-            of 1024 values or more as int8, activations float32. "int8": weights and activations.
-        calibration: "int8" only, and needed there: what the ranges of activations are taken from;
-            inputs as `model.fit` takes them (arrays, `(x, y)`, a tf.data.Dataset, a PyDataset,
-            ...). At most 200 examples are used: of arrays evenly spread ones, else the first.
-        int8_io: "int8" only: whether inputs and outputs are int8 too, by the "scale" and
-            "zero_point" in the result; if not, they are float32.
-        batch_size: Examples a call takes; `None` leaves it free. Microcontrollers, and some
-            recurrent layers in LiteRT, need a fixed one. ("keras": `None` only.)
-        samples: Inputs to compare outputs on; in the structure and with the shapes that the model
-            takes, batch first. `None`: those of `calibration`, else of `data` (at most 32), else
-            32 random ones: standard normal reals, integers 0 and 1.
-        data: `(x, y)`, or batches of such, to compute `metric` on for both.
-        metric: A callable `(y, outputs)` with arrays (lists of them for a model with several
-            outputs) to a number, the larger the better. `None`: accuracy, for integer labels or
-            one-hot `y`, of a single output with classes along its last axis.
-        tolerance: Largest relative difference to accept; `None`: 1e-4 for float32, 1e-2 for
-            "float16", 0.1 for "dynamic" and "int8". For the last two it is enough that no
-            larger fraction of the predicted classes differs.
-        max_drop: Largest drop of the metric to accept.
-        max_bytes: Largest size to accept, in bytes; `None`: any.
-        max_arena_bytes: LiteRT only: largest `Artifact.arena_bytes` to accept; `None`: any. With
-            `max_bytes` (flash) that is what a microcontroller asks (RAM); leave it some slack.
-        overwrite: Whether to replace what is at `path`; only what has the same format is.
+            (`.keras`, without the optimizer). Default `None`: the format that the suffix of `path`
+            stands for.
+        quantize: LiteRT only. `None` (default): float32. "float16": weights in float16. "dynamic":
+            weights of 1024 values or more as int8, activations in float32. "int8": weights and
+            activations as int8.
+        calibration: Required for "int8", and only allowed there: inputs from which the ranges of
+            activations are taken, in any form that `model.fit` takes (arrays, `(x, y)`, a
+            tf.data.Dataset, a PyDataset, ...). At most 200 examples are used: evenly spread ones of
+            arrays, the first ones of other data.
+        int8_io: "int8" only. Whether inputs and outputs are int8 too, with the "scale" and
+            "zero_point" in the result. Default `False`: they are float32.
+        batch_size: Number of examples that a call takes. Default `None`: any number. Microcontrollers
+            need a fixed one, and so do some recurrent layers in LiteRT. The format "keras" takes
+            `None` only.
+        samples: Inputs to compare outputs on, with the structure and shapes that the model takes, batch
+            axis first. Default `None`: those of `calibration`, else of `data` (at most 32), else
+            32 random examples (standard normal reals, integers 0 and 1).
+        data: `(x, y)`, or batches of these, to compute `metric` on for the artifact and the model.
+            Default `None`: no metric is computed.
+        metric: A callable `(y, outputs)` that returns a number, the larger the better. It gets arrays, or
+            lists of arrays for a model with several outputs. Default `None`: accuracy, for integer labels
+            or one-hot `y` and a single output with classes along its last axis.
+        tolerance: Largest relative difference to accept, see `Artifact.relative_difference`. Default
+            `None`: 1e-4 for float32, 1e-2 for "float16", 0.1 for "dynamic" and "int8". The last two are
+            also accepted if no larger fraction of the predicted classes differs.
+        max_drop: Largest drop of the metric to accept. Default 0.02.
+        max_bytes: Largest size to accept, in bytes. Default `None`: any.
+        max_arena_bytes: LiteRT only: largest `Artifact.arena_bytes` to accept. Default `None`: any. A
+            microcontroller limits both `max_bytes` (flash) and `max_arena_bytes` (RAM). Leave it some
+            slack.
+        overwrite: Whether to replace a file at `path`, or a SavedModel by a SavedModel. Default `False`.
 
     Returns:
         An `Artifact`: sizes in bytes, differences, latency in milliseconds.
 
     Raises:
         ValueError: for arguments that do not go together, before anything is written.
-        ImportError: if a package is missing; it names the extra.
-        ExportError: if the model cannot be converted, or what was written does not run, differs by
-            more than `tolerance` or `max_drop`, or is larger than `max_bytes` or `max_arena_bytes`; it
-            lies beside the target as `<name>.rejected` then. At `path` nothing has changed.
+        ImportError: if a package is missing. The message names the extra to install.
+        ExportError: if the model cannot be converted; or if the written file does not run, differs by
+            more than `tolerance` or `max_drop`, or is larger than `max_bytes` or `max_arena_bytes`. A file
+            that runs then lies beside the target as `<name>.rejected`. Nothing changes at `path`.
 
     Example:
 
-    >>> artifact = keras_taylor.export(small, "small.tflite", quantize="int8", calibration=x_train)
-    >>> print(artifact)
+    >>> artifact = keras_taylor.export(model, "small.tflite", data=(x_val, y_val))
+    >>> artifact.format, artifact.batch_size
+    ('litert', None)
+    >>> artifact.relative_difference < 1e-4
+    True
     """
     target = pathlib.Path(path)
     format = checked_format(target, format)
     check_model(model)
-    check_options(format, quantize, calibration, int8_io, batch_size, tolerance)
-    check_budgets(format, max_bytes, max_arena_bytes)
+    settings = ExportSettings(format, quantize, int8_io, batch_size)
+    check_calibration(settings, calibration)
+    check_limits(format, tolerance, max_bytes, max_arena_bytes)
     check_target(target, format, overwrite)
     check_installed(format)
-    order = {"format": format, "quantize": quantize, "int8_io": int8_io, "batch_size": batch_size}
-    with tempfile.TemporaryDirectory() as folder, AtomicFile(target) as draft:
-        case = _Case(model, pathlib.Path(folder), samples, calibration, data, metric)
-        case.convert(draft.path, order)
-        artifact = case.inspect(draft.path, order)
-        accepted = _default_tolerance(model, quantize) if tolerance is None else tolerance
-        reason = tolerance_violation(artifact, accepted, max_drop) or size_violation(
-            artifact, max_bytes, max_arena_bytes
-        )
-        if reason:
+    examples = ExportExamples.collect(model, samples, calibration, data)
+    reference = Reference(model, examples, metric)
+    with AtomicFile(target) as draft:
+        convert_model(model, draft.path, settings, examples.calibration)
+        artifact = _inspect(model, draft.path, settings, reference)
+        accepted = default_tolerance(model, quantize) if tolerance is None else tolerance
+        violation = tolerance_violation(artifact, accepted, max_drop)
+        violation = violation or size_violation(artifact, max_bytes, max_arena_bytes)
+        if violation:
             rejected = draft.move_to(target.with_name(target.name + ".rejected"))
-            raise ExportError(f"{reason} It lies at '{rejected}'. Received: path={os.fspath(path)!r}")
+            raise ExportError(f"{violation} The file is at '{rejected}'. Received: path={os.fspath(path)!r}")
         draft.move_to(target)
     return dataclasses.replace(artifact, path=str(target))
 
 
-def measure_artifacts(artifacts, batch_size=1, repetitions=REPETITIONS):
+def measure_artifacts(
+    artifacts: Iterable[Artifact], batch_size: int = 1, repetitions: int = _MAX_REPETITIONS
+) -> list[Artifact]:
     """Times artifacts against each other: one call of each in turn, in one process.
 
     Args:
-        artifacts: `Artifact`s, say of the original and of the pruned model. Artifacts of the
+        artifacts: `Artifact`s, for example of the original and of the pruned model. Artifacts of the
             "keras" format run on this process's backend.
-        batch_size: Examples a call, where an artifact leaves it free.
-        repetitions: Timed calls of each, at most; stops after three seconds for each.
+        batch_size: Number of examples in a call, for artifacts that take any number. Default 1.
+        repetitions: Number of timed calls of each, at most. Default 100. Timing ends after three seconds
+            for each artifact.
 
     Returns:
-        A list of `Artifact`s with new latencies; `artifacts.artifact_table` makes a table of it.
+        A list of `Artifact`s with new latencies.
 
     Raises:
-        ValueError: for an empty list, or an artifact that is not there.
-        ExportError: if one does not run.
+        ValueError: for an empty list, or an artifact whose file does not exist.
+        ExportError: if an artifact does not run.
 
     Example:
 
-    >>> before, after = keras_taylor.measure_artifacts([big_artifact, small_artifact])
+    >>> artifact = keras_taylor.export(model, "model.keras")
+    >>> (measured,) = keras_taylor.measure_artifacts([artifact], batch_size=8)
+    >>> measured.latency_batch
+    8
     """
     artifacts = list(artifacts)
-    missing = [one.path for one in artifacts if not os.path.exists(one.path)]
+    paths = [artifact.path for artifact in artifacts]
+    missing = [path for path in paths if not os.path.exists(path)]
     if missing or not artifacts:
-        what = f"No such file: '{missing[0]}'" if missing else "There is nothing to measure"
-        paths = [one.path for one in artifacts]
+        problem = f"No such file: '{missing[0]}'" if missing else "There is nothing to measure"
         raise ValueError(
-            f"{what}. Expected `Artifact`s whose files are there. Received: artifacts with paths {paths}"
+            f"{problem}. Expected `Artifact`s whose files exist. Received: artifacts with paths {paths}"
         )
-    backend = keras.backend.backend() if any(one.format == "keras" for one in artifacts) else "tensorflow"
-    fields = ("format", "path", "inputs", "batch_size")
-    orders = [{name: getattr(one, name) for name in fields} for one in artifacts]
-    for order in orders:
-        order["path"] = os.path.abspath(order["path"])
+    files: list[ExportedFile] = [
+        {
+            "format": artifact.format,
+            "path": os.path.abspath(artifact.path),
+            "names": list(artifact.inputs),
+            "batch_size": artifact.batch_size,
+        }
+        for artifact in artifacts
+    ]
     try:
-        measured = ask(
-            backend,
-            "time_in_turn",
-            modules=_user_modules(),
-            artifacts=orders,
+        latencies = run_job(
+            _backend_for(*{artifact.format for artifact in artifacts}),
+            "time_files",
+            modules=find_user_modules(),
+            files=files,
             batch_size=batch_size,
             repetitions=repetitions,
         )
     except JobError as error:
         raise ExportError(
-            f"An artifact does not run ({_short(error)}). "
-            f"Received: artifacts with paths {[one.path for one in artifacts]}"
+            f"An artifact does not run ({shorten(error)}). Received: artifacts with paths {paths}"
         ) from error
-    return [dataclasses.replace(one, **new) for one, new in zip(artifacts, measured, strict=True)]
+    return [
+        dataclasses.replace(artifact, **latency)
+        for artifact, latency in zip(artifacts, latencies, strict=True)
+    ]
 
 
-def convert_model(model, folder, target, order, calibration=None):
-    """Writes what `export` writes, without a look at it.
+def convert_model(
+    model: keras.Model,
+    target: str | pathlib.Path,
+    settings: ExportSettings,
+    calibration: Sequence[Array] | None = None,
+) -> None:
+    """Writes the file that `export` writes, without checks.
 
     Args:
         model: A built Sequential or Functional model.
-        folder: A directory for what lies in between.
         target: The file or directory to write.
-        order: A dict with "format", "quantize", "int8_io" and "batch_size", as of `export`.
-        calibration: An `.npz` file with examples ("int8").
+        settings: The format and its options.
+        calibration: Examples for each of the flattened inputs, for "int8"; `None` for random ones.
 
     Raises:
         ExportError: if the model cannot be converted.
     """
-    source = str(pathlib.Path(folder) / "model.keras")
-    try:
-        model.save(source)
-        arguments = {"source": source, "target": str(target), "calibration": calibration, **order}
-        ask(_backend_for(order["format"]), "convert", _user_modules(model), **arguments)
-    except (JobError, OSError) as error:
-        raise ExportError(_conversion_message(error, model, order)) from error
 
-
-def _varies(outputs):
-    """Whether outputs differ between examples, by more than rounding."""
-    return np.ptp(outputs, axis=0).max(initial=0) > 1e-5 * np.abs(outputs).max(initial=0)
-
-
-def _default_tolerance(model, quantize):
-    """That of the format; a model that computes in half precision is itself no more exact than that."""
-    half = quantize is None and any(_is_half(layer) for layer in _all_layers(model))
-    return TOLERANCES["float16" if half else quantize]
-
-
-def _is_half(layer):
-    return layer.compute_dtype in ("float16", "bfloat16")
-
-
-class _Case:
-    """A model to export, with the examples that go with it as files for the process."""
-
-    def __init__(self, model, folder, samples, calibration, data, metric):
-        self._model, self._folder, self._metric = model, folder, metric
-        self._names = [t.name for t in model.inputs]
-        calibrated = None
-        self.calibration = None
-        if calibration is not None:
-            calibrated = flat_inputs(Feed(calibration, model, targets=False), model, NUM_CALIBRATION)
-            self.calibration = self._write("calibration", calibrated)
-        self._data = self._targets = None
-        if data is not None:
-            self._data, self._targets = inputs_and_targets(Feed(data, model), model)
-        if samples is not None:
-            self._samples = flat_inputs(Feed(samples, model, targets=False), model)
-        elif calibrated is not None:
-            self._samples = calibrated
-        elif self._data is not None:
-            self._samples = [a[:NUM_SAMPLES] for a in self._data]
-        else:
-            dtypes = [keras.backend.standardize_dtype(t.dtype) for t in model.inputs]
-            self._samples = random_arrays([t.shape for t in model.inputs], dtypes, NUM_SAMPLES)
-        self._reference = self._outputs(self._samples)
-        if not all(np.isfinite(y).all() for y in self._reference):
-            raise ValueError(
-                "The Keras model's own outputs are not finite, so there is nothing to compare with. Pass "
-                f"`samples` that it can take. Received: model={model!r}"
-            )
-        if len(self._samples[0]) > 1 and not any(_varies(y) for y in self._reference):
-            warnings.warn(
-                "The Keras model gives the same outputs for all samples, so little is learnt from comparing "
-                "them. Pass `samples` like the data that the model is made for.",
-                stacklevel=3,
-            )
-        if self._data is not None:
-            self._reference_metric = self._score(self._outputs(self._data))
-
-    def convert(self, target, order):
-        """Has the artifact written."""
-        convert_model(self._model, self._folder, target, order, self.calibration)
-
-    def inspect(self, path, order):
-        """Has the artifact run and measured; an `Artifact`."""
-        tables = [(self._write("samples", self._samples), str(self._folder / "sampled.npz"))]
-        if self._data is not None:
-            tables.append((self._write("data", self._data), str(self._folder / "evaluated.npz")))
-        try:
-            found = ask(
-                _backend_for(order["format"]),
-                "inspect",
-                _user_modules(self._model),
-                format=order["format"],
-                path=str(path),
-                names=self._names,
-                batch_size=order["batch_size"],
-                tables=tables,
-                repetitions=REPETITIONS,
-            )
-        except JobError as error:
-            raise ExportError(
-                f"The exported model does not run ({_short(error)}). Nothing is kept of it. "
-                f"{_run_hint(order)}Received: model={self._model!r}, {_received(order)}"
-            ) from error
-        outputs = [read_arrays(target) for _, target in tables]
-        return Artifact(
-            path=str(path),
-            format=order["format"],
-            quantize=order["quantize"],
-            batch_size=order["batch_size"],
-            num_bytes=size_of(path),
-            **compared(outputs[0], self._reference),
-            metric=None if self._data is None else self._score(outputs[1]),
-            model_metric=None if self._data is None else self._reference_metric,
-            **found,
+    def convert(source: str, target: str, settings: ExportSettings, calibration: str | None) -> None:
+        run_job(
+            _backend_for(settings.format),
+            "convert",
+            find_user_modules(model),
+            source=source,
+            target=target,
+            settings=dataclasses.asdict(settings),
+            calibration=calibration,
         )
 
-    def _write(self, name, arrays):
-        path = str(self._folder / f"{name}.npz")
-        write_arrays(path, arrays)
-        return path
-
-    def _outputs(self, arrays):
-        """The model's flattened outputs on its own backend.
-
-        The user's model gets no `predict_function`: another model of the same layers runs. It
-        is kept for further exports of the same model, since JAX compiles it for long.
-        """
-        if self._model not in _flat_models:
-            _flat_models[self._model] = keras.Model(self._model.inputs, self._model.outputs)
-        flat = _flat_models[self._model]
-        parts, size = [], self._model.inputs[0].shape[0] or NUM_SAMPLES
-        for start in range(0, len(arrays[0]), size):
-            rows = np.arange(start, start + size) % len(arrays[0])  # one shape: compiled once
-            outputs = keras.tree.flatten(flat.predict_on_batch([a[rows] for a in arrays]))
-            stop = len(arrays[0]) - start
-            parts.append([_to_float(y)[:stop] for y in outputs])
-        return [np.concatenate(column) for column in zip(*parts, strict=True)]
-
-    def _score(self, outputs):
-        if self._metric is not None:
-            single = len(outputs) == 1
-            return float(self._metric(self._targets, outputs[0] if single else outputs))
-        return accuracy(self._targets, outputs)
+    try:
+        save_and_convert(model, target, settings, calibration, convert)
+    except (JobError, OSError) as error:
+        raise conversion_failure(error, model, settings) from error
 
 
-def _to_float(y):
-    return keras.ops.convert_to_numpy(keras.ops.cast(y, "float32"))
+def _inspect(
+    model: keras.Model, path: pathlib.Path, settings: ExportSettings, reference: Reference
+) -> Artifact:
+    """Runs and measures a file that was converted from a model.
 
+    Raises:
+        ExportError: if the file does not run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
 
-def _backend_for(format):
-    return keras.backend.backend() if format == "keras" else "tensorflow"
+        def write_table(name: str, arrays: Sequence[Array]) -> tuple[str, str]:
+            source, outputs = (os.path.join(folder, f"{name}-{part}.npz") for part in ("inputs", "outputs"))
+            write_arrays(source, arrays)
+            return source, outputs
 
-
-def _user_modules(model=None):
-    """Modules whose import registers the user's classes and functions."""
-    objects = list(keras.saving.get_custom_objects().values())
-    objects += [] if model is None else [type(layer) for layer in _all_layers(model)]
-    modules = {getattr(one, "__module__", None) for one in objects}
-    own = ("keras", "keras_taylor", "builtins", "__main__")
-    return sorted(m for m in modules if m and m.split(".")[0] not in own)
-
-
-def _all_layers(model):
-    for layer in model.layers:
-        yield layer
-        if isinstance(layer, keras.Model):
-            yield from _all_layers(layer)
-
-
-def _conversion_message(error, model, order):
-    hint = _hint(getattr(error, "kind", type(error).__name__), model, order)
-    received = f"model={model!r}, {_received(order)}"
-    return (
-        f"The model could not be converted ({_short(error)}). Nothing was written. {hint}Received: {received}"
+        tables = [write_table("samples", reference.examples.samples)]
+        if reference.examples.data is not None:
+            tables.append(write_table("data", reference.examples.data))
+        try:
+            inspection: Inspection = run_job(
+                _backend_for(settings.format),
+                "inspect",
+                find_user_modules(model),
+                format=settings.format,
+                path=str(path),
+                names=[tensor.name for tensor in model.inputs],
+                batch_size=settings.batch_size,
+                tables=tables,
+                repetitions=_MAX_REPETITIONS,
+            )
+        except JobError as error:
+            raise run_failure(error, model, settings) from error
+        outputs, *data_outputs = [read_arrays(target) for _, target in tables]
+    return Artifact(
+        path=str(path),
+        format=settings.format,
+        quantize=settings.quantize,
+        batch_size=settings.batch_size,
+        num_bytes=size_on_disk(path),
+        **compare_outputs(outputs, reference.outputs),
+        metric=reference.score(data_outputs[0]) if data_outputs else None,
+        model_metric=reference.metric_value,
+        **inspection,
     )
 
 
-def _hint(kind, model, order):
-    """What may help against a conversion that failed with such an error; a sentence, or none."""
-    if kind in ("LoadingError", "ModuleNotFoundError"):
-        return (
-            "It does not load in the process that converts it, where Keras runs on TensorFlow. Classes of "
-            "your own must be registered (`keras.saving.register_keras_serializable`) in a module that can "
-            "be imported, not in a script or notebook; a layer made of another backend's own "
-            "functions cannot be exported to this format. "
-        )
-    if kind != "ConverterError":
-        return ""
-    if any(_is_half(layer) for layer in _all_layers(model)):
-        return "LiteRT has no convolutions in half precision: make the model with the policy 'float32'. "
-    hint = "Expected a model that LiteRT's built-in operations cover. "
-    if order["batch_size"] is None:
-        hint += "Recurrent layers need a fixed number of examples: try `batch_size=1`. "
-    return hint
-
-
-def _run_hint(order):
-    if order["format"] == "onnx":
-        return (
-            "tf2onnx, which writes it, lacks some operations; known ones are grouped convolutions and "
-            "the exact GELU. "
-        )
-    return "Try `batch_size=1`. " if order["batch_size"] is None and order["format"] != "keras" else ""
-
-
-def _short(error):
-    """TensorFlow's messages run to pages; what happened stands at the beginning."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 1000 else text[:1000] + " ..."
-
-
-def _received(order):
-    return ", ".join(f"{key}={value!r}" for key, value in order.items())
+def _backend_for(*formats: str) -> str:
+    """The backend of the process that converts or runs such files: the user's own if any is "keras"."""
+    return str(keras.backend.backend()) if "keras" in formats else "tensorflow"

@@ -33,6 +33,45 @@ class Variant:
         return SUFFIXES[self.format]
 
 
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    """What a file is to be like, as users ask for it by the arguments of `export`.
+
+    Attributes:
+        format: Key of `SUFFIXES`.
+        quantize: One of `QUANTIZATIONS`.
+        int8_io: Whether a model with int8 activations also takes and gives integers.
+        batch_size: Number of examples that a call takes; `None` for any number.
+
+    Raises:
+        ValueError: if these do not go together.
+    """
+
+    format: str
+    quantize: str | None = None
+    int8_io: bool = False
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantize not in QUANTIZATIONS:
+            raise ValueError(f"Expected one of {list(QUANTIZATIONS)}. Received: quantize={self.quantize!r}")
+        if self.quantize is not None and self.format != "litert":
+            raise ValueError(
+                "Only LiteRT files are quantized. Expected format='litert', or no `quantize`. "
+                f"Received: quantize={self.quantize!r}, format={self.format!r}"
+            )
+        size = self.batch_size
+        is_positive = isinstance(size, int) and not isinstance(size, bool) and size > 0
+        if size is not None and (not is_positive or self.format == "keras"):
+            raise ValueError(
+                "Expected a positive integer, or `None` for any number (the only choice for "
+                f"format='keras'). Received: batch_size={size!r}"
+            )
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(self).items())
+
+
 VARIANTS: Final = {
     variant.name: variant
     for variant in (

@@ -1,67 +1,104 @@
-"""Runs exported models of every format, and measures them."""
+"""Loads exported files of every format and calls them."""
 
+import abc
 import contextlib
 import re
-import sys
-import time
 import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import keras
 import numpy as np
 
-WARM_UP, SECONDS = 5, 3.0
-ROWS = 8  # examples a call where their number is free
+from keras_taylor.exports.artifacts import TensorDetails
+from keras_taylor.support.arrays import outputs_in_batches, random_arrays
+from keras_taylor.support.types import Array, Tensor
+
+_FREE_BATCH_SIZE = 8  # examples a call, for files that take any number
 
 
-class SavedModel:
-    """A TensorFlow SavedModel, by its signature `serving_default`."""
+class Runner(abc.ABC):
+    """A model that is loaded in some runtime.
 
-    def __init__(self, path, names):
+    A call is `finish(run(prepare(arrays)))`. Only `run` is timed.
+
+    Attributes:
+        inputs: Name -> details, in the order of the Keras model's flattened inputs.
+        outputs: Name -> details, in the order of the Keras model's flattened outputs.
+    """
+
+    inputs: dict[str, TensorDetails]
+    outputs: dict[str, TensorDetails]
+
+    @abc.abstractmethod
+    def prepare(self, arrays: Sequence[Array]) -> Any:
+        """Arrays, one for each input, in the form that `run` takes."""
+
+    @abc.abstractmethod
+    def run(self, prepared: Any) -> Any:
+        """Outputs of the model, in the runtime's own form."""
+
+    def finish(self, outputs: Any) -> list[Array]:
+        """What `run` returned as a list of arrays, with reals in place of integers that stand for them."""
+        return list(outputs)
+
+
+class SavedModelRunner(Runner):
+    """A TensorFlow SavedModel, called by its signature `serving_default`."""
+
+    def __init__(self, path: str, names: Sequence[str]) -> None:
         import tensorflow as tf
 
         self._as_tensor = tf.constant
-        self._model = tf.saved_model.load(path)  # the function does not keep its variables alive
+        self._model = tf.saved_model.load(path)  # the function alone does not keep its variables alive
         self._function = self._model.signatures["serving_default"]
         specs = self._function.structured_input_signature[1]
-        self.inputs = {name: _details(specs[name]) for name in matched(names, specs)}
+        self.inputs = {name: _tensor_details(specs[name]) for name in match_inputs(names, specs)}
         outputs = self._function.structured_outputs
-        self.outputs = {name: _details(outputs[name]) for name in in_order(outputs)}
+        self.outputs = {name: _tensor_details(outputs[name]) for name in sort_outputs(outputs)}
 
-    def prepare(self, arrays):
-        """Arrays as the runtime wants them."""
+    def prepare(self, arrays: Sequence[Array]) -> dict[str, Tensor]:
+        """Arrays as tensors, by name."""
         return dict(zip(self.inputs, map(self._as_tensor, arrays), strict=True))
 
-    def run(self, prepared):
+    def run(self, prepared: dict[str, Tensor]) -> list[Array]:
         """One call."""
         outputs = self._function(**prepared)
         return [outputs[name].numpy() for name in self.outputs]
 
-    def finish(self, outputs):
-        """What a call gave, as arrays of reals."""
-        return outputs
 
+class LiteRTRunner(Runner):
+    """A LiteRT (TFLite) file in its interpreter.
 
-class LiteRT:
-    """A LiteRT (TFLite) flatbuffer in its interpreter."""
+    Args:
+        path: The file.
+        names: Names of the Keras model's flattened inputs.
+        delegates: Whether the interpreter may replace operations by those of its default delegates.
 
-    def __init__(self, path, names, delegates=True):
-        interpreter_class, resolvers = import_litert()
+    Attributes:
+        interpreter: The interpreter.
+    """
+
+    def __init__(self, path: str, names: Sequence[str], delegates: bool = True) -> None:
+        runtime = import_litert()
+        resolvers = runtime.resolver_types
         resolver = resolvers.AUTO if delegates else resolvers.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-        with warnings.catch_warnings():  # TensorFlow's own interpreter says that it will move
+        with warnings.catch_warnings():  # TensorFlow announces that its interpreter will move
             warnings.simplefilter("ignore")
-            self.interpreter = interpreter_class(
+            self.interpreter = runtime.interpreter(
                 model_path=path, num_threads=1, experimental_op_resolver_type=resolver
             )
         runner = self.interpreter.get_signature_runner()
         inputs, outputs = runner.get_input_details(), runner.get_output_details()
-        self._inputs = [inputs[name] for name in matched(names, inputs)]
-        self._outputs = [outputs[name] for name in in_order(outputs)]
-        self.inputs = dict(zip(matched(names, inputs), map(_litert_details, self._inputs), strict=True))
-        self.outputs = dict(zip(in_order(outputs), map(_litert_details, self._outputs), strict=True))
-        self._shapes = None
+        input_names, output_names = match_inputs(names, inputs), sort_outputs(outputs)
+        self._inputs = [inputs[name] for name in input_names]
+        self._outputs = [outputs[name] for name in output_names]
+        self.inputs = dict(zip(input_names, map(_litert_details, self._inputs), strict=True))
+        self.outputs = dict(zip(output_names, map(_litert_details, self._outputs), strict=True))
+        self._shapes: list[tuple[int, ...]] | None = None
 
-    def prepare(self, arrays):
-        """Arrays as the interpreter wants them, its tensors made for their shapes."""
+    def prepare(self, arrays: Sequence[Array]) -> list[Array]:
+        """Arrays with the dtypes of the inputs. The interpreter allocates tensors for their shapes."""
         shapes = [array.shape for array in arrays]
         if shapes != self._shapes:
             for details, shape in zip(self._inputs, shapes, strict=True):
@@ -69,178 +106,119 @@ class LiteRT:
                     self.interpreter.resize_tensor_input(details["index"], shape)
             self.interpreter.allocate_tensors()
             self._shapes = shapes
-        return [_to_integers(a, d) for a, d in zip(arrays, self._inputs, strict=True)]
+        return [_quantize(array, details) for array, details in zip(arrays, self._inputs, strict=True)]
 
-    def run(self, prepared):
+    def run(self, prepared: list[Array]) -> list[Array]:
         """One call."""
         for details, array in zip(self._inputs, prepared, strict=True):
             self.interpreter.set_tensor(details["index"], array)
         self.interpreter.invoke()
         return [self.interpreter.get_tensor(details["index"]) for details in self._outputs]
 
-    def finish(self, outputs):
-        """What a call gave, as arrays of reals."""
-        return [_to_reals(a, d) for a, d in zip(outputs, self._outputs, strict=True)]
+    def finish(self, outputs: list[Array]) -> list[Array]:
+        """Outputs with reals in place of quantized integers."""
+        return [_dequantize(array, details) for array, details in zip(outputs, self._outputs, strict=True)]
 
 
-class Onnx:
+class OnnxRunner(Runner):
     """An ONNX model in ONNX Runtime."""
 
-    def __init__(self, path, names):
+    def __init__(self, path: str, names: Sequence[str]) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        inputs = {one.name: one for one in self._session.get_inputs()}
-        self.inputs = {name: _onnx_details(inputs[name]) for name in matched(names, inputs)}
-        # in the model's order; those of a list have names that do not sort ("Identity_10:0")
-        self.outputs = {one.name: _onnx_details(one) for one in self._session.get_outputs()}
+        inputs = {argument.name: argument for argument in self._session.get_inputs()}
+        self.inputs = {name: _onnx_details(inputs[name]) for name in match_inputs(names, inputs)}
+        # these are in the model's order; the names of a list do not sort ("Identity_10:0")
+        self.outputs = {argument.name: _onnx_details(argument) for argument in self._session.get_outputs()}
 
-    def prepare(self, arrays):
-        """Arrays as the runtime wants them."""
+    def prepare(self, arrays: Sequence[Array]) -> dict[str, Array]:
+        """Arrays by name."""
         return dict(zip(self.inputs, arrays, strict=True))
 
-    def run(self, prepared):
+    def run(self, prepared: dict[str, Array]) -> list[Array]:
         """One call."""
-        return self._session.run(list(self.outputs), prepared)
-
-    def finish(self, outputs):
-        """What a call gave, as arrays of reals."""
+        outputs: list[Array] = self._session.run(list(self.outputs), prepared)
         return outputs
 
 
-class Keras:
-    """A `.keras` file, on the backend of this process."""
+class KerasRunner(Runner):
+    """A Keras model on the backend of this process, called by `predict_on_batch`."""
 
-    def __init__(self, path, names):
-        # written by `export` from the user's own model, so its lambdas are the user's own code
-        model = keras.models.load_model(path, compile=False, safe_mode=False)
+    def __init__(self, model: keras.Model) -> None:
+        # a model of the same layers: the given one gains no predict function
         self._model = keras.Model(model.inputs, model.outputs)
-        self.inputs = {name: _details(t) for name, t in zip(names, model.inputs, strict=True)}
-        self.outputs = {f"output_{k}": _details(t) for k, t in enumerate(model.outputs)}
+        self.inputs = {tensor.name: _tensor_details(tensor) for tensor in model.inputs}
+        self.outputs = {f"output_{k}": _tensor_details(tensor) for k, tensor in enumerate(model.outputs)}
 
-    def prepare(self, arrays):
-        """Arrays as the model wants them."""
+    @classmethod
+    def load(cls, path: str, names: Sequence[str]) -> "KerasRunner":
+        """Loads a `.keras` file, and gives its inputs these names."""
+        # `export` wrote the file from the user's own model, so its lambdas are the user's own code
+        runner = cls(keras.models.load_model(path, compile=False, safe_mode=False))
+        runner.inputs = dict(zip(names, runner.inputs.values(), strict=True))
+        return runner
+
+    def prepare(self, arrays: Sequence[Array]) -> Sequence[Array]:
+        """The arrays."""
         return arrays
 
-    def run(self, prepared):
+    def run(self, prepared: Sequence[Array]) -> Any:
         """One call."""
         return self._model.predict_on_batch(prepared)
 
-    def finish(self, outputs):
-        """What a call gave, as arrays of reals."""
-        return keras.tree.flatten(outputs)
+    def finish(self, outputs: Any) -> list[Array]:
+        """Outputs as a flat list."""
+        return list(keras.tree.flatten(outputs))
 
 
-RUNNERS = {"saved_model": SavedModel, "litert": LiteRT, "onnx": Onnx, "keras": Keras}
+_LOADERS: Final[Mapping[str, Callable[[str, Sequence[str]], Runner]]] = {
+    "saved_model": SavedModelRunner,
+    "litert": LiteRTRunner,
+    "onnx": OnnxRunner,
+    "keras": KerasRunner.load,
+}
 
 
-def inspect(format, path, names, batch_size, tables, repetitions):
-    """Loads an artifact, times it, runs it on examples; in a process that ran none before.
+def load_runner(format: str, path: str, names: Sequence[str]) -> Runner:
+    """Loads an exported file in the runtime of its format.
 
     Args:
-        format: Key of `RUNNERS`.
-        path: The artifact.
+        format: Key of `formats.SUFFIXES`.
+        path: The file, or the directory of a SavedModel.
         names: Names of the Keras model's flattened inputs.
-        batch_size: Examples a call takes; `None`: any number.
-        tables: Pairs of `.npz` files: examples to read, for each of the flattened inputs, and
-            outputs to write.
-        repetitions: Timed calls, at most.
-
-    Returns:
-        A dict with "inputs", "outputs", "latency_ms", "latency_p90_ms", "latency_batch",
-        "peak_memory" and "arena_bytes", as `Artifact` has them.
     """
     start_runtime(format)
-    before = _resident("VmRSS")
-    runner = RUNNERS[format](path, names)
-    arrays = read_arrays(tables[0][0])
-    first = [a[np.arange(batch_size or 1) % len(a)] for a in arrays]
-    (seconds,) = _in_turn([runner], [first], repetitions)
-    peak = _resident("VmHWM")
-    for source, target in tables:
-        write_arrays(target, run_rows(runner, read_arrays(source), batch_size))
-    return {
-        "inputs": runner.inputs,
-        "outputs": runner.outputs,
-        **_percentiles(seconds),
-        "latency_batch": batch_size or 1,
-        "peak_memory": None if before is None else max(0, peak - before),
-        "arena_bytes": arena_size(path, names, first) if format == "litert" else None,
-    }
+    return _LOADERS[format](path, names)
 
 
-def time_in_turn(artifacts, batch_size, repetitions):
-    """Times artifacts in one process, one call of each in turn.
+def run_examples(runner: Runner, arrays: Sequence[Array], batch_size: int | None) -> list[Array]:
+    """Outputs of a model for all examples.
 
     Args:
-        artifacts: Dicts with "format", "path", "inputs" and "batch_size".
-        batch_size: Examples a call, where the artifact leaves it free.
-        repetitions: Timed calls of each, at most.
-
-    Returns:
-        For each a dict with "latency_ms", "latency_p90_ms" and "latency_batch".
+        runner: The model.
+        arrays: Examples for each of the flattened inputs.
+        batch_size: Number of examples that a call takes; `None` for any number.
     """
-    for format in {one["format"] for one in artifacts}:
-        start_runtime(format)
-    runners = [RUNNERS[one["format"]](one["path"], list(one["inputs"])) for one in artifacts]
-    rows = [one["batch_size"] or batch_size for one in artifacts]
-    arrays = [
-        random_arrays([tuple(d["shape"]) for d in r.inputs.values()], _dtypes(r), n)
-        for r, n in zip(runners, rows, strict=True)
-    ]
-    times = _in_turn(runners, arrays, repetitions)
-    return [{**_percentiles(t), "latency_batch": n} for t, n in zip(times, rows, strict=True)]
+    return outputs_in_batches(
+        lambda batch: runner.finish(runner.run(runner.prepare(batch))),
+        arrays,
+        batch_size or _FREE_BATCH_SIZE,
+        pad=batch_size is not None,
+    )
 
 
-def run_rows(runner, arrays, batch_size):
-    """Outputs for all examples, in batches; of a fixed size the last one is filled up."""
-    rows, num = batch_size or ROWS, len(arrays[0])
-    parts = []
-    for start in range(0, num, rows):
-        stop = min(start + rows, num)
-        chosen = np.arange(start, start + rows) % num if batch_size else np.arange(start, stop)
-        outputs = runner.finish(runner.run(runner.prepare([a[chosen] for a in arrays])))
-        parts.append([o[: stop - start] for o in outputs])
-    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+def random_examples(runner: Runner, num: int) -> list[Array]:
+    """Random examples for each input of a model, see `arrays.random_arrays`."""
+    details = runner.inputs.values()
+    dtypes = ["float32" if "scale" in each else each["dtype"] for each in details]
+    return random_arrays([tuple(each["shape"]) for each in details], dtypes, num)
 
 
-def arena_size(path, names, arrays):
-    """Bytes of the largest set of tensors that a LiteRT model has alive at one time.
-
-    A tensor lives from the operation that makes it (an input: from the start) to the last one that
-    reads it (an output: to the end); sizes are rounded up to 16 bytes. Weights lie in
-    the file and do not count. No memory plan can do with less; interpreters for
-    microcontrollers come near, and add scratch buffers of their kernels and their own records.
-    """
-    runner = LiteRT(path, names, delegates=False)
-    runner.run(runner.prepare(arrays))  # sizes of dynamic tensors are known after a call
-    interpreter = runner.interpreter
-    details = {one["index"]: one for one in interpreter.get_tensor_details()}
-    operations = interpreter._get_ops_details()  # nothing public tells who reads which tensor
-    first = {one["index"]: 0 for one in interpreter.get_input_details()}
-    last = dict(first)
-    for step, operation in enumerate(operations):
-        for index in operation["outputs"]:
-            first.setdefault(index, step)
-            last[index] = step
-        for index in operation["inputs"]:
-            if index in first:
-                last[index] = step
-    last.update({one["index"]: len(operations) for one in interpreter.get_output_details()})
-    sizes = {index: _num_bytes(details[index]) for index in first if index in details}
-    steps = range(max(1, len(operations)))
-    return max(sum(n for i, n in sizes.items() if first[i] <= s <= last[i]) for s in steps)
-
-
-def _num_bytes(details):
-    raw = int(np.prod(details["shape"])) * np.dtype(details["dtype"]).itemsize
-    return -(-raw // 16) * 16
-
-
-def start_runtime(format):
-    """Imports what runs a format, and keeps it to one thread where it can be told to."""
+def start_runtime(format: str) -> None:
+    """Imports the runtime of a format, and limits it to one thread if that is decided here."""
     if format == "litert":
         import_litert()
     elif format == "onnx":
@@ -248,105 +226,68 @@ def start_runtime(format):
     elif format == "saved_model":
         import tensorflow as tf
 
-        with contextlib.suppress(RuntimeError):  # it has run something already
+        with contextlib.suppress(RuntimeError):  # too late if TensorFlow has already run something
             tf.config.threading.set_intra_op_parallelism_threads(1)
             tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
-def import_litert():
-    """LiteRT's interpreter and its resolvers: of the package of its own, else of TensorFlow."""
+class LiteRTRuntime(NamedTuple):
+    """LiteRT's interpreter class, and the enumeration of its operation resolvers."""
+
+    interpreter: Any
+    resolver_types: Any
+
+
+def import_litert() -> LiteRTRuntime:
+    """LiteRT from its own package if that is installed, else from TensorFlow."""
     try:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
     except ImportError:
         import tensorflow as tf
 
-        return tf.lite.Interpreter, tf.lite.experimental.OpResolverType
-    return Interpreter, OpResolverType
+        return LiteRTRuntime(tf.lite.Interpreter, tf.lite.experimental.OpResolverType)
+    return LiteRTRuntime(Interpreter, OpResolverType)
 
 
-def random_arrays(shapes, dtypes, rows, seed=0):
-    """Standard normal reals; integers 0 and 1, which every table of embeddings has.
+def match_inputs(names: Sequence[str], artifact_names: Iterable[str]) -> list[str]:
+    """The artifact's names of the Keras model's inputs, in the model's order.
 
     Args:
-        shapes: Shapes, batch first; an axis of unknown size gets 32.
-        dtypes: Their dtypes, as strings.
-        rows: Examples.
+        names: Names of the Keras model's flattened inputs.
+        artifact_names: Names in the artifact, in any order.
+
+    Raises:
+        ValueError: if the artifact has other inputs.
     """
-    random = np.random.default_rng(seed)
-    arrays = []
-    for shape, dtype in zip(shapes, dtypes, strict=True):
-        full = (rows, *(size or 32 for size in shape[1:]))
-        real = np.dtype(dtype).kind == "f"
-        values = random.standard_normal(full) if real else random.integers(0, 2, full)
-        arrays.append(values.astype(dtype))
-    return arrays
-
-
-def read_arrays(path):
-    """The flat list of arrays of an `.npz` file."""
-    with np.load(path) as file:
-        return [file[str(k)] for k in range(len(file.files))]
-
-
-def write_arrays(path, arrays):
-    """A flat list of arrays as an `.npz` file."""
-    np.savez(path, **{str(k): array for k, array in enumerate(arrays)})
-
-
-def matched(names, found):
-    """The artifact's names of the Keras model's inputs, in the model's order."""
-    plain = {_plain(name): name for name in found}
-    wanted = [_plain(name) for name in names]
-    if len(found) == len(names) and set(plain) == set(wanted):
-        return [plain[name] for name in wanted]
+    found = list(artifact_names)
+    by_identifier = {_as_identifier(name): name for name in found}
+    wanted = [_as_identifier(name) for name in names]
+    if len(found) == len(names) and set(by_identifier) == set(wanted):
+        return [by_identifier[name] for name in wanted]
     if len(found) == len(names) == 1:
-        return list(found)
+        return found
     raise ValueError(f"The artifact's inputs {sorted(found)} are not the model's {sorted(names)}")
 
 
-def _plain(name):
-    """What TensorFlow makes of an argument's name."""
+def _as_identifier(name: str) -> str:
+    """The name of a function's argument that TensorFlow makes of an input's name."""
     name = re.sub(r"[\W_]", "_", name)
     return name if name[:1].isalpha() else f"arg_{name}"
 
 
-def in_order(names):
-    """Output names in the order of the model's flattened outputs: numbered ones, or sorted keys of a dict."""
-    numbered = all(re.fullmatch(r"output_\d+", name) for name in names)
-    return sorted(names, key=lambda name: int(name[len("output_") :]) if numbered else name)
+def sort_outputs(names: Iterable[str]) -> list[str]:
+    """Output names in the order of the Keras model's flattened outputs.
+
+    They are numbered ("output_2") for a list of outputs, and sort like the keys of a dict otherwise.
+    """
+    names = list(names)
+    if all(re.fullmatch(r"output_\d+", name) for name in names):
+        return sorted(names, key=lambda name: int(name.removeprefix("output_")))
+    return sorted(names)
 
 
-def _in_turn(runners, arrays, repetitions):
-    """Seconds of each call of each runner."""
-    prepared = [runner.prepare(a) for runner, a in zip(runners, arrays, strict=True)]
-    times = [[] for _ in runners]
-    end = None
-    for repetition in range(-WARM_UP, repetitions):
-        for runner, inputs, seconds in zip(runners, prepared, times, strict=True):
-            start = time.perf_counter()
-            runner.run(inputs)
-            if repetition >= 0:
-                seconds.append(time.perf_counter() - start)
-        end = end or time.perf_counter() + SECONDS * len(runners)
-        if time.perf_counter() > end and repetition >= 0:
-            break
-    return times
-
-
-def _percentiles(seconds):
-    median, p90 = np.percentile(seconds, (50, 90)) * 1000
-    return {"latency_ms": float(median), "latency_p90_ms": float(p90)}
-
-
-def _resident(field):
-    """Bytes of this process's memory, now ("VmRSS") or at most so far ("VmHWM")."""
-    if sys.platform != "linux":
-        return None
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
-
-
-def _to_integers(array, details):
+def _quantize(array: Array, details: Mapping[str, Any]) -> Array:
+    """An array with the dtype of a LiteRT input, reals as quantized integers where it takes these."""
     scale, zero_point = details["quantization"]
     dtype = np.dtype(details["dtype"])
     if not scale or dtype.kind != "i":
@@ -355,29 +296,27 @@ def _to_integers(array, details):
     return np.clip(np.round(array / scale) + zero_point, limits.min, limits.max).astype(dtype)
 
 
-def _to_reals(array, details):
+def _dequantize(array: Array, details: Mapping[str, Any]) -> Array:
+    """An array of reals, out of quantized integers where a LiteRT output gives these."""
     scale, zero_point = details["quantization"]
     return (array.astype("float32") - zero_point) * scale if scale else array
 
 
-def _details(tensor):
+def _tensor_details(tensor: Any) -> TensorDetails:
+    """Details of a symbolic tensor or a TensorSpec."""
     dtype = tensor.dtype if isinstance(tensor.dtype, str) else tensor.dtype.name
     return {"shape": list(tensor.shape), "dtype": dtype}
 
 
-def _litert_details(details):
+def _litert_details(details: Mapping[str, Any]) -> TensorDetails:
     shape = [None if size < 0 else int(size) for size in details["shape_signature"]]
-    found = {"shape": shape, "dtype": np.dtype(details["dtype"]).name}
+    found: TensorDetails = {"shape": shape, "dtype": np.dtype(details["dtype"]).name}
     scale, zero_point = details["quantization"]
     return {**found, "scale": float(scale), "zero_point": int(zero_point)} if scale else found
 
 
-def _onnx_details(one):
-    shape = [size if isinstance(size, int) else None for size in one.shape]
+def _onnx_details(argument: Any) -> TensorDetails:
+    shape = [size if isinstance(size, int) else None for size in argument.shape]
     names = {"float": "float32", "double": "float64"}
-    dtype = one.type.removeprefix("tensor(").removesuffix(")")
+    dtype = argument.type.removeprefix("tensor(").removesuffix(")")
     return {"shape": shape, "dtype": names.get(dtype, dtype)}
-
-
-def _dtypes(runner):
-    return ["float32" if "scale" in d else d["dtype"] for d in runner.inputs.values()]

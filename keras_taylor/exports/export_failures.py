@@ -1,0 +1,62 @@
+"""Messages of exports that failed, with advice for known causes."""
+
+import keras
+
+from keras_taylor.exports.artifacts import ExportError
+from keras_taylor.exports.export_worker import JobError
+from keras_taylor.exports.formats import ExportSettings
+from keras_taylor.exports.source_models import has_half_precision
+
+_MAX_ERROR_LENGTH = 1000
+
+
+def conversion_failure(error: Exception, model: keras.Model, settings: ExportSettings) -> ExportError:
+    """The error to raise for a model that could not be converted."""
+    return ExportError(
+        f"The model could not be converted ({shorten(error)}). Nothing was written. "
+        f"{_conversion_advice(error, model, settings)}Received: model={model!r}, {settings}"
+    )
+
+
+def run_failure(error: JobError, model: keras.Model, settings: ExportSettings) -> ExportError:
+    """The error to raise for an exported model that does not run."""
+    return ExportError(
+        f"The exported model does not run ({shorten(error)}). It was removed. "
+        f"{_run_advice(settings)}Received: model={model!r}, {settings}"
+    )
+
+
+def shorten(error: Exception) -> str:
+    """The beginning of an error's message, on one line. TensorFlow's messages fill pages."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _MAX_ERROR_LENGTH else text[:_MAX_ERROR_LENGTH] + " ..."
+
+
+def _conversion_advice(error: Exception, model: keras.Model, settings: ExportSettings) -> str:
+    """Sentences that end in a blank, or nothing."""
+    name = error.error_name if isinstance(error, JobError) else type(error).__name__
+    if name in ("LoadingError", "ModuleNotFoundError"):
+        return (
+            "It does not load in the process that converts it, where Keras runs on TensorFlow. Classes of "
+            "your own must be registered (`keras.saving.register_keras_serializable`) in a module that can "
+            "be imported, not in a script or notebook. A layer that calls functions of another backend "
+            "cannot be exported to this format. "
+        )
+    if name != "ConverterError":
+        return ""
+    if has_half_precision(model):
+        return "LiteRT has no convolutions in half precision: make the model with the policy 'float32'. "
+    advice = "Expected a model that LiteRT's built-in operations cover. "
+    if settings.batch_size is None:
+        advice += "Recurrent layers need a fixed number of examples: try `batch_size=1`. "
+    return advice
+
+
+def _run_advice(settings: ExportSettings) -> str:
+    """Sentences that end in a blank, or nothing."""
+    if settings.format == "onnx":
+        return (
+            "tf2onnx, which writes the file, lacks some operations. Known ones are grouped convolutions "
+            "and the exact GELU. "
+        )
+    return "Try `batch_size=1`. " if settings.batch_size is None and settings.format != "keras" else ""

@@ -1,0 +1,156 @@
+"""The Keras model that is exported: its layers, the modules that define them, its outputs on examples."""
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import keras
+import numpy as np
+
+from keras_taylor.exports.export_parity import TOLERANCES, accuracy
+from keras_taylor.support.arrays import as_float32, outputs_in_batches, random_inputs
+from keras_taylor.support.datasets import Feed, flat_inputs, inputs_and_targets
+from keras_taylor.support.types import Array, Data, FloatArray, Tree
+
+_NUM_SAMPLES = 32
+_MAX_CALIBRATION = 200
+_OWN_MODULES: Final = ("keras", "keras_taylor", "builtins", "__main__")
+
+Metric = Callable[[Any, Any], float]
+
+
+def nested_layers(model: keras.Model) -> Iterator[keras.Layer]:
+    """All layers of a model, those of models within it included."""
+    for layer in model.layers:
+        yield layer
+        if isinstance(layer, keras.Model):
+            yield from nested_layers(layer)
+
+
+def has_half_precision(model: keras.Model) -> bool:
+    """Whether any layer computes in float16 or bfloat16."""
+    return any(layer.compute_dtype in ("float16", "bfloat16") for layer in nested_layers(model))
+
+
+def default_tolerance(model: keras.Model, quantize: str | None) -> float:
+    """The tolerance for a precision. A model that computes in half precision is no more accurate itself."""
+    return TOLERANCES["float16" if quantize is None and has_half_precision(model) else quantize]
+
+
+def find_user_modules(model: keras.Model | None = None) -> list[str]:
+    """Names of the modules that register the user's classes and functions when they are imported."""
+    objects = list(keras.saving.get_custom_objects().values())
+    if model is not None:
+        objects += [type(layer) for layer in nested_layers(model)]
+    modules = {getattr(each, "__module__", None) for each in objects}
+    return sorted(name for name in modules if name and name.split(".")[0] not in _OWN_MODULES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportExamples:
+    """The examples that go with an export, as flat lists of arrays in the order of the model's inputs.
+
+    Attributes:
+        samples: Inputs to compare outputs on.
+        calibration: Inputs to calibrate on, `None` where there are none.
+        data: Inputs to compute the metric on, `None` where there are none.
+        targets: Targets for `data`.
+    """
+
+    samples: list[Array]
+    calibration: list[Array] | None = None
+    data: list[Array] | None = None
+    targets: Tree = None
+
+    @classmethod
+    def collect(
+        cls, model: keras.Model, samples: Data = None, calibration: Data = None, data: Data = None
+    ) -> "ExportExamples":
+        """Reads what users pass to `export`; samples are made where there are none."""
+        calibrated = flat_data = targets = None
+        if calibration is not None:
+            calibrated = flat_inputs(Feed(calibration, model, targets=False), model, _MAX_CALIBRATION)
+        if data is not None:
+            flat_data, targets = inputs_and_targets(Feed(data, model), model)
+        if samples is not None:
+            flat = flat_inputs(Feed(samples, model, targets=False), model)
+        elif calibrated is not None:
+            flat = calibrated
+        elif flat_data is not None:
+            flat = [array[:_NUM_SAMPLES] for array in flat_data]
+        else:
+            flat = random_inputs(model.inputs, _NUM_SAMPLES)
+        return cls(flat, calibrated, flat_data, targets)
+
+
+class FlatModels:
+    """For each Keras model that is alive, a model of the same layers with a flat list of outputs.
+
+    The user's model gets no predict function: the other one runs. It is kept for further exports of the
+    same model, since JAX takes long to compile it.
+    """
+
+    def __init__(self) -> None:
+        self._models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def __getitem__(self, model: keras.Model) -> keras.Model:
+        if model not in self._models:
+            self._models[model] = keras.Model(model.inputs, model.outputs)
+        return self._models[model]
+
+
+_flat_models = FlatModels()
+
+
+class Reference:
+    """The Keras model's own outputs and metric, which an artifact's are compared with.
+
+    Args:
+        model: The model that is exported.
+        examples: The examples to run it on.
+        metric: A callable `(y, outputs)`; `None` for accuracy.
+
+    Attributes:
+        examples: The examples.
+        outputs: Flattened outputs for `examples.samples`.
+        metric_value: The metric on `examples.data`, `None` where there are none.
+
+    Raises:
+        ValueError: if outputs are not finite.
+    """
+
+    def __init__(self, model: keras.Model, examples: ExportExamples, metric: Metric | None = None) -> None:
+        self.examples, self._metric = examples, metric
+        self.outputs = _predict(model, examples.samples)
+        if not all(np.isfinite(output).all() for output in self.outputs):
+            raise ValueError(
+                "The Keras model's own outputs are not finite, so there is nothing to compare with. Pass "
+                f"`samples` that give finite outputs. Received: model={model!r}"
+            )
+        if len(examples.samples[0]) > 1 and not any(_varies(output) for output in self.outputs):
+            warnings.warn(
+                "The Keras model gives the same outputs for all samples, so a comparison says little. "
+                "Pass `samples` that resemble the model's real inputs.",
+                stacklevel=3,
+            )
+        self.metric_value = None if examples.data is None else self.score(_predict(model, examples.data))
+
+    def score(self, outputs: Sequence[Array]) -> float:
+        """The metric of flattened outputs for `examples.data`."""
+        if self._metric is None:
+            return accuracy(self.examples.targets, outputs)
+        return float(self._metric(self.examples.targets, outputs[0] if len(outputs) == 1 else outputs))
+
+
+def _predict(model: keras.Model, arrays: Sequence[Array]) -> list[FloatArray]:
+    """A model's flattened outputs on its own backend."""
+    flat = _flat_models[model]
+    size = model.inputs[0].shape[0] or _NUM_SAMPLES
+    return outputs_in_batches(lambda batch: as_float32(flat.predict_on_batch(batch)), arrays, size)
+
+
+def _varies(outputs: FloatArray) -> bool:
+    """Whether outputs differ between examples by more than rounding."""
+    return bool(np.ptp(outputs, axis=0).max(initial=0) > 1e-5 * np.abs(outputs).max(initial=0))
