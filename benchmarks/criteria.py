@@ -236,11 +236,11 @@ def all_criteria():
     """Criteria by name, all but the oracle."""
     from keras_taylor.scores import criteria
 
-    named = {name: name for name in criteria.WITH_DATA | criteria.LABEL_FREE if name != "oracle"}
+    named = {name: name for name in criteria.DATA_CRITERIA | criteria.LABEL_FREE_CRITERIA if name != "oracle"}
     return named | {"taylor_abs_normalized": criteria.taylor_abs_normalized}
 
 
-def scores_of(case):
+def compute_scores(case):
     """Scores and seconds by criterion, the oracle first."""
     import keras
 
@@ -363,7 +363,7 @@ def measured(network, arguments):
     """What is known of a network's cases: rows about them; by case correlations, seconds, accuracies."""
     about, found, seconds, removed = [], {}, {}, {}
     for case in cases(network, arguments):
-        scores, took = scores_of(case)
+        scores, took = compute_scores(case)
         oracle = scores["oracle"]
         about.append(described(case, scores, took))
         found[case.name] = {n: correlations(s, oracle) for n, s in scores.items() if n != "oracle"}

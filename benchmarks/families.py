@@ -170,7 +170,7 @@ def laws(model, reachable):
     import keras_taylor
     from keras_taylor.plans.planning import kept_units
     from keras_taylor.reading.groups import label_model
-    from keras_taylor.scores.gates import GatedModel
+    from keras_taylor.scores.gated_model import GatedModel
 
     x = random_inputs(model)
     goal = min(GOAL, 0.9 * reachable)

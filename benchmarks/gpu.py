@@ -76,7 +76,7 @@ def _model(kind, image_size):
 
     import keras_taylor
     from keras_taylor.reading.groups import label_model
-    from keras_taylor.scores.gates import GatedModel
+    from keras_taylor.scores.gated_model import GatedModel
     from keras_taylor.scores.scoring_passes import compile_for_scoring
 
     model = keras.applications.ResNet50(weights=None, input_shape=(image_size, image_size, 3))

@@ -35,7 +35,7 @@ def measure(model_name, policy, jit, image_size=96, batch_size=16, steps=2, repe
 
     import keras_taylor
     from keras_taylor.reading.groups import label_model
-    from keras_taylor.scores.gates import GatedModel
+    from keras_taylor.scores.gated_model import GatedModel
     from keras_taylor.scores.scoring_passes import compile_for_scoring
 
     keras.utils.set_random_seed(0)

@@ -15,7 +15,7 @@ from keras_taylor.plans.planning import kept_units, plan_of
 from keras_taylor.plans.ranking import RemovalOrder
 from keras_taylor.reading.graph import num_inbound_nodes, read
 from keras_taylor.reading.groups import label_model
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 
 BACKEND = keras.backend.backend()
 # Models with insides that are opened: what is made of them is Functional.

@@ -15,7 +15,7 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,7 +11,7 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.cutting.surgery import rebuild
 from keras_taylor.reading.groups import label_model
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 
 
 def groups_of(model):

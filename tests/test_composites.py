@@ -21,7 +21,7 @@ from keras_taylor.plans.plan import LayerPlan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
 from keras_taylor.rules.attention import inner_layers
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 
 
 def around(block, length=None):

@@ -12,7 +12,7 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.plan import LayerPlan
 from keras_taylor.reading.groups import label_model
 from keras_taylor.rules.recurrent import gated
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 
 NUM, STEPS, UNITS, OUTPUTS = 6, 5, 4, 3
 

@@ -10,7 +10,8 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import fisher
-from keras_taylor.scores.gates import ROWS, GatedModel
+from keras_taylor.scores.gated_model import GatedModel
+from keras_taylor.scores.gates import GATE_ROWS
 from keras_taylor.scores.scoring_passes import gate_statistics
 from keras_taylor.support.datasets import Feed
 
@@ -67,14 +68,14 @@ def test_what_a_removal_makes_worthless_goes_next():
 
 
 def test_more_examples_than_rows_keep_the_products_in_the_mean(monkeypatch):
-    monkeypatch.setattr(fisher, "_MOST_ROWS", 512)
+    monkeypatch.setattr(fisher, "_MAX_SKETCH_ROWS", 512)
     model = compiled(linear(3), CROSS_ENTROPY)
     x, y = images(4000), labels(3, 4000)
     channels = label_model(model)
     gated = GatedModel(channels, gates=fisher.FisherGates(channels.num_units, name="gates"))
     totals = gate_statistics(gated, channels, Feed((x, y), model, 100))
-    assert totals.shape[0] == len(ROWS) + 512
-    rows, g = totals[len(ROWS) :], derivatives(model, x, y)
+    assert totals.shape[0] == len(GATE_ROWS) + 512
+    rows, g = totals[len(GATE_ROWS) :], derivatives(model, x, y)
     exact, ours = g.T @ g / 4000, rows.T @ rows / 4000
     assert np.abs(ours - exact).max() < 0.15 * exact.max()
     one_sign = np.stack([g[k::512].sum(0) for k in range(512)])

@@ -20,7 +20,7 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.cutting.surgery import whole_copy
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 
 BUILDERS = {
     name: zoo.BUILDERS[name] for name in ("layernorm", "causal_transformer", "mlp_mixer", "vit_parts")

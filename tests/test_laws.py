@@ -18,7 +18,7 @@ from keras_taylor.cutting.surgery import whole_copy
 from keras_taylor.plans.plan import LayerPlan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 
 # bfloat16 keeps 8 bits, and a sum of fewer terms is rounded at other places
 TOLERANCE = {"mixed_dtype": 2e-2}

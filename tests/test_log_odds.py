@@ -7,7 +7,7 @@ from helpers import fingerprint
 
 import keras_taylor
 from keras_taylor.reading.groups import label_model
-from keras_taylor.scores.log_odds import OddsModel, shrunk
+from keras_taylor.scores.log_odds import OddsModel, shrink_to_noise
 
 CRITERIA = ["log_odds", "log_odds_probed"]
 NUM = 24
@@ -176,6 +176,6 @@ def test_not_while_training(criterion):
 
 def test_noise_takes_a_correction_away():
     correction, size = np.array([1.0, -2.0, 3.0]), np.ones(3)
-    np.testing.assert_array_equal(shrunk(correction, np.zeros(3), size), correction)
-    np.testing.assert_allclose(shrunk(correction, np.full(3, 14 / 3 / 4), size), 0.75 * correction)
-    np.testing.assert_array_equal(shrunk(correction, np.full(3, 100.0), size), 0 * correction)
+    np.testing.assert_array_equal(shrink_to_noise(correction, np.zeros(3), size), correction)
+    np.testing.assert_allclose(shrink_to_noise(correction, np.full(3, 14 / 3 / 4), size), 0.75 * correction)
+    np.testing.assert_array_equal(shrink_to_noise(correction, np.full(3, 100.0), size), 0 * correction)

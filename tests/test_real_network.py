@@ -11,7 +11,7 @@ from helpers import random_plan, relative_difference
 import keras_taylor
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 
 BESIDE = pathlib.Path(__file__).parents[2] / "shared" / "data"
 DATA = pathlib.Path(os.environ.get("KERAS_TAYLOR_DATA", BESIDE))

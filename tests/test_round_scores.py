@@ -11,9 +11,9 @@ from keras_taylor.loop import round_scores
 from keras_taylor.loop.round_scores import MaskedScorer, share_of_trained
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import scoring_passes
-from keras_taylor.scores.gates import ROWS, GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.log_odds import ODDS_ROWS
-from keras_taylor.scores.scoring import gated_for
+from keras_taylor.scores.scoring import make_gated_model
 from keras_taylor.scores.scoring_passes import gate_statistics
 from keras_taylor.support.datasets import Feed
 
@@ -109,8 +109,8 @@ def test_how_many_examples_are_scored(capsys, epochs, options, scored):
 def test_a_pass_draws_the_same_probes_whatever_passes_came_before():
     model, (x, y) = small_model(), data()
     channels = label_model(model)
-    scorer = MaskedScorer(channels, gated_for(channels, "log_odds_probed"))
+    scorer = MaskedScorer(channels, make_gated_model(channels, "log_odds_probed"))
     first, second = (scorer.statistics(channels, None, Feed((x, y), model), None, None, ()) for _ in range(2))
-    probes = (*ROWS, *ODDS_ROWS).index("probe")
+    probes = ODDS_ROWS["probe"]
     assert np.ptp(first[probes]) > 0
     np.testing.assert_array_equal(first, second)

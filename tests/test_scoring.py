@@ -14,7 +14,7 @@ from keras import layers, ops
 import keras_taylor
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import criteria
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 
 REFERENCES = json.loads((pathlib.Path(__file__).parent / "data" / "scores.json").read_text())
 NUM = 20

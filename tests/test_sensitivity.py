@@ -10,7 +10,7 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.divergences import divergence
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.sensitivity import Curve, curves
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.least_squares import Moments

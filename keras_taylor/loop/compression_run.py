@@ -44,7 +44,7 @@ from keras_taylor.reading.groups import label_model, layer_names
 from keras_taylor.reading.tracing import view_to_train
 from keras_taylor.reading.walk import example_inputs
 from keras_taylor.reports.report import Info, Round
-from keras_taylor.scores.scoring import check_compiled, check_labels, draws_labels, needs_data
+from keras_taylor.scores.scoring import check_compiled, check_labels, needs_data, uses_model_labels
 from keras_taylor.support.console import Clock
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.optimizers import has_schedule
@@ -115,7 +115,7 @@ class CompressionRun:
             self._fit_kwargs.pop("sample_weight", None),
             targets=check_labels(labels) == "data",
         )
-        criterion = criterion or default_criterion(labeled, repair, draws_labels(self._feed, labels))
+        criterion = criterion or default_criterion(labeled, repair, uses_model_labels(self._feed, labels))
         self._selection = self._selection.for_criterion(criterion)
         self._trains = self._fit_kwargs.get("epochs", 1) != 0
         if self._trains:
@@ -246,7 +246,7 @@ class CompressionRun:
             **limit,
             repair=self._repairs,
             distill=self._distill is not False,
-            labels="model" if self._score_data and self._score_data.draws_labels else "data",
+            labels="model" if self._score_data and self._score_data.uses_model_labels else "data",
             score_examples=self._score_data and self._score_data.num_examples,
             scores_apart=self._score_data is not None and self._score_data.is_separate,
             epochs=self._fit_kwargs.get("epochs", 1),
@@ -394,7 +394,7 @@ class CompressionRun:
             self.info,
             num_rounds=len(self._steps),
             scored=self._score_data and self._score_data.num_examples,
-            draws=self._score_data is not None and self._score_data.draws_labels,
+            draws=self._score_data is not None and self._score_data.uses_model_labels,
             repairs=self._repairs,
             carries=self._carry,
             rate=self._rate,

@@ -15,16 +15,16 @@ from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import LabeledModel, label_model, mask_of
 from keras_taylor.rules.base import weight_of
 from keras_taylor.scores import criteria
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.log_odds import has_odds
 from keras_taylor.scores.sampling import with_drawn_labels
 from keras_taylor.scores.scoring import (
     check_labels,
-    draws_labels,
-    gated_for,
+    compute_scores,
+    is_single_pass,
+    make_gated_model,
     score_channels,
-    scores_of,
-    takes_one_pass,
+    uses_model_labels,
 )
 from keras_taylor.scores.scoring_passes import gate_statistics
 from keras_taylor.support.datasets import BATCH_SIZE, Feed
@@ -63,7 +63,7 @@ class ScoreData:
     feed: Feed
     num_examples: int
     is_separate: bool = False
-    draws_labels: bool = False
+    uses_model_labels: bool = False
 
 
 def prepare_score_data(
@@ -98,7 +98,7 @@ def prepare_score_data(
         wanted = share_of_trained(num_trained, _SCORED_SHARE, _MIN_SCORED, available)
         size = feed.batch_size or BATCH_SIZE  # whole batches: a smaller last one would be compiled apart
         num_examples = min(-(-wanted // size) * size, available)
-    return ScoreData(feed, num_examples, score_ds is not None, draws_labels(feed, labels))
+    return ScoreData(feed, num_examples, score_ds is not None, uses_model_labels(feed, labels))
 
 
 class RoundScorer:
@@ -146,12 +146,12 @@ class RoundScorer:
         feed, totals = None, None
         if self._data is not None:
             feed = self._data.feed
-            if self._data.draws_labels:
+            if self._data.uses_model_labels:
                 feed = with_drawn_labels(feed, labeled.graph, self._data.num_examples, len(plans))
-            if takes_one_pass(self._criterion):
+            if is_single_pass(self._criterion):
                 totals = self._masked_statistics(labeled, plans, feed, callbacks)
         if totals is not None:
-            scores = scores_of(labeled, self._criterion, totals)
+            scores = compute_scores(labeled, self._criterion, totals)
         else:
             arguments = self._criterion, self._num_examples, self._class_weight, callbacks, self._cost
             scores = score_channels(labeled, feed, *arguments)
@@ -169,7 +169,7 @@ class RoundScorer:
         num_plans = _num_plans_of_scorer(plans)
         if self._masked is None or self._masked[0] != num_plans:
             base = labeled if num_plans == len(plans) else self._read_after(plans[:num_plans])
-            self._masked = num_plans, MaskedScorer(base, gated_for(base, self._criterion))
+            self._masked = num_plans, MaskedScorer(base, make_gated_model(base, self._criterion))
         arguments = feed, self._num_examples, self._class_weight, callbacks
         return self._masked[1].statistics(labeled, _compose(plans[num_plans:]), *arguments)
 

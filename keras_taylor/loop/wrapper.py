@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self, TypeAlias
 
 import keras
@@ -21,14 +21,15 @@ from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reading.groups import LabeledModel, label_model, layer_names
 from keras_taylor.reading.tracing import functional_view, own_training
 from keras_taylor.scores import criteria
-from keras_taylor.scores.gates import ROWS, GatedModel
+from keras_taylor.scores.gated_model import GatedModel
+from keras_taylor.scores.gates import GATE_ROWS
 from keras_taylor.scores.losses import averages_examples
-from keras_taylor.scores.scoring import scores_of
-from keras_taylor.support.optimizers import StatisticsOptimizer, carry_state, fresh_optimizer, with_batch
+from keras_taylor.scores.scoring import compute_scores
+from keras_taylor.scores.statistics_optimizer import StatisticsOptimizer, add_batch
+from keras_taylor.support.optimizers import carry_state, fresh_optimizer
 from keras_taylor.support.replicas import strategy_scope
-from keras_taylor.support.types import Array, BoolArray, FloatArray, LayerPatterns, Tensor
+from keras_taylor.support.types import BoolArray, FloatArray, LayerPatterns, Tensor
 
-Criterion: TypeAlias = str | Callable[[criteria.GroupStatistics], Array | None]
 PruneGoal: TypeAlias = float | Mapping[str, float | int]
 
 # Criteria that need a pass of their own over the data.
@@ -85,7 +86,7 @@ class PrunableModel(GatedModel):
         self,
         model: keras.Model,
         *,
-        criterion: Criterion = "taylor",
+        criterion: criteria.Criterion = "taylor",
         include: LayerPatterns | None = None,
         exclude: LayerPatterns = (),
         exact: bool = True,
@@ -154,14 +155,14 @@ class PrunableModel(GatedModel):
             ValueError: if there has been no backward pass yet.
         """
         criterion = self._arguments["criterion"]
-        totals = self.statistics if self.statistics[ROWS.index("examples")].any() else None
-        if criterion not in criteria.LABEL_FREE and totals is None:
+        totals = self.statistics if self.statistics[GATE_ROWS["examples"]].any() else None
+        if criterion not in criteria.LABEL_FREE_CRITERIA and totals is None:
             raise ValueError(
                 "There are no scores yet: they come from backward passes. Call `fit`, or run a training "
                 f"loop that updates the scores, before you ask for them. Received: model={self.name!r}"
             )
         labeled = self._pruning.labeled
-        scores = scores_of(labeled, criterion, totals)
+        scores = compute_scores(labeled, criterion, totals)
         kept = self.mask > 0
         open_only = {
             group.name: np.where(kept[group.start :][: group.num_units], scores[group.name], 0)
@@ -200,7 +201,7 @@ class PrunableModel(GatedModel):
                 "There is no gradient of the scores. Run `loss.backward()` before, or pass the gradient "
                 "with respect to `score_variable`. Received: gradient=None"
             )
-        variable.assign(with_batch(keras.ops.convert_to_tensor(variable), gradient, loss_scale))
+        variable.assign(add_batch(keras.ops.convert_to_tensor(variable), gradient, loss_scale))
 
     @property
     def prunable(self) -> int:
@@ -382,7 +383,7 @@ def _check_num_units(goal: int) -> None:
 
 def _check_arguments(
     model: keras.Model,
-    criterion: Criterion,
+    criterion: criteria.Criterion,
     loss_reduction: str,
 ) -> None:
     criteria.get(criterion)

@@ -13,6 +13,7 @@ from keras_taylor.plans.ranking import RemovalRequest, choose_kept, flatten_scor
 from keras_taylor.plans.selection import Selection, refuse_old_arguments
 from keras_taylor.plans.structure import PlanStructure
 from keras_taylor.reading.groups import label_model, mask_of
+from keras_taylor.scores.criteria import warn_without_criterion
 from keras_taylor.support.types import FloatArray, LayerPatterns
 
 
@@ -32,7 +33,8 @@ def make_plan(
     Args:
         model: The model that was scored. It is not changed.
         scores: The scores that `score` returned: group name -> array `(num_units,)`. Groups without scores
-            lose nothing.
+            lose nothing. A plain dict does not say which criterion made it: `rank="score"` applies then,
+            with a warning unless the selection names a rank.
         goal: Fraction of the parameters to remove, a float above 0 and below 1; frozen ones and BatchNorm
             statistics count (`model.count_params()`). Or a dict of one or more of "params", "flops" (of
             one example's forward pass, 2 per multiply-add) and "activation_memory" (bytes, see
@@ -67,7 +69,10 @@ def make_plan(
     """
     refuse_old_arguments("make_plan", old_arguments)
     wanted = parse_goal(goal)
-    selection = (selection or Selection()).for_criterion(getattr(scores, "criterion", None))
+    selection = selection or Selection()
+    if selection.rank is None and selection.scope == "global":
+        warn_without_criterion(scores)
+    selection = selection.for_criterion(getattr(scores, "criterion", None))
     labeled = label_model(model, include, exclude, exact)
     costs = CostModel(labeled)
     wanted.check(costs())

@@ -9,11 +9,11 @@ from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
 from keras_taylor.scores import criteria
 from keras_taylor.scores.divergences import mean_divergence, predictions
-from keras_taylor.scores.gates import GatedModel
+from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.losses import BINARY, CLASSES, ONE_HOT, kind_of, losses_by_output
 from keras_taylor.scores.sampling import with_drawn_labels
 from keras_taylor.scores.scoring import check_compiled, needs_data, score_channels
-from keras_taylor.scores.scoring_passes import where_not_finite
+from keras_taylor.scores.scoring_passes import explain_nonfinite
 from keras_taylor.support.console import Clock, describe_duration
 from keras_taylor.support.datasets import Feed, flat_inputs
 
@@ -115,7 +115,7 @@ class SensitivityScan:
 
     def _check_finite(self, whole, gated, feed):
         if not np.isfinite(next(iter(whole.values()))):
-            raise ValueError(where_not_finite(gated, feed))
+            raise ValueError(explain_nonfinite(gated, feed))
 
     def _num_gone(self, group):
         """How many units of a group are gone at each fraction."""

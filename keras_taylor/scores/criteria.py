@@ -1,173 +1,501 @@
-"""What makes a channel unit important: formulas over gate statistics and weights.
+"""Criteria: formulas that turn gate statistics and weights into the importance of each channel unit.
 
-With g the derivative of one example's loss with respect to a unit's gate, and
-means over examples:
+Every unit has a gate, a factor that multiplies its channels. It is 1; with 0 the unit is gone. Let g be
+the derivative of one example's loss by a gate. Removing the unit changes that loss by -g, to first order.
+With means over examples:
 
 | name | formula | source |
 |---|---|---|
-| `taylor` | mean(g^2) | Molchanov et al. 2019 (arXiv 1906.10771), eq. 8, gate, per example |
-| `taylor_batch` | mean over mini-batches of (mean g)^2 | the same paper's published procedure |
-| `taylor_abs` | mean(abs(g)) | Molchanov et al. 2016 (arXiv 1611.06440), eq. 7 |
-| `taylor2` | -mean(g) + mean(g^2) / 2 | 2019 paper, second order, Gauss-Newton diagonal |
-| `log_odds` | mean of what the loss grows by if the log-odds of the true class are linear in the gate, and of
-  how the wrong classes spread | this project; `log_odds.OddsModel` |
-| `log_odds_probed` | the same, the curvature measured by four probes an example | this project |
-| `fisher` | rank in a greedy removal: the next unit is the one that adds least to mean((sum of g of all
-  that have gone)^2) / 2 a parameter (or FLOP) saved | this project, after the 2019 paper's second order |
-| `magnitude` | norm of the filters, relative to their group's mean | label-free baseline |
-| `batchnorm` | mean(abs(gamma)) | Liu et al. 2017 (arXiv 1708.06519) |
+| `taylor` | mean(g^2) | Molchanov et al., Importance estimation for neural network pruning, CVPR 2019 \
+(arXiv 1906.10771), eq. 8, with a gate |
+| `taylor_batch` | mean over batches of (mean over the batch of g)^2 | the same paper's published code |
+| `taylor_abs` | mean(abs(g)) | Molchanov et al., Pruning convolutional neural networks for resource \
+efficient inference, ICLR 2017 (arXiv 1611.06440), eq. 7 |
+| `taylor2` | -mean(g) + mean(g^2) / 2 | the CVPR 2019 paper's second order (eq. 5), the Hessian's \
+diagonal taken from the Fisher information; Hassibi and Stork, Optimal brain surgeon, NIPS 1992 |
+| `log_odds` | mean of the loss change if the log-odds of the true class are linear in the gate, plus \
+the effect of wrong classes that spread | this project, `log_odds.OddsModel` |
+| `log_odds_probed` | the same, with a curvature that four probes an example measure | this project |
+| `fisher` | rank in a greedy removal that considers pairs of units | this project, after optimal brain \
+surgeon; `fisher.removal_ranks` |
+| `magnitude` | norm of the unit's filters / mean of its group | Han et al., Learning both weights and \
+connections, NIPS 2015 (weights); Li et al., Pruning filters, ICLR 2017 (filters) |
+| `batchnorm` | mean(abs(gamma)) | Liu et al., Network slimming, ICCV 2017 (arXiv 1708.06519) |
 | `random` | uniform | baseline |
-| `sensitivity` | measured divergence of the predictions a parameter (or FLOP) saved, as a growing share of
-  its group goes and what reads it is refitted; within a group by the error of that fit | for `repair` |
-| `oracle` | true change of the mean loss without the unit | the judge of all others |
+| `sensitivity` | measured divergence of the predictions for each parameter (or FLOP) saved | this project, \
+`sensitivity.SensitivityCurve` |
+| `oracle` | measured change of the mean loss without the unit | Molchanov et al. 2017, sec. 2.2 |
+
+A criterion is a function of a `GroupStatistics`, which holds the statistics of one group of units. It
+returns an array `(num_units,)`: the higher, the more important. `None` means that it cannot judge this
+group, whose units then all stay.
+
+To use one of your own, pass the function. A signal-to-noise ratio of the derivatives, for example:
+
+>>> def signal(statistics):
+...     variance = statistics.mean_square - statistics.mean**2
+...     return abs(statistics.mean) / np.sqrt(variance + 1e-12)
+>>> scores = keras_taylor.score(model, (x, y), criterion=signal)
+>>> plan = keras_taylor.make_plan(model, scores, 0.3)
+
+To give it a name in the package:
+
+1. Write the function below, with its formula and its source.
+2. List it: in `DATA_CRITERIA` if it needs the loss on data, else in `LABEL_FREE_CRITERIA`.
+3. If its scores are estimates of how much the loss grows, so that sums of scores can be compared with sums
+   of saved parameters, list its name in `LOSS_CHANGE_CRITERIA`: `make_plan` then ranks by score for cost.
+   If its scores are already relative to what a unit saves, list it in `COST_AWARE_CRITERIA`.
+4. Add a row to the table above.
+
+If it needs another statistic, add that to `gates.GATE_STATISTICS` and `gates.batch_statistics`, or write a
+subclass of `gates.Gates` (as `fisher.FisherGates` is), and fill in a new attribute of `GroupStatistics` in
+`group_statistics`.
 """
 
 import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 
-# Criteria that hold what is lost against what is saved.
-BY_COST = ("sensitivity", "fisher")
-# Criteria that say what the loss grows by: sums of them can be held against sums of savings.
-OF_LOSS = ("taylor", "taylor_batch", "taylor_abs", "taylor2", "log_odds", "log_odds_probed", "oracle")
+from keras_taylor.support.types import Array, FloatArray
 
-
-class Scores(dict):
-    """Scores by group: a dict that knows by which criterion.
-
-    Args:
-        scores: Group name -> array `(num_units,)`.
-        criterion: A name or a callable.
-    """
-
-    def __init__(self, scores, criterion):
-        super().__init__(scores)
-        self.criterion = criterion
-
-
-def rank_for(criterion):
-    """How units are ranked by its scores, by `benchmarks/results/ranking.md`: "score" or "cost"."""
-    return "cost" if isinstance(criterion, str) and criterion in OF_LOSS else "score"
+# Criteria whose scores are relative to what a unit saves.
+COST_AWARE_CRITERIA = ("sensitivity", "fisher")
+# Criteria whose scores estimate how much the loss grows: sums of them can be compared with sums of savings.
+LOSS_CHANGE_CRITERIA = (
+    "taylor",
+    "taylor_batch",
+    "taylor_abs",
+    "taylor2",
+    "log_odds",
+    "log_odds_probed",
+    "oracle",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupStatistics:
-    """What a criterion may look at, for the units of one group.
+    """The statistics of one group of units, which criteria look at.
 
-    Arrays have shape `(num_units,)` and dtype float64. Those over gate derivatives
-    are `None` where no data was used; `loss_changes` is there for `oracle` only.
+    Arrays have shape `(num_units,)` and dtype float64. g is the derivative of an example's loss, weighted
+    as the example is, by a unit's gate.
 
     Attributes:
         name: The group's name.
         num_units: Number of units.
-        num_examples, num_batches: What the means are over.
-        mean, mean_absolute, mean_square: Means over examples of g, abs(g), g^2.
-        mean_batch_square: Mean over batches of (mean g)^2.
-        mean_log_odds: Mean over examples of the loss change that follows from the log-odds.
-        mean_probed_log_odds: The same with the curvature that probes measured; for `log_odds_probed` only.
+        num_examples: Number of examples that means are over; 0 without data.
+        num_batches: Number of batches that `mean_batch_square` is over; 0 without data.
+        mean: Mean over examples of g. This and the next three are `None` without data.
+        mean_absolute: Mean over examples of abs(g).
+        mean_square: Mean over examples of g^2.
+        mean_batch_square: Mean over batches of (mean over the batch of g)^2.
         filter_norms: Mean L2 norm of each unit's filters over the layers that make it.
-        gammas: Mean absolute BatchNormalization scale, `None` without such a layer.
-        loss_changes: Mean loss without the unit minus mean loss with it.
-        slopes: Divergence of the predictions for what is saved (`sensitivity.Curve.slopes`).
-        ranks: When each unit goes in a greedy removal (`fisher.removal_ranks`).
+        gammas: Mean absolute BatchNormalization scale; `None` if a unit has none.
+        mean_log_odds: For "log_odds" and "log_odds_probed", else `None`: mean over examples of the loss
+            change that follows from the log-odds, see `log_odds.OddsModel`.
+        mean_probed_log_odds: For "log_odds_probed", else `None`: the same, with measured curvature.
+        loss_changes: For "oracle", else `None`: mean loss without the unit minus mean loss with it.
+        slopes: For "sensitivity", else `None`: divergence for what is saved, see
+            `sensitivity.SensitivityCurve.slopes`.
+        ranks: For "fisher", else `None`: when each unit goes, see `fisher.removal_ranks`.
+
+    Example:
+
+    >>> def show(statistics):
+    ...     print(statistics.name, statistics.num_units, statistics.num_examples)
+    ...     return statistics.mean_square
+    >>> scores = keras_taylor.score(model, (x, y), criterion=show)
     """
 
     name: str
     num_units: int
     num_examples: int
     num_batches: int
-    mean: np.ndarray | None
-    mean_absolute: np.ndarray | None
-    mean_square: np.ndarray | None
-    mean_batch_square: np.ndarray | None
-    filter_norms: np.ndarray
-    gammas: np.ndarray | None
-    mean_log_odds: np.ndarray | None = None
-    mean_probed_log_odds: np.ndarray | None = None
-    loss_changes: np.ndarray | None = None
-    slopes: np.ndarray | None = None
-    ranks: np.ndarray | None = None
+    mean: FloatArray | None
+    mean_absolute: FloatArray | None
+    mean_square: FloatArray | None
+    mean_batch_square: FloatArray | None
+    filter_norms: FloatArray
+    gammas: FloatArray | None
+    mean_log_odds: FloatArray | None = None
+    mean_probed_log_odds: FloatArray | None = None
+    loss_changes: FloatArray | None = None
+    slopes: FloatArray | None = None
+    ranks: FloatArray | None = None
 
 
-def taylor(statistics):
-    """Mean squared gate derivative."""
-    return statistics.mean_square
+# A function from the statistics of a group to scores `(num_units,)`, or `None` for "cannot judge".
+CriterionFunction: TypeAlias = Callable[[GroupStatistics], Array | None]
+# A name of the table, or a function of one's own.
+Criterion: TypeAlias = str | CriterionFunction
 
 
-def taylor_batch(statistics):
-    """Mean over batches of the squared mean gate derivative: depends on the batch size."""
-    return statistics.mean_batch_square
+class Scores(dict[str, Array]):
+    """Scores by group: a dict that remembers the criterion which made them.
+
+    `make_plan` takes the criterion to decide how to rank units, see `keras_taylor.Selection`. `copy`, `|`,
+    `copy.deepcopy` and `pickle` keep it. `dict(scores)`, `{**scores}` and comprehensions make a plain dict,
+    which does not have it. `make_plan` then ranks by score and warns, unless the selection names a `rank`.
+    To make `Scores` of it again: `Scores(values, criterion)`.
+
+    Args:
+        scores: Group name -> array `(num_units,)`; the higher, the more important.
+        criterion: The criterion that made them, a name or a function.
+
+    Attributes:
+        criterion: As above.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), criterion="taylor")
+    >>> scores.criterion
+    'taylor'
+    >>> from keras_taylor.scores.criteria import Scores
+    >>> normalized = Scores({name: s / s.max() for name, s in scores.items()}, scores.criterion)
+    >>> plan = keras_taylor.make_plan(model, normalized, 0.3)
+    """
+
+    def __init__(
+        self, scores: Mapping[str, Array] | Iterable[tuple[str, Array]], criterion: Criterion
+    ) -> None:
+        super().__init__(scores)
+        self.criterion = criterion
+
+    def copy(self) -> "Scores":
+        """Another `Scores` with the same arrays and criterion."""
+        return Scores(self, self.criterion)
+
+    def __or__(self, other: Mapping[str, Array]) -> "Scores":  # type: ignore[override]  # dict's is overloaded
+        if not isinstance(other, dict):
+            return NotImplemented
+        return Scores({**self, **other}, self.criterion)
+
+    def __ror__(self, other: Mapping[str, Array]) -> "Scores":  # type: ignore[override]  # dict's is overloaded
+        if not isinstance(other, dict):
+            return NotImplemented
+        return Scores({**other, **self}, self.criterion)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Scores, (dict(self), self.criterion)
 
 
-def taylor_abs(statistics):
-    """Mean absolute gate derivative."""
-    return statistics.mean_absolute
+def rank_for(criterion: object) -> str:
+    """How `make_plan` ranks units by the scores of a criterion: "score" or "cost".
+
+    Measured in `benchmarks/results/ranking.md`.
+    """
+    return "cost" if isinstance(criterion, str) and criterion in LOSS_CHANGE_CRITERIA else "score"
 
 
-def taylor_abs_normalized(statistics):
-    """`taylor_abs` with the 2016 paper's L2 normalization of each layer (a callable criterion)."""
-    return statistics.mean_absolute / max(np.linalg.norm(statistics.mean_absolute), 1e-30)
+def warn_without_criterion(scores: Mapping[str, Array]) -> None:
+    """Warns the caller of `make_plan` of scores that do not say which criterion made them.
+
+    They may be a plain copy of `Scores`, which would be ranked otherwise.
+    """
+    if isinstance(scores, Scores):
+        return
+    warnings.warn(
+        "The scores do not say which criterion made them, so units are ranked by their scores alone. Pass "
+        '`selection=keras_taylor.Selection(rank="score")` to keep that, `rank="cost"` if scores estimate how '
+        f"much the loss grows (the criteria {', '.join(LOSS_CHANGE_CRITERIA)}). Or pass "
+        "`keras_taylor.scores.criteria.Scores(scores, criterion)`, which is what `score` returns. "
+        f"Received: scores of type {type(scores).__name__}, rank=None",
+        stacklevel=3,
+    )
 
 
-def taylor2(statistics):
-    """Loss change of removing a unit, to second order (Gauss-Newton diagonal)."""
-    return -statistics.mean + statistics.mean_square / 2
+def _required(values: FloatArray | None, statistics: GroupStatistics) -> FloatArray:
+    """The values of an attribute that is `None` where it was not gathered."""
+    if values is None:
+        raise ValueError(
+            "The criterion needs statistics that were not gathered. Pass `ds`, and pass the criterion by its "
+            f"name, if it has one. Received: statistics of group '{statistics.name}' without them"
+        )
+    return values
 
 
-def log_odds(statistics):
-    """Loss change of removing a unit, if the log-odds of the true class are linear in its gate."""
-    return statistics.mean_log_odds
+def taylor(statistics: GroupStatistics) -> FloatArray:
+    """Mean squared gate derivative, mean(g^2): the default.
+
+    The squared first-order change of the loss without the unit, example by example. Molchanov et al.,
+    Importance estimation for neural network pruning, CVPR 2019 (arXiv 1906.10771), eq. 8, with a gate.
+
+    Args:
+        statistics: Statistics of one group, with data.
+
+    Returns:
+        A float64 array `(num_units,)`, in squared units of the loss.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), criterion="taylor")
+    """
+    return _required(statistics.mean_square, statistics)
 
 
-def log_odds_probed(statistics):
-    """The same, with the curvature that probes measured, as far as it stands out of their noise."""
-    return statistics.mean_probed_log_odds
+def taylor_batch(statistics: GroupStatistics) -> FloatArray:
+    """Mean over batches of the squared mean gate derivative, mean((mean over the batch of g)^2).
+
+    The published code of Molchanov et al., CVPR 2019, computes this. It depends on the batch size; with
+    one example a batch it is `taylor`.
+
+    Args:
+        statistics: Statistics of one group, with data.
+
+    Returns:
+        A float64 array `(num_units,)`, in squared units of the loss.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), criterion="taylor_batch", batch_size=32)
+    """
+    return _required(statistics.mean_batch_square, statistics)
 
 
-def magnitude(statistics):
-    """Norm of a unit's filters, relative to the mean of its group."""
+def taylor_abs(statistics: GroupStatistics) -> FloatArray:
+    """Mean absolute gate derivative, mean(abs(g)).
+
+    The absolute first-order change of the loss without the unit. Molchanov et al., Pruning convolutional
+    neural networks for resource efficient inference, ICLR 2017 (arXiv 1611.06440), eq. 7, without the
+    normalization of layers (`taylor_abs_normalized`).
+
+    Args:
+        statistics: Statistics of one group, with data.
+
+    Returns:
+        A float64 array `(num_units,)`, in units of the loss.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), criterion="taylor_abs")
+    """
+    return _required(statistics.mean_absolute, statistics)
+
+
+def taylor_abs_normalized(statistics: GroupStatistics) -> FloatArray:
+    """`taylor_abs` divided by its L2 norm over the group; has no name, pass the function.
+
+    Molchanov et al., ICLR 2017, eq. 8.
+
+    Args:
+        statistics: Statistics of one group, with data.
+
+    Returns:
+        A float64 array `(num_units,)` of norm 1.
+
+    Example:
+
+    >>> from keras_taylor.scores.criteria import taylor_abs_normalized
+    >>> scores = keras_taylor.score(model, (x, y), criterion=taylor_abs_normalized)
+    """
+    values = _required(statistics.mean_absolute, statistics)
+    return values / max(np.linalg.norm(values), 1e-30)
+
+
+def taylor2(statistics: GroupStatistics) -> FloatArray:
+    """Loss change without the unit to second order, -mean(g) + mean(g^2) / 2.
+
+    With H the second derivative of the mean loss by the gate, the change is -mean(g) + H / 2. For a
+    likelihood H is close to the Fisher information mean(g^2). Molchanov et al., CVPR 2019, eq. 5; Hassibi and
+    Stork, Optimal brain surgeon, NIPS 1992.
+
+    Args:
+        statistics: Statistics of one group, with data.
+
+    Returns:
+        A float64 array `(num_units,)`, in units of the loss; may be negative.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), criterion="taylor2")
+    """
+    mean = _required(statistics.mean, statistics)
+    return -mean + _required(statistics.mean_square, statistics) / 2
+
+
+def log_odds(statistics: GroupStatistics) -> FloatArray:
+    """Loss change without the unit, if the log-odds of the true class are linear in its gate.
+
+    With p the probability of an example's class, q = 1 - p, and s the sum of the squared shares that the
+    wrong classes have of q: mean(log(p + q exp(-g / q)) + (1 - s) / (1 + s) g^2 / q / 2). Of this project;
+    derived at `log_odds.OddsModel`. For classifiers with one output and a cross-entropy.
+
+    Args:
+        statistics: Statistics of one group, with data, gathered for this criterion.
+
+    Returns:
+        A float64 array `(num_units,)`, in nats; may be negative.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), criterion="log_odds")
+    """
+    return _required(statistics.mean_log_odds, statistics)
+
+
+def log_odds_probed(statistics: GroupStatistics) -> FloatArray:
+    """`log_odds` with the curvature of the log-odds, which four probes an example measure.
+
+    The difference from `log_odds` is shrunk as far as it is noise (`log_odds.shrink_to_noise`). Of this
+    project; derived at `log_odds.OddsModel`. It takes about five times as long.
+
+    Args:
+        statistics: Statistics of one group, with data, gathered for this criterion.
+
+    Returns:
+        A float64 array `(num_units,)`, in nats; may be negative.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), criterion="log_odds_probed")
+    """
+    return _required(statistics.mean_probed_log_odds, statistics)
+
+
+def magnitude(statistics: GroupStatistics) -> FloatArray:
+    """L2 norm of a unit's filters, divided by the mean of its group; needs no data.
+
+    Li et al., Pruning filters for efficient ConvNets, ICLR 2017 (with the L1 norm, and layer by layer).
+
+    Args:
+        statistics: Statistics of one group.
+
+    Returns:
+        A float64 array `(num_units,)` of mean 1.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, criterion="magnitude")
+    """
     return statistics.filter_norms / max(statistics.filter_norms.mean(), 1e-30)
 
 
-def batchnorm(statistics):
-    """Mean absolute BatchNormalization scale; `None` where there is none."""
+def batchnorm(statistics: GroupStatistics) -> FloatArray | None:
+    """Mean absolute BatchNormalization scale, mean(abs(gamma)); needs no data.
+
+    Liu et al., Learning efficient convolutional networks through network slimming, ICCV 2017
+    (arXiv 1708.06519).
+
+    Args:
+        statistics: Statistics of one group.
+
+    Returns:
+        A float64 array `(num_units,)`; `None` for a group without BatchNormalization.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, criterion="batchnorm")
+    """
     return statistics.gammas
 
 
-def random(statistics):
-    """Uniform numbers from NumPy's global generator (`keras.utils.set_random_seed`)."""
+def random(statistics: GroupStatistics) -> FloatArray:
+    """Uniform numbers between 0 and 1, the baseline; needs no data.
+
+    They come from NumPy's global generator, which `keras.utils.set_random_seed` seeds.
+
+    Args:
+        statistics: Statistics of one group.
+
+    Returns:
+        A float64 array `(num_units,)`.
+
+    Example:
+
+    >>> keras.utils.set_random_seed(0)
+    >>> scores = keras_taylor.score(model, criterion="random")
+    """
     return np.random.random_sample(statistics.num_units)
 
 
-def sensitivity(statistics):
-    """Measured divergence of the predictions for what is saved, on the group's curve."""
-    return statistics.slopes
+def sensitivity(statistics: GroupStatistics) -> FloatArray:
+    """Measured divergence of the predictions for each parameter (or FLOP) that a unit saves.
+
+    Shares of a group are removed, the layers that read it are refitted, and the predictions of the rest
+    are compared with the whole model's. Of this project, see `sensitivity.SensitivityCurve`.
+
+    Args:
+        statistics: Statistics of one group, gathered for this criterion.
+
+    Returns:
+        A float64 array `(num_units,)`: nats (or relative squared difference) a parameter or FLOP.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), criterion="sensitivity", cost="flops")
+    """
+    return _required(statistics.slopes, statistics)
 
 
-def fisher(statistics):
-    """Rank in a greedy removal of units that are looked at together."""
-    return statistics.ranks
+def fisher(statistics: GroupStatistics) -> FloatArray:
+    """Rank in a greedy removal that considers pairs of units.
+
+    The next unit is the one that adds least to s^T F s / 2 for what it saves; s marks the units that have
+    gone, F is the mean over examples of g g^T. Of this project, after Hassibi and Stork, Optimal brain
+    surgeon, NIPS 1992; see `fisher.removal_ranks`.
+
+    Args:
+        statistics: Statistics of one group, gathered for this criterion.
+
+    Returns:
+        A float64 array `(num_units,)`: 1 for the unit of the network that goes last.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), criterion="fisher", cost="params")
+    """
+    return _required(statistics.ranks, statistics)
 
 
-def oracle(statistics):
-    """True change of the mean loss without the unit."""
-    return statistics.loss_changes
+def oracle(statistics: GroupStatistics) -> FloatArray:
+    """Measured change of the mean loss when the unit alone is removed.
+
+    It takes one evaluation of the data a unit. Molchanov et al., ICLR 2017, sec. 2.2.
+
+    Args:
+        statistics: Statistics of one group, gathered for this criterion.
+
+    Returns:
+        A float64 array `(num_units,)`, in units of the loss; may be negative.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, (x, y), criterion="oracle", num_examples=256)
+    """
+    return _required(statistics.loss_changes, statistics)
 
 
-_TAYLOR = (taylor, taylor_batch, taylor_abs, taylor2)
-WITH_DATA = {f.__name__: f for f in (*_TAYLOR, log_odds, log_odds_probed, fisher, sensitivity, oracle)}
-LABEL_FREE = {f.__name__: f for f in (magnitude, batchnorm, random)}
+# Criteria that need the loss on data, by name.
+DATA_CRITERIA: dict[str, CriterionFunction] = {
+    "taylor": taylor,
+    "taylor_batch": taylor_batch,
+    "taylor_abs": taylor_abs,
+    "taylor2": taylor2,
+    "log_odds": log_odds,
+    "log_odds_probed": log_odds_probed,
+    "fisher": fisher,
+    "sensitivity": sensitivity,
+    "oracle": oracle,
+}
+# Criteria that need neither data nor labels, by name.
+LABEL_FREE_CRITERIA: dict[str, CriterionFunction] = {
+    "magnitude": magnitude,
+    "batchnorm": batchnorm,
+    "random": random,
+}
 
 
-def get(criterion):
-    """The function behind a criterion's name; a callable is returned as it is.
+def get(criterion: Criterion) -> CriterionFunction:
+    """The function behind a criterion's name; a function is returned unchanged.
 
     Raises:
         ValueError: for a name that is not in the table.
     """
-    named = {**WITH_DATA, **LABEL_FREE}
     if callable(criterion):
         return criterion
+    named = {**DATA_CRITERIA, **LABEL_FREE_CRITERIA}
     if criterion not in named:
         raise ValueError(
             f"Unknown criterion. Expected one of {', '.join(sorted(named))}, or a callable that "

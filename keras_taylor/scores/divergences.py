@@ -2,11 +2,11 @@
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_taylor.scores.losses import BINARY, CLASSES, ONE_HOT, kind_of, losses_by_output
+from keras_taylor.support.arrays import as_float32, outputs_in_batches
 
-_ROWS = 128  # examples a batch, unless said otherwise
+_BATCH_SIZE = 128
 
 
 def predictions(gated, graph, inputs, batch_size=None):
@@ -18,14 +18,12 @@ def predictions(gated, graph, inputs, batch_size=None):
         inputs: Flattened inputs, a list of arrays.
         batch_size: Examples a batch; `None`: 128.
     """
-    structure, num = graph.root.inputs, len(inputs[0])
-    size, parts = min(num, batch_size or _ROWS), []
-    for k in range(0, num, size):
-        rows = np.arange(k, k + size) % num  # one shape: compiled once
-        x = keras.tree.pack_sequence_as(structure, [x[rows] for x in inputs])
-        outputs = keras.tree.flatten(gated.predict_on_batch(x))
-        parts.append([ops.convert_to_numpy(ops.cast(y, "float32")) for y in outputs])
-    return [np.concatenate(column)[:num] for column in zip(*parts, strict=True)]
+    structure = graph.root.inputs
+    return outputs_in_batches(
+        lambda batch: as_float32(gated.predict_on_batch(keras.tree.pack_sequence_as(structure, batch))),
+        inputs,
+        min(len(inputs[0]), batch_size or _BATCH_SIZE),
+    )
 
 
 def mean_divergence(model, wanted, ours):

@@ -1,27 +1,34 @@
 """What gates do to the odds of the true class: statistics for the criteria `log_odds`."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.tracing import compile_arguments
-from keras_taylor.scores.gates import ROWS, GatedModel, Gates, batch_statistics
+from keras_taylor.scores.gated_model import GatedModel
+from keras_taylor.scores.gates import GATE_ROWS, Gates, batch_statistics
 from keras_taylor.scores.losses import CLASSES, ExampleLoss, kind_of, losses_by_output
 from keras_taylor.support.replicas import sum_over_replicas
+from keras_taylor.support.types import FloatArray, Tensor, Tree
 
-# Rows of statistics after `gates.ROWS`: sums over examples, weighted as the examples are.
-ODDS_ROWS = ("odds", "spread", "probe", "probe_square")
 NUM_PROBES = 4
+# The rows of the statistics by name: those of gates, then sums over examples, weighted as the examples are.
+# The last two are there with probes only.
+ODDS_ROWS = {name: row for row, name in enumerate((*GATE_ROWS, "odds", "spread", "probe", "probe_square"))}
 # By how much probes move every gate, up or down at random.
-_STEP = 0.15
-_FLOOR, _CLAMP = 1e-6, 50.0
+_PROBE_STEP = 0.15
+_MIN_PROBABILITY, _MAX_SLOPE = 1e-6, 50.0
 _CROSS_ENTROPIES = CLASSES | {"categorical_crossentropy"}
 _BINARY_CROSS_ENTROPIES = {"binary_crossentropy", "crossentropy", "ce"}
-_NUM_SLOTS = 3  # what the loss tells of each example: q, the spread of the wrong classes, its weight
+# Columns by which the loss tells of each example: q, the spread of the wrong classes, its weight.
+_NUM_SLOTS = 3
 
 
 class OddsModel(GatedModel):
-    """A frozen `GatedModel` that gathers, besides the others, the rows `ODDS_ROWS`.
+    """A frozen `GatedModel` that also gathers the statistics of log-odds (`ODDS_ROWS`).
 
     With l an example's cross-entropy, p = exp(-l) the probability of its class, q = 1 - p, and g the
     derivative of l with respect to a gate, d = -g / q is that of the log-odds log(p / q). If these were
@@ -29,38 +36,38 @@ class OddsModel(GatedModel):
 
         odds = log(p + q exp(d)),
 
-    whose second order is -g + g² p / q / 2. The wrong classes may move apart as well: with r how they
-    share q, s = sum(r²), and logits that move independently of each other, that adds
+    whose second order is -g + g² p / q / 2. The wrong classes may move apart as well: with r their shares
+    of q, s = sum(r²), and logits that move independently of each other, that adds
 
         spread = (1 - s) / (1 + s) g² / q / 2.
 
     Probes go through the network beside each example, all gates moved by 0.15 up or down at random
-    (v = ±1): v (d' - d) / 0.15 is an unbiased estimate of the second derivative h of the log-odds
-    (Hutchinson), bends of rectifiers included, and probe = -h q' / 2, with q' the probability of the wrong
-    classes without the unit, takes the place of the spread.
+    (v = ±1). With d' the derivative at the moved gates, v (d' - d) / 0.15 is an unbiased estimate of the
+    diagonal h of the log-odds' second derivative (Hutchinson, 1990), bends of rectifiers included. With q'
+    the probability of the wrong classes without the unit, probe = -h q' / 2 takes the place of the spread.
 
     Args:
-        channels: `groups.LabeledModel` of a model that is compiled.
+        labeled: The labels of a model that is compiled.
         num_probes: Probes an example.
 
     Raises:
         ValueError: if the model has no single output of class probabilities and a cross-entropy.
     """
 
-    def __init__(self, labeled, num_probes=0, **kwargs):
-        self._binary = _check_loss(labeled)
+    def __init__(self, labeled: LabeledModel, num_probes: int = 0, **kwargs: Any) -> None:
+        self._binary = _check_has_odds(labeled)
         gates = OddsGates(labeled.num_units, num_probes, name="gates")
         super().__init__(labeled, gates=gates, **kwargs)
         self._copies = 1 + num_probes
 
-    def call(self, inputs, training=None):
-        """The outputs for each example, followed by those for its probes.
+    def call(self, inputs: Tree, training: bool | None = None) -> Tree:
+        """The outputs; those for an example are followed by those for its probes.
 
-        So a batch that is sharded over devices is still sharded alike after it is repeated.
+        So a batch that is sharded over devices is sharded the same way after it is repeated.
         """
-        return super().call(_repeated(inputs, self._copies), training)
+        return super().call(_repeat_rows(inputs, self._copies), training)
 
-    def example_losses(self, loss, mean=False):
+    def example_losses(self, loss: Tree, mean: bool = False) -> Tree:
         """The losses to compile with; if they add up, they tell the gates of each example."""
         if mean:
             return super().example_losses(loss, mean)
@@ -76,45 +83,82 @@ class OddsGates(Gates):
         num_probes: Probes an example.
     """
 
-    def __init__(self, num_units, num_probes, **kwargs):
-        super().__init__(num_units, rows=ROWS + ODDS_ROWS, **kwargs)
+    def __init__(self, num_units: int, num_probes: int, **kwargs: Any) -> None:
+        num_rows = len(ODDS_ROWS) if num_probes else ODDS_ROWS["probe"]
+        super().__init__(num_units, num_rows=num_rows, **kwargs)
         self._copies = 1 + num_probes
         self._seed = keras.random.SeedGenerator(0)
-        self._slots = None
+        self._slots: Tensor | None = None
 
-    def call(self, like):
-        """The carrier; like the batch, each example is followed by its probes."""
-        rows = ops.shape(like)[0]
-        examples = rows // self._copies
-        signs = ops.zeros((examples, 1, self.num_units))
-        if self._copies > 1:
-            draws = keras.random.uniform((self._copies - 1, examples, self.num_units), seed=self._seed)
-            draws = ops.transpose(ops.where(draws < 0.5, -1.0, 1.0), (1, 0, 2))
-            signs = ops.concatenate([signs, draws], axis=1)
-        signs = ops.reshape(signs, (rows, self.num_units))
-        mask, statistics = ops.convert_to_tensor(self.mask), ops.convert_to_tensor(self.statistics)
-        carrier = _carrier(self.num_units, self._copies)(mask, statistics, signs)
-        self._slots = carrier[:, self.num_units :]
-        return ops.concatenate([carrier, ops.ones((rows, 1), carrier.dtype)], axis=1)
+    def call(self, like: Tensor) -> Tensor:
+        """The carrier; as in the batch, each example is followed by its probes."""
+        carrier = super().call(like)
+        self._slots = carrier[:, self.num_units : self.num_units + _NUM_SLOTS]
+        return carrier
 
-    def take_slots(self):
-        """The columns `(rows, 3)` of the carrier that was made last, once."""
+    def pop_slots(self) -> Tensor | None:
+        """The columns `(rows, 3)` of the latest carrier; `None` if they were asked for before."""
         slots, self._slots = self._slots, None
         return slots
 
+    def draw(self, num_rows: Any) -> tuple[Tensor, ...]:
+        """How each gate moves, `(rows, num_units)`: 0 for an example, -1 or 1 for a probe."""
+        num_examples = num_rows // self._copies
+        signs = ops.zeros((num_examples, 1, self.num_units))
+        if self._copies > 1:
+            shape = (self._copies - 1, num_examples, self.num_units)
+            draws = keras.random.uniform(shape, seed=self._seed)
+            draws = ops.transpose(ops.where(draws < 0.5, -1.0, 1.0), (1, 0, 2))
+            signs = ops.concatenate([signs, draws], axis=1)
+        return (ops.reshape(signs, (num_rows, self.num_units)),)
+
+    def carrier_values(self, mask: Tensor, num_rows: Any, *draws: Tensor) -> Tensor:
+        """The mask, moved for probes, and the columns for the loss, `(rows, num_units + 3)`."""
+        return ops.concatenate([mask + _PROBE_STEP * draws[0], ops.zeros((num_rows, _NUM_SLOTS))], axis=1)
+
+    def batch_rows(self, derivative: Tensor, statistics: Tensor, *draws: Tensor) -> Tensor:
+        """The rows of `ODDS_ROWS`, from derivatives of examples and probes and the columns of the loss."""
+        num_units, copies = self.num_units, self._copies
+        derivative = ops.reshape(derivative, (-1, copies, num_units + _NUM_SLOTS))
+        slots = (derivative[..., num_units + k : num_units + k + 1] for k in range(_NUM_SLOTS))
+        q, spread, weight = slots
+        derivative = derivative[..., :num_units]
+        g = ops.where(weight > 0, derivative / ops.maximum(weight, 1e-30), 0.0)
+        d = ops.clip(-g / ops.maximum(q, _MIN_PROBABILITY), -_MAX_SLOPE, _MAX_SLOPE)
+        first = slice(0, 1)  # of each example, before its probes
+        weight, q0, d0 = weight[:, first], ops.maximum(q[:, first], _MIN_PROBABILITY), d[:, first]
+        odds = ops.logaddexp(ops.log1p(-q0), ops.log(q0) + d0)
+        spread = spread[:, first] * ops.square(g[:, first]) / q0 / 2
+        rows = [ops.sum(weight * odds, (0, 1)), ops.sum(weight * spread, (0, 1))]
+        if copies > 1:
+            signs = ops.reshape(draws[0], (-1, copies, num_units))[:, 1:]
+            q_without = ops.exp(ops.log(q0) + d0 - odds)
+            probe = -weight * q_without * signs * (d[:, 1:] - d0) / _PROBE_STEP / 2
+            rows += [ops.sum(ops.mean(probe, 1), 0), ops.sum(ops.mean(ops.square(probe), 1), 0)]
+        return ops.concatenate(
+            [batch_statistics(derivative[:, 0], num_units), sum_over_replicas(ops.stack(rows))]
+        )
+
 
 class _OddsLoss(ExampleLoss):
-    """An `ExampleLoss` whose gradient brings the gates what they need to know of each example."""
+    """An `ExampleLoss` whose gradient tells the gates of each example: q, the spread factor, the weight.
 
-    def __init__(self, loss, gates, copies, binary):
+    Args:
+        loss: As in `ExampleLoss`.
+        gates: The gates that it tells.
+        copies: Rows of each example: itself and its probes.
+        binary: Whether there are two classes, so that only one is wrong.
+    """
+
+    def __init__(self, loss: Any, gates: OddsGates, copies: int, binary: bool) -> None:
         super().__init__(loss)
         self._gates, self._copies, self._binary = gates, copies, binary
         self._from_logits = kind_of(loss)[1]
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
-        """The sum over examples and probes of each one's weighted loss; the slots are zeros."""
-        y_true, sample_weight = (_repeated(y, self._copies) for y in (y_true, sample_weight))
-        slots = self._gates.take_slots()
+    def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The sum over examples and probes of each one's weighted loss; the columns add zero to it."""
+        y_true, sample_weight = (_repeat_rows(y, self._copies) for y in (y_true, sample_weight))
+        slots = self._gates.pop_slots()
         total = super().__call__(y_true, y_pred, sample_weight)
         if slots is None:  # there is no gradient
             return total
@@ -123,63 +167,24 @@ class _OddsLoss(ExampleLoss):
         values = ops.reshape(self._values(y_true, y_pred), (-1,))
         ones = ops.ones_like(values)
         weight = ones if sample_weight is None else ops.reshape(ops.cast(sample_weight, values.dtype), (-1,))
-        q = ops.clip(-ops.expm1(-values), _FLOOR, 1 - 1e-7)
-        spread = 0 * ones if self._binary else self._spread(y_true, y_pred)
-        told = ops.stack([q, spread, weight * ones], axis=1)
-        return total + ops.sum(slots * ops.stop_gradient(told))
+        q = ops.clip(-ops.expm1(-values), _MIN_PROBABILITY, 1 - 1e-7)
+        spread = 0 * ones if self._binary else self._spread_factor(y_true, y_pred)
+        slot_gradients = ops.stack([q, spread, weight * ones], axis=1)
+        return total + ops.sum(slots * ops.stop_gradient(slot_gradients))
 
-    def _spread(self, y_true, y_pred):
-        """(1 - s) / (1 + s), with s the sum of the squared shares that the wrong classes have in theirs."""
-        classes = y_pred.shape[-1]
-        one_hot = len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == classes
+    def _spread_factor(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """(1 - s) / (1 + s), with s the sum of the squared shares of the wrong classes in their total."""
+        num_classes = y_pred.shape[-1]
+        one_hot = len(y_true.shape) == len(y_pred.shape) and y_true.shape[-1] == num_classes
         label = ops.argmax(y_true, -1) if one_hot else ops.reshape(ops.cast(y_true, "int32"), (-1,))
         logits = y_pred if self._from_logits else ops.log(ops.maximum(y_pred, 1e-30))
-        wrong = ops.softmax(logits - 1e9 * ops.one_hot(label, classes))
+        wrong = ops.softmax(logits - 1e9 * ops.one_hot(label, num_classes))
         s = ops.sum(ops.square(wrong), -1)
         return (1 - s) / (1 + s)
 
 
-def _carrier(num_units, copies):
-    @ops.custom_gradient
-    def carry(mask, statistics, signs):
-        def backward(*arguments, upstream=None):
-            arrived = arguments[0] if upstream is None else upstream
-            update = _statistics(arrived, signs, num_units, copies)
-            return ops.zeros_like(mask), statistics + update, ops.zeros_like(signs)
-
-        slots = ops.zeros((ops.shape(signs)[0], _NUM_SLOTS))
-        return ops.concatenate([mask + _STEP * signs, slots], axis=1), backward
-
-    return carry
-
-
-def _statistics(arrived, signs, num_units, copies):
-    """All rows for one batch, out of the derivatives of examples and probes and what the loss told."""
-    arrived = ops.reshape(arrived, (-1, copies, num_units + _NUM_SLOTS))
-    derivative = arrived[..., :num_units]
-    q, spread, weight = (arrived[..., num_units + k : num_units + k + 1] for k in range(_NUM_SLOTS))
-    g = ops.where(weight > 0, derivative / ops.maximum(weight, 1e-30), 0.0)
-    d = ops.clip(-g / ops.maximum(q, _FLOOR), -_CLAMP, _CLAMP)
-    first = slice(0, 1)  # of each example, before its probes
-    weight, q0, d0 = weight[:, first], ops.maximum(q[:, first], _FLOOR), d[:, first]
-    odds = ops.logaddexp(ops.log1p(-q0), ops.log(q0) + d0)
-    spread = spread[:, first] * ops.square(g[:, first]) / q0 / 2
-    rows = [ops.sum(weight * odds, (0, 1)), ops.sum(weight * spread, (0, 1))]
-    if copies > 1:
-        signs = ops.reshape(signs, (-1, copies, num_units))[:, 1:]
-        gone = ops.exp(ops.log(q0) + d0 - odds)
-        probe = -weight * gone * signs * (d[:, 1:] - d0) / _STEP / 2
-        rows += [ops.sum(ops.mean(probe, 1), 0), ops.sum(ops.mean(ops.square(probe), 1), 0)]
-    else:
-        rows += [ops.zeros_like(rows[0])] * 2
-    examples = ops.shape(derivative)[0]
-    return ops.concatenate(
-        [batch_statistics(derivative[:, 0], examples, num_units), sum_over_replicas(ops.stack(rows))]
-    )
-
-
-def _repeated(values, copies):
-    """Each row so many times, one after the other."""
+def _repeat_rows(values: Tree, copies: int) -> Tree:
+    """Each row `copies` times, one after the other."""
     if copies == 1:
         return values
     return keras.tree.map_structure(
@@ -187,14 +192,14 @@ def _repeated(values, copies):
     )
 
 
-def has_odds(labeled):
+def has_odds(labeled: LabeledModel) -> bool:
     """Whether a model tells one class out of several, and is trained with a cross-entropy."""
-    return _kind(labeled)[0] is not None
+    return _odds_kind(labeled)[0] is not None
 
 
-def _check_loss(labeled):
-    """Refuses what has no odds; says whether there are but two classes."""
-    kind, name = _kind(labeled)
+def _check_has_odds(labeled: LabeledModel) -> bool:
+    """Refuses a model without odds; returns whether there are only two classes."""
+    kind, name = _odds_kind(labeled)
     if kind is None:
         shapes = [tuple(labeled.graph.shapes[i]) for i in labeled.graph.outputs]
         raise ValueError(
@@ -206,8 +211,8 @@ def _check_loss(labeled):
     return kind == "binary"
 
 
-def _kind(labeled):
-    """ "binary", "classes", or `None` where there are no odds; and the loss' name."""
+def _odds_kind(labeled: LabeledModel) -> tuple[str | None, str]:
+    """The kind of odds ("binary", "classes", or `None` for no odds), and the name of the loss."""
     graph = labeled.graph
     losses = losses_by_output(graph.model, len(graph.outputs))
     shape = graph.shapes[graph.outputs[0]]
@@ -220,15 +225,19 @@ def _kind(labeled):
     return ("classes" if name in _CROSS_ENTROPIES else None), name
 
 
-def shrunk(correction, noise, size):
-    """A correction of scores that was measured with noise, made as much smaller as the noise demands.
+def shrink_to_noise(correction: FloatArray, noise: FloatArray, scores: FloatArray) -> FloatArray:
+    """A correction of scores that was measured with noise, times 1 - noise / signal, at least 0.
+
+    This is the shrinkage of James and Stein (Estimation with quadratic loss, 1961), with one factor for all
+    units: the smaller one of two that compare means over units of noise and signal, the first as they are,
+    the second relative to the squares of the scores.
 
     Args:
-        correction: Array `(num_units,)`, the mean over probes.
-        noise: The variance of that mean.
-        size: How large the scores are: noise must be small beside the correction, as it is and in relation.
+        correction: The mean over probes, `(num_units,)`.
+        noise: The variance of that mean, `(num_units,)`.
+        scores: The scores to correct, `(num_units,)`.
     """
-    size = np.maximum(np.abs(size), 0.1 * np.median(np.abs(size)) + 1e-30)
+    size = np.maximum(np.abs(scores), 0.1 * np.median(np.abs(scores)) + 1e-30)
     factors = []
     for scale in (np.ones_like(size), np.square(size)):
         signal = (np.square(correction) / scale).mean()

@@ -33,7 +33,7 @@ def gate_statistics(gated, labeled, feed, num_examples=None, class_weight=None, 
             callbacks=[fold, *callbacks],
         )
     if not (np.isfinite(fold.totals).all() and np.isfinite(history.history["loss"]).all()):
-        raise ValueError(where_not_finite(gated, feed))
+        raise ValueError(explain_nonfinite(gated, feed))
     return fold.totals
 
 
@@ -61,10 +61,10 @@ class _Fold(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if batch % _FOLD_EVERY == _FOLD_EVERY - 1:
-            self.totals += self.model.take_statistics()
+            self.totals += self.model.pop_statistics()
 
     def on_train_end(self, logs=None):
-        self.totals += self.model.take_statistics()
+        self.totals += self.model.pop_statistics()
 
 
 def refuse_class_weight(class_weight):
@@ -90,7 +90,7 @@ def loss_changes(gated, labeled, feed, num_examples):
     everything = np.ones(labeled.num_units)
     base = loss_with(everything)
     if not np.isfinite(base):
-        raise ValueError(where_not_finite(gated, feed))
+        raise ValueError(explain_nonfinite(gated, feed))
     changes = np.zeros(labeled.num_units)
     for unit in range(labeled.num_units):
         mask = everything.copy()
@@ -99,13 +99,13 @@ def loss_changes(gated, labeled, feed, num_examples):
     return changes
 
 
-def where_not_finite(gated, feed):
+def explain_nonfinite(gated, feed):
     """What to tell the user where the loss on a `datasets.Feed` is not finite."""
     for number, (x, _, _) in enumerate(feed.batches()):
         for part in keras.tree.flatten(x):
             if not np.isfinite(keras.ops.convert_to_numpy(part)).all():
                 return f"The data holds NaN or infinity. Received: ds with the first in batch {number}"
-        layer = gated.network.first_not_finite(x)
+        layer = gated.network.find_nonfinite(x)
         if layer is not None:
             return (
                 f"The output of layer '{layer}' is NaN or infinite: its weights are, or its values "

@@ -19,7 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 import zoo  # noqa: E402
 
 from keras_taylor.reading.groups import label_model  # noqa: E402
-from keras_taylor.scores.gates import GatedModel  # noqa: E402
+from keras_taylor.scores.gated_model import GatedModel  # noqa: E402
 
 MODELS = ["chain", "residual", "zero_pad_shortcut", "nested_three_deep", "siamese", "shared_layer"]
 STEP = 2.0**-20

@@ -1,0 +1,140 @@
+"""From the sums of a scoring pass and the weights of a model to the statistics of each group."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import keras
+import numpy as np
+
+from keras_taylor.reading.graph import Call
+from keras_taylor.reading.groups import Group, LabeledModel
+from keras_taylor.rules.base import Effect, producing_kernels, weight_of
+from keras_taylor.scores.criteria import GroupStatistics
+from keras_taylor.scores.log_odds import NUM_PROBES, ODDS_ROWS, shrink_to_noise
+from keras_taylor.support.types import Array, FloatArray, IntArray
+
+# A weight by name, the axis along which units vary, and the labels along it.
+_LabeledAxis = tuple[str, int, IntArray]
+
+
+def statistics_by_group(
+    labeled: LabeledModel, totals: FloatArray | None, extra: Mapping[str, FloatArray]
+) -> Iterable[tuple[Group, GroupStatistics]]:
+    """Each group with its statistics.
+
+    Args:
+        labeled: The labels of the model.
+        totals: Statistics as `scoring_passes.gate_statistics` gives them; `None`: none.
+        extra: What single criteria need, by attribute of `GroupStatistics`: arrays `(num_units,)`.
+    """
+    norms, gammas = _filter_norms(labeled), _mean_gammas(labeled)
+    for group in labeled.groups:
+        part = slice(group.start, group.start + group.num_units)
+        means = _Means(None if totals is None else totals[:, part])
+        yield (
+            group,
+            GroupStatistics(
+                name=group.name,
+                num_units=group.num_units,
+                num_examples=round(means.num_examples),
+                num_batches=round(means.num_batches),
+                mean=means.of("sum"),
+                mean_absolute=means.of("absolute"),
+                mean_square=means.of("square"),
+                mean_batch_square=means.over_batches("batch_square"),
+                mean_log_odds=means.log_odds(),
+                mean_probed_log_odds=means.probed_log_odds(),
+                filter_norms=norms[part],
+                gammas=None if np.isnan(gammas[part]).any() else gammas[part],
+                **{name: values[part] for name, values in extra.items()},
+            ),
+        )
+
+
+class _Means:
+    """Means over examples or batches, from the sums of one group.
+
+    Args:
+        totals: The group's part of the sums, `(num_rows, num_units)`; `None`: there are none.
+    """
+
+    def __init__(self, totals: FloatArray | None) -> None:
+        self._totals = totals
+        self.num_examples = (
+            0.0 if totals is None else totals[ODDS_ROWS["examples"], 0]
+        )  # older ones count in part
+        self.num_batches = 0.0 if totals is None else totals[ODDS_ROWS["batches"], 0]
+
+    def of(self, row: str) -> FloatArray | None:
+        """The mean over examples, `None` if the row was not gathered."""
+        values = self._row(row)
+        return None if values is None else values / self.num_examples
+
+    def over_batches(self, row: str) -> FloatArray | None:
+        """The mean over batches, `None` if the row was not gathered."""
+        values = self._row(row)
+        return None if values is None else values / self.num_batches
+
+    def log_odds(self) -> FloatArray | None:
+        """The mean loss change that follows from the log-odds."""
+        odds, spread = self.of("odds"), self.of("spread")
+        return None if odds is None or spread is None else odds + spread
+
+    def probed_log_odds(self) -> FloatArray | None:
+        """The same, with the curvature that probes measured in place of the spread."""
+        log_odds, spread = self.log_odds(), self.of("spread")
+        probe, probe_square = self.of("probe"), self.of("probe_square")
+        if log_odds is None or spread is None or probe is None or probe_square is None:
+            return None
+        noise = probe_square - np.square(probe)
+        return log_odds + shrink_to_noise(probe - spread, noise / (self.num_examples * NUM_PROBES), log_odds)
+
+    def _row(self, name: str) -> FloatArray | None:
+        number = ODDS_ROWS[name]
+        return None if self._totals is None or number >= len(self._totals) else self._totals[number]
+
+
+def _filter_norms(labeled: LabeledModel) -> FloatArray:
+    """Mean over the layers that make a unit of the L2 norm of its filters, `(num_units,)`."""
+    norms = _mean_per_unit(labeled, lambda _, effect: producing_kernels(effect), _norms_along)
+    return np.where(np.isnan(norms), 0, norms)  # units that only padding makes have no filter
+
+
+def _mean_gammas(labeled: LabeledModel) -> FloatArray:
+    """Mean absolute BatchNormalization scale of each unit, NaN where it has none."""
+    return _mean_per_unit(labeled, _gamma_axes, lambda gamma, _: np.abs(gamma, dtype=np.float64))
+
+
+def _mean_per_unit(
+    labeled: LabeledModel,
+    select: Callable[[Call, Effect], Iterable[_LabeledAxis]],
+    reduce: Callable[[Array, int], FloatArray],
+) -> FloatArray:
+    """Mean of what `reduce` gives for each unit, over the weights that `select` names; NaN over none."""
+    total, number = np.zeros(labeled.num_units), np.zeros(labeled.num_units)
+    seen = set()
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
+        if call.operation in seen:
+            continue
+        seen.add(call.operation)
+        for name, axis, labels in select(call, effect):
+            weight = keras.ops.convert_to_numpy(weight_of(call.operation, name))
+            # types that NumPy does not know (bfloat16) are cast, others only as they are added up
+            values = reduce(weight if weight.dtype.kind == "f" else weight.astype(np.float64), axis)
+            units = labeled.units(labels)
+            np.add.at(total, units[units >= 0], values[units >= 0])
+            np.add.at(number, units[units >= 0], 1)
+    with np.errstate(invalid="ignore"):
+        return total / number
+
+
+def _norms_along(kernel: Array, axis: int) -> FloatArray:
+    """L2 norms of the parts of a kernel along an axis, without an array of its size beside it."""
+    axes = list(range(kernel.ndim))
+    return np.sqrt(np.einsum(kernel, axes, kernel, axes, [axis % kernel.ndim], dtype=np.float64))
+
+
+def _gamma_axes(call: Call, effect: Effect) -> Iterable[_LabeledAxis]:
+    """The scale of a BatchNormalization."""
+    is_batch_norm = isinstance(call.operation, keras.layers.BatchNormalization)
+    if is_batch_norm and call.operation.scale and "gamma" in effect.weights:
+        yield "gamma", 0, effect.weights["gamma"][0]
