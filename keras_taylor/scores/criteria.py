@@ -291,7 +291,7 @@ def taylor_abs_normalized(statistics: GroupStatistics) -> FloatArray:
     >>> scores = keras_taylor.score(model, (x, y), criterion=taylor_abs_normalized)
     """
     values = _required(statistics.mean_absolute, statistics)
-    return values / max(np.linalg.norm(values), 1e-30)
+    return values / max(float(np.linalg.norm(values)), 1e-30)
 
 
 def taylor2(statistics: GroupStatistics) -> FloatArray:
