@@ -111,7 +111,7 @@ class PrunableModel(GatedModel):
                 "include": include,
                 "exclude": exclude,
                 "exact": exact,
-                "selection": dataclasses.asdict(selection),
+                "selection": _config_of(selection),
                 "loss_reduction": loss_reduction,
             }
             self._pruning = _Pruning(labeled, selection.for_criterion(criterion))
@@ -365,6 +365,17 @@ def _by_layer_name(selection: Selection, model: keras.Model) -> Selection:
         return selection
     names = layer_names(model, list(selection.ratios))
     return dataclasses.replace(selection, ratios=dict(zip(names, selection.ratios.values(), strict=True)))
+
+
+def _config_of(selection: Selection) -> dict[str, Any]:
+    """The selection as values that a file can hold: lists in the place of tuples."""
+    config = dataclasses.asdict(selection)
+    if selection.ratios:
+        config["ratios"] = {
+            name: list(ratio) if isinstance(ratio, tuple) else ratio
+            for name, ratio in selection.ratios.items()
+        }
+    return config
 
 
 def check_momentum(momentum: float) -> None:
