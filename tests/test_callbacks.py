@@ -144,7 +144,9 @@ def test_max_drop_that_is_kept_reaches_the_goal():
 
 def test_a_loss_may_be_watched_and_a_baseline_given():
     prunable = wrapped()
-    callback = keras_taylor.TaylorPruning(0.6, max_drop=0, monitor="val_loss", baseline=1e-9)
+    callback = keras_taylor.TaylorPruning(
+        0.6, max_drop=keras_taylor.MetricLimit(0, "val_loss", baseline=1e-9)
+    )
     with pytest.warns(UserWarning, match="0.0% of params removed, not 60.0%"):
         fit(prunable, callback)
     assert prunable.mask.all()
@@ -274,7 +276,12 @@ def test_refusals():
     refused("from 0 on. Received: start_epoch=-1$", new, start_epoch=-1)
     refused("from 0 on. Received: recovery_epochs=0.5$", new, recovery_epochs=0.5)
     refused("from 0 on. Received: max_drop=-1$", new, max_drop=-1)
-    refused("Received: mode='up'$", new, mode="up")
+    refused(
+        r"`monitor`, `mode` are part of `max_drop` now.*TaylorPruning\(..., "
+        r"max_drop=keras_taylor.MetricLimit\(0.1, monitor='val_f1', mode='max'\)\)$",
+        new, max_drop=0.1, monitor="val_f1", mode="max", error=TypeError,
+    )  # fmt: skip
+    refused("unexpected keyword argument 'epochs'$", new, epochs=3, error=TypeError)
     refused("below 1. Received: momentum=1$", new, momentum=1)
     prunable = wrapped()
     before = state(prunable)
@@ -287,4 +294,4 @@ def test_refusals():
 
 def test_a_metric_that_is_not_there_is_named():
     with pytest.warns(UserWarning, match="'val_f1', which is not in the logs; there are .*val_loss"):
-        fit(wrapped(), keras_taylor.TaylorPruning(0.3, max_drop=0.1, monitor="val_f1"))
+        fit(wrapped(), keras_taylor.TaylorPruning(0.3, max_drop=keras_taylor.MetricLimit(0.1, "val_f1")))

@@ -1,91 +1,99 @@
 """Pruning inside the user's own `fit`."""
 
+import dataclasses
 import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.budget.schedule import removed_at
-from keras_taylor.loop.metric_limit import MetricLimit
+from keras_taylor.loop.metric_limit import MetricLimit, parse_metric_limit, refuse_old_limit_arguments
 from keras_taylor.loop.wrapper import PrunableModel, check_momentum
 from keras_taylor.support.console import Reporter
+from keras_taylor.support.types import Array
+
+Logs: TypeAlias = dict[str, Any]
+Schedule: TypeAlias = str | Callable[[float], float]
 
 
 class TaylorPruning(keras.callbacks.Callback):
     """Prunes a `PrunableModel` while `fit` trains it.
 
-    Scores gather while the model trains; every so often the least important units'
-    gates are closed, more and more of them until the goal is met, and the last epochs
-    are left for recovery. `logs` get "params", "flops" and "units" (what is left) at
-    the end of every epoch, for `History` and for every callback that comes after this
-    one (`CSVLogger`, `TensorBoard`): put this one first.
+    Scores gather while the model trains. Between epochs, or every few steps, the callback closes the gates
+    of the least important units, until the goal is met. The last epochs are left for recovery. At the end
+    of each epoch, `logs` get "params", "flops" and "units" (what is left), for `History` and for all
+    callbacks that come later, such as `CSVLogger` and `TensorBoard`. So put this callback first.
 
     Args:
-        goal: Fraction of the parameters to remove, counted from the model without any
-            pruning; or a dict of costs, as in `make_plan`.
-        start_epoch: Epochs that pass before anything is pruned; one at least, for its
-            scores, if `frequency` is "epoch".
-        frequency: "epoch", to prune between epochs, or a number of training steps (the
-            2019 paper, arXiv 1906.10771, prunes every 30).
-        schedule: How the goal is approached, see `keras_taylor.budget.schedule.removed_at`:
-            "linear", "cubic", "exponential", or a function from the part of the time
-            that is over, above 0 and at most 1, to the part of the goal that is met.
-        momentum: The weight that older scores keep at each pruning (the paper's code: 0.9).
-        recovery_epochs: Epochs at the end without pruning; `None`: a quarter of all,
-            rounded down, and at least one if `frequency` is "epoch".
-        max_drop: Pruning pauses while the monitored metric is worse than its reference
-            by more than this; at the end the smallest model that was not is restored.
-        monitor: The metric for `max_drop`, as in `logs`.
-        mode: "min", "max", or "auto": "max" for accuracies, AUC, precision, recall and
-            F-scores, otherwise "min".
-        baseline: The reference for `max_drop`; `None`: the metric at the end of the last
-            epoch before anything was pruned.
-        verbose: 1 prints a line after each pruning between epochs and at the end.
+        goal: A float: the fraction of the parameters to remove, counted from the model before any pruning,
+            0.3 by default. Or a dict of costs, as in `make_plan`.
+        start_epoch: Number of epochs before the first pruning, 0 by default. With `frequency="epoch"` at
+            least one epoch passes, since scores come from it.
+        frequency: "epoch" (the default) prunes between epochs. An int prunes every so many training steps;
+            Molchanov et al. (CVPR 2019, arXiv 1906.10771) prune every 30.
+        schedule: How the goal is approached: "linear", "cubic" (the default; Zhu and Gupta, arXiv
+            1710.01878), "exponential", or a function from the part of the time that is over (above 0, at
+            most 1) to the part of the goal that is met by then.
+        momentum: The weight that older statistics keep at each pruning, from 0 (the default) to below 1.
+            The code of the 2019 paper uses 0.9.
+        recovery_epochs: Number of epochs at the end without pruning. `None` (the default): a quarter of
+            all epochs, rounded down, and at least one with `frequency="epoch"`.
+        max_drop: How much worse a metric may become, a float or a `keras_taylor.MetricLimit`; a float
+            watches "val_accuracy". Pruning pauses while the metric is worse. At the end the smallest
+            state that kept to the limit is restored. The reference is the metric at the end of the last
+            epoch before anything was pruned, unless the limit has a `baseline`. `None` (the default): no
+            limit.
+        verbose: 1 prints a line after each pruning between epochs and at the end, 0 (the default) none.
 
     Attributes:
-        stop_reason: Why it ended as it did, a string, after training.
+        stop_reason: After training: why it ended as it did, a string.
+
+    Raises:
+        ValueError: if an argument is not one of the above.
+        TypeError: if `monitor`, `mode` or `baseline` is passed by itself; they are part of a `MetricLimit`.
 
     Example:
 
     >>> prunable = keras_taylor.PrunableModel(model)
-    >>> prunable.fit(ds, epochs=20, callbacks=[keras_taylor.TaylorPruning(goal=0.3)])
+    >>> callback = keras_taylor.TaylorPruning(goal=0.3)
+    >>> history = prunable.fit(x, y, epochs=4, callbacks=[callback], verbose=0)
     >>> small = prunable.strip()
     """
 
     def __init__(
         self,
-        goal=0.3,
+        goal: float | Mapping[str, float | int] = 0.3,
         *,
-        start_epoch=0,
-        frequency="epoch",
-        schedule="cubic",
-        momentum=0.0,
-        recovery_epochs=None,
-        max_drop=None,
-        monitor="val_accuracy",
-        mode="auto",
-        baseline=None,
-        verbose=0,
-    ):
+        start_epoch: int = 0,
+        frequency: int | str = "epoch",
+        schedule: Schedule = "cubic",
+        momentum: float = 0.0,
+        recovery_epochs: int | None = None,
+        max_drop: float | MetricLimit | None = None,
+        verbose: int = 0,
+        **others: Any,
+    ) -> None:
         super().__init__()
+        refuse_old_limit_arguments("TaylorPruning", max_drop, others)
         self._goal = parse_goal(goal)
-        removed_at(schedule, 1.0)  # refuses what is none
+        removed_at(schedule, 1.0)  # refuses an unknown schedule
         check_momentum(momentum)
-        _check_whole("start_epoch", start_epoch, 0)
+        _check_whole_number("start_epoch", start_epoch, 0)
         if recovery_epochs is not None:
-            _check_whole("recovery_epochs", recovery_epochs, 0)
+            _check_whole_number("recovery_epochs", recovery_epochs, 0)
         if frequency != "epoch":
-            _check_whole("frequency", frequency, 1, ' of steps, or "epoch"')
+            _check_whole_number("frequency", frequency, 1, ' of steps, or "epoch"')
         self._by_epoch = frequency == "epoch"
         self.goal, self.start_epoch, self.frequency, self.schedule = goal, start_epoch, frequency, schedule
         self.momentum, self.recovery_epochs, self.verbose = momentum, recovery_epochs, verbose
-        limit = MetricLimit(0.0 if max_drop is None else max_drop, monitor, baseline, mode)
-        self._watch = _Watch(None if max_drop is None else limit, monitor)
+        self._watch = _MetricWatch(parse_metric_limit(max_drop))
         self.stop_reason = ""
 
-    def set_model(self, model):
-        """Refuses a model that is not wrapped, before any work."""
+    def set_model(self, model: keras.Model) -> None:
+        """Refuses a model without gates before any work."""
         super().set_model(model)
         if not isinstance(model, PrunableModel):
             raise ValueError(
@@ -96,12 +104,12 @@ class TaylorPruning(keras.callbacks.Callback):
                 f"Received: model={model.name!r} of class `{type(model).__name__}`"
             )
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         """Checks the goal, and that there is time for it."""
         model, epochs = self.model, self.params["epochs"]
         model.check_goal(self.goal)
         fractions = self._goal.fractions(model.plan.before)
-        self._removed = {what: removed_at(self.schedule, part) for what, part in fractions.items() if part}
+        self._removed = {cost: removed_at(self.schedule, part) for cost, part in fractions.items() if part}
         recovery = self.recovery_epochs
         if recovery is None:
             recovery = max(epochs // 4, int(self._by_epoch))
@@ -121,55 +129,55 @@ class TaylorPruning(keras.callbacks.Callback):
         self._steps = self.params.get("steps")
         self.stop_reason = ""
 
-    def on_epoch_begin(self, epoch, logs=None):
-        """Prunes, if that happens between epochs."""
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        """Prunes between epochs."""
         self._epoch = epoch
         if self._by_epoch and self._first <= epoch <= self._last:
             self._prune((epoch - self._first + 1) / self._window)
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Prunes, if that happens every so many steps."""
-        if self._by_epoch or not self._first <= self._epoch < self._last:
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        """Prunes every `frequency` steps."""
+        if isinstance(self.frequency, str) or not self._first <= self._epoch < self._last:
             return
         steps = self._steps
         ends = steps is not None and self._epoch == self._last - 1 and batch + 1 >= steps
         if ends or (batch + 1) % self.frequency == 0:
-            within = min(1, (batch + 1) / steps) if steps else 0
-            self._prune((self._epoch - self._first + within) / self._window)
+            part_of_epoch = min(1, (batch + 1) / steps) if steps else 0
+            self._prune((self._epoch - self._first + part_of_epoch) / self._window)
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Judges the epoch, and says in the logs what is left."""
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        """Compares the metric with its limit, and writes what is left into the logs."""
         self._steps = self.params.get("steps") or self._steps
         if logs is not None:
             self._watch.judge(self.model, logs)
         if self._watch.broken and self._first <= epoch < self._last:
             self._paused += 1
         if not self._by_epoch and epoch == self._last - 1:
-            self._prune(1.0)  # what was left because the number of steps was not known
+            self._prune(1.0)  # the rest, if the number of steps was not known
         if logs is not None:
             logs.update(self._left())
 
-    def on_train_end(self, logs=None):
-        """Restores the best state if the limit does not hold, and says if the goal was missed."""
+    def on_train_end(self, logs: Logs | None = None) -> None:
+        """Restores the best state that kept to the limit, and warns if the goal was missed."""
         restored = self._watch.finish(self.model)
         missed = self._goal.missed(self.model.plan)
         if not missed:
             self.stop_reason = "goal reached"
         else:
-            held = f"`max_drop` on '{self._watch.monitor}' held it back"
+            limited = f"`max_drop` on '{self._watch.monitor}' held it back"
             early = "training ended early, or went back to earlier weights"
-            why = held if self._paused or restored else early
+            why = limited if self._paused or restored else early
             self.stop_reason = f"{'; '.join(missed)}: {why}"
             warnings.warn(f"TaylorPruning: {self.stop_reason}.", stacklevel=2)
         self._say(self.stop_reason)
 
-    def _prune(self, progress):
-        """Prunes as far as the schedule says for this part of the time, less the pauses."""
+    def _prune(self, progress: float) -> None:
+        """Prunes as far as the schedule asks at this part of the time, pauses left out."""
         if self._watch.broken:
             return
         progress -= self._paused / self._window
-        gone = {w: removed(min(progress, 1.0)) for w, removed in self._removed.items() if progress > 0}
-        gone = {what: part for what, part in gone.items() if part > 0}
+        gone = {cost: removed(min(progress, 1.0)) for cost, removed in self._removed.items() if progress > 0}
+        gone = {cost: part for cost, part in gone.items() if part > 0}
         if not gone:
             return
         num = self.model.prune(self.goal if progress >= 1 else gone, momentum=self.momentum)
@@ -177,34 +185,58 @@ class TaylorPruning(keras.callbacks.Callback):
             left = self.model.cost()["params"]
             self._say(f"epoch {self._epoch + 1}: {num} units pruned, {left:,} parameters left")
 
-    def _left(self):
+    def _left(self) -> dict[str, int]:
         left = {**self.model.cost(), "units": int(self.model.mask.sum())}
         return {key: left[key] for key in ("params", "flops", "units") if left[key] is not None}
 
-    def _say(self, text):
+    def _say(self, text: str) -> None:
         Reporter(2 if self.verbose else 0).say(f"TaylorPruning: {text}")
 
 
-class _Watch:
-    """What `max_drop` allows, and the smallest state that kept to it."""
+@dataclasses.dataclass(frozen=True)
+class _GoodState:
+    """Weights of a model that kept to the limit.
 
-    def __init__(self, limit, monitor):
-        self.monitor, self._limit = monitor, limit
-        self._given = None if limit is None else limit.baseline
+    Attributes:
+        rank: Minus the number of units, and the metric with the sign that makes larger values better.
+        weights: Values of all weights, masks among them.
+    """
 
-    def start(self, unpruned_epochs):
-        """Begins a run, of which so many epochs pass before anything is pruned."""
-        if self._limit is not None and self._given is None and not unpruned_epochs:
+    rank: tuple[int, float]
+    weights: list[Array]
+
+
+class _MetricWatch:
+    """Compares a metric with its limit, and remembers the smallest state that kept to it.
+
+    Attributes:
+        monitor: Name of the metric.
+        broken: Whether the limit did not hold after the last epoch.
+    """
+
+    def __init__(self, limit: MetricLimit | None) -> None:
+        self.monitor = (limit and limit.monitor) or "val_accuracy"
+        self._limit = limit
+        self._baseline = None if limit is None else limit.baseline
+        self._begin()
+
+    def _begin(self) -> None:
+        self.broken = False
+        self._reference = self._baseline
+        self._best: _GoodState | None = None
+
+    def start(self, unpruned_epochs: int) -> None:
+        """Begins a run; `unpruned_epochs` epochs pass before anything is pruned."""
+        if self._limit is not None and self._baseline is None and not unpruned_epochs:
             raise ValueError(
                 f"`max_drop` compares with '{self.monitor}' at the end of an epoch without pruning, and "
-                "there is none. Pass `start_epoch=1` or more, or the value as `baseline`. "
+                "there is none. Pass `start_epoch=1` or more, or a `MetricLimit` with a `baseline`. "
                 f"Received: max_drop={self._limit.max_drop}, start_epoch=0, baseline=None"
             )
-        self.broken = False
-        self._reference, self._best = self._given, None
+        self._begin()
 
-    def judge(self, model, logs):
-        """Compares an epoch's metric with the reference, and keeps its state if it holds."""
+    def judge(self, model: PrunableModel, logs: Logs) -> None:
+        """Compares the metric of an epoch with the reference, and remembers a state that keeps to it."""
         if self._limit is None:
             return
         if self.monitor not in logs:
@@ -215,21 +247,24 @@ class _Watch:
             )
             return
         value, units = float(logs[self.monitor]), int(model.mask.sum())
-        if self._given is None and (units == model.mask.size or self._reference is None):
+        if self._reference is None or (self._baseline is None and units == model.mask.size):
             self._reference = value
         self.broken = not self._limit.allows(self.monitor, value, self._reference)
         rank = -units, self._limit.direction(self.monitor) * value
-        if not self.broken and (self._best is None or rank >= self._best[0]):
-            self._best = rank, model.get_weights()
+        if not self.broken and (self._best is None or rank >= self._best.rank):
+            self._best = _GoodState(rank, model.get_weights())
 
-    def finish(self, model):
-        """Restores the best of the smallest states that held; returns whether it did."""
-        if self._limit is None or self._best is None:
+    def finish(self, model: PrunableModel) -> bool:
+        """Restores the best of the smallest states that kept to the limit; returns whether there is one."""
+        if self._best is None:
             return False
-        model.set_weights(self._best[1])
+        model.set_weights(self._best.weights)
         return True
 
 
-def _check_whole(name, value, least, otherwise=""):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"`{name}` is a whole number from {least} on{otherwise}. Received: {name}={value!r}")
+def _check_whole_number(name: str, value: object, least: int, alternative: str = "") -> None:
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_whole or value < least:  # type: ignore[operator]  # it is a number here
+        raise ValueError(
+            f"`{name}` is a whole number from {least} on{alternative}. Received: {name}={value!r}"
+        )
