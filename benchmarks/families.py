@@ -157,7 +157,7 @@ def unlocked(model):
         seen.add(id(call.operation))
         for name, axes in effect.weights.items():
             weight = weight_of(call.operation, name)
-            if weight is not None and any(a is not None and (channels.units(a) >= 0).any() for a in axes):
+            if weight is not None and any(a is not None and (channels.units_of(a) >= 0).any() for a in axes):
                 free += math.prod(weight.shape)
     return free / model.count_params()
 

@@ -13,7 +13,7 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.planning import kept_units, plan_of
 from keras_taylor.plans.ranking import RemovalOrder
-from keras_taylor.reading.graph import num_inbound_nodes, read
+from keras_taylor.reading.graph import num_inbound_nodes, read_model
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gated_model import GatedModel
 
@@ -79,7 +79,7 @@ def targets_of(model, x, seed=2):
     """Random targets in the structure of the model's outputs."""
     random = np.random.default_rng(seed)
     arrays = [random.random(y.shape).astype("float32") for y in predict(model, x)]
-    structure = arrays[0] if len(arrays) == 1 else read(model).model._outputs_struct
+    structure = arrays[0] if len(arrays) == 1 else read_model(model).model._outputs_struct
     return keras.tree.pack_sequence_as(structure, arrays)
 
 

@@ -69,7 +69,7 @@ def build(name, **arguments):
 
 def locked_because(channels):
     """Reasons of locked channels, the thousand classes left out."""
-    return {g.reason for g in channels.locked if g.num_units != 1000}
+    return {g.reason for g in channels.locked_groups if g.num_units != 1000}
 
 
 def test_all_models_are_there():

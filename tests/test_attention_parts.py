@@ -9,7 +9,7 @@ from keras import layers, ops
 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.cutting.surgery import rebuild
+from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gated_model import GatedModel
 
@@ -27,7 +27,7 @@ def cut(model, **kept):
         if group.name in kept:
             units = np.arange(group.num_units)
             mask[group.start + units] = np.isin(units, list(kept[group.name]))
-    small, x = rebuild(channels, mask)[0], zoo.inputs_of(model)
+    small, x = build_smaller(channels, mask)[0], zoo.inputs_of(model)
     gated = GatedModel(channels)
     gated.mask = mask
     assert not mask.all()

@@ -16,7 +16,7 @@ from keras import layers
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.cutting.refitting import refit
-from keras_taylor.cutting.surgery import cut
+from keras_taylor.cutting.surgery import build_smaller_compiled
 from keras_taylor.plans.plan import LayerPlan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
@@ -246,7 +246,7 @@ def test_projections_inside_that_lost_heads_are_refitted():
     kept = np.ones(channels.num_units, bool)
     kept[[0, 4]] = False
     x = tokens(7, num=64)
-    small = cut(channels, kept)
+    small = build_smaller_compiled(channels, kept)
     repairs = {one.name: one for one in refit(channels, kept, small, [x])}
     assert repairs["block/merge"].error_after < repairs["block/merge"].error_before
     assert repairs["block/down"].reason is None or "held-out" in repairs["block/down"].reason

@@ -17,7 +17,7 @@ def groups_of(name):
 
 
 def locked_of(channels):
-    return {g.name: (g.num_units, g.reason) for g in channels.locked}
+    return {g.name: (g.num_units, g.reason) for g in channels.locked_groups}
 
 
 def test_a_chain_has_a_group_a_layer_and_its_output_is_locked():
@@ -63,7 +63,7 @@ def test_squeeze_and_excite_gates_live_with_what_they_gate():
 def test_flattened_channels_are_one_unit_at_all_positions():
     channels = label_model(case("flatten_dense").model)
     (flat,) = [
-        channels.units(e.weights["gamma"][0])
+        channels.units_of(e.weights["gamma"][0])
         for c, e in zip(channels.graph.calls, channels.effects, strict=True)
         if c.name == "flat_bn"
     ]
@@ -90,7 +90,7 @@ def test_a_channel_shuffle_keeps_what_is_kept_regular():
 def test_a_depth_multiplier_repeats_channels():
     channels = label_model(case("depth_multiplier").model)
     (made,) = [
-        channels.units(e.outputs[0]).reshape(-1)
+        channels.units_of(e.outputs[0]).reshape(-1)
         for c, e in zip(channels.graph.calls, channels.effects, strict=True)
         if c.name == "depthwise"
     ]
@@ -155,14 +155,14 @@ def test_units_are_counted_group_by_group(name):
     assert channels.num_units == stops[-1]
     assert len({g.name for g in channels.groups}) == len(channels.groups)
     assert all(g.prunable for g in channels.groups)
-    assert all(g.reason for g in channels.locked)
+    assert all(g.reason for g in channels.locked_groups)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_never_have_units(name):
     channels = label_model(case(name).model)
     for index in channels.graph.outputs:
-        assert (channels.units(channels.labels[index]) < 0).all()
+        assert (channels.units_of(channels.labels[index]) < 0).all()
 
 
 @pytest.mark.parametrize(

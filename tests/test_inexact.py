@@ -17,7 +17,7 @@ from keras import layers, ops
 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.cutting.surgery import whole_copy
+from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gated_model import GatedModel
@@ -160,7 +160,7 @@ def test_a_hint_is_given_only_where_it_helps():
     y = ops.softmax(
         layers.Dense(6, name="shares")(layers.LayerNormalization()(layers.Dense(5, name="free")(y)))
     )
-    locked = {g.name: g.reason for g in label_model(keras.Model(inputs, layers.Dense(2)(y))).locked}
+    locked = {g.name: g.reason for g in label_model(keras.Model(inputs, layers.Dense(2)(y))).locked_groups}
     assert not locked["beside_inputs"].endswith("opens it")
     assert locked["shares"].startswith("normalized together")
     assert not locked["shares"].endswith("opens it")
@@ -404,7 +404,7 @@ def test_what_is_not_understood_stays(axis, norm):
     x = layers.Dense(6, name="before")(x)
     x = norm()(layers.Permute((2, 1))(x) if axis == 1 else x)
     network = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(x)))
-    assert "before" in {g.name for g in label_model(network, exact=False).locked}
+    assert "before" in {g.name for g in label_model(network, exact=False).locked_groups}
 
 
 @pytest.mark.skipif(helpers.BACKEND == "torch", reason="Keras on PyTorch takes the last axes only")
@@ -432,7 +432,7 @@ def test_groups_of_a_group_normalization_leave_as_a_whole():
         "conv1": 2,
         "conv2": 5,
     }
-    locked = {(g.name, g.reason) for g in label_model(network, exact=False).locked}
+    locked = {(g.name, g.reason) for g in label_model(network, exact=False).locked_groups}
     assert ("conv1", "of several groups that are normalized two stay ('norm')") in locked
 
 
@@ -498,7 +498,7 @@ def data_of(network, num=64):
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_compress_opens_tells_and_remembers(epochs):
-    network = whole_copy(case("convnext").model)
+    network = copy_model(case("convnext").model)
     x, y = data_of(network)
     small, info = keras_taylor.compress(
         network, (x, y), 0.6, increment=0.3, exact=False, epochs=epochs, return_info=True, verbose=0
@@ -517,14 +517,14 @@ def test_compress_opens_tells_and_remembers(epochs):
 
 
 def test_compress_says_what_is_open_before_it_starts(capsys):
-    network = whole_copy(case("layernorm").model)
+    network = copy_model(case("layernorm").model)
     keras_taylor.compress(network, data_of(network), 0.5, increment=0.5, exact=False, epochs=0, verbose=2)
     line = "open with exact=False only, as they are normalized together: 6 channel units (conv1)"
     assert line in capsys.readouterr().out
 
 
 def test_a_run_goes_on_where_it_was_killed_and_not_with_the_other_setting(tmp_path):
-    network = whole_copy(case("layernorm").model)
+    network = copy_model(case("layernorm").model)
     data, arguments = data_of(network), {"increment": 0.15, "backup_dir": tmp_path, "verbose": 0}
 
     def interrupt(*_):

@@ -14,7 +14,7 @@ from helpers import NAMES, case, fingerprint, predict, relative_difference
 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.cutting.surgery import whole_copy
+from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.plans.plan import LayerPlan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
@@ -80,7 +80,7 @@ def test_pruning_twice_equals_pruning_once(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_names_flags_and_settings_survive(name):
     model, small = case(name).model, case(name).small
-    model = whole_copy(model) if name in helpers.OPENED else model
+    model = copy_model(model) if name in helpers.OPENED else model
     before, after = helpers.all_layers(model), helpers.all_layers(small)
     assert list(after) == list(before)
     for path, layer in before.items():

@@ -13,7 +13,7 @@ from keras_taylor.budget import layer_times, measuring
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.budget.layer_times import LayerTimes, grid_of
 from keras_taylor.budget.measuring import Measurements
-from keras_taylor.cutting.surgery import rebuild
+from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.exports import timing
 from keras_taylor.loop.measured_search import check_reachable, fitting_units
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest
@@ -83,7 +83,7 @@ def test_between_its_widths_a_bilinear_law_is_met(clock, seed):
     channels = label_model(net(24, 40))
     kept = some_kept(channels, seed)
     times = LayerTimes(channels, "keras", cache_dir=clock.folder)
-    small = rebuild(channels, kept)[0]
+    small = build_smaller(channels, kept)[0]
     assert times(channels)(kept) == pytest.approx(law_of(small))
     smaller = label_model(small)
     assert times(smaller)(np.ones(smaller.num_units, bool)) == pytest.approx(law_of(small))
@@ -107,7 +107,7 @@ def test_what_was_cut_is_the_same_network(clock, name):
     channels = label_model(case(name).model)
     times = LayerTimes(channels, "keras", cache_dir=clock.folder)
     kept = some_kept(channels)
-    smaller = label_model(rebuild(channels, kept)[0])
+    smaller = label_model(build_smaller(channels, kept)[0])
     assert times(smaller)(np.ones(smaller.num_units, bool)) == pytest.approx(times(channels)(kept))
 
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_timed_is_left_to_the_whole(clock):
     clock.law = lambda point: None if point["layer"]["class_name"] == "Dense" else bilinear(point)
     times = LayerTimes(channels, "keras", cache_dir=clock.folder)(channels)
     kept = some_kept(channels)
-    small = rebuild(channels, kept)[0]
+    small = build_smaller(channels, kept)[0]
     head = 700 + 40 * small.layers[-1].input.shape[-1] + 30 * 3 + 5 * 3 * small.layers[-1].input.shape[-1]
     assert times(kept) == pytest.approx(law_of(small) - head)
 
@@ -272,11 +272,11 @@ def test_a_latency_is_met_by_measuring(clock):
     request = RemovalRequest(wanted.ceilings(measurements.before), goal)
     arguments = (
         *(channels, lambda costs: RemovalOrder(channels, costs, flat), request),
-        *(measurements, lambda kept: rebuild(channels, kept)[0]),
+        *(measurements, lambda kept: build_smaller(channels, kept)[0]),
     )
     check_reachable(*arguments)
     kept, found = fitting_units(*arguments)
-    assert found == {"latency": 10 * rebuild(channels, kept)[0].count_params()}
+    assert found == {"latency": 10 * build_smaller(channels, kept)[0].count_params()}
     assert (
         0.93 * 0.6 * measurements.before["latency"]
         <= found["latency"]

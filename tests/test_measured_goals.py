@@ -12,7 +12,7 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.budget.measured_costs import MeasuredCost, format_amount, measured_cost_of
 from keras_taylor.budget.measuring import Calibration, Measurements, WeightBytes
-from keras_taylor.cutting.surgery import rebuild
+from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.exports.artifacts import ExportError
 from keras_taylor.exports.formats import VARIANTS
 from keras_taylor.loop.measured_search import TRIES, check_reachable, fitting_units
@@ -119,7 +119,7 @@ def test_bytes_of_weights_are_those_of_the_smaller_model(name):
     kept = np.random.default_rng(0).random(channels.num_units) < 0.6
     for group in channels.groups:
         kept[group.start] = True
-    small = rebuild(channels, kept)[0]
+    small = build_smaller(channels, kept)[0]
     assert WeightBytes(channels, "onnx")(kept) == 4 * small.count_params()
     sizes = [(len(w.shape), int(np.prod(w.shape))) for w in small.weights]
     assert WeightBytes(channels, "litert-int8")(kept) == sum(n if rank > 1 else 4 * n for rank, n in sizes)
@@ -167,7 +167,7 @@ def setting(goal, measured=Invented):
     built = []
 
     def build(kept):
-        built.append(rebuild(channels, kept)[0])
+        built.append(build_smaller(channels, kept)[0])
         return built[-1]
 
     def removal_order_for(costs):
@@ -274,7 +274,7 @@ def test_the_file_that_is_exported_is_under_its_goal(tmp_path, goal):
     kept, found = fitting_units(*arguments)
     variant = VARIANTS[measured_cost_of(what).variant]
     calibration = np.random.default_rng(1).random((20, 8, 8, 3)) if variant.quantize == "int8" else None
-    small = rebuild(arguments[0], kept)[0]
+    small = build_smaller(arguments[0], kept)[0]
     artifact = keras_taylor.export(
         small,
         tmp_path / f"small{variant.suffix}",

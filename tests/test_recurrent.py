@@ -117,7 +117,7 @@ def test_units_stay_where_their_first_past_does(states, reason):
     model = with_states(states)
     channels = label_model(model)
     assert [g.name for g in channels.groups] == ["before", "after"]
-    assert [g.reason for g in channels.locked if g.num_units == 3] == [reason]
+    assert [g.reason for g in channels.locked_groups if g.num_units == 3] == [reason]
     check_law_two(model, zoo.inputs_of(model))
 
 
@@ -139,7 +139,7 @@ def test_units_that_stay_say_why(layer, reason):
     x = keras.tree.flatten(layer()(layers.Dense(6, name="before")(inputs)))[0]
     channels = label_model(keras.Model(inputs, layers.Dense(2)(x)))
     assert [g.name for g in channels.groups] == ["before"]
-    assert channels.locked[0].reason.startswith(reason)
+    assert channels.locked_groups[0].reason.startswith(reason)
 
 
 def test_a_stateful_layer_stays_as_it_is():

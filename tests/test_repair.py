@@ -236,7 +236,7 @@ def test_layers_that_lost_inputs_are_refitted():
         call.name
         for call, effect in zip(channels.graph.calls, channels.effects, strict=True)
         for number in effect.reads
-        if gone[channels.units(channels.labels[call.inputs[number]]).clip(0)].any()
+        if gone[channels.units_of(channels.labels[call.inputs[number]]).clip(0)].any()
     }
     _, repairs = keras_taylor.repair(small, model, plan, inputs_for(model, 32), return_repairs=True)
     assert readers <= {one.name for one in repairs}

@@ -88,7 +88,7 @@ def test_what_locks_says_why(layer, why):
     layer = layer()
     layer.name = "layer"
     channels = label_model(headed(inputs, layer(dense(x, 5, "before"))))
-    assert {g.name: g.reason for g in channels.locked}["before"] == why
+    assert {g.name: g.reason for g in channels.locked_groups}["before"] == why
     assert channels.unknown == []
 
 

@@ -92,7 +92,7 @@ def test_what_cannot_be_seen_stays_closed_and_says_why(run):
 def test_control_flow_stays_closed():
     channels = label_model(case("branching").model)
     assert channels.unknown == ["branching"]
-    (locked,) = (g for g in channels.locked if g.name == "conv2")
+    (locked,) = (g for g in channels.locked_groups if g.name == "conv2")
     # JAX runs the functions with symbolic inputs and fails before it can be told
     why = ("its `call` branches or loops by functions, whose insides are not seen", "ValueError: ")
     assert locked.reason.startswith(tuple(f"read by Branching, which stays closed: {one}" for one in why))

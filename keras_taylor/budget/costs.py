@@ -113,7 +113,7 @@ class CostModel:
         return self._seen[id(labels)][0]
 
     def _width_of(self, labels):
-        units = self._labeled.units(labels).reshape(-1)
+        units = self._labeled.units_of(labels).reshape(-1)
         groups = np.searchsorted(self._starts, units[units >= 0], "right") - 1
         numbers, counts = np.unique(groups, return_counts=True)
         parts = tuple(

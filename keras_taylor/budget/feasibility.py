@@ -59,7 +59,7 @@ def blockers(labeled, least):
     channels it makes or reads.
     """
     held = _held(labeled, least)
-    locked = {group.name: group for group in labeled.locked}
+    locked = {group.name: group for group in labeled.locked_groups}
     names = sorted((name for name in held if name in locked), key=lambda name: -held[name])[:3]
     text = "; ".join(
         f"'{n}' ({locked[n].num_units} channels: {locked[n].reason}; {held[n]:,} parameters)" for n in names
@@ -77,11 +77,11 @@ def _held(labeled, least):
             if weight is None or id(weight) in seen:
                 continue
             seen.add(id(weight))
-            units = [None if a is None else labeled.units(a) for a in axes]
+            units = [None if a is None else labeled.units_of(a) for a in axes]
             size = math.prod(
                 d if u is None else int(kept[u].sum()) for d, u in zip(weight.shape, units, strict=True)
             )
             stays = [a[u < 0] for a, u in zip(axes, units, strict=True) if u is not None]
-            for maker in set().union(*map(labeled.makers, stays)):
+            for maker in set().union(*map(labeled.producers_of, stays)):
                 held[maker] = held.get(maker, 0) + size
     return held

@@ -170,7 +170,7 @@ class _Widths:
 
 def _units(labeled, labels, size):
     """The unit of each channel; labels that are all the same are stored once."""
-    units = labeled.units(labels.reshape(-1))
+    units = labeled.units_of(labels.reshape(-1))
     return np.repeat(units, size or 1) if units.size == 1 else units
 
 
@@ -202,7 +202,7 @@ class _Grid:
     def point(self, kept):
         """The layer with these units kept, as `TimeTable` knows it."""
         call = self._call
-        kept_labels = KeptLabels(lambda labels: np.append(kept, True)[self._labeled.units(labels)])
+        kept_labels = KeptLabels(lambda labels: np.append(kept, True)[self._labeled.units_of(labels)])
         changes = kept_labels.changes(self._effect.config)
         layer = clone_operation(call.operation, call.name, changes)
         dtype = next(x.dtype for x in call.site.flat if isinstance(x, keras.KerasTensor))

@@ -179,7 +179,7 @@ class WeightBytes:
     def __init__(self, labeled, variant):
         self._quantize = VARIANTS[variant].quantize
         self._weights = [
-            (len(weight.shape) > 1, factor, [labeled.units(axis) for axis in axes])
+            (len(weight.shape) > 1, factor, [labeled.units_of(axis) for axis in axes])
             for weight, factor, axes in weights_of(labeled)
         ]
 

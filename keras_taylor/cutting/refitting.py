@@ -9,7 +9,6 @@ from keras_taylor.cutting.layer_fits import LayerFit, LayerRepair
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.closed_layers import recorded_inside
 from keras_taylor.reading.graph import Graph, single_layer_graph
-from keras_taylor.reading.groups import mask_of
 from keras_taylor.reading.linear_views import linear_view
 from keras_taylor.reading.walk import Walk, in_batches, outputs_of
 from keras_taylor.rules.attention import inner_layers
@@ -38,7 +37,7 @@ def refit(labeled, kept, small, inputs, thorough=True):
     if len(batches) == 1:
         batches *= 2  # of one example, which can only judge itself
     num_held_out = max(round(_HELD_OUT * len(batches)), 1)
-    before = list(zip(*outputs_of(graphs.read(small), batches[-num_held_out:]), strict=True))
+    before = list(zip(*outputs_of(graphs.read_model(small), batches[-num_held_out:]), strict=True))
     weights = [np.array(ops.convert_to_numpy(w)) for w in small.weights]
     side_by_side = _SideBySide(labeled, kept, small, batches, num_held_out, thorough)
     repairs = side_by_side.run()
@@ -59,7 +58,7 @@ class _SideBySide:
         self._labeled, self._kept, self._thorough = labeled, kept, thorough
         self._num_examples = sum(len(batch[0]) for batch in batches)
         self._num_fit = len(batches) - num_held_out
-        self._old, self._new = Walk(labeled.graph, batches), Walk(graphs.read(small), batches)
+        self._old, self._new = Walk(labeled.graph, batches), Walk(graphs.read_model(small), batches)
         self._before_a_mixing_layer = _before_a_mixing_layer(self._new.graph)
         self._changed = set()  # tensors whose values are no longer the original's
         self._random = np.random.default_rng(0)
@@ -100,7 +99,7 @@ class _SideBySide:
         axes = view and self._labeled.effects[number].weights.get(view.weight)
         if not axes:
             return None
-        return view.kept([None if a is None else mask_of(self._labeled, a, self._kept) for a in axes])
+        return view.kept([None if a is None else self._labeled.kept_mask(a, self._kept) for a in axes])
 
     def _lost_inputs(self, number):
         masks = self._masks(number)
@@ -111,20 +110,20 @@ class _SideBySide:
         call, effect = self._labeled.graph.calls[number], self._labeled.effects[number]
         read = [self._labeled.labels[call.inputs[k]] for k in effect.reads]
         read += [gate.labels for gate in effect.internal_reads]
-        return not all(mask_of(self._labeled, labels, self._kept).all() for labels in read)
+        return not all(self._labeled.kept_mask(labels, self._kept).all() for labels in read)
 
     def _lost_inside(self, number):
         """What layers inside a closed one read, and lost a part of."""
         reads = self._labeled.effects[number].internal_reads
         reads = [read for read in reads if read.layer_number is not None]
-        return [read for read in reads if not mask_of(self._labeled, read.labels, self._kept).all()]
+        return [read for read in reads if not self._labeled.kept_mask(read.labels, self._kept).all()]
 
     def _refit_inside(self, number, read):
         weights = self._labeled.effects[number].weights
 
         def masks(of_weight):
             axes = weights.get(f"weights.{of_weight}", (None, None))
-            return [None if a is None else mask_of(self._labeled, a, self._kept) for a in axes]
+            return [None if a is None else self._labeled.kept_mask(a, self._kept) for a in axes]
 
         walks = (self._old, self._new)
         return refit_inside(

@@ -5,10 +5,10 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.cutting.refitting import refit
-from keras_taylor.cutting.surgery import whole_copy
+from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading import graph as graphs
-from keras_taylor.reading.groups import label_model, mask_of
+from keras_taylor.reading.groups import label_model
 from keras_taylor.reading.tracing import functional_view
 from keras_taylor.reading.walk import Walk, example_inputs, in_batches
 from keras_taylor.support.datasets import Feed
@@ -54,7 +54,7 @@ def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_
         _check_cut(small, labeled, kept)
         feed = Feed(ds, model, batch_size, targets=False)
         inputs = example_inputs(feed, labeled.graph, num_examples)
-        repaired = whole_copy(small)
+        repaired = copy_model(small)
         repairs = refit(labeled, kept, repaired, inputs)
     return (repaired, repairs) if return_repairs else repaired
 
@@ -81,15 +81,15 @@ def recalibrate(model, ds, *, num_examples=512, batch_size=None):
     with strategy_scope(model):
         model = functional_view(model)
         feed = Feed(ds, model, batch_size, targets=False)
-        inputs = example_inputs(feed, graphs.read(model), num_examples)
-        copy = whole_copy(model)
+        inputs = example_inputs(feed, graphs.read_model(model), num_examples)
+        copy = copy_model(model)
         reestimate(copy, in_batches(inputs))
     return copy
 
 
 def _check_cut(small, labeled, kept):
     """Refuses a model that is not what this cut makes."""
-    old, new = labeled.graph, graphs.read(small)
+    old, new = labeled.graph, graphs.read_model(small)
     names = [call.name for call in old.calls], [call.name for call in new.calls]
     if names[0] != names[1]:
         other = next((n for n in names[1] if n not in names[0]), "none")
@@ -99,7 +99,7 @@ def _check_cut(small, labeled, kept):
         )
     for call in old.calls:
         for index in call.outputs:
-            mask = mask_of(labeled, labeled.labels[index], kept)
+            mask = labeled.kept_mask(labeled.labels[index], kept)
             axis = int(np.argmax(mask.shape))
             if mask.size > 1 and new.shapes[index][axis] != mask.sum():
                 raise ValueError(
@@ -119,7 +119,7 @@ def reestimate(model, batches):
         model: A Functional or Sequential model.
         batches: For each batch a list of arrays, one an input of the model.
     """
-    walk = Walk(graphs.read(model), batches)
+    walk = Walk(graphs.read_model(model), batches)
     done = set()
     for number, call in enumerate(walk.graph.calls):
         if isinstance(call.operation, keras.layers.BatchNormalization) and call.name not in done:

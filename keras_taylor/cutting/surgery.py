@@ -14,7 +14,7 @@ from keras_taylor.reading.cloning import (
     uninitialized,
 )
 from keras_taylor.reading.configurations import warn_of_file
-from keras_taylor.reading.groups import label_model, mask_of
+from keras_taylor.reading.groups import label_model
 from keras_taylor.reading.tracing import functional_class, is_functional, recursion_limit_raised
 from keras_taylor.rules.attention import head_counts, inner_layers, is_attention
 from keras_taylor.rules.base import KeptLabels, weight_of
@@ -43,10 +43,10 @@ def prune(model, plan):
     """
     with strategy_scope(model):
         labeled = label_model(model, exact=plan.exact)
-        return cut(labeled, kept_units(labeled, plan))
+        return build_smaller_compiled(labeled, kept_units(labeled, plan))
 
 
-def cut(labeled, kept, compiled_as=None, optimizer=None, carry=True):
+def build_smaller_compiled(labeled, kept, compiled_as=None, optimizer=None, carry=True):
     """The model without the units that are not kept, compiled.
 
     Args:
@@ -57,7 +57,7 @@ def cut(labeled, kept, compiled_as=None, optimizer=None, carry=True):
             that is cut.
         carry: Whether it takes it over.
     """
-    small, weights = rebuild(labeled, kept)
+    small, weights = build_smaller(labeled, kept)
     model = labeled.graph.model
     settings = compile_settings(compiled_as or model)
     if settings is not None:
@@ -68,13 +68,13 @@ def cut(labeled, kept, compiled_as=None, optimizer=None, carry=True):
     return small
 
 
-def whole_copy(model):
+def copy_model(model):
     """All of a model, compiled as it is."""
     labeled = label_model(model)
-    return cut(labeled, np.ones(labeled.num_units, bool))
+    return build_smaller_compiled(labeled, np.ones(labeled.num_units, bool))
 
 
-def rebuild(labeled, kept):
+def build_smaller(labeled, kept):
     """The model without the units that are not kept, not compiled.
 
     Returns:
@@ -91,7 +91,7 @@ def rebuild(labeled, kept):
 class _Surgeon:
     def __init__(self, labeled, kept):
         self._labeled = labeled
-        self._kept_labels = KeptLabels(lambda labels: mask_of(labeled, labels, kept))
+        self._kept_labels = KeptLabels(lambda labels: labeled.kept_mask(labels, kept))
         self._submodels = labeled.graph.submodels
         calls = labeled.graph.calls
         pairs = list(zip(calls, labeled.effects, strict=True))

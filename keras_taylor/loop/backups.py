@@ -15,7 +15,7 @@ import zipfile
 import keras
 import numpy as np
 
-from keras_taylor.cutting.surgery import cut
+from keras_taylor.cutting.surgery import build_smaller_compiled
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
@@ -67,7 +67,7 @@ def restore_model(original, state):
     model = original
     for plan in state.plans:
         labeled = label_model(model, exact=plan.exact)
-        model = cut(labeled, kept_units(labeled, plan), compiled_as=original, carry=False)
+        model = build_smaller_compiled(labeled, kept_units(labeled, plan), compiled_as=original, carry=False)
     if not _assigned(_lasting_variables(model), state.variables):
         raise ValueError(
             "The state does not fit the model that its plans lead to; another version of Keras may "

@@ -14,7 +14,7 @@ from keras_taylor.budget.measured_costs import proxy_cost
 from keras_taylor.budget.measuring import Measurements
 from keras_taylor.budget.schedule import Step, steps
 from keras_taylor.cutting.refitting import refit
-from keras_taylor.cutting.surgery import cut, whole_copy
+from keras_taylor.cutting.surgery import build_smaller_compiled, copy_model
 from keras_taylor.loop import messages
 from keras_taylor.loop.backups import Backups, capture, describe_call, drawn_seed, restore_model
 from keras_taylor.loop.distilling import check_trainable, distiller
@@ -40,8 +40,8 @@ from keras_taylor.plans.ranking import (
 )
 from keras_taylor.plans.selection import AUTO, Selection
 from keras_taylor.reading import graph as graphs
-from keras_taylor.reading.groups import label_model, layer_names
-from keras_taylor.reading.tracing import view_to_train
+from keras_taylor.reading.groups import as_name_patterns, label_model
+from keras_taylor.reading.tracing import trainable_view
 from keras_taylor.reading.walk import example_inputs
 from keras_taylor.reports.report import Info, Round
 from keras_taylor.scores.scoring import check_compiled, check_labels, needs_data, uses_model_labels
@@ -83,15 +83,15 @@ class CompressionRun:
         max_drop, monitor, baseline, backup_dir, fit_kwargs, reporter,
     ):  # fmt: skip
         self._reporter = reporter
-        model = view_to_train(model)
+        model = trainable_view(model)
         check_compiled(model, "`compress`")
         self._original, self._given_goal, self._increment = model, goal, increment
         self._fit_kwargs = dict(fit_kwargs)
-        self._include = layer_names(model, include)
-        self._exclude, self._exact = layer_names(model, exclude), exact
+        self._include = as_name_patterns(model, include)
+        self._exclude, self._exact = as_name_patterns(model, exclude), exact
         self._carry = not has_schedule(model.optimizer)
         labeled = label_model(model, self._include, self._exclude, exact)
-        self._grouped = labeled.grouped
+        self._grouped = labeled.grouped_convolutions
         self._selection = Selection(scope, rank, balance, ratios, round_to, min_channels)
         first = dataclasses.replace(self._selection, round_to=1 if round_to == AUTO else round_to)
         self._limits = Limits.from_selection(first, labeled)
@@ -214,7 +214,7 @@ class CompressionRun:
         if self._backups is not None and self.info.stop_reason == "goal reached":
             self._backups.finish()
         if not models or (self._plans and models[-1] is not current):
-            models.append(current if self._plans else whole_copy(self._original))
+            models.append(current if self._plans else copy_model(self._original))
         if self.info.metrics:
             held = [done.metrics for done in self.info.rounds if done.held]
             self.info.metrics["after"] = held[-1] if held else self.info.metrics["before"]
@@ -271,7 +271,7 @@ class CompressionRun:
     def _so_far(self):
         """The model that the next round starts from, and those of the goals that are reached already."""
         met = sum(goal.is_met(self._before, self._before) for goal in self._goals)
-        models = [whole_copy(self._original) for _ in range(met)]
+        models = [copy_model(self._original) for _ in range(met)]
         if not self._plans:
             return self._original, models
         state, self._backups.state = self._backups.state, None  # its arrays need not stay in memory
@@ -306,7 +306,7 @@ class CompressionRun:
             if not self._trains:  # the original says more than what was repaired before
                 labeled = label_model(self._original, exact=self._exact)
                 kept = kept_units(labeled, total)
-            small = cut(labeled, kept, compiled_as=self._original, carry=self._carry)
+            small = build_smaller_compiled(labeled, kept, compiled_as=self._original, carry=self._carry)
         with clock.phase("repair"):
             repairs = self._repair(labeled, kept, small) if self._repairs else []
         with clock.phase("fit"):
@@ -377,14 +377,14 @@ class CompressionRun:
         with learning_rate_of(small, self._rate):
             trainer = None
             if self._distill:
-                self._teacher = self._teacher or whole_copy(self._original)
+                self._teacher = self._teacher or copy_model(self._original)
                 trainer = distiller(small, self._teacher, self._distill, self._feed.has_targets)
             return fine_tune(small, origin, arguments, callbacks, trainer)
 
     def _repair(self, labeled, kept, small):
         if self._inputs is None:  # taken from the data once
             num = share_of_trained(count_trained(self._feed, self._fit_kwargs), *_REPAIR)
-            self._inputs = example_inputs(self._feed, graphs.read(self._original), num)
+            self._inputs = example_inputs(self._feed, graphs.read_model(self._original), num)
         return refit(labeled, kept, small, self._inputs, thorough=not self._trains)
 
     def _announce(self):
@@ -403,7 +403,7 @@ class CompressionRun:
         for line in [*lines, *reach(self._goals, self._before, self._least)]:
             self._reporter.say(line)
         if not self._plans:
-            copy = whole_copy(self._original)  # evaluating leaves traces
+            copy = copy_model(self._original)  # evaluating leaves traces
             metrics = self._validation.evaluate(copy)
             self.info.metrics = {"before": metrics} if metrics else {}
         before = self.info.metrics.get("before", {})

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_taylor.budget.measured_costs import format_amount, measured_cost_of
-from keras_taylor.cutting.surgery import rebuild
+from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.exports.artifacts import ExportError
 from keras_taylor.plans.ranking import units_to_keep
 
@@ -82,7 +82,7 @@ def draft(labeled, kept):
     Its weights are a little off, so that no two are equal: converters write equal ones, as biases
     that are zero until they are repaired or trained, into a file once.
     """
-    small, _ = rebuild(labeled, kept)
+    small, _ = build_smaller(labeled, kept)
     random = np.random.default_rng(0)
     for weight in small.weights:
         if keras.backend.is_float_dtype(weight.dtype):

@@ -9,10 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor.cutting.surgery import cut
+from keras_taylor.cutting.surgery import build_smaller_compiled
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import LabeledModel, label_model, mask_of
+from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.rules.base import weight_of
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gated_model import GatedModel
@@ -179,7 +179,7 @@ class RoundScorer:
         if plan is None:
             return self._read(self._model)
         original = label_model(self._model, exact=plan.exact)
-        return self._read(cut(original, kept_units(original, plan), carry=False))
+        return self._read(build_smaller_compiled(original, kept_units(original, plan), carry=False))
 
 
 class MaskedScorer:
@@ -252,7 +252,7 @@ class MaskedScorer:
             weights = zip(call.operation.weights, other.operation.weights, copy.weights, strict=True)
             for weight, source, target in weights:
                 masks = [
-                    None if labels is None else mask_of(base, labels, kept).reshape(-1)
+                    None if labels is None else base.kept_mask(labels, kept).reshape(-1)
                     for labels in axes.get(weight, ())
                 ]
                 target.assign(_scatter(source, target, masks))

@@ -11,15 +11,15 @@ import numpy as np
 
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.goals import parse_goal
-from keras_taylor.cutting.surgery import cut, rebuild
+from keras_taylor.cutting.surgery import build_smaller, build_smaller_compiled
 from keras_taylor.plans.limits import Limits
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import plan_of
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest, choose_kept, flatten_scores
 from keras_taylor.plans.selection import Selection, refuse_old_arguments
 from keras_taylor.reading.cloning import compile_settings
-from keras_taylor.reading.groups import LabeledModel, label_model, layer_names
-from keras_taylor.reading.tracing import functional_view, own_training
+from keras_taylor.reading.groups import LabeledModel, as_name_patterns, label_model
+from keras_taylor.reading.tracing import functional_view, overridden_training_method
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.gates import GATE_ROWS
@@ -101,8 +101,8 @@ class PrunableModel(GatedModel):
         with strategy_scope(model):
             model = functional_view(model)
             original = label_model(model)
-            own, weights = rebuild(original, np.ones(original.num_units, bool))
-            include, exclude = layer_names(model, include), layer_names(model, exclude)
+            own, weights = build_smaller(original, np.ones(original.num_units, bool))
+            include, exclude = as_name_patterns(model, include), as_name_patterns(model, exclude)
             selection = _by_layer_name(selection, model)
             labeled = label_model(own, include, exclude, exact)
             super().__init__(labeled, frozen=False, name=name or f"prunable_{model.name}")
@@ -287,9 +287,11 @@ class PrunableModel(GatedModel):
         with strategy_scope(self):
             labeled, kept = self._pruning.labeled, self.mask > 0
             if optimizer is None:
-                return cut(labeled, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None))
+                return build_smaller_compiled(
+                    labeled, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None)
+                )
             optimizer = getattr(optimizer, "wrapped", optimizer)
-            small, weights = rebuild(labeled, kept)
+            small, weights = build_smaller(labeled, kept)
             settings = compile_settings(self) or {}
             small.compile(**{**settings, "optimizer": fresh_optimizer(optimizer)})
             if not carry_state(optimizer, small.optimizer, small.trainable_variables, weights):
@@ -363,7 +365,7 @@ def _by_layer_name(selection: Selection, model: keras.Model) -> Selection:
     """The selection with names in the place of layers, which the copy of the model does not share."""
     if not selection.ratios:
         return selection
-    names = layer_names(model, list(selection.ratios))
+    names = as_name_patterns(model, list(selection.ratios))
     return dataclasses.replace(selection, ratios=dict(zip(names, selection.ratios.values(), strict=True)))
 
 
@@ -410,7 +412,7 @@ def _check_arguments(
         )
     if isinstance(model, GatedModel):
         raise ValueError(f"The model is wrapped already. Received: model={model.name!r}, a PrunableModel")
-    name = own_training(model)
+    name = overridden_training_method(model)
     if name is not None:
         raise ValueError(
             f"The model's class overrides `{name}`, which a wrapper does not run. Override it in a "

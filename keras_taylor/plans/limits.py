@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_taylor.budget.measured_costs import measured_cost_of
 from keras_taylor.plans.selection import AUTO, Selection, check_num_channels, ratio_range
-from keras_taylor.reading.groups import LabeledModel, matching
+from keras_taylor.reading.groups import LabeledModel, find_producers
 from keras_taylor.support.types import IntArray
 
 
@@ -107,13 +107,15 @@ def ratio_limits(
     """
     limits: dict[str, tuple[float, float]] = {}
     origin: dict[str, str | keras.Layer] = {}
-    names = [name for _, _, name in labeled.space.producers]
+    names = [name for _, _, name in labeled.label_space.producers]
     for pattern, ratio in (ratios or {}).items():
         low, high = ratio_range(pattern, ratio)
-        matched = {names[index] for index in matching([pattern], labeled.graph, names, "ratios")}
+        matched = {names[index] for index in find_producers([pattern], labeled.graph, names, "ratios")}
         hit = [group for group in labeled.groups if matched.intersection(group.producers)]
         if low > 0 and not hit:
-            reasons = [f"{g.name}: {g.reason}" for g in labeled.locked if matched.intersection(g.producers)]
+            reasons = [
+                f"{g.name}: {g.reason}" for g in labeled.locked_groups if matched.intersection(g.producers)
+            ]
             raise ValueError(
                 f"Channels are to go that cannot ({'; '.join(reasons[:3]) or 'the layer makes none'}). "
                 f"Expected layers with channels that can leave, or a ratio from 0 on. "

@@ -12,7 +12,7 @@ from keras_taylor.plans.plan import LayerPlan, Plan
 from keras_taylor.plans.ranking import RemovalRequest, choose_kept, flatten_scores
 from keras_taylor.plans.selection import Selection, refuse_old_arguments
 from keras_taylor.plans.structure import PlanStructure
-from keras_taylor.reading.groups import label_model, mask_of
+from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.criteria import warn_without_criterion
 from keras_taylor.support.types import FloatArray, LayerPatterns
 
@@ -99,8 +99,8 @@ def plan_of(labeled, costs, kept, flat=None):
 def structure_of(labeled, costs, flat=None):
     """What a plan must know of a model; arguments as in `plan_of`."""
     layers = {}
-    for start, stop, name in labeled.space.producers:
-        layers.setdefault(name, tuple(labeled.units(np.arange(start, stop)).tolist()))
+    for start, stop, name in labeled.label_space.producers:
+        layers.setdefault(name, tuple(labeled.units_of(np.arange(start, stop)).tolist()))
     flat = np.full(labeled.num_units, np.inf) if flat is None else flat
     ranked = np.argsort(flat, kind="stable")[: np.isfinite(flat).sum()]
     groups = {group.name: group.num_units for group in labeled.groups}
@@ -115,7 +115,7 @@ def kept_units(labeled, plan):
     """
     kept = np.ones(labeled.num_units, bool)
     producers = {}
-    for start, stop, name in labeled.space.producers:
+    for start, stop, name in labeled.label_space.producers:
         producers.setdefault(name, []).append(np.arange(start, stop))
     _check_structure(labeled, plan, producers)
     for name, layer in plan.layers.items():
@@ -128,7 +128,7 @@ def kept_units(labeled, plan):
         _check_indices(name, layer)
         gone = np.ones(layer.width, bool)
         gone[list(layer.kept)] = False
-        units = labeled.units(producers[name][0])[gone]
+        units = labeled.units_of(producers[name][0])[gone]
         if (units < 0).any():
             raise ValueError(
                 f"The plan removes channels of layer '{name}' that cannot leave. "
@@ -167,7 +167,7 @@ def _check_indices(name, layer):
 
 def _check_agreement(labeled, plan, producers, kept):
     for name, ranges in producers.items():
-        mask = mask_of(labeled, ranges[0], kept)
+        mask = labeled.kept_mask(ranges[0], kept)
         planned = plan.layers.get(name)
         stays = np.flatnonzero(mask)
         wanted = np.arange(mask.size) if planned is None else np.unique(planned.kept)

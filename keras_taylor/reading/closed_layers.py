@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.reading.configurations import configuration_of
-from keras_taylor.reading.rule_checks import dtype_of, random_input, run_call
+from keras_taylor.reading.rule_checks import random_input, run_like_call, tensor_dtype
 from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.rules.base import override_attributes
@@ -127,10 +127,10 @@ class Remade:
         indices = dict.fromkeys(self.call.inputs)
         inputs = {index: self._random_input(random, index, random_state) for index in indices}
         with gated_inside(layer, gates or {}):
-            return run_call(self.call, layer, inputs)
+            return run_like_call(self.call, layer, inputs)
 
     def _random_input(self, random, index, seed):
-        dtype = dtype_of(self.call, index)
+        dtype = tensor_dtype(self.call, index)
         values = random_input(random, self._shapes[index], dtype)
         if "float" in dtype:
             return values

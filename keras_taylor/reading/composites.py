@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_taylor.reading.closed_layers import Remade, gated_inside, holds
 from keras_taylor.reading.configurations import configuration_of
-from keras_taylor.reading.graph import read_inside
+from keras_taylor.reading.graph import read_layer
 from keras_taylor.reading.tracing import LayerStaysClosed, UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.rules.base import (
@@ -243,7 +243,7 @@ def _read_at(call, shapes, which, label_model):
     flat = [stand_in(x) for x in call.site.flat]
     args, kwargs = call.site.packed(flat)
     with inlined(call.operation):
-        return batch, label_model(read_inside(call.operation, args, kwargs))
+        return batch, label_model(read_layer(call.operation, args, kwargs))
 
 
 def _alike(one, other):
@@ -266,7 +266,7 @@ def _of_channels(call, shapes, one, other):
     weights, reads, made, unreached, seen = {}, {}, [], set(), set()
     for position, (step, effect) in enumerate(zip(graph.calls, labeled.effects, strict=True)):
         for number in effect.reads:
-            units = labeled.units(labeled.labels[step.inputs[number]])
+            units = labeled.units_of(labeled.labels[step.inputs[number]])
             if (units < 0).all():
                 continue
             if _can_be_gated(position, number, one, other) and id(step.operation) in inner:
@@ -301,7 +301,7 @@ def _can_be_gated(position, number, one, other):
 
 
 def _units_or_none(labeled, labels):
-    units = None if labels is None else labeled.units(labels)
+    units = None if labels is None else labeled.units_of(labels)
     return None if units is None or (units < 0).all() else units
 
 
@@ -310,7 +310,7 @@ def _work(labeled, other, is_known):
     for effect, again in zip(labeled.effects, other.effects, strict=True):
         for work, same in zip(effect.work, again.work, strict=True):
             factor = work.factor if is_known and work.factor == same.factor else math.nan
-            yield factor, tuple(labeled.units(axis) for axis in work.labels)
+            yield factor, tuple(labeled.units_of(axis) for axis in work.labels)
 
 
 def _counted_by(recipe, remade):

@@ -159,7 +159,7 @@ class Graph:
         return [(name, layer) for layer, name in names.items()]
 
 
-def read(model: keras.Model) -> Graph:
+def read_model(model: keras.Model) -> Graph:
     """Reads a built model. Sub-models are inlined, composite layers are opened.
 
     Args:
@@ -180,7 +180,7 @@ def read(model: keras.Model) -> Graph:
     return graph
 
 
-def read_inside(layer: keras.Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
+def read_layer(layer: keras.Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
     """Reads what a layer does with arguments that hold symbolic tensors, as `read` reads a model.
 
     Raises:

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.composites import inside_rule
-from keras_taylor.reading.rule_checks import check_registered, probed_rule
+from keras_taylor.reading.rule_checks import check_registered_rule, find_rule_by_probing
 from keras_taylor.rules.base import is_probed_activation
 from keras_taylor.rules.labels import FIXED, LabelSpace
 from keras_taylor.rules.registry import apply_rule
@@ -61,26 +61,30 @@ class LabeledModel:
 
     def __init__(self, graph, include=None, exclude=(), exact=True, grouped=()):
         self.graph, self.exact = graph, exact
-        self.space = LabelSpace(exact, grouped)
+        self.label_space = LabelSpace(exact, grouped)
         self._selection = include, exclude
         self._label(graph)
         self._select(include, exclude)
-        self._roots, self._locks = self.space.resolve()
+        self._roots, self._locks = self.label_space.resolve()
         self._make_groups(self._roots, self._locks)
 
-    def units(self, labels):
+    def units_of(self, labels):
         """Unit of each label: an int64 array of the same shape, -1 for what stays."""
-        return self.unit_of_label[labels]
+        return self._unit_of_label[labels]
 
-    def makers(self, labels):
+    def kept_mask(self, labels, kept):
+        """Which positions stay: a bool array of the shape of `labels`; `kept` is a bool mask over units."""
+        return np.append(kept, True)[self.units_of(labels)]
+
+    def producers_of(self, labels):
         """Names of the layers after which the groups of these labels are called, a set."""
         labels = np.unique(labels)
         roots = np.unique(self._roots[labels[labels != FIXED]])
-        starts = [start for start, _, _ in self.space.producers]
-        return {self.space.producers[p][2] for p in np.searchsorted(starts, roots, "right") - 1}
+        starts = [start for start, _, _ in self.label_space.producers]
+        return {self.label_space.producers[p][2] for p in np.searchsorted(starts, roots, "right") - 1}
 
     @property
-    def grouped(self):
+    def grouped_convolutions(self):
         """Names of the convolutions of several groups that read several channels each, a frozenset."""
         layers = {call.name: call.operation for call in self.graph.calls}
         return frozenset(
@@ -94,11 +98,13 @@ class LabeledModel:
         self.effects, self.probed = [], []
         self._first = {}  # first effect of each operation, and of each site
         for call in graph.calls:
-            check_registered(call, self.labels, graph.shapes, self.exact)
+            check_registered_rule(call, self.labels, graph.shapes, self.exact)
             inside = inside_rule(call, graph.shapes, LabeledModel)
-            probed = None if inside else probed_rule(call, self.labels, graph.shapes)
+            probed = None if inside else find_rule_by_probing(call, self.labels, graph.shapes)
             positions = call.tensor_positions
-            effect = apply_rule(self.space, call, self.labels, graph.shapes, positions, inside or probed)
+            effect = apply_rule(
+                self.label_space, call, self.labels, graph.shapes, positions, inside or probed
+            )
             if probed or (call.closed is None and is_probed_activation(call.operation)):
                 self.probed.append(call.name)
             for index, labels in zip(call.outputs, effect.outputs, strict=True):
@@ -107,7 +113,7 @@ class LabeledModel:
             self._join(call, effect)
         self._join_bindings(graph)
         for index in graph.outputs:
-            self.space.lock(self.labels[index], "model output")
+            self.label_space.lock(self.labels[index], "model output")
         self.probed = sorted(set(self.probed))
         self.unknown = sorted(
             {c.name for c, e in zip(graph.calls, self.effects, strict=True) if not e.has_rule}
@@ -132,27 +138,27 @@ class LabeledModel:
     def _unite(self, before, now, name):
         fits = all(a == b or 1 in (a, b) for a, b in zip(before.shape, now.shape, strict=False))
         if before.ndim == now.ndim and fits:
-            self.space.union(before, now, f"shared at several places ('{name}')")
+            self.label_space.union(before, now, f"shared at several places ('{name}')")
         else:
-            self.space.lock(before, f"shared at several places of different size ('{name}')")
-            self.space.lock(now, f"shared at several places of different size ('{name}')")
+            self.label_space.lock(before, f"shared at several places of different size ('{name}')")
+            self.label_space.lock(now, f"shared at several places of different size ('{name}')")
 
     def _select(self, include, exclude):
-        names = [name for _, _, name in self.space.producers]
-        for index in matching(exclude, self.graph, names, "exclude"):
+        names = [name for _, _, name in self.label_space.producers]
+        for index in find_producers(exclude, self.graph, names, "exclude"):
             self._lock_producer(index, "excluded by the caller")
         if include is not None:
-            wanted = set(matching(include, self.graph, names, "include"))
+            wanted = set(find_producers(include, self.graph, names, "include"))
             for index in set(range(len(names))) - wanted:
                 self._lock_producer(index, "not included by the caller")
 
     def _lock_producer(self, index, reason):
-        start, stop, _ = self.space.producers[index]
-        self.space.lock(np.arange(start, stop), reason)
+        start, stop, _ = self.label_space.producers[index]
+        self.label_space.lock(np.arange(start, stop), reason)
 
     def _make_groups(self, roots, locks):
-        producer_of = np.zeros(len(self.space), np.int64)
-        for index, (start, stop, _) in enumerate(self.space.producers):
+        producer_of = np.zeros(len(self.label_space), np.int64)
+        for index, (start, stop, _) in enumerate(self.label_space.producers):
             producer_of[start:stop] = index
         signature = self._signatures(roots)
         classes = np.flatnonzero(roots == np.arange(len(roots)))[1:]  # without FIXED
@@ -162,14 +168,14 @@ class LabeledModel:
         self.num_units = int(free.size)
         unit_of_class = np.full(len(roots), -1)
         unit_of_class[free[order]] = np.arange(free.size)
-        self.unit_of_label = unit_of_class[roots]
+        self._unit_of_label = unit_of_class[roots]
         members = _members(roots, producer_of)
         self.groups, names = [], {}
         bounds = np.flatnonzero(np.diff(first[family][order], prepend=-1))
         stops = np.append(bounds[1:], free.size)[: bounds.size]
         for start, stop in zip(bounds, stops, strict=True):
             root = free[order[start]]
-            producers = tuple(dict.fromkeys(self.space.producers[p][2] for p in members(root)))
+            producers = tuple(dict.fromkeys(self.label_space.producers[p][2] for p in members(root)))
             names[producers[0]] = names.get(producers[0], 0) + 1
             suffix = f"#{names[producers[0]]}" if names[producers[0]] > 1 else ""
             self.groups.append(Group(producers[0] + suffix, int(stop - start), producers, int(start)))
@@ -179,8 +185,8 @@ class LabeledModel:
         """Tells the groups by what they are normalized."""
         starts = [group.start for group in self.groups]
         names = [{} for _ in self.groups]
-        for labels, by in self.space.normalized:
-            units = np.unique(self.units(labels))
+        for labels, by in self.label_space.normalized:
+            units = np.unique(self.units_of(labels))
             for number in np.unique(np.searchsorted(starts, units[units >= 0], "right") - 1).tolist():
                 names[number][by] = None
         self.groups = [
@@ -200,34 +206,34 @@ class LabeledModel:
         return signature
 
     @functools.cached_property
-    def locked(self):
+    def locked_groups(self):
         """Groups of which no unit can leave."""
         roots, locks = self._roots, self._locks
         classes = np.flatnonzero((roots == np.arange(len(roots))) & (locks >= 0))
-        starts = np.array([start for start, _, _ in self.space.producers], np.int64)
+        starts = np.array([start for start, _, _ in self.label_space.producers], np.int64)
         producers = np.searchsorted(starts, classes, "right") - 1
         open_otherwise = self._open_if_inexact()
         groups = {}
         for root, producer in zip(classes.tolist(), producers.tolist(), strict=True):
-            name = self.space.producers[producer][2]
+            name = self.label_space.producers[producer][2]
             opens = (name, root - int(starts[producer])) in open_otherwise
             key = (producer, int(locks[root]), opens)
             groups[key] = groups.get(key, 0) + 1
         return [
-            Group(name, num, (name,), -1, self.space.reasons[lock] + _HINT * opens)
+            Group(name, num, (name,), -1, self.label_space.reasons[lock] + _HINT * opens)
             for (producer, lock, opens), num in sorted(groups.items())
-            for name in [self.space.producers[producer][2]]
+            for name in [self.label_space.producers[producer][2]]
         ]
 
     def _open_if_inexact(self):
         """Channels, as names of their producers and positions, that `exact=False` would open."""
-        if not (self.exact and self.space.normalized):
+        if not (self.exact and self.label_space.normalized):
             return set()
-        other = LabeledModel(self.graph, *self._selection, exact=False, grouped=self.space.grouped)
+        other = LabeledModel(self.graph, *self._selection, exact=False, grouped=self.label_space.grouped)
         return {
             (name, position)
-            for start, stop, name in other.space.producers
-            for position in np.flatnonzero(other.units(np.arange(start, stop)) >= 0).tolist()
+            for start, stop, name in other.label_space.producers
+            for position in np.flatnonzero(other.units_of(np.arange(start, stop)) >= 0).tolist()
         }
 
 
@@ -254,7 +260,7 @@ def _members(roots, producer_of):
     return members
 
 
-def matching(patterns, graph, names, argument):
+def find_producers(patterns, graph, names, argument):
     """Indices of producers that names, regular expressions or layers stand for."""
     patterns = [patterns] if isinstance(patterns, (str, keras.Layer)) else list(patterns)
     layers = {layer: name for name, layer in graph.layers()}
@@ -276,11 +282,11 @@ def matching(patterns, graph, names, argument):
     return found
 
 
-def layer_names(model, patterns):
+def as_name_patterns(model, patterns):
     """Patterns with layers of the model replaced by their names, which pruned models have too."""
     if patterns is None:
         return None
-    names = {layer: name for name, layer in graphs.read(model).layers()}
+    names = {layer: name for name, layer in graphs.read_model(model).layers()}
     patterns = [patterns] if isinstance(patterns, (str, keras.Layer)) else patterns
     return [re.escape(names[p]) if p in names else p for p in patterns]
 
@@ -296,15 +302,11 @@ def label_model(model, include=None, exclude=(), exact=True, grouped=()):
         exclude: Never prune the channels that these layers make.
         exact: `False`: channels that are normalized together may leave, too, although that
             changes what the others become.
-        grouped: Names of convolutions that were of groups of several channels once (`LabeledModel.grouped`):
+        grouped: Names of convolutions that once had groups of several channels
+            (`LabeledModel.grouped_convolutions`):
             of one channel each, whole groups would leave, which no plan for the original can say.
 
     Returns:
         `LabeledModel`.
     """
-    return LabeledModel(graphs.read(model), include, exclude, exact, grouped)
-
-
-def mask_of(labeled, labels, kept):
-    """Which positions stay: a bool array of the shape of `labels`."""
-    return np.append(kept, True)[labeled.units(labels)]
+    return LabeledModel(graphs.read_model(model), include, exclude, exact, grouped)

@@ -23,7 +23,7 @@ _passed: set = set()
 _probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def check_registered(call, labels, shapes, exact=True):
+def check_registered_rule(call, labels, shapes, exact=True):
     """Refuses a registered rule that does not hold for this layer.
 
     Gates at zero must equal the layer without these channels: some channels are closed
@@ -62,7 +62,7 @@ def check_registered(call, labels, shapes, exact=True):
     _passed.add(key)
 
 
-def probed_rule(call, labels, shapes):
+def find_rule_by_probing(call, labels, shapes):
     """The rule of an operation that has none and no weights, found by running it; `None` if it has one.
 
     Where each channel stands for itself, also with fewer channels, it is let through.
@@ -79,7 +79,11 @@ def probed_rule(call, labels, shapes):
         return None
     (index,) = call.inputs
     axis = LabeledTensor(labels[index], shapes[index]).channel_axis
-    if axis in (None, 0) or shapes[index] != shapes[call.outputs[0]] or "float" not in dtype_of(call, index):
+    if (
+        axis in (None, 0)
+        or shapes[index] != shapes[call.outputs[0]]
+        or "float" not in tensor_dtype(call, index)
+    ):
         return None
     found = _probed.setdefault(operation, {})
     if (shapes[index], axis) not in found:
@@ -99,10 +103,10 @@ def _stands_for_itself(call, shape, axis):
     (index,), operation = call.inputs, call.operation
 
     def run_anew(x):
-        return run_call(call, clone_operation(operation, call.name), {index: x})[0]
+        return run_like_call(call, clone_operation(operation, call.name), {index: x})[0]
 
     def run(x):
-        return run_call(call, copy, {index: x})[0]
+        return run_like_call(call, copy, {index: x})[0]
 
     try:
         copy = clone_operation(operation, call.name)
@@ -193,7 +197,7 @@ class _Trial:
         return None
 
     def _random_input(self, index, shape):
-        return random_input(self._random, shape, dtype_of(self._call, index))
+        return random_input(self._random, shape, tensor_dtype(self._call, index))
 
     def _closed(self, whole):
         """What the layer puts out while what leaves is closed."""
@@ -224,13 +228,13 @@ class _Trial:
         return small
 
     def _outputs(self, layer, inputs, cut=False):
-        return run_call(self._call, layer, inputs, self._arguments() if cut else {})
+        return run_like_call(self._call, layer, inputs, self._arguments() if cut else {})
 
     def _arguments(self):
         return self._kept_labels.changes(self._effect.arguments)
 
 
-def run_call(call, operation, inputs, arguments=None):
+def run_like_call(call, operation, inputs, arguments=None):
     """Runs an operation as a call does, at inference.
 
     Args:
@@ -260,7 +264,7 @@ def random_input(random, shape, dtype):
     return random.integers(0, 2, shape).astype(dtype)
 
 
-def dtype_of(call, index):
+def tensor_dtype(call, index):
     """The type of one of a call's tensors."""
     tensors = [x for x in call.site.flat if isinstance(x, keras.KerasTensor)]
     return keras.backend.standardize_dtype(tensors[call.inputs.index(index)].dtype)

@@ -76,10 +76,10 @@ def compile_arguments(model):
     return dict(model._compile_config.config)
 
 
-def view_to_train(model):
+def trainable_view(model):
     """`functional_view`, refused for a subclassed model that is trained in its own way."""
     view = functional_view(model)
-    name = own_training(model)
+    name = overridden_training_method(model)
     if view is not model and name is not None:
         raise ValueError(
             f"The model's class overrides `{name}`, and the smaller model is a plain Functional one, which "
@@ -102,7 +102,7 @@ def _recorded_input_shapes(model):
     return shapes[0]
 
 
-def own_training(model):
+def overridden_training_method(model):
     """Name of a method of training that a model's class overrides, `None` if it trains as Keras does."""
     if not isinstance(model, keras.Model):
         return None

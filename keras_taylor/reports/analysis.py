@@ -156,7 +156,7 @@ def analyze(
     before, after = costs(), costs(_with_one_each(labeled))
     alone = costs.each_alone()
     return Analysis(
-        groups=tuple(labeled.groups + labeled.locked),
+        groups=tuple(labeled.groups + labeled.locked_groups),
         costs=before,
         reachable={what: 1 - after[what] / before[what] for what in before if before[what]},
         unknown=tuple(labeled.unknown),

@@ -125,7 +125,7 @@ class Info:
             before=costs,
             after=costs,
             plan=Plan(before=costs, after=costs, exact=exact),
-            locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in labeled.locked},
+            locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in labeled.locked_groups},
             inexact={
                 g.name: {"channels": g.num_units, "changes": list(g.normalized_by)}
                 for g in labeled.groups
@@ -133,7 +133,7 @@ class Info:
             },
             unknown=tuple(labeled.unknown),
             name=labeled.graph.model.name,
-            layers={name: stop - start for start, stop, name in labeled.space.producers},
+            layers={name: stop - start for start, stop, name in labeled.label_space.producers},
             round_to=round_to,
         )
 

@@ -281,7 +281,7 @@ def _edges_by_call(labeled: LabeledModel) -> dict[tuple[Call, int], _EdgeGates]:
     for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
         for number, axis in effect.reads.items():
             index = call.inputs[number]
-            units = labeled.units(labeled.labels[index])
+            units = labeled.units_of(labeled.labels[index])
             if (units >= 0).any():
                 if (index, axis) not in shared:
                     shared[index, axis] = _EdgeGates(units, axis)
@@ -299,7 +299,7 @@ def _internal_reads_by_call(labeled: LabeledModel) -> dict[Call, list[tuple[Inte
     found: dict[Call, list[tuple[InternalRead, _EdgeGates]]] = {}
     for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
         for read in effect.internal_reads:
-            units = labeled.units(read.labels)
+            units = labeled.units_of(read.labels)
             if (units >= 0).any():
                 found.setdefault(call, []).append((read, _edge_of(units)))
     return found
@@ -310,7 +310,7 @@ def _normalizations_by_call(labeled: LabeledModel) -> dict[Call, _GatedNormaliza
     found = {}
     for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
         if effect.call_with_gate is not None:
-            units = labeled.units(labeled.labels[call.inputs[0]])
+            units = labeled.units_of(labeled.labels[call.inputs[0]])
             if (units >= 0).any():
                 found[call] = _GatedNormalization(effect.call_with_gate, _edge_of(units))
     return found

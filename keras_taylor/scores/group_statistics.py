@@ -120,7 +120,7 @@ def _mean_per_unit(
             weight = keras.ops.convert_to_numpy(weight_of(call.operation, name))
             # types that NumPy does not know (bfloat16) are cast, others only as they are added up
             values = reduce(weight if weight.dtype.kind == "f" else weight.astype(np.float64), axis)
-            units = labeled.units(labels)
+            units = labeled.units_of(labels)
             np.add.at(total, units[units >= 0], values[units >= 0])
             np.add.at(number, units[units >= 0], 1)
     with np.errstate(invalid="ignore"):

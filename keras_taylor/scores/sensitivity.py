@@ -8,7 +8,6 @@ import numpy as np
 
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.downstream import constant_place, gain_of
-from keras_taylor.reading.groups import mask_of
 from keras_taylor.reading.linear_views import linear_view, rows_an_example, some_positions
 from keras_taylor.reading.walk import Walk, example_inputs, in_batches
 from keras_taylor.scores.divergences import mean_divergence, predictions
@@ -170,7 +169,7 @@ class _Reader:
         self._weights = np.square(gain_of(labeled.graph, call, view.num_outputs))
         self._constant = self._moments = None
         # the unit that each column of a block reads, -1 for none
-        self.units = view.along_columns([None if a is None else labeled.units(a) for a in axes])
+        self.units = view.along_columns([None if a is None else labeled.units_of(a) for a in axes])
 
     def gather(self, column, num_examples, random):
         """Takes the second moments of what it reads: the values of a tensor for each batch."""
@@ -199,7 +198,7 @@ class _Reader:
 
     def refit(self, kept):
         """Fits the copy to do without some units, if it reads them; says whether it did."""
-        masks = [None if a is None else mask_of(self._labeled, a, kept) for a in self._axes]
+        masks = [None if a is None else self._labeled.kept_mask(a, kept) for a in self._axes]
         columns, _ = self._view.kept(masks)
         if columns.all() or self._moments is None:
             return False
