@@ -204,18 +204,18 @@ def sums_of_scores(network, arguments):
 
 def _solved(costs, flat, ceilings):
     """The least sum of scores by linear programs, each around the solution before; units may go in part."""
-    sizes = costs.counts()
+    sizes = costs.units_per_group()
     group_of = np.repeat(np.arange(sizes.size), sizes)
     counts, best = sizes.astype(float), np.inf
     for _ in range(30):
-        now = costs.by_groups(counts)
-        slopes = np.array([costs.by_groups.slopes(counts, what) for what in ceilings])
+        now = costs.group_costs(counts)
+        slopes = np.array([costs.group_costs.gradient(counts, what) for what in ceilings])
         excess = [now[what] - most for what, most in ceilings.items()] + slopes @ (sizes - counts)
         found = linprog(flat / flat.mean(), -slopes[:, group_of], -excess, bounds=(0, 1), method="highs")
         if found.status != 0:
             break
         solution = np.maximum(sizes - np.bincount(group_of, found.x), 1)
-        if all(costs.by_groups(solution)[what] <= 1.002 * most for what, most in ceilings.items()):
+        if all(costs.group_costs(solution)[what] <= 1.002 * most for what, most in ceilings.items()):
             best = min(best, flat @ found.x)
         counts = (counts + solution) / 2
     return best

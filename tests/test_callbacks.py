@@ -10,7 +10,7 @@ from test_compress import same, small_model, state, stripes
 from test_prunable import count_traces, refused
 
 import keras_taylor
-from keras_taylor.budget.schedule import removed_at
+from keras_taylor.budget.schedule import removal_schedule
 
 
 def wrapped(**arguments):
@@ -84,18 +84,18 @@ def test_nothing_is_traced_anew():
 
 @pytest.mark.parametrize("schedule", ["linear", "cubic", "exponential", lambda t: t**2])
 def test_schedules_rise_to_the_goal(schedule):
-    gone = removed_at(schedule, 0.3)
+    gone = removal_schedule(schedule, 0.3)
     values = [gone(t) for t in np.linspace(0, 1, 11)]
     assert values[0] == pytest.approx(0) and values[-1] == 0.3
     assert values == sorted(values)
 
 
 def test_schedules_are_what_they_are_called():
-    assert removed_at("linear", 0.4)(0.5) == pytest.approx(0.2)
-    assert removed_at("cubic", 0.4)(0.5) == pytest.approx(0.4 * (1 - 0.5**3))
-    gone = removed_at("exponential", 0.75)
+    assert removal_schedule("linear", 0.4)(0.5) == pytest.approx(0.2)
+    assert removal_schedule("cubic", 0.4)(0.5) == pytest.approx(0.4 * (1 - 0.5**3))
+    gone = removal_schedule("exponential", 0.75)
     assert 1 - gone(0.5) == pytest.approx(0.5)  # half of it, then half of what is left
-    assert removed_at(lambda t: t**2, 0.4)(0.5) == pytest.approx(0.1)
+    assert removal_schedule(lambda t: t**2, 0.4)(0.5) == pytest.approx(0.1)
 
 
 class Accuracies(keras.callbacks.Callback):

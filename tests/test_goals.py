@@ -9,7 +9,7 @@ from test_compress import refused, same, small_model, state, stripes
 
 import keras_taylor
 from keras_taylor.budget.goals import Goal, parse_goals
-from keras_taylor.budget.schedule import steps
+from keras_taylor.budget.schedule import schedule_rounds
 
 
 def run(goal, model=None, ds=None, **arguments):
@@ -69,8 +69,8 @@ def test_goals_between_rounds_are_met_all_the_same():
 def test_steps_go_straight_from_goal_to_goal():
     before = {"params": 1000, "flops": 4000}
     goals = parse_goals([{"params": 0.2, "flops": 3600}, {"params": 0.6, "flops": 0.5}])
-    found = steps(goals, before, 0.1)
-    assert [step.stop for step in found] == [None, 0, None, None, None, 1]
+    found = schedule_rounds(goals, before, 0.1)
+    assert [step.goal_index for step in found] == [None, 0, None, None, None, 1]
     assert [step.ceilings["params"] for step in found] == pytest.approx([900, 800, 700, 600, 500, 400])
     flops = [step.ceilings["flops"] for step in found]
     assert flops == pytest.approx([3800, 3600, 3200, 2800, 2400, 2000])
@@ -211,7 +211,7 @@ def test_refusals(words, arguments):
 def test_ceilings_are_exact_at_the_end():
     goal = Goal({"params": 333, "flops": 0.1})
     assert goal.ceilings({"params": 1000, "flops": 10}) == {"params": 333, "flops": 9.0}
-    assert np.isclose(goal.fractions({"params": 1000, "flops": 10})["params"], 0.667)
+    assert np.isclose(goal.fractions_to_remove({"params": 1000, "flops": 10})["params"], 0.667)
 
 
 def test_a_file_is_under_its_size(tmp_path, capsys):

@@ -37,7 +37,7 @@ def message_of(function, *args, **kwargs):
     ],
 )
 def test_amounts_have_units(what, value, amount):
-    parts = parse_goal({what: value}, measurable=True).parts
+    parts = parse_goal({what: value}, measurable=True).targets
     assert parts == {what: amount}
     assert type(parts[what]) is type(amount)
 

@@ -34,7 +34,7 @@ def stack(*widths, size=8):
 
 def widths_left(plan, model):
     channels = label_model(model, exact=plan.exact)
-    counts = CostModel(channels).counts(kept_units(channels, plan))
+    counts = CostModel(channels).units_per_group(kept_units(channels, plan))
     return dict(zip([group.name for group in channels.groups], counts.tolist(), strict=True))
 
 
@@ -298,7 +298,7 @@ def best_sum(model, scores, goal):
     ranked = [np.sort(scores[group.name]) for group in channels.groups]
     found = []
     for gone in itertools.product(*(range(group.num_units) for group in channels.groups)):
-        left = costs.by_groups(costs.counts() - np.array(gone))
+        left = costs.group_costs(costs.units_per_group() - np.array(gone))
         if all(left[what] <= ceiling for what, ceiling in ceilings.items()):
             found.append(sum(values[:num].sum() for values, num in zip(ranked, gone, strict=True)))
     return min(found)
@@ -346,12 +346,12 @@ def test_memory_is_saved_where_the_most_is_alive():
 
 @pytest.mark.parametrize("what", ["params", "flops", "activation_memory"])
 @pytest.mark.parametrize("name", ["chain", "residual", "vit_parts"])
-def test_slopes_are_the_derivative_of_the_cost(name, what):
+def test_the_gradient_is_the_derivative_of_the_cost(name, what):
     model = case(name).model
     costs = CostModel(label_model(model))
-    counts = costs.counts().astype(float)
+    counts = costs.units_per_group().astype(float)
     step = 1e-3
-    for group, slope in enumerate(costs.by_groups.slopes(counts, what)):
+    for group, slope in enumerate(costs.group_costs.gradient(counts, what)):
         less = counts - step * (np.arange(counts.size) == group)
         difference = _exact(costs, counts, what) - _exact(costs, less, what)
         assert slope == pytest.approx(difference / step, rel=1e-2, abs=1e-6)
@@ -359,11 +359,11 @@ def test_slopes_are_the_derivative_of_the_cost(name, what):
 
 def _exact(costs, counts, what):
     """Costs of broken numbers of channels, scaled so that rounding does not show."""
-    scaled = costs.by_groups
+    scaled = costs.group_costs
     if what == "activation_memory":
-        memory = tuple((1e6 * size, *rest) for size, *rest in scaled.memory)
+        memory = tuple(b._replace(bytes_per_channel=1e6 * b.bytes_per_channel) for b in scaled.memory)
         return type(scaled)(scaled.widths, {}, memory, scaled.num_groups)(counts)[what] / 1e6
-    terms = {what: tuple((1e6 * factor, axes) for factor, axes in scaled.terms[what])}
+    terms = {what: tuple(term._replace(factor=1e6 * term.factor) for term in scaled.terms[what])}
     return type(scaled)(scaled.widths, terms, scaled.memory, scaled.num_groups)(counts)[what] / 1e6
 
 

@@ -93,7 +93,9 @@ def test_calls_grow_in_line_with_depth():
 def test_costs_of_each_group_alone(make):
     channels = label_model(make())
     costs = CostModel(channels)
-    for number, alone in zip((1, None), (costs.each_alone(gone=1), costs.each_alone()), strict=True):
+    for number, alone in zip(
+        (1, None), (costs.with_one_group_cut(num_removed=1), costs.with_one_group_cut()), strict=True
+    ):
         for group, found in zip(channels.groups, alone, strict=True):
             kept = np.ones(channels.num_units, bool)
             stop = group.start + (group.num_units if number is None else 1 + number)

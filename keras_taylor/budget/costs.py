@@ -1,173 +1,210 @@
-"""Parameters, FLOPs and activation memory at any set of widths."""
+"""Parameters, FLOPs and activation memory of a model with any of its units gone.
+
+These are the counted costs: they follow from the widths of layers alone, so a plan knows them without a
+model. To add another one, "reads" for example:
+
+1. Add its name to `COSTS`: goals accept it then, and plans, reports and JSON files show it.
+2. Count it. A sum of products of widths needs a method like `CostModel._flop_terms` and an entry in the
+   `terms` of `CostModel.__init__`; `GroupCosts` then evaluates, differentiates and saves it. A cost of
+   another form needs what `activation_memory` has: a field of `GroupCosts`, and a branch in its `__call__`,
+   `with_one_group_cut`, `gradient`, `to_dict` and `from_dict`.
+3. If inputs of unknown size make it unknown, give it a subject in `_UNKNOWN_COSTS`, for the message.
+4. Give it a unit in `keras_taylor.loop.messages`, for the printed lines of `compress`, and name it in the
+   message of `measured_costs.refuse_measured`.
+5. Hold it against a count by hand in `tests/test_costs.py`, and add it to
+   `test_the_gradient_is_the_derivative_of_the_cost` in `tests/test_ranking.py`.
+
+A cost that has to be measured on a model that was built, like a latency, is a
+`measured_costs.MeasuredCost` instead.
+"""
 
 import math
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
+import keras
 import numpy as np
 
-from keras_taylor.budget.group_costs import GroupCosts
+from keras_taylor.budget.group_costs import Buffer, GroupCosts, Term, Width, WidthPart
 from keras_taylor.budget.tensor_lifetimes import Lifetimes
+from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.rules.base import weight_of
-from keras_taylor.support.types import BoolArray, Costs, IntArray
+from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.types import BoolArray, Costs, FloatArray, IntArray
 
 COSTS = ("params", "flops", "activation_memory")
-_NAMES = {"flops": "FLOPs are", "activation_memory": "Activation memory is"}
+_UNKNOWN_COSTS = {"flops": "FLOPs are", "activation_memory": "Activation memory is"}
 
 
 class CostFunction(Protocol):
     """The costs of a model with any of its units gone: a `CostModel`, or one that also predicts costs."""
 
     @property
-    def by_groups(self) -> GroupCosts:
+    def group_costs(self) -> GroupCosts:
         """The counted costs as a function of the number of units that each group keeps."""
 
     def __call__(self, kept: BoolArray | None = None) -> Costs:
         """Costs with only the units kept whose entry in `kept` `(num_units,)` is true; `None`: all."""
 
-    def counts(self, kept: BoolArray | None = None) -> IntArray:
+    def units_per_group(self, kept: BoolArray | None = None) -> IntArray:
         """How many units each group keeps, an int64 array `(num_groups,)`."""
 
 
 class CostModel:
-    """Counts parameters, floating point operations and memory of a model with some units gone.
+    """Counts parameters, floating point operations and activation memory with some units gone.
 
-    Parameters and FLOPs are sums of terms `factor x width x width ...`; a width is the number
-    of positions kept along an axis. Parameters are `model.count_params()`; FLOPs are
-    those of one example's forward pass at inference, a multiply-add counted as two. Activation memory is
-    the most bytes of tensors that are alive at one time in such a pass, in the order of the model's
-    operations, four bytes a number: see `tensor_lifetimes.Lifetimes`. (An int8 model needs a quarter.)
+    Parameters are `model.count_params()`: frozen weights and BatchNorm statistics count. FLOPs are those
+    of the forward pass of one example at inference; a multiply-add counts as two. Both are sums of
+    products of widths, where a width is the number of positions that are kept along an axis.
+
+    Activation memory is the largest number of bytes of tensors that are alive at the same time in such a
+    pass, in the order of the model's operations, with four bytes per number (see
+    `tensor_lifetimes.Lifetimes`). An int8 model needs a quarter of it.
 
     Args:
-        channels: `groups.LabeledModel` of the model.
+        labeled: The model.
+
+    Attributes:
+        num_units: How many units the model has.
+        group_costs: The same costs as a function of the number of units that each group keeps.
     """
 
-    def __init__(self, labeled):
+    def __init__(self, labeled: LabeledModel) -> None:
         self._labeled = labeled
-        self._starts = [group.start for group in labeled.groups]
+        self._group_starts = [group.start for group in labeled.groups]
         self.num_units = labeled.num_units
-        self._widths = [(1, ())]  # fixed part; pairs of group and channels a unit
-        self._index, self._seen = {}, {}
-        terms = {"params": self._params(), "flops": self._flops()}
-        memory = self._memory()
-        self.by_groups = GroupCosts(tuple(self._widths), terms, memory, len(self._starts))
+        self._widths = [Width(1, ())]  # the constant 1
+        self._number_of_width: dict[Width, int] = {}
+        self._number_of_labels: IdentityMap[IntArray, int] = IdentityMap()
+        terms = {"params": self._parameter_terms(), "flops": self._flop_terms()}
+        buffers = self._activation_buffers()
+        self.group_costs = GroupCosts(tuple(self._widths), terms, buffers, len(labeled.groups))
 
-    def __call__(self, kept=None):
+    def __call__(self, kept: BoolArray | None = None) -> dict[str, int | None]:
         """Costs with only some units kept.
 
         Args:
-            kept: Bool array `(num_units,)`; `None`: all.
+            kept: Which units are kept, `(num_units,)`; `None`: all.
 
         Returns:
-            A dict with ints "params", "flops" and "activation_memory" (bytes); `None` for the last two
-            where the model's input has an unknown size.
+            A dict of ints: "params" (numbers), "flops" (2 per multiply-add) and "activation_memory"
+            (bytes). The last two are `None` if the model's input has an unknown size.
         """
-        return self.by_groups(self.counts(kept))
+        return self.group_costs(self.units_per_group(kept))
 
-    def counts(self, kept=None):
-        """How many units each group keeps, an int64 array."""
+    def units_per_group(self, kept: BoolArray | None = None) -> IntArray:
+        """How many units each group keeps, an int64 array `(num_groups,)`."""
         kept = np.ones(self.num_units, bool) if kept is None else kept
-        return np.diff(np.append(0, np.cumsum(kept))[[*self._starts, self.num_units]])
+        return np.diff(np.append(0, np.cumsum(kept))[[*self._group_starts, self.num_units]])
 
-    def each_alone(self, gone=None):
-        """Costs when one group loses channels and all others are whole: a list of dicts, one a group.
+    def with_one_group_cut(self, num_removed: int | None = None) -> list[dict[str, int | None]]:
+        """Costs with one group cut and all others whole, for each group.
 
         Args:
-            gone: How many units it loses; `None`: all but one.
+            num_removed: How many units the group loses; `None`: all but one.
+
+        Returns:
+            A list of dicts as `__call__` returns them, one for each group.
         """
-        whole = self.counts()
-        alone = np.minimum(whole, 1) if gone is None else whole - gone
-        return self.by_groups.each_alone(whole, alone)
+        num_units = self.units_per_group()
+        num_left = np.minimum(num_units, 1) if num_removed is None else num_units - num_removed
+        return self.group_costs.with_one_group_cut(num_units, num_left)
 
-    def _params(self):
-        terms = {}
-        for _, factor, axes in weights_of(self._labeled):
-            self._add(terms, factor, axes)
-        return _known(terms)
+    def _parameter_terms(self) -> tuple[Term, ...] | None:
+        return self._sum_terms(
+            (weight.fixed_size, weight.labels) for weight in counted_weights(self._labeled)
+        )
 
-    def _flops(self):
-        terms = {}
-        for effect in self._labeled.effects:
-            for work in effect.work:
-                self._add(terms, work.factor, work.labels)
-        return _known(terms)
+    def _flop_terms(self) -> tuple[Term, ...] | None:
+        work = (work for effect in self._labeled.effects for work in effect.work)
+        return self._sum_terms((one.factor, one.labels) for one in work)
 
-    def _memory(self):
+    def _sum_terms(self, products: Iterable[tuple[float, Sequence[IntArray]]]) -> tuple[Term, ...] | None:
+        """Terms for factors and the labels along axes, those with the same widths added; `None`: unknown."""
+        factors: dict[tuple[int, ...], float] = {}
+        for factor, axes in products:
+            widths = tuple(sorted(self._width_number(labels) for labels in axes))
+            factors[widths] = factors.get(widths, 0.0) + factor
+        if any(math.isnan(factor) for factor in factors.values()):
+            return None
+        return tuple(Term(factor, widths) for widths, factor in factors.items())
+
+    def _activation_buffers(self) -> tuple[Buffer, ...] | None:
         lifetimes = Lifetimes(self._labeled)
         if any(math.isnan(size) for size, _ in lifetimes.places):
             return None
         return tuple(
-            (size, 0 if labels is None else self._width(labels), first, last)
+            Buffer(size, 0 if labels is None else self._width_number(labels), first, last)
             for (size, labels), first, last in zip(
                 lifetimes.places, lifetimes.first, lifetimes.last, strict=True
             )
         )
 
-    def _add(self, terms, factor, axes):
-        key = tuple(sorted(self._width(vector) for vector in axes))
-        terms[key] = terms.get(key, 0.0) + factor
+    def _width_number(self, labels: IntArray) -> int:
+        """The number of the width that counts the kept positions among `labels`."""
+        if labels not in self._number_of_labels:  # the weights of a layer often share an array
+            width = self._width_of(labels)
+            if width not in self._number_of_width:
+                self._number_of_width[width] = len(self._widths)
+                self._widths.append(width)
+            self._number_of_labels[labels] = self._number_of_width[width]
+        return self._number_of_labels[labels]
 
-    def _width(self, labels):
-        """The number of a width: how many of these positions are kept."""
-        if id(labels) not in self._seen:  # the weights of a layer often have the same array
-            self._seen[id(labels)] = self._width_of(labels), labels
-        return self._seen[id(labels)][0]
-
-    def _width_of(self, labels):
+    def _width_of(self, labels: IntArray) -> Width:
         units = self._labeled.units_of(labels).reshape(-1)
-        groups = np.searchsorted(self._starts, units[units >= 0], "right") - 1
-        numbers, counts = np.unique(groups, return_counts=True)
+        groups = np.searchsorted(self._group_starts, units[units >= 0], "right") - 1
+        numbers, num_channels = np.unique(groups, return_counts=True)
         parts = tuple(
-            (number, count // self._labeled.groups[number].num_units)
-            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+            WidthPart(number, num // self._labeled.groups[number].num_units)
+            for number, num in zip(numbers.tolist(), num_channels.tolist(), strict=True)
         )
-        width = (int((units < 0).sum()), parts)
-        if width not in self._index:
-            self._index[width] = len(self._widths)
-            self._widths.append(width)
-        return self._index[width]
+        return Width(int((units < 0).sum()), parts)
 
 
-def weights_of(labeled):
-    """Each weight of a model once, the product of the axes that stay whole, and labels along the others."""
+class CountedWeight(NamedTuple):
+    """A weight, the product of the sizes of its axes that stay whole, and the labels along the others."""
+
+    weight: keras.Variable
+    fixed_size: int
+    labels: list[IntArray]
+
+
+def counted_weights(labeled: LabeledModel) -> Iterator[CountedWeight]:
+    """Each weight of a model once."""
     seen = set()
     for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
-        if id(call.operation) in seen or not hasattr(call.operation, "weights"):
+        if call.operation in seen or not hasattr(call.operation, "weights"):
             continue
-        seen.add(id(call.operation))
-        cut = {id(weight_of(call.operation, name)): axes for name, axes in effect.weights.items()}
+        seen.add(call.operation)
+        labels_of = IdentityMap(
+            (weight_of(call.operation, path), axes) for path, axes in effect.weights.items()
+        )
         for weight in call.operation.weights:
-            axes = cut.get(id(weight), (None,) * len(weight.shape))
-            factor = math.prod(d for d, a in zip(weight.shape, axes, strict=True) if a is None)
-            yield weight, factor, [a for a in axes if a is not None]
+            axes = labels_of.get(weight, (None,) * len(weight.shape))
+            fixed = math.prod(size for size, labels in zip(weight.shape, axes, strict=True) if labels is None)
+            yield CountedWeight(weight, fixed, [labels for labels in axes if labels is not None])
 
 
-def unit_savings(labeled, what):
-    """What each unit saves if it goes alone, of one cost, at least 1: a float64 array `(num_units,)`."""
+def unit_savings(labeled: LabeledModel, cost: str) -> FloatArray:
+    """How much of a cost each unit saves if it leaves alone, at least 1: a float64 array `(num_units,)`."""
     costs, savings = CostModel(labeled), np.ones(labeled.num_units)
-    whole = costs()[what]
-    for group, alone in zip(labeled.groups, costs.each_alone(gone=1), strict=True):
-        savings[group.start : group.start + group.num_units] = max(whole - alone[what], 1)
+    total = known_cost(costs(), cost)
+    for group, left in zip(labeled.groups, costs.with_one_group_cut(num_removed=1), strict=True):
+        savings[group.start : group.start + group.num_units] = max(total - known_cost(left, cost), 1)
     return savings
 
 
 def known_cost(costs: Costs, cost: str) -> int:
-    """The amount of a cost that is known, because `check_countable` passed."""
+    """The amount of a cost of which `check_countable` made sure that it is known."""
     amount = costs[cost]
     assert amount is not None, f"{cost} is unknown"
     return amount
 
 
-def check_countable(costs, what, wanted):
-    """Refuses a cost where it is unknown; `wanted` is the argument that asks for it."""
-    if costs[what] is None:
+def check_countable(costs: Costs, cost: str, request: str) -> None:
+    """Refuses a cost that is unknown; `request` is the argument that asks for it, as text."""
+    if costs[cost] is None:
         raise ValueError(
-            f"{_NAMES[what]} unknown because the model's input has axes of unknown size. Expected a "
-            f"model made with a fixed input shape, or parameters in their place. Received: {wanted}"
+            f"{_UNKNOWN_COSTS[cost]} unknown because the model's input has axes of unknown size. Expected a "
+            f"model made with a fixed input shape, or parameters in their place. Received: {request}"
         )
-
-
-def _known(terms):
-    """Pairs of factor and widths, `None` if a factor is not known."""
-    if any(math.isnan(factor) for factor in terms.values()):
-        return None
-    return tuple((factor, widths) for widths, factor in terms.items())

@@ -1,87 +1,108 @@
-"""What a goal asks, what can be reached, and what blocks the rest."""
+"""How much of a goal can be reached, and what blocks the rest, as text."""
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from keras_taylor.budget.costs import CostFunction, known_cost
+from keras_taylor.budget.goals import Goal
 from keras_taylor.budget.measured_costs import format_amount
+from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.rules.base import weight_of
+from keras_taylor.support.identity import IdentitySet
+from keras_taylor.support.types import BoolArray, Costs
 
 
-def reach(goals, before, least):
-    """A line for each part of the goals: what is there, what is asked, and what can be reached.
+def describe_reach(goals: Sequence[Goal], original: Costs, smallest: Costs) -> Iterator[str]:
+    """A line for each cost of the goals: its amount now, what is asked for, and what can be reached.
 
     Args:
-        goals: `goals.Goal`s about the same costs.
-        before: Costs of the whole model.
-        least: Costs with all gone that may go.
+        goals: Goals about the same costs.
+        original: Costs of the original model.
+        smallest: Costs with all units gone that may leave.
     """
-    ceilings = [goal.ceilings(before) for goal in goals]
-    for what in ceilings[0]:
-        asked = ", then ".join(format_amount(what, math.floor(one[what]), named=False) for one in ceilings)
-        now, reached = (format_amount(what, costs[what], named=False) for costs in (before, least))
+    ceilings = [goal.ceilings(original) for goal in goals]
+    for cost in ceilings[0]:
+        before, least = known_cost(original, cost), known_cost(smallest, cost)
+        asked = ", then ".join(format_amount(cost, math.floor(one[cost]), named=False) for one in ceilings)
+        now, reached = (format_amount(cost, amount, named=False) for amount in (before, least))
         yield (
-            f"{what}: {now} now, at most {asked} asked for, {reached} "
-            f"({1 - least[what] / before[what]:.1%} less) can be reached"
+            f"{cost}: {now} now, at most {asked} asked for, {reached} "
+            f"({1 - least / before:.1%} less) can be reached"
         )
 
 
-def unreachable(labeled, costs, least, ceilings, goal, has_ratios=False):
+def unreachable_goal_error(
+    labeled: LabeledModel,
+    costs: CostFunction,
+    smallest_mask: BoolArray,
+    ceilings: Mapping[str, float],
+    goal: object,
+    has_ratios: bool = False,
+) -> ValueError:
     """The error for a goal out of reach.
 
     Args:
-        channels: `groups.LabeledModel`.
-        costs: Its `CostModel`.
-        least: The mask of kept units with all gone that may go.
-        ceilings: What may be left of each cost.
-        goal: What the user wrote.
-        has_ratios: Whether there are ratios, which can be in the way.
+        labeled: The model.
+        costs: Its costs.
+        smallest_mask: Which units are kept after all left that may, `(num_units,)`.
+        ceilings: Cost -> how much of it may be left.
+        goal: The goal as the user wrote it.
+        has_ratios: Whether the user gave ratios, which can be in the way.
     """
-    before, after = costs(), costs(least)
-    parts = [
-        f"at most {1 - after[what] / before[what]:.1%} of the {format_amount(what, before[what])} can be "
-        f"removed, which leaves {format_amount(what, after[what], named=False)}"
-        for what, ceiling in ceilings.items()
-        if after[what] > ceiling
-    ]
+    original, smallest = costs(), costs(smallest_mask)
+    parts = []
+    for cost, ceiling in ceilings.items():
+        before, least = known_cost(original, cost), known_cost(smallest, cost)
+        if least > ceiling:
+            parts.append(
+                f"at most {1 - least / before:.1%} of the {format_amount(cost, before)} can be "
+                f"removed, which leaves {format_amount(cost, least, named=False)}"
+            )
     return ValueError(
-        f"The goal is out of reach: {'; '.join(parts)}. What stays: {blockers(labeled, least)}. Lower the "
-        f"goal, or widen what may go (`include`, `exclude`, {'`ratios`, ' * has_ratios}`round_to`, "
-        f"`min_channels`). "
+        f"The goal is out of reach: {'; '.join(parts)}. What stays: "
+        f"{describe_blockers(labeled, smallest_mask)}. Lower the goal, or widen what may go (`include`, "
+        f"`exclude`, {'`ratios`, ' * has_ratios}`round_to`, `min_channels`). "
         f"Received: goal={goal!r}"
     )
 
 
-def blockers(labeled, least):
-    """The three things that keep most parameters from leaving, as text.
+def describe_blockers(labeled: LabeledModel, smallest_mask: BoolArray) -> str:
+    """The three locked layers that keep most parameters from leaving, as text.
 
-    Each parameter that is left when all has gone that may go counts for every locked layer whose
-    channels it makes or reads.
+    Each parameter that is left after all units left that may counts for every locked layer whose channels
+    it makes or reads.
     """
-    held = _held(labeled, least)
+    blocked = _blocked_parameters(labeled, smallest_mask)
     locked = {group.name: group for group in labeled.locked_groups}
-    names = sorted((name for name in held if name in locked), key=lambda name: -held[name])[:3]
+    names = sorted((name for name in blocked if name in locked), key=lambda name: -blocked[name])[:3]
     text = "; ".join(
-        f"'{n}' ({locked[n].num_units} channels: {locked[n].reason}; {held[n]:,} parameters)" for n in names
+        f"'{n}' ({locked[n].num_units} channels: {locked[n].reason}; {blocked[n]:,} parameters)"
+        for n in names
     )
     return text or "the smallest width of every layer"
 
 
-def _held(labeled, least):
-    """Parameters that make or read locked channels, by the layer that makes these."""
-    kept = np.append(least, True)
-    held, seen = {}, set()
+def _blocked_parameters(labeled: LabeledModel, smallest_mask: BoolArray) -> dict[str, int]:
+    """How many parameters make or read locked channels, by the layer that makes these channels."""
+    kept = np.append(smallest_mask, True)  # unit -1 is a channel that stays
+    blocked: dict[str, int] = {}
+    seen = IdentitySet()
     for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
-        for name, axes in effect.weights.items():
-            weight = weight_of(call.operation, name)
-            if weight is None or id(weight) in seen:
+        for path, axes in effect.weights.items():
+            weight = weight_of(call.operation, path)
+            if weight is None or weight in seen:
                 continue
-            seen.add(id(weight))
-            units = [None if a is None else labeled.units_of(a) for a in axes]
-            size = math.prod(
-                d if u is None else int(kept[u].sum()) for d, u in zip(weight.shape, units, strict=True)
+            seen.add(weight)
+            units = [None if labels is None else labeled.units_of(labels) for labels in axes]
+            num_left = math.prod(
+                size if along is None else int(kept[along].sum())
+                for size, along in zip(weight.shape, units, strict=True)
             )
-            stays = [a[u < 0] for a, u in zip(axes, units, strict=True) if u is not None]
-            for maker in set().union(*map(labeled.producers_of, stays)):
-                held[maker] = held.get(maker, 0) + size
-    return held
+            locked = [
+                labels[along < 0] for labels, along in zip(axes, units, strict=True) if along is not None
+            ]
+            for layer in set().union(*map(labeled.producers_of, locked)):
+                blocked[layer] = blocked.get(layer, 0) + num_left
+    return blocked

@@ -1,143 +1,125 @@
 """What a goal asks for: how much of which costs may be left."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from keras_taylor.budget.costs import COSTS, check_countable
+from keras_taylor.budget.costs import COSTS, check_countable, known_cost
 from keras_taylor.budget.measured_costs import (
     describe_measured_costs,
     measured_cost_of,
     parse_amount,
     refuse_measured,
 )
+from keras_taylor.support.types import Costs
+
+# A goal as users write it: the fraction of the parameters to remove, or a dict from costs to fractions to
+# remove (floats), amounts that may be left (ints), or amounts with a unit ("256 KiB").
+GoalLike: TypeAlias = float | Mapping[str, float | int | str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """One or more costs that must come down; all parts must hold.
+    """One or more costs that must come down; all targets must be met.
 
     Attributes:
-        parts: Cost -> a float, the fraction to remove, or an int, what may be left at most (of
-            latencies in nanoseconds).
+        targets: Cost -> a float, the fraction to remove, or an int, the amount that may be left at most:
+            parameters, FLOPs (2 per multiply-add of one example), bytes, or nanoseconds of a latency.
     """
 
-    parts: Mapping[str, float | int]
+    targets: Mapping[str, float | int]
 
     @property
-    def measured(self):
-        """The parts that are measured (`measured_costs.MeasuredCost`), not counted: a tuple of keys."""
-        return tuple(what for what in self.parts if measured_cost_of(what) is not None)
+    def measured(self) -> tuple[str, ...]:
+        """The names of those costs that are measured (`measured_costs.MeasuredCost`), not counted."""
+        return tuple(cost for cost in self.targets if measured_cost_of(cost) is not None)
 
-    def check(self, before):
-        """Refuses parts whose cost is unknown: `before` are the costs of the whole model."""
-        for what in self.parts:
-            if what not in self.measured:
-                check_countable(before, what, f"goal={dict(self.parts)!r}")
+    def check_countable(self, original: Costs) -> None:
+        """Refuses targets whose cost is unknown; `original` are the costs of the original model."""
+        for cost in self.targets:
+            if cost not in self.measured:
+                check_countable(original, cost, f"goal={dict(self.targets)!r}")
 
-    def fractions(self, before):
-        """The fraction of each cost to remove, 0 where it is met already: a dict of floats."""
+    def fractions_to_remove(self, original: Costs) -> dict[str, float]:
+        """The fraction of each cost to remove, 0 if the original meets the target."""
         return {
-            what: value if isinstance(value, float) else max(1 - value / before[what], 0.0)
-            for what, value in self.parts.items()
+            cost: target if isinstance(target, float) else max(1 - target / known_cost(original, cost), 0.0)
+            for cost, target in self.targets.items()
         }
 
-    def ceilings(self, before):
-        """What may be left of each cost; `before` are the costs of the whole model.
+    def ceilings(self, original: Costs) -> dict[str, float]:
+        """How much of each cost may be left; `original` are the costs of the original model."""
+        ceilings = {}
+        for cost, target in self.targets.items():
+            amount = known_cost(original, cost)
+            ceilings[cost] = (
+                amount * (1 - target) if isinstance(target, float) else float(min(target, amount))
+            )
+        return ceilings
 
-        Returns:
-            A dict: cost -> float.
-        """
-        return {
-            what: before[what] * (1 - value) if isinstance(value, float) else float(min(value, before[what]))
-            for what, value in self.parts.items()
-        }
+    def is_met(self, costs: Costs, original: Costs) -> bool:
+        """Whether these costs meet all targets."""
+        return all(known_cost(costs, cost) <= ceiling for cost, ceiling in self.ceilings(original).items())
 
-    def is_met(self, costs, before):
-        """Whether these costs keep to the goal."""
-        return all(costs[what] <= ceiling for what, ceiling in self.ceilings(before).items())
-
-    def missed(self, plan):
-        """By how much a `Plan` misses parts of the goal: a list of texts, empty if it keeps to all."""
-        before, after = plan.before, plan.after
-        fractions = self.fractions(before)
+    def describe_misses(self, costs: Costs, original: Costs) -> list[str]:
+        """By how much these costs miss targets: one text for each target that is not met."""
+        fractions = self.fractions_to_remove(original)
         return [
-            f"{1 - after[what] / before[what]:.1%} of {what} removed, not {fractions[what]:.1%}"
-            for what, ceiling in self.ceilings(before).items()
-            if after[what] > ceiling
+            f"{1 - known_cost(costs, cost) / known_cost(original, cost):.1%} of {cost} removed, "
+            f"not {fractions[cost]:.1%}"
+            for cost, ceiling in self.ceilings(original).items()
+            if known_cost(costs, cost) > ceiling
         ]
 
 
-def parse_goal(goal, measurable=False):
-    """A `Goal` out of what users write.
+def parse_goal(goal: GoalLike, measurable: bool = False) -> Goal:
+    """The `Goal` that a user wrote.
 
     Args:
-        goal: A float above 0 and below 1, the fraction of the parameters to remove; or a dict of one
-            or more costs, each with such a fraction, or with an int: what may be left. What is
-            measured ("bytes", "latency:onnx", see `measured_costs.measured_cost_of`) may come with a unit:
-            "256 KiB", "2.5 ms"; without one, latencies are in milliseconds.
-        measurable: Whether measured costs are taken.
+        goal: A float above 0 and below 1, the fraction of the parameters to remove. Or a dict of one
+            or more costs, each with such a fraction, or with an int, the amount that may be left. Measured
+            costs ("bytes", "latency:onnx", see `measured_costs.measured_cost_of`) may have amounts with a
+            unit: "256 KiB", "2.5 ms"; without one, latencies are in milliseconds.
+        measurable: Whether measured costs are accepted.
 
     Raises:
         ValueError: for anything else.
     """
-    several = isinstance(goal, Mapping)
-    parts = dict(goal) if several else {"params": goal}
-    if not parts or not all(_is_sound(what, value, several) for what, value in parts.items()):
+    is_dict = isinstance(goal, Mapping)
+    targets: dict[str, Any] = dict(goal) if isinstance(goal, Mapping) else {"params": goal}
+    if not targets or not all(_is_target(cost, value, is_dict) for cost, value in targets.items()):
         raise ValueError(
             "`goal` says how much to remove. Expected a number above 0 and below 1 (0.3 removes 30 % of the "
             f"parameters), or a dict of one or more of {', '.join(map(repr, COSTS))}, each with such a "
             'fraction to remove, or with a whole number that may be left, as {"params": 200_000}. '
-            f"{_of_measured(parts)}Received: goal={goal!r}"
+            f"{_measured_costs_hint(targets)}Received: goal={goal!r}"
         )
     if not measurable:
-        refuse_measured(parts, f"goal={goal!r}")
-    return Goal({what: _parsed(what, value) for what, value in parts.items()})
+        refuse_measured(targets, f"goal={goal!r}")
+    return Goal({cost: _parse_target(cost, value) for cost, value in targets.items()})
 
 
-def _is_sound(what, value, several):
-    if measured_cost_of(what) is not None:
-        return True  # `parse_amount` says what is wrong with the value
-    return what in COSTS and (_is_fraction(value) or (several and _is_ceiling(value)))
-
-
-def _of_measured(parts):
-    asked = any(isinstance(what, str) and what.startswith(("bytes", "latency")) for what in parts)
-    return f"`keras_taylor.compress` also takes {describe_measured_costs()}. " if asked else ""
-
-
-def _parsed(what, value):
-    if _is_fraction(value):
-        return float(value)
-    return int(value) if measured_cost_of(what) is None else parse_amount(what, value)
-
-
-def _is_fraction(value):
-    return isinstance(value, (float, np.floating)) and 0 < value < 1
-
-
-def _is_ceiling(value):
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
-
-
-def parse_goals(goal, measurable=False, furthest=None):
-    """A list of `Goal`s: one, or those of a list that users write.
+def parse_goals(
+    goal: GoalLike | Sequence[GoalLike] | None, measurable: bool = False, smallest: Costs | None = None
+) -> list[Goal]:
+    """The goals that a user wrote: one, or those of a list.
 
     Args:
-        goal: As in `parse_goal`, a list of such, or `None`: as far as it goes.
+        goal: As in `parse_goal`; a list of such; or `None`: as far as possible.
         measurable: As in `parse_goal`.
-        furthest: The costs of the smallest model, where `None` is a goal.
+        smallest: The costs of the smallest model; `None`: `goal` may not be `None`.
 
     Raises:
-        ValueError: for a goal that is none, for goals about different costs.
+        ValueError: for a value that is no goal, and for goals about different costs.
     """
-    if goal is None and furthest is not None:
-        return [Goal({"params": furthest["params"]})]
+    if goal is None and smallest is not None:
+        return [Goal({"params": known_cost(smallest, "params")})]
     if not isinstance(goal, (list, tuple)):
-        return [parse_goal(goal, measurable)]
+        return [parse_goal(goal, measurable)]  # type: ignore[arg-type]  # it refuses anything else
     goals = [parse_goal(one, measurable) for one in goal]
-    if not goals or any(set(one.parts) != set(goals[0].parts) for one in goals):
+    if not goals or any(set(one.targets) != set(goals[0].targets) for one in goals):
         raise ValueError(
             "Several goals are stops on one way down. Expected one or more, about the same costs. "
             f"Received: goal={goal!r}"
@@ -145,38 +127,41 @@ def parse_goals(goal, measurable=False, furthest=None):
     return goals
 
 
-def goal_of_texts(texts):
-    """What users write on a command line: "0.3", or parts like "params=200000" and "flops=0.5".
+def goals_from_texts(texts: Sequence[str]) -> GoalLike | list[GoalLike]:
+    """The goals of a command line: "0.3", or targets like "params=200000" and "flops=0.5".
 
     Args:
-        texts: A list of such, all about other costs. Values with commas between them ("0.2,0.4,0.6")
-            are several goals, as many in each part.
+        texts: Texts about different costs. Values with commas between them ("0.2,0.4,0.6") are several
+            goals, the same number in each text.
 
     Returns:
-        What `parse_goals` takes.
+        A value that `parse_goals` accepts.
 
     Raises:
-        ValueError: for a text that is no goal, parts about one cost, parts of unlike numbers of goals.
+        ValueError: for a text that is no goal, two texts about the same cost, and texts with different
+            numbers of goals.
     """
     parts = [text.rpartition("=") for text in texts]
-    if len({what or "params" for what, _, _ in parts}) < len(parts):
+    if len({cost or "params" for cost, _, _ in parts}) < len(parts):
         raise ValueError(f"Each part of a goal is about another cost. Received: {' '.join(texts)}")
     values = {
-        what or "params": [_value(what, value, text) for value in listed.split(",")]
-        for (what, _, listed), text in zip(parts, texts, strict=True)
+        cost or "params": [_parse_value(cost, value, text) for value in listed.split(",")]
+        for (cost, _, listed), text in zip(parts, texts, strict=True)
     }
     if len({len(listed) for listed in values.values()}) > 1:
         raise ValueError(
             f"Every part of several goals has a value for each of them. Received: {' '.join(texts)}"
         )
-    goals = [dict(zip(values, stop, strict=True)) for stop in zip(*values.values(), strict=True)]
+    goals: list[GoalLike] = [
+        dict(zip(values, stop, strict=True)) for stop in zip(*values.values(), strict=True)
+    ]
     return goals if goals[1:] else goals[0]
 
 
-def _value(what, value, text):
-    """A number, or an amount with its unit where it is measured."""
+def _parse_value(cost: str, value: str, text: str) -> float | int | str:
+    """A number, or for a measured cost an amount with its unit."""
     if value.isdecimal():
-        if not what:
+        if not cost:
             raise ValueError(
                 "A whole number is what may be left of a cost. Expected its name before it, as in "
                 f"params=200000, or a fraction of the parameters to remove, as in 0.3. Received: {text}"
@@ -185,9 +170,35 @@ def _value(what, value, text):
     try:
         return float(value)
     except ValueError as error:
-        if measured_cost_of(what) is not None:
+        if measured_cost_of(cost) is not None:
             return value
         raise ValueError(
             "A goal is the fraction to remove, as in 0.3 or flops=0.5, or what may be left, as in "
             f"params=200000. Received: {text}"
         ) from error
+
+
+def _parse_target(cost: str, value: Any) -> float | int:
+    if _is_fraction(value):
+        return float(value)
+    return int(value) if measured_cost_of(cost) is None else parse_amount(cost, value)
+
+
+def _is_target(cost: object, value: object, is_dict: bool) -> bool:
+    if isinstance(cost, str) and measured_cost_of(cost) is not None:
+        return True  # `parse_amount` says what is wrong with the value
+    return cost in COSTS and (_is_fraction(value) or (is_dict and _is_amount(value)))
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, (float, np.floating)) and 0 < value < 1
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
+
+
+def _measured_costs_hint(targets: Mapping[str, object]) -> str:
+    """For the message about a goal that names a measured cost, or almost does: which ones there are."""
+    is_asked = any(isinstance(cost, str) and cost.startswith(("bytes", "latency")) for cost in targets)
+    return f"`keras_taylor.compress` also takes {describe_measured_costs()}. " if is_asked else ""

@@ -1,196 +1,260 @@
-"""Parameters, FLOPs and activation memory from how many units each group keeps."""
+"""Parameters, FLOPs and activation memory as a function of the number of units that each group keeps."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from keras_taylor.support.types import FloatArray, IntArray
+
+
+class WidthPart(NamedTuple):
+    """The channels that one group contributes to a width."""
+
+    group: int
+    channels_per_unit: int
+
+
+class Width(NamedTuple):
+    """The number of positions that are kept along an axis: fixed ones, and channels of several groups."""
+
+    fixed: int
+    parts: tuple[WidthPart, ...]
+
+
+class Term(NamedTuple):
+    """A product: a factor times the sizes of some widths (their numbers, repeated if they occur twice)."""
+
+    factor: float
+    widths: tuple[int, ...]
+
+
+class Buffer(NamedTuple):
+    """A place in memory: its bytes per channel, its width, and the first and last step of its life."""
+
+    bytes_per_channel: float
+    width: int
+    first_step: int
+    last_step: int
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupCosts:
-    """Costs of a model as sums of products of widths; it needs no model, and can be saved.
+    """Costs of a model as sums of products of widths. It needs no model, and it can be saved.
 
-    All units of a group stand at the same places, so a width is a fixed number and so many channels for
-    each unit of each group.
+    All units of a group occur in the same places. So the size of a width is affine in the numbers `n` of
+    units that the groups keep: `size(w) = fixed(w) + sum over its parts of channels_per_unit * n[group]`.
+    Parameters and FLOPs are sums of terms, `factor * size(w1) * size(w2) * ...`. Activation memory is the
+    largest sum, over all steps, of `bytes_per_channel * size(w)` of the buffers that are alive at the step.
 
     Attributes:
-        widths: For each width its fixed part and a tuple of pairs: group, channels a unit.
-        terms: "params" and "flops" -> a tuple of pairs: factor, and the widths that it is
-            multiplied by (indices, one each time); `None` where a size is unknown.
-        memory: What `tensor_lifetimes.Lifetimes` knows, a tuple for each place in memory: bytes a channel,
-            its width, first and last step; `None` where a size is unknown.
+        widths: All widths; terms and buffers name them by number. Width 0 is the constant 1.
+        terms: "params" and "flops" -> the terms whose sum is the cost; `None` if a size is unknown.
+        memory: The buffers of activations; `None` if a size is unknown.
         num_groups: How many groups there are.
     """
 
-    widths: tuple
-    terms: Mapping
-    memory: tuple | None
+    widths: tuple[Width, ...]
+    terms: Mapping[str, tuple[Term, ...] | None]
+    memory: tuple[Buffer, ...] | None
     num_groups: int
 
-    def __call__(self, counts):
-        """Costs with so many units left in each group.
+    def __call__(self, num_kept: IntArray | FloatArray | Sequence[int]) -> dict[str, int | None]:
+        """Costs if each group keeps some of its units.
 
         Args:
-            counts: Array `(num_groups,)`.
+            num_kept: How many units each group keeps, `(num_groups,)`.
 
         Returns:
-            A dict with ints "params", "flops" and "activation_memory" (bytes); `None` where unknown.
+            A dict of ints: "params" (numbers), "flops" (2 per multiply-add) and "activation_memory"
+            (bytes); `None` for costs that are unknown.
         """
-        widths = self._sizes(counts)
-        counted = {what: self._products(what, widths) for what in self.terms}
-        costs = {what: None if one is None else round(math.fsum(one)) for what, one in counted.items()}
-        memory = None if self.memory is None else round(float(self._alive(widths).max()))
+        sizes = self._sizes(num_kept)
+        costs: dict[str, int | None] = {}
+        for cost in self.terms:
+            products = self._products(cost, sizes)
+            costs[cost] = None if products is None else round(math.fsum(products))
+        memory = None if self.memory is None else round(float(self._bytes_alive(sizes).max()))
         return {**costs, "activation_memory": memory}
 
-    def each_alone(self, whole, alone):
+    def with_one_group_cut(self, num_units: IntArray, num_left: IntArray) -> list[dict[str, int | None]]:
         """Costs with one group cut and all others whole, for each group.
 
-        Only what a group has a part in is counted anew.
+        Only the terms and buffers in which the group takes part are counted again.
 
         Args:
-            whole: How many units all have, `(num_groups,)`.
-            alone: How many the group has that is cut, `(num_groups,)`.
+            num_units: How many units all groups have, `(num_groups,)`.
+            num_left: How many units the group has that is cut, `(num_groups,)`.
 
         Returns:
-            A list of dicts as `__call__` gives them, one a group.
+            A list of dicts as `__call__` returns them, one for each group.
         """
-        gone = np.asarray(whole) - np.asarray(alone)
-        widths, lost = self._sizes(whole), [{} for _ in range(self.num_groups)]
-        for width, group, multiple in zip(*(one.tolist() for one in self._parts), strict=True):
-            lost[group][width] = multiple * float(gone[group])
-        columns = {what: self._each_alone_of(what, widths, lost) for what in self.terms}
-        columns["activation_memory"] = self._each_peak(widths, lost)
+        num_removed = np.asarray(num_units) - np.asarray(num_left)
+        sizes = self._sizes(num_units)
+        losses: list[dict[int, float]] = [{} for _ in range(self.num_groups)]
+        for width, group, channels in zip(*(array.tolist() for array in self._part_arrays), strict=True):
+            losses[group][width] = channels * float(num_removed[group])
+        columns = {cost: self._sums_after(cost, sizes, losses) for cost in self.terms}
+        columns["activation_memory"] = self._peaks_after(sizes, losses)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def _each_alone_of(self, what, widths, lost):
-        """One cost for each group, with the widths that it loses, or `None`s."""
-        if self.terms[what] is None:
-            return [None] * self.num_groups
-        products, of_width, costs = self._products(what, widths), self._terms_of_width(what), []
-        whole = math.fsum(products)
-        for one in lost:
-            changes = []
-            for term in {term for width in one for term in of_width.get(width, ())}:
-                factor, axes = self.terms[what][term]
-                changes += [-products[term], factor * math.prod(widths[a] - one.get(a, 0.0) for a in axes)]
-            costs.append(round(math.fsum([whole, *changes])))
-        return costs
-
-    def _terms_of_width(self, what):
-        found = {}
-        for term, (_, axes) in enumerate(self.terms[what]):
-            for width in set(axes):
-                found.setdefault(width, []).append(term)
-        return found
-
-    def _each_peak(self, widths, lost):
-        """The peak of memory for each group, or `None`s: looked at anew where it has tensors."""
-        if self.memory is None:
-            return [None] * self.num_groups
-        places = {}
-        for size, width, first, last in self.memory:
-            places.setdefault(width, []).append((size, first, last))
-        alive = self._alive(widths)
-        before = np.maximum.accumulate(np.append(0.0, alive))
-        after = np.append(np.maximum.accumulate(alive[::-1])[::-1], 0.0)
-        peaks = []
-        for one in lost:
-            spans = [(size * num, f, s) for width, num in one.items() for size, f, s in places.get(width, ())]
-            start, stop = min((f for _, f, _ in spans), default=0), max((s for _, _, s in spans), default=-1)
-            within = alive[start : stop + 1].copy()
-            for size, first, last in spans:
-                within[first - start : last - start + 1] -= size
-            peaks.append(round(float(max(before[start], within.max(initial=0.0), after[stop + 1]))))
-        return peaks
-
-    def slopes(self, counts, what):
-        """How much of a cost one unit of each group makes up: its derivative, `(num_groups,)`.
+    def gradient(self, num_kept: IntArray | FloatArray, cost: str) -> FloatArray:
+        """The derivative of a cost with respect to the number of units of each group.
 
         Args:
-            counts: Array `(num_groups,)`.
-            what: A cost that is known.
+            num_kept: How many units each group keeps, `(num_groups,)`.
+            cost: The name of a cost that is known.
+
+        Returns:
+            A float64 array `(num_groups,)`: by how much one unit of each group raises the cost.
         """
-        widths = self._sizes(counts)
-        by_width = np.zeros(widths.size)
-        if what == "activation_memory":
-            alive = self._alive(widths)
-            worst = int(alive.argmax())
-            for size, place, first, last in self.memory:
-                by_width[place] += size * (first <= worst <= last)
+        sizes = self._sizes(num_kept)
+        by_width = np.zeros(sizes.size)
+        if cost == "activation_memory":
+            peak = int(self._bytes_alive(sizes).argmax())
+            for buffer in self.memory or ():
+                is_alive = buffer.first_step <= peak <= buffer.last_step
+                by_width[buffer.width] += buffer.bytes_per_channel * is_alive
         else:
-            factors, axes = self._arrays[what]
-            for number in range(axes.shape[1]):
-                others = _product(factors, np.delete(axes, number, 1), widths)
-                np.add.at(by_width, axes[:, number], others)
-        numbers, groups, multiples = self._parts
-        return np.bincount(groups, multiples * by_width[numbers], self.num_groups)
+            terms = self._term_arrays[cost]
+            for number in range(terms.widths.shape[1]):  # the product rule
+                others = terms._replace(widths=np.delete(terms.widths, number, 1))
+                np.add.at(by_width, terms.widths[:, number], others.values(sizes))
+        parts = self._part_arrays
+        return np.bincount(parts.groups, parts.channels_per_unit * by_width[parts.widths], self.num_groups)
 
-    def _sizes(self, counts):
-        """All widths, and a 1 that shorter terms are filled up with."""
-        numbers, groups, multiples = self._parts
-        own = multiples * np.asarray(counts, np.float64)[groups]
-        return np.append(self._fixed + np.bincount(numbers, own, len(self.widths)), 1.0)
+    def _sums_after(
+        self, cost: str, sizes: FloatArray, losses: Sequence[Mapping[int, float]]
+    ) -> list[int | None]:
+        """One cost for each group, after its widths lost their channels in `losses`; or `None`s."""
+        terms, products = self.terms[cost], self._products(cost, sizes)
+        if terms is None or products is None:
+            return [None] * self.num_groups
+        terms_of_width: dict[int, list[int]] = {}
+        for number, term in enumerate(terms):
+            for width in set(term.widths):
+                terms_of_width.setdefault(width, []).append(number)
+        total, sums = math.fsum(products), []
+        for lost in losses:
+            changes = []
+            for number in {n for width in lost for n in terms_of_width.get(width, ())}:
+                left = math.prod(sizes[width] - lost.get(width, 0.0) for width in terms[number].widths)
+                changes += [-products[number], terms[number].factor * left]
+            sums.append(round(math.fsum([total, *changes])))
+        return sums
 
-    def _products(self, what, widths):
-        """The values of a cost's terms, a list, `None` where unknown."""
-        return None if self.terms[what] is None else _product(*self._arrays[what], widths).tolist()
+    def _peaks_after(self, sizes: FloatArray, losses: Sequence[Mapping[int, float]]) -> list[int | None]:
+        """The peak of memory for each group, after its widths lost their channels; or `None`s."""
+        if self.memory is None:
+            return [None] * self.num_groups
+        buffers_of_width: dict[int, list[Buffer]] = {}
+        for buffer in self.memory:
+            buffers_of_width.setdefault(buffer.width, []).append(buffer)
+        alive = self._bytes_alive(sizes)
+        peak_before = np.maximum.accumulate(np.append(0.0, alive))
+        peak_after = np.append(np.maximum.accumulate(alive[::-1])[::-1], 0.0)
+        peaks: list[int | None] = []
+        for lost in losses:
+            smaller = [(b, num) for width, num in lost.items() for b in buffers_of_width.get(width, ())]
+            start = min((buffer.first_step for buffer, _ in smaller), default=0)
+            stop = max((buffer.last_step for buffer, _ in smaller), default=-1) + 1
+            within = alive[start:stop].copy()  # only these steps change
+            for buffer, num in smaller:
+                life = slice(buffer.first_step - start, buffer.last_step - start + 1)
+                within[life] -= buffer.bytes_per_channel * num
+            peaks.append(round(float(max(peak_before[start], within.max(initial=0.0), peak_after[stop]))))
+        return peaks
+
+    def _sizes(self, num_kept: IntArray | FloatArray | Sequence[int]) -> FloatArray:
+        """The sizes of all widths, and a 1 that fills up the rows of shorter terms."""
+        parts = self._part_arrays
+        channels = parts.channels_per_unit * np.asarray(num_kept, np.float64)[parts.groups]
+        return np.append(self._fixed_sizes + np.bincount(parts.widths, channels, len(self.widths)), 1.0)
+
+    def _products(self, cost: str, sizes: FloatArray) -> list[float] | None:
+        """The values of the terms of a cost; `None` if it is unknown."""
+        return None if self.terms[cost] is None else self._term_arrays[cost].values(sizes).tolist()
+
+    def _bytes_alive(self, sizes: FloatArray) -> FloatArray:
+        """The bytes that are alive at each step."""
+        buffers = self._buffer_arrays
+        changes = np.zeros(int(buffers.last_steps.max(initial=0)) + 2)
+        num_bytes = buffers.bytes_per_channel * sizes[buffers.widths]
+        np.add.at(changes, buffers.first_steps, num_bytes)
+        np.add.at(changes, buffers.last_steps + 1, -num_bytes)
+        return np.cumsum(changes)
 
     @functools.cached_property
-    def _fixed(self):
-        return np.array([one for one, _ in self.widths], np.float64)
+    def _fixed_sizes(self) -> FloatArray:
+        return np.array([width.fixed for width in self.widths], np.float64)
 
     @functools.cached_property
-    def _parts(self):
-        """Widths, groups that have a part in them, and channels a unit, three arrays."""
-        parts = [(n, *part) for n, (_, several) in enumerate(self.widths) for part in several]
-        numbers, groups, multiples = np.array(parts, np.int64).reshape(-1, 3).T
-        return numbers, groups, multiples.astype(np.float64)
+    def _part_arrays(self) -> "_PartArrays":
+        parts = [(number, *part) for number, width in enumerate(self.widths) for part in width.parts]
+        widths, groups, channels = np.array(parts, np.int64).reshape(-1, 3).T
+        return _PartArrays(widths, groups, channels.astype(np.float64))
 
     @functools.cached_property
-    def _arrays(self):
-        """For each cost that is known the factors of its terms, and their widths, a row each."""
-        arrays = {}
-        for what, terms in self.terms.items():
+    def _term_arrays(self) -> "dict[str, _TermArrays]":
+        arrays, filler = {}, len(self.widths)
+        for cost, terms in self.terms.items():
             if terms is not None:
-                longest = max((len(axes) for _, axes in terms), default=0)
-                rows = [[*axes, *[len(self.widths)] * (longest - len(axes))] for _, axes in terms]
-                factors = np.array([factor for factor, _ in terms], np.float64)
-                arrays[what] = factors, np.array(rows, np.int64).reshape(len(rows), longest)
+                longest = max((len(term.widths) for term in terms), default=0)
+                rows = [[*term.widths, *[filler] * (longest - len(term.widths))] for term in terms]
+                factors = np.array([term.factor for term in terms], np.float64)
+                arrays[cost] = _TermArrays(factors, np.array(rows, np.int64).reshape(len(rows), longest))
         return arrays
 
     @functools.cached_property
-    def _places(self):
-        sizes, places, first, last = np.array(self.memory, np.float64).reshape(-1, 4).T
-        return sizes, places.astype(int), first.astype(int), last.astype(int)
+    def _buffer_arrays(self) -> "_BufferArrays":
+        sizes, widths, first, last = np.array(self.memory, np.float64).reshape(-1, 4).T
+        return _BufferArrays(sizes, widths.astype(int), first.astype(int), last.astype(int))
 
-    def _alive(self, widths):
-        """Bytes that are alive at each step."""
-        sizes, places, first, last = self._places
-        change = np.zeros(int(last.max(initial=0)) + 2)
-        sizes = sizes * widths[places]
-        np.add.at(change, first, sizes)
-        np.add.at(change, last + 1, -sizes)
-        return np.cumsum(change)
-
-    def to_dict(self):
-        """The costs as dicts, lists and numbers."""
+    def to_dict(self) -> dict[str, Any]:
+        """The costs as dicts, tuples and numbers, which JSON can hold."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, content):
-        """What `to_dict` made, also after a way through JSON."""
-        return cls(**{name: _frozen(value) for name, value in content.items()})
+    def from_dict(cls, content: Mapping[str, Any]) -> "GroupCosts":
+        """The costs that `to_dict` returned, also after a way through JSON."""
+        widths = tuple(
+            Width(fixed, tuple(WidthPart(*part) for part in parts)) for fixed, parts in content["widths"]
+        )
+        terms = {
+            cost: None if terms is None else tuple(Term(factor, tuple(numbers)) for factor, numbers in terms)
+            for cost, terms in content["terms"].items()
+        }
+        memory = content["memory"]
+        buffers = None if memory is None else tuple(Buffer(*buffer) for buffer in memory)
+        return cls(widths, terms, buffers, content["num_groups"])
 
 
-def _frozen(value):
-    """Lists as tuples, to any depth."""
-    if isinstance(value, Mapping):
-        return {key: _frozen(one) for key, one in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+class _PartArrays(NamedTuple):
+    """All parts of all widths, one entry for each part: its width, its group, its channels per unit."""
+
+    widths: IntArray
+    groups: IntArray
+    channels_per_unit: FloatArray
 
 
-def _product(factors, axes, widths):
-    """The values of terms."""
-    return factors * functools.reduce(np.multiply, (widths[column] for column in axes.T), 1.0)
+class _TermArrays(NamedTuple):
+    """The terms of a cost: factors `(num_terms,)`, and rows of width numbers `(num_terms, longest)`."""
+
+    factors: FloatArray
+    widths: IntArray
+
+    def values(self, sizes: FloatArray) -> FloatArray:
+        """The values of the terms `(num_terms,)` for these sizes of all widths."""
+        return self.factors * functools.reduce(np.multiply, (sizes[column] for column in self.widths.T), 1.0)
+
+
+class _BufferArrays(NamedTuple):
+    """All buffers, one entry for each: fields as of `Buffer`."""
+
+    bytes_per_channel: FloatArray
+    widths: IntArray
+    first_steps: IntArray
+    last_steps: IntArray

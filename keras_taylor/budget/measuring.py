@@ -6,7 +6,7 @@ import tempfile
 import keras
 import numpy as np
 
-from keras_taylor.budget.costs import CostModel, weights_of
+from keras_taylor.budget.costs import CostModel, counted_weights
 from keras_taylor.budget.layer_times import LayerTimes
 from keras_taylor.budget.measured_costs import measured_cost_of
 from keras_taylor.exports.artifacts import ExportError, size_on_disk
@@ -126,13 +126,13 @@ class PredictedCosts:
         return {key: surrogate(kept) for key, surrogate in self._surrogates.items()}
 
     @property
-    def by_groups(self):
+    def group_costs(self):
         """Counted costs from how many units each group keeps, as of a `CostModel`."""
-        return self.counted.by_groups
+        return self.counted.group_costs
 
-    def counts(self, kept=None):
+    def units_per_group(self, kept=None):
         """How many units each group keeps, an int64 array."""
-        return self.counted.counts(kept)
+        return self.counted.units_per_group(kept)
 
     def __call__(self, kept=None):
         """Costs with only some units kept (`None`: all): a dict of ints."""
@@ -180,7 +180,7 @@ class WeightBytes:
         self._quantize = VARIANTS[variant].quantize
         self._weights = [
             (len(weight.shape) > 1, factor, [labeled.units_of(axis) for axis in axes])
-            for weight, factor, axes in weights_of(labeled)
+            for weight, factor, axes in counted_weights(labeled)
         ]
 
     def __call__(self, kept):

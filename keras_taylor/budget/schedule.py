@@ -1,97 +1,122 @@
-"""How much must be gone after each round."""
+"""How much is gone after each round, and at each time of a training."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+from keras_taylor.budget.costs import known_cost
+from keras_taylor.budget.goals import Goal
+from keras_taylor.support.types import Costs
+
+# The fraction of the original that a round removes, or a function from the number of a round (from 1 on)
+# to the fraction that is gone after it.
+Increment: TypeAlias = float | Callable[[int], float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """What a round leads to.
+class RoundTarget:
+    """What a round of `compress` has to reach.
 
     Attributes:
-        ceilings: What may be left of each cost after it.
-        stop: Number of the goal that it completes, from 0 on; `None` on the way.
-        share: How much of the way to the last goal is gone after it, from 0 to 1.
+        ceilings: Cost -> how much of it may be left after the round.
+        goal_index: Number of the goal that the round reaches, from 0 on; `None` between two goals.
+        progress: How much of the way to the last goal is behind after the round, from 0 to 1.
     """
 
     ceilings: Mapping[str, float]
-    stop: int | None = None
-    share: float = 1.0
+    goal_index: int | None = None
+    progress: float = 1.0
 
 
-def steps(goals, before, increment):
-    """The rounds that lead to one goal after the other.
+class _Waypoint(NamedTuple):
+    """The start, or a goal: the fraction of the leading cost that is gone there, and what may be left."""
+
+    fraction: float
+    ceilings: Mapping[str, float]
+
+
+def schedule_rounds(goals: Sequence[Goal], original: Costs, increment: Increment) -> list[RoundTarget]:
+    """The targets of the rounds that lead to one goal after the other.
+
+    The leading cost is the one of which the last goal removes the largest fraction. It falls by one
+    increment in each round; the others fall in proportion between two goals.
 
     Args:
-        goals: `goals.Goal`s with the same parts, each asking for more than the one before.
-        before: Costs of the whole model.
-        increment: As in `fractions`, of the cost of which most must go.
+        goals: Goals about the same costs, each asking for more than the one before.
+        original: Costs of the original model.
+        increment: The fraction of the leading cost that a round removes, as in `removed_fractions`.
 
     Returns:
-        A list of `Step`s, empty for a goal that is met already.
+        One target for each round; no target if the original meets the last goal already.
 
     Raises:
-        ValueError: for an increment that is none, for goals that do not rise.
+        ValueError: for a value that is no increment, and for goals that do not ask for more and more.
     """
-    wanted = [goal.fractions(before) for goal in goals]
-    lead = max(wanted[-1], key=wanted[-1].get)
-    stops = [fraction[lead] for fraction in wanted]
-    for first, then in itertools.pairwise(wanted):
-        if then[lead] <= first[lead] or any(then[what] < first[what] for what in then):
+    fractions = [goal.fractions_to_remove(original) for goal in goals]
+    lead = max(fractions[-1], key=lambda cost: fractions[-1][cost])
+    for first, then in itertools.pairwise(fractions):
+        if then[lead] <= first[lead] or any(then[cost] < first[cost] for cost in then):
             raise ValueError(
                 "Several goals are stops on one way down. Expected each to ask for more than the one before "
-                f"it. Received: goal={[dict(goal.parts) for goal in goals]!r}"
+                f"it. Received: goal={[dict(goal.targets) for goal in goals]!r}"
             )
-    if not stops[-1]:
-        fractions(0.5, increment)  # refuses what is none
-        return []
-    on_the_way = [
-        point
-        for point in fractions(stops[-1], increment)
-        if not any(math.isclose(point, stop, abs_tol=1e-9) for stop in stops)
+    start = _Waypoint(0.0, {cost: float(known_cost(original, cost)) for cost in goals[0].targets})
+    stops = [
+        _Waypoint(one[lead], goal.ceilings(original)) for one, goal in zip(fractions, goals, strict=True)
     ]
-    bounds = list(itertools.pairwise([(0.0, before), *zip(stops, goals, strict=True)]))
-    return [_step(point, stops, bounds, before) for point in sorted([*on_the_way, *filter(None, stops)])]
+    if not stops[-1].fraction:
+        removed_fractions(0.5, increment)  # refuses a value that is no increment
+        return []
+    between = [
+        fraction
+        for fraction in removed_fractions(stops[-1].fraction, increment)
+        if not any(math.isclose(fraction, stop.fraction, abs_tol=1e-9) for stop in stops)
+    ]
+    at_goals = [stop.fraction for stop in stops if stop.fraction]
+    return [_target_at(fraction, [start, *stops]) for fraction in sorted([*between, *at_goals])]
 
 
-def _step(point, stops, bounds, before):
-    """The step at a fraction gone of the leading cost, straight between the goals around it."""
-    if point in stops:
-        number = stops.index(point)
-        return Step(bounds[number][1][1].ceilings(before), number, point / stops[-1])
-    (start, since), (stop, goal) = next(pair for pair in bounds if point < pair[1][0])
-    part, ends = (point - start) / (stop - start), goal.ceilings(before)
-    starts = since if since is before else since.ceilings(before)
-    ceilings = {what: starts[what] + part * (end - starts[what]) for what, end in ends.items()}
-    return Step(ceilings, share=point / stops[-1])
+def _target_at(fraction: float, waypoints: Sequence[_Waypoint]) -> RoundTarget:
+    """The target at a fraction of the leading cost; between two waypoints the ceilings are interpolated."""
+    progress = fraction / waypoints[-1].fraction
+    for index, goal in enumerate(waypoints[1:]):
+        if goal.fraction == fraction:
+            return RoundTarget(goal.ceilings, index, progress)
+    last, following = next(pair for pair in itertools.pairwise(waypoints) if fraction < pair[1].fraction)
+    part = (fraction - last.fraction) / (following.fraction - last.fraction)
+    ceilings = {
+        cost: last.ceilings[cost] + part * (ceiling - last.ceilings[cost])
+        for cost, ceiling in following.ceilings.items()
+    }
+    return RoundTarget(ceilings, progress=progress)
 
 
-def fractions(goal, increment):
-    """Fractions of the original to be gone after each round, the last one the goal.
+def removed_fractions(goal: float, increment: Increment) -> list[float]:
+    """Fractions of the original that are gone after each round; the last one is the goal.
 
     Args:
         goal: Fraction to remove in the end, above 0 and below 1.
-        increment: Fraction of the original removed a round; or a schedule, a function
-            from the round's number (from 1 on) to the fraction gone after it, which
-            ends the run when it reaches the goal.
+        increment: Fraction of the original that a round removes, above 0 and at most 1. Or a function from
+            the number of a round (from 1 on) to the fraction that is gone after it; the rounds end when it
+            reaches the goal.
 
     Returns:
         A list of floats, rising to `goal`.
 
     Raises:
-        ValueError: for an increment that is no such number, a schedule that does not rise.
+        ValueError: for a value that is no increment, and for a function that does not rise.
 
     Example:
 
-    >>> fractions(0.3, 0.125)
+    >>> removed_fractions(0.3, 0.125)
     [0.125, 0.25, 0.3]
     """
     if callable(increment):
-        return _from_schedule(goal, increment)
-    number = isinstance(increment, (int, float)) and not isinstance(increment, bool)
-    if not number or not 0 < increment <= 1:
+        return _follow_schedule(goal, increment)
+    is_number = isinstance(increment, (int, float)) and not isinstance(increment, bool)
+    if not is_number or not 0 < increment <= 1:
         raise ValueError(
             "`increment` is the fraction of the original removed a round. Expected a number above 0 "
             f"and at most 1, or a function of the round's number. Received: increment={increment!r}"
@@ -100,8 +125,23 @@ def fractions(goal, increment):
     return [increment * number for number in range(1, num_rounds)] + [goal]
 
 
-def removed_at(schedule, goal):
-    """The fraction to be gone as a function of time, for pruning while training.
+def _follow_schedule(goal: float, schedule: Callable[[int], float]) -> list[float]:
+    """What `removed_fractions` returns for a function."""
+    fractions = [0.0]
+    while fractions[-1] < goal:
+        fraction = float(schedule(len(fractions)))
+        if not fraction > fractions[-1]:
+            raise ValueError(
+                f"The schedule does not rise at round {len(fractions)}: {fractions[-1]} is followed by "
+                f"{fraction}. Expected a function from the round's number to the fraction gone after it. "
+                f"Received: increment={schedule!r}"
+            )
+        fractions.append(min(fraction, goal))
+    return fractions[1:]
+
+
+def removal_schedule(schedule: str | Callable[[float], float], goal: float) -> Callable[[float], float]:
+    """The fraction that is gone as a function of time, for pruning while training.
 
     With t the part of the time that is over, from 0 to 1:
 
@@ -109,42 +149,37 @@ def removed_at(schedule, goal):
     |---|---|---|
     | "linear" | goal t | |
     | "cubic" | goal (1 - (1 - t)^3) | Zhu and Gupta 2017 (arXiv 1710.01878), eq. 1 |
-    | "exponential" | 1 - (1 - goal)^t | the same share of what is left each time |
+    | "exponential" | 1 - (1 - goal)^t | each time the same share of what is left |
     | a function | goal schedule(t) | |
 
     Args:
         schedule: One of these.
-        goal: Fraction to be gone at time 1.
+        goal: Fraction that is gone at time 1.
 
     Returns:
-        A function from a float to a float, which is `goal` at 1.
+        A function from a float to a float. It is `goal` at time 1, and never more.
 
     Raises:
         ValueError: for anything else.
+
+    Example:
+
+    >>> removal_schedule("linear", 0.3)(0.5)
+    0.15
     """
-    named = {
+    named: dict[str, Callable[[float], float]] = {
         "linear": lambda t: goal * t,
         "cubic": lambda t: goal * (1 - (1 - t) ** 3),
         "exponential": lambda t: 1 - (1 - goal) ** t,
     }
-    if not callable(schedule) and schedule not in named:
+    if callable(schedule):
+        own = schedule
+        function: Callable[[float], float] = lambda t: goal * float(own(t))  # noqa: E731
+    elif schedule in named:
+        function = named[schedule]
+    else:
         raise ValueError(
             f"Unknown schedule. Expected one of {', '.join(named)}, or a function from the part of the "
             f"time to the part of the goal. Received: schedule={schedule!r}"
         )
-    function = named[schedule] if not callable(schedule) else lambda t: goal * float(schedule(t))
     return lambda t: goal if t > 1 - 1e-9 else min(goal, function(t))
-
-
-def _from_schedule(goal, schedule):
-    steps = [0.0]
-    while steps[-1] < goal:
-        step = float(schedule(len(steps)))
-        if not step > steps[-1]:
-            raise ValueError(
-                f"The schedule does not rise at round {len(steps)}: {steps[-1]} is followed by {step}. "
-                "Expected a function from the round's number to the fraction gone after it. "
-                f"Received: increment={schedule!r}"
-            )
-        steps.append(min(step, goal))
-    return steps[1:]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 import keras
 import typer
 
-from keras_taylor.budget.goals import goal_of_texts
+from keras_taylor.budget.goals import goals_from_texts
 from keras_taylor.cli.data_files import Examples, load_data
 from keras_taylor.cli.model_files import FileError, load_model
 from keras_taylor.cli.signatures import OptionGroup
@@ -277,7 +277,7 @@ def parse_numbers(text: str) -> list[float] | None:
 
 def parse_goal_texts(texts: list[str] | None) -> GoalArgument:
     """The goal that `--goal` asks for, 0.3 by default."""
-    return goal_of_texts(texts or ["0.3"])
+    return goals_from_texts(texts or ["0.3"])
 
 
 def check_variant(name: str) -> str:

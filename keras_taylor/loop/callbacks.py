@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_taylor.budget.goals import parse_goal
-from keras_taylor.budget.schedule import removed_at
+from keras_taylor.budget.schedule import removal_schedule
 from keras_taylor.loop.metric_limit import MetricLimit, parse_metric_limit, refuse_old_limit_arguments
 from keras_taylor.loop.wrapper import PrunableModel, check_momentum
 from keras_taylor.support.console import Reporter
@@ -79,7 +79,7 @@ class TaylorPruning(keras.callbacks.Callback):
         super().__init__()
         refuse_old_limit_arguments("TaylorPruning", max_drop, others)
         self._goal = parse_goal(goal)
-        removed_at(schedule, 1.0)  # refuses an unknown schedule
+        removal_schedule(schedule, 1.0)  # refuses an unknown schedule
         check_momentum(momentum)
         _check_whole_number("start_epoch", start_epoch, 0)
         if recovery_epochs is not None:
@@ -108,8 +108,10 @@ class TaylorPruning(keras.callbacks.Callback):
         """Checks the goal, and that there is time for it."""
         model, epochs = self.model, self.params["epochs"]
         model.check_goal(self.goal)
-        fractions = self._goal.fractions(model.plan.before)
-        self._removed = {cost: removed_at(self.schedule, part) for cost, part in fractions.items() if part}
+        fractions = self._goal.fractions_to_remove(model.plan.before)
+        self._removed = {
+            cost: removal_schedule(self.schedule, part) for cost, part in fractions.items() if part
+        }
         recovery = self.recovery_epochs
         if recovery is None:
             recovery = max(epochs // 4, int(self._by_epoch))
@@ -160,7 +162,7 @@ class TaylorPruning(keras.callbacks.Callback):
     def on_train_end(self, logs: Logs | None = None) -> None:
         """Restores the best state that kept to the limit, and warns if the goal was missed."""
         restored = self._watch.finish(self.model)
-        missed = self._goal.missed(self.model.plan)
+        missed = self._goal.describe_misses(self.model.plan.after, self.model.plan.before)
         if not missed:
             self.stop_reason = "goal reached"
         else:

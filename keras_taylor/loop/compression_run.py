@@ -8,11 +8,11 @@ import keras
 import numpy as np
 
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.budget.feasibility import reach
+from keras_taylor.budget.feasibility import describe_reach
 from keras_taylor.budget.goals import parse_goals
 from keras_taylor.budget.measured_costs import proxy_cost
 from keras_taylor.budget.measuring import Measurements
-from keras_taylor.budget.schedule import Step, steps
+from keras_taylor.budget.schedule import RoundTarget, schedule_rounds
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.surgery import build_smaller_compiled, copy_model
 from keras_taylor.loop import messages
@@ -100,9 +100,9 @@ class CompressionRun:
         self._before = costs()
         least = self._removal_order_for(labeled)(costs).smallest_mask()
         as_far_as_it_goes = None if max_drop is None else costs(least)
-        self._goals = parse_goals(goal, measurable=True, furthest=as_far_as_it_goes)
+        self._goals = parse_goals(goal, measurable=True, smallest=as_far_as_it_goes)
         for one in self._goals:
-            one.check(self._before)
+            one.check_countable(self._before)
         check_round_to(round_to, self._goals[-1].measured)
         self._measurements = None
         if not self._goals[-1].measured:
@@ -140,12 +140,12 @@ class CompressionRun:
             self._score_data = None
         self._scorer = RoundScorer(
             *(model, self._read, self._score_data, criterion),
-            *(proxy_cost(next(iter(self._goals[-1].parts))), self._fit_kwargs.get("class_weight")),
+            *(proxy_cost(next(iter(self._goals[-1].targets))), self._fit_kwargs.get("class_weight")),
         )
         if self._goals[-1].measured:  # takes a while, so after all that may be wrong with the call
             self._measure(labeled)
             self._set_out(labeled, self._removal_order_for(labeled)(costs).smallest_mask())
-        about = {"goal": self._goals[-1].parts, "criterion": criterion, "round_to": self._limits.round_to}
+        about = {"goal": self._goals[-1].targets, "criterion": criterion, "round_to": self._limits.round_to}
         self.info = Info.before_a_run(labeled, self._before, exact, **about)
         self._plans, self._inputs = [], None  # of the completed rounds; of repairs
         limits = {f.name: limit and getattr(limit, f.name) for f in dataclasses.fields(MetricLimit)}
@@ -168,8 +168,8 @@ class CompressionRun:
 
     def _set_out(self, labeled, least):
         """Finds the steps to the goals; refuses goals out of reach."""
-        last = Step(self._goals[-1].ceilings(self._before), stop=len(self._goals) - 1)
-        self._steps = steps(self._goals, self._before, self._increment)
+        last = RoundTarget(self._goals[-1].ceilings(self._before), goal_index=len(self._goals) - 1)
+        self._steps = schedule_rounds(self._goals, self._before, self._increment)
         if not self._steps and self._limits.bounds(labeled).least.any():
             self._steps = [last]  # the ratios ask for more than the goals
         self._least = self._costs(labeled)(least)
@@ -192,7 +192,7 @@ class CompressionRun:
                     self._stop(reason, expected=self._given_goal is None)
                 else:
                     current = small
-                    if self._steps[len(self._plans) - 1].stop is not None:
+                    if self._steps[len(self._plans) - 1].goal_index is not None:
                         models.append(current)
                 self._back_up(current)
         except Diverged as error:
@@ -229,9 +229,9 @@ class CompressionRun:
 
     def _open_backups(self, directory, limit):
         """Looks for the state of a run of the same call; refuses that of another."""
-        goals = [dict(goal.parts) for goal in self._goals]
-        furthest = max(self._goals[-1].fractions(self._before).values())
-        schedule = [round(step.share * furthest, 9) for step in self._steps]
+        goals = [dict(goal.targets) for goal in self._goals]
+        furthest = max(self._goals[-1].fractions_to_remove(self._before).values())
+        schedule = [round(step.progress * furthest, 9) for step in self._steps]
         call = describe_call(
             self._original,
             goal=goals if goals[1:] else goals[0],
@@ -255,7 +255,7 @@ class CompressionRun:
             validation_split=self._fit_kwargs.get("validation_split"),
             examples=self._feed.num_examples,
         )
-        stops = {number for number, step in enumerate(self._steps, 1) if step.stop is not None}
+        stops = {number for number, step in enumerate(self._steps, 1) if step.goal_index is not None}
         backups = Backups(directory, call, keep=stops)
         if backups.state is None:
             self._seed = drawn_seed()
@@ -265,7 +265,7 @@ class CompressionRun:
             if self._measurements:  # times are never the same again: what was measured then counts
                 self._before = self.info.before
                 self._limits = dataclasses.replace(self._limits, round_to=self.info.round_to)
-                self._steps = steps(self._goals, self._before, self._increment)
+                self._steps = schedule_rounds(self._goals, self._before, self._increment)
         return backups
 
     def _so_far(self):
@@ -278,7 +278,7 @@ class CompressionRun:
         self._reporter.say(f"resumed after round {len(self._plans)} of {len(self._steps)} from {state.path}")
         current = restore_model(self._original, state)
         for number, step in enumerate(self._steps[: len(self._plans)], 1):
-            if step.stop is not None:
+            if step.goal_index is not None:
                 last = number == len(self._plans)
                 models.append(
                     current if last else restore_model(self._original, self._backups.of_round(number))
@@ -313,8 +313,10 @@ class CompressionRun:
             history, step_losses = self._fine_tune(
                 small, model, self._reporter.callback(f"{name}: fine-tuning")
             )
-        judged = self._watched is not None or step.stop is not None
-        measured = self._measurements.measure(small) if self._measurements and step.stop is not None else {}
+        judged = self._watched is not None or step.goal_index is not None
+        measured = (
+            self._measurements.measure(small) if self._measurements and step.goal_index is not None else {}
+        )
         layers = {n: [p.width, len(p.kept)] for n, p in plan.layers.items()}
         done = Round(
             *(number, {**plan.after, **measured}, layers, history, step_losses, clock.seconds),
@@ -338,10 +340,15 @@ class CompressionRun:
     def _accept(self, plan, total, step):
         self._plans.append(plan)
         self.info.plan, self.info.after = total, dict(self.info.rounds[-1].costs)
-        if step.stop is not None:
-            goal, done = self._goals[step.stop], self.info.rounds[-1]
+        if step.goal_index is not None:
+            goal, done = self._goals[step.goal_index], self.info.rounds[-1]
             self.info.stops.append(
-                {"goal": dict(goal.parts), "round": done.number, "costs": done.costs, "metrics": done.metrics}
+                {
+                    "goal": dict(goal.targets),
+                    "round": done.number,
+                    "costs": done.costs,
+                    "metrics": done.metrics,
+                }
             )
 
     def _read(self, model):
@@ -353,7 +360,7 @@ class CompressionRun:
     def _request(self, step):
         """The `RemovalRequest` of a step."""
         return RemovalRequest(
-            *(step.ceilings, self._given_goal, self._limits, self._selection, self._whole, step.share)
+            *(step.ceilings, self._given_goal, self._limits, self._selection, self._whole, step.progress)
         )
 
     def _kept(self, labeled, flat, step):
@@ -361,7 +368,7 @@ class CompressionRun:
 
     def _fitting(self, labeled, flat, step):
         """The units that stay after a step; where a goal is reached, what is measured holds, too."""
-        if self._measurements is None or step.stop is None:
+        if self._measurements is None or step.goal_index is None:
             return self._kept(labeled, flat, step)
 
         def removal_order_for(costs):
@@ -400,7 +407,7 @@ class CompressionRun:
             rate=self._rate,
             epochs=self._fit_kwargs.get("epochs", 1),
         )
-        for line in [*lines, *reach(self._goals, self._before, self._least)]:
+        for line in [*lines, *describe_reach(self._goals, self._before, self._least)]:
             self._reporter.say(line)
         if not self._plans:
             copy = copy_model(self._original)  # evaluating leaves traces

@@ -342,10 +342,10 @@ class _Pruning:
             _check_num_units(int(goal))
             return self._removal_order(unit_scores, kept).mask_after(int((~kept).sum()) + goal)
         wanted, before = parse_goal(goal), self.costs()
-        wanted.check(before)
+        wanted.check_countable(before)
         if wanted.is_met(self.costs(kept), before):
             return kept
-        closed = self.costs.counts() - self.costs.counts(kept)
+        closed = self.costs.units_per_group() - self.costs.units_per_group(kept)
         request = RemovalRequest(
             *(wanted.ceilings(before), goal, self._limits, self._selection), num_closed=closed
         )

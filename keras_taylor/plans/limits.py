@@ -49,7 +49,7 @@ class Limits:
         return cls(selection.round_to, selection.min_channels, ratios)  # type: ignore[arg-type]  # checks itself
 
     def bounds(
-        self, labeled: LabeledModel, original_widths: Mapping[str, int] | None = None, share: float = 1.0
+        self, labeled: LabeledModel, original_widths: Mapping[str, int] | None = None, progress: float = 1.0
     ) -> RemovalBounds:
         """How many units of each group leave, at least and at most.
 
@@ -57,8 +57,8 @@ class Limits:
             labeled: The model.
             original_widths: Group -> number of its units in the original, which the ratios are shares of;
                 `None`: the model is the original.
-            share: How much of the way to the goal is behind after this removal, from 0 to 1. The same share
-                of the least ratios holds.
+            progress: How much of the way to the goal is behind after this removal, from 0 to 1. The same
+                share of the least ratios holds.
         """
         least, most = [], []
         for group in labeled.groups:
@@ -67,7 +67,7 @@ class Limits:
             first, last = _whole_numbers(low, high, original)
             gone = original - group.num_units
             most.append(max(min(last - gone, group.num_units - min(self.min_channels, group.num_units)), 0))
-            least.append(min(max(int(share * first) - gone, 0), most[-1]))
+            least.append(min(max(int(progress * first) - gone, 0), most[-1]))
         return RemovalBounds(np.array(least, np.int64), np.array(most, np.int64))
 
 

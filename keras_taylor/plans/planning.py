@@ -75,7 +75,7 @@ def make_plan(
     selection = selection.for_criterion(getattr(scores, "criterion", None))
     labeled = label_model(model, include, exclude, exact)
     costs = CostModel(labeled)
-    wanted.check(costs())
+    wanted.check_countable(costs())
     unit_scores = flatten_scores(labeled, scores)
     limits = Limits.from_selection(selection, labeled)
     request = RemovalRequest(wanted.ceilings(costs()), goal, limits, selection)
@@ -104,7 +104,7 @@ def structure_of(labeled, costs, flat=None):
     flat = np.full(labeled.num_units, np.inf) if flat is None else flat
     ranked = np.argsort(flat, kind="stable")[: np.isfinite(flat).sum()]
     groups = {group.name: group.num_units for group in labeled.groups}
-    return PlanStructure(groups, layers, tuple(ranked.tolist()), costs.by_groups)
+    return PlanStructure(groups, layers, tuple(ranked.tolist()), costs.group_costs)
 
 
 def kept_units(labeled, plan):

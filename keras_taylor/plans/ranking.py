@@ -7,7 +7,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from keras_taylor.budget.costs import CostFunction, known_cost
-from keras_taylor.budget.feasibility import unreachable
+from keras_taylor.budget.feasibility import unreachable_goal_error
 from keras_taylor.budget.measured_costs import proxy_ceilings
 from keras_taylor.plans.limits import Limits, RemovalBounds
 from keras_taylor.plans.selection import Selection
@@ -28,7 +28,7 @@ class RemovalRequest:
         limits: How many units each group must and may lose.
         selection: Its `scope`, `rank` (`None`: "score") and `balance` count here.
         original_widths: Group -> number of its units in the original; `None`: the model is the original.
-        share: How much of the way to the last goal is behind after this removal, from 0 to 1; see
+        progress: How much of the way to the last goal is behind after this removal, from 0 to 1; see
             `Limits.bounds`.
         num_closed: How many units of each group, those with the lowest scores, are gone in any case: an
             int64 array `(num_groups,)`; `None`: no unit.
@@ -39,12 +39,12 @@ class RemovalRequest:
     limits: Limits = dataclasses.field(default_factory=Limits)
     selection: Selection = dataclasses.field(default_factory=Selection)
     original_widths: Mapping[str, int] | None = None
-    share: float = 1.0
+    progress: float = 1.0
     num_closed: IntArray | None = None
 
     def bounds(self, labeled: LabeledModel) -> RemovalBounds:
         """How many units of each group leave, those among them that are gone in any case."""
-        bounds = self.limits.bounds(labeled, self.original_widths, self.share)
+        bounds = self.limits.bounds(labeled, self.original_widths, self.progress)
         if self.num_closed is None:
             return bounds
         return RemovalBounds(*(np.maximum(bound, self.num_closed) for bound in bounds))
@@ -74,7 +74,7 @@ class RemovalOrder:
         limits = limits or Limits()
         least, most = bounds or limits.bounds(labeled)
         self._costs, self._round_to = costs, limits.round_to
-        self._group_sizes = costs.counts()
+        self._group_sizes = costs.units_per_group()
         self._group_of = np.repeat(np.arange(len(self._group_sizes)), self._group_sizes)
         self._ranked = np.lexsort((unit_scores, self._group_of))  # within each group, the lowest score first
         starts = np.array([group.start for group in labeled.groups], np.int64)
@@ -149,9 +149,9 @@ def order_removals(
     if selection.scope == "layer":
         return even_order
     # no floor is above the even cut, so the goal stays in reach
-    floors = np.ceil(selection.balance * costs.counts(even_mask)).astype(np.int64)
+    floors = np.ceil(selection.balance * costs.units_per_group(even_mask)).astype(np.int64)
     num_closed = 0 if request.num_closed is None else request.num_closed
-    most = np.maximum(np.minimum(most, costs.counts() - floors), num_closed)
+    most = np.maximum(np.minimum(most, costs.units_per_group() - floors), num_closed)
     bounds = RemovalBounds(np.minimum(least, most), most)
     if selection.rank == "cost":
         ceilings = proxy_ceilings(request.ceilings, costs())
@@ -169,7 +169,7 @@ def units_to_keep(
     """
     kept = order.largest_mask_within(request.ceilings)
     if kept is None:
-        raise unreachable(
+        raise unreachable_goal_error(
             *(labeled, costs, order.smallest_mask()),
             *(request.ceilings, request.goal, bool(request.limits.ratios)),
         )
@@ -248,8 +248,8 @@ class _RelaxedKnapsack:
     """
 
     def __init__(self, costs: CostFunction, unit_scores: FloatArray, ceilings: Mapping[str, float]) -> None:
-        self._costs, self._unit_scores, self._ceilings = costs.by_groups, unit_scores, ceilings
-        self._group_sizes = costs.counts()
+        self._costs, self._unit_scores, self._ceilings = costs.group_costs, unit_scores, ceilings
+        self._group_sizes = costs.units_per_group()
         self._group_of = np.repeat(np.arange(self._group_sizes.size), self._group_sizes)
 
     def places(self, bounds: RemovalBounds) -> FloatArray:
@@ -282,7 +282,7 @@ class _RelaxedKnapsack:
         excess = self._excess(counts)
         if not excess:
             return units[np.argsort(self._unit_scores[units], kind="stable")]
-        per_group = np.array([self._costs.slopes(counts, cost) / excess[cost] for cost in excess])
+        per_group = np.array([self._costs.gradient(counts, cost) / excess[cost] for cost in excess])
         savings = per_group[:, self._group_of[units]]
         scores = self._unit_scores[units]
         saved = _dual_variables(scores, savings) @ savings

@@ -154,7 +154,7 @@ def analyze(
         scan = SensitivityScan(labeled, ds, batch_size, steps_per_epoch, fractions, criterion, num_examples)
     costs = CostModel(labeled)
     before, after = costs(), costs(_with_one_each(labeled))
-    alone = costs.each_alone()
+    alone = costs.with_one_group_cut()
     return Analysis(
         groups=tuple(labeled.groups + labeled.locked_groups),
         costs=before,
