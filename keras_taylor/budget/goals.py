@@ -191,11 +191,11 @@ def _is_target(cost: object, value: object, is_dict: bool) -> bool:
 
 
 def _is_fraction(value: object) -> bool:
-    return isinstance(value, (float, np.floating)) and 0 < value < 1
+    return isinstance(value, (float, np.floating)) and bool(0 < value < 1)
 
 
 def _is_amount(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value > 0)
 
 
 def _measured_costs_hint(targets: Mapping[str, object]) -> str:

@@ -124,7 +124,8 @@ class GroupCosts:
                 others = terms._replace(widths=np.delete(terms.widths, number, 1))
                 np.add.at(by_width, terms.widths[:, number], others.values(sizes))
         parts = self._part_arrays
-        return np.bincount(parts.groups, parts.channels_per_unit * by_width[parts.widths], self.num_groups)
+        by_part = parts.channels_per_unit * by_width[parts.widths]
+        return np.bincount(parts.groups, by_part, self.num_groups).astype(np.float64)
 
     def _sums_after(
         self, cost: str, sizes: FloatArray, losses: Sequence[Mapping[int, float]]
@@ -137,7 +138,8 @@ class GroupCosts:
         for number, term in enumerate(terms):
             for width in set(term.widths):
                 terms_of_width.setdefault(width, []).append(number)
-        total, sums = math.fsum(products), []
+        total = math.fsum(products)
+        sums: list[int | None] = []
         for lost in losses:
             changes = []
             for number in {n for width in lost for n in terms_of_width.get(width, ())}:
