@@ -13,9 +13,10 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.planning import kept_units, plan_of
 from keras_taylor.plans.ranking import RemovalOrder
-from keras_taylor.reading.graph import num_inbound_nodes, read_model
+from keras_taylor.reading.graph import read_model
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gated_model import GatedModel
+from keras_taylor.support.keras_internals import num_inbound_nodes, output_structure
 
 BACKEND = keras.backend.backend()
 # Models with insides that are opened: what is made of them is Functional.
@@ -79,7 +80,7 @@ def targets_of(model, x, seed=2):
     """Random targets in the structure of the model's outputs."""
     random = np.random.default_rng(seed)
     arrays = [random.random(y.shape).astype("float32") for y in predict(model, x)]
-    structure = arrays[0] if len(arrays) == 1 else read_model(model).model._outputs_struct
+    structure = arrays[0] if len(arrays) == 1 else output_structure(read_model(model).model)
     return keras.tree.pack_sequence_as(structure, arrays)
 
 

@@ -17,11 +17,17 @@ from keras_taylor.reading.tracing import (
     functional_view,
     is_functional,
     is_openable,
-    nodes,
     trace_layer,
 )
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.keras_internals import (
+    input_structure,
+    nodes_in_order,
+    output_structure,
+    producer,
+    sequential_function,
+)
 from keras_taylor.support.types import Shape, Tree
 
 
@@ -195,11 +201,6 @@ def single_layer_graph(layer: keras.Layer, name: str, input_shape: Shape, output
     call = Call(0, name, layer, site, (TensorRef(0),), {}, inputs=(0,), outputs=(1,))
     root = SubmodelGraph(layer, [], [], (), (site,))
     return Graph(layer, [call], [input_shape, output_shape], (0,), (1,), root, {}, {})
-
-
-def num_inbound_nodes(layer: keras.Layer) -> int:
-    """How often a layer was called symbolically."""
-    return len(layer._inbound_nodes)
 
 
 def _check_plain_weights(graph: Graph) -> None:
@@ -434,15 +435,15 @@ def _read_submodel(model: keras.Model, name: str) -> SubmodelGraph:
 
 def _submodel_graph(model: keras.Layer, function: keras.Function) -> SubmodelGraph:
     """The graph of a model or layer, given the function that it computes."""
-    inputs, outputs = function._inputs_struct, function._outputs_struct
+    inputs = input_structure(function)
     return SubmodelGraph(
         model=model,
         inputs=inputs,
-        outputs=outputs,
-        input_layers=tuple(t._keras_history.operation for t in keras.tree.flatten(inputs)),
+        outputs=output_structure(function),
+        input_layers=tuple(map(producer, keras.tree.flatten(inputs))),
         sites=tuple(
             Site(node.operation, node.arguments.args, node.arguments.kwargs, tuple(node.outputs))
-            for node in nodes(function)
+            for node in nodes_in_order(function)
         ),
     )
 
@@ -450,13 +451,14 @@ def _submodel_graph(model: keras.Layer, function: keras.Function) -> SubmodelGra
 def _function_of(model: keras.Model, name: str) -> keras.Function:
     """The `keras.Function` behind a model: the model itself, or the one that a Sequential builds."""
     if isinstance(model, keras.Sequential):
-        if not model.built or model._functional is None:
+        function = sequential_function(model) if model.built else None
+        if function is None:
             raise ValueError(
                 f"Model '{name}' is not built: its weights do not exist yet. Give it a "
                 "`keras.Input` as its first layer, or call it once on a batch of data. "
                 f"Received: model={model!r}"
             )
-        return model._functional
+        return function
     if is_functional(model):
         return model
     raise UnsupportedModelError(

@@ -1,11 +1,11 @@
 """Opens models and layers whose insides can only be seen by running them."""
 
 import contextlib
-import functools
 import inspect
 import math
 import sys
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import keras
 
@@ -13,22 +13,48 @@ from keras_taylor.rules.attention import is_attention
 from keras_taylor.rules.base import is_from_keras
 from keras_taylor.rules.registry import REGISTERED
 from keras_taylor.support.identity import IdentityMap, IdentitySet
+from keras_taylor.support.keras_internals import (
+    Node,
+    call_records,
+    compile_arguments,
+    count_calls,
+    functional_class,
+    input_structure,
+    layers_inside,
+    node_arguments,
+    nodes_in_order,
+    output_structure,
+)
+from keras_taylor.support.types import Shape, Tree
 
-# What a model's class may override, and another model would not run.
+# Methods of training that a model's class may override. Another model would not run them.
 _TRAINING_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 _PLAIN_TYPES = (int, float, str, bool, slice, type(None))
 _SETTING_TYPES = (*_PLAIN_TYPES, tuple, list)
 
 
 class UnsupportedModelError(ValueError):
-    """A model that cannot be read, with the layer's name and the way out."""
+    """A model that cannot be read or pruned. The message names the layer and says what to do.
+
+    Example:
+        >>> class Gated(keras.Model):
+        ...     def call(self, x):
+        ...         return x if keras.ops.max(x) > 0 else -x
+        >>> gated = Gated()
+        >>> outputs = gated(x[:2])
+        >>> try:
+        ...     keras_taylor.analyze(gated)
+        ... except keras_taylor.UnsupportedModelError as error:
+        ...     print("cannot be opened" in str(error))
+        True
+    """
 
 
 class LayerStaysClosed(Exception):
-    """A layer whose insides cannot be seen; the message says why."""
+    """The insides of a layer cannot be seen. The message says why."""
 
 
-def functional_view(model):
+def functional_view(model: keras.Model) -> keras.Model:
     """A Functional model over the layers of a subclassed one: the same weights, compiled alike.
 
     Sequential and Functional models are returned as they are.
@@ -49,9 +75,9 @@ def functional_view(model):
         )
     try:
         shape = _recorded_input_shapes(model)
-        view = _trace(model, _make_inputs(shape, "float32"), make=keras.Model)
+        view = _trace_model(model, _make_inputs(shape, "float32"))
         if _feeds_only_embeddings(view):
-            view = _trace(model, _make_inputs(shape, "int32"), make=keras.Model)
+            view = _trace_model(model, _make_inputs(shape, "int32"))
     except LayerStaysClosed as reason:
         raise UnsupportedModelError(
             f"Model '{model.name}' is a subclassed model (class `{type(model).__name__}`) that cannot be "
@@ -67,16 +93,7 @@ def functional_view(model):
     return view
 
 
-def compile_arguments(model):
-    """What `model.compile` was called with, a dict.
-
-    `get_compile_config()`, the public way, serializes it, which functions and
-    lambdas do not survive; so the record behind it is read here, and only here.
-    """
-    return dict(model._compile_config.config)
-
-
-def trainable_view(model):
+def trainable_view(model: keras.Model) -> keras.Model:
     """`functional_view`, refused for a subclassed model that is trained in its own way."""
     view = functional_view(model)
     name = overridden_training_method(model)
@@ -89,7 +106,15 @@ def trainable_view(model):
     return view
 
 
-def _recorded_input_shapes(model):
+def overridden_training_method(model: keras.Model) -> str | None:
+    """Name of a method of training that a model's class overrides, `None` if it trains as Keras does."""
+    if not isinstance(model, keras.Model):
+        return None
+    overridden = (n for n in _TRAINING_METHODS if getattr(type(model), n) is not getattr(keras.Model, n))
+    return next(overridden, None)
+
+
+def _recorded_input_shapes(model: keras.Model) -> Tree:
     """The input shapes that Keras has on record for a subclassed model."""
     config = model.get_build_config() or {}
     shapes = (
@@ -102,164 +127,177 @@ def _recorded_input_shapes(model):
     return shapes[0]
 
 
-def overridden_training_method(model):
-    """Name of a method of training that a model's class overrides, `None` if it trains as Keras does."""
-    if not isinstance(model, keras.Model):
-        return None
-    return next(
-        (n for n in _TRAINING_METHODS if getattr(type(model), n) is not getattr(keras.Model, n)), None
-    )
+def _make_inputs(shape: Tree, dtype: str, name: str = "input") -> Tree:
+    """`keras.Input`s in the structure of recorded shapes, for any number of examples."""
+    if isinstance(shape, dict):
+        return {key: _make_inputs(one, dtype, key) for key, one in shape.items()}
+    if all(isinstance(size, (int, type(None))) for size in shape):
+        return keras.Input(batch_shape=(None, *shape[1:]), dtype=dtype, name=name)
+    return [_make_inputs(one, dtype, f"{name}_{k}") for k, one in enumerate(shape)]
 
 
-def is_functional(model):
-    """Whether a model's layers and the way between them are on record."""
+def _feeds_only_embeddings(function: keras.Function) -> bool:
+    """Whether the inputs go to embeddings only, which read whole numbers."""
+    inputs = IdentitySet(keras.tree.flatten(input_structure(function)))
+    readers = [
+        node.operation
+        for node in nodes_in_order(function)
+        if any(x in inputs for x in node.arguments.keras_tensors)
+    ]
+    return bool(readers) and all(isinstance(o, keras.layers.Embedding) for o in readers)
+
+
+def is_functional(model: Any) -> bool:
+    """Whether Keras has a record of a model's layers and of how they are connected."""
     if isinstance(model, keras.Sequential):
         return True
     return isinstance(model, keras.Function) and type(model).call is functional_class().call
 
 
-@functools.cache
-def functional_class():
-    """The class that `keras.Model(inputs, outputs)` makes; it has no public name."""
-    inputs = keras.Input((1,))
-    return type(keras.Model(inputs, inputs))
-
-
-def is_openable(operation):
-    """Whether to look into a layer: the user's own ones without a registered rule, and attention."""
+def is_openable(operation: keras.Operation) -> bool:
+    """Whether to look into a layer: attention, and the user's own layers without a registered rule."""
     if not isinstance(operation, keras.Layer) or is_functional(operation) or type(operation) in REGISTERED:
         return False
     return is_attention(operation) or not is_from_keras(type(operation))
 
 
-def trace_layer(layer, args, kwargs):
-    """What a layer does with its arguments, as a `keras.Function` of the tensors among them.
+def trace_layer(layer: keras.Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> keras.Function:
+    """The function that a layer computes from the tensors among its arguments.
 
     Args:
         layer: A built layer. It is not changed.
         args, kwargs: Call arguments, `KerasTensor`s among them.
 
     Returns:
-        The function; its inputs are a list, one for each tensor in the order of the flattened arguments.
+        The function. Its inputs are a list, one for each tensor in the order of the flattened arguments.
 
     Raises:
         LayerStaysClosed: if that cannot be found out; the message says why.
     """
-    # flattened, packed and flattened: mapping would take dicts in another order than flattening does
+    # `map_structure` would visit the entries of a dict in another order than `flatten` does.
     flat = keras.tree.flatten((args, kwargs))
-    for place, x in enumerate(flat):
+    for position, x in enumerate(flat):
         if isinstance(x, keras.KerasTensor):
-            flat[place] = keras.Input(batch_shape=x.shape, dtype=x.dtype, name=f"{layer.name}_{place}")
+            flat[position] = keras.Input(batch_shape=x.shape, dtype=x.dtype, name=f"{layer.name}_{position}")
     args, kwargs = keras.tree.pack_sequence_as((args, kwargs), flat)
     inputs = [x for x in flat if isinstance(x, keras.KerasTensor)]
     if getattr(layer, "quantization_mode", None):
         raise LayerStaysClosed("it is quantized")
-    return _trace(layer, inputs, args, kwargs)
+    return _trace(layer, inputs, args, kwargs, keras.Function)
 
 
-def _trace(layer, inputs, args=None, kwargs=None, make=keras.Function):
-    """The `keras.Function` of a layer's `call`, checked to be the same while training."""
-    args = (inputs,) if args is None else args
-    _refuse_own_weights(layer)
+def _trace_model(model: keras.Model, inputs: Tree) -> keras.Model:
+    """The Functional model that a subclassed one computes from these symbolic inputs."""
+    return _trace(model, inputs, (inputs,), {}, keras.Model)
+
+
+def _trace(
+    layer: keras.Layer,
+    inputs: Tree,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    function_class: Callable[[Tree, Tree], keras.Function],
+) -> keras.Function:
+    """The function of a layer's `call`, checked to be the same while training."""
+    _check_no_own_weights(layer)
     if layer.activity_regularizer is not None:
         raise LayerStaysClosed("it has an activity regularizer of its own")
-    function = _trace_call(layer, inputs, args, kwargs or {}, make)
-    _refuse_computed_weights(layer, function)
-    if "training" in inspect.signature(layer.call).parameters and "training" not in (kwargs or {}):
-        training = _trace_call(layer, inputs, args, {**(kwargs or {}), "training": True})
+    function = _trace_call(layer, inputs, args, kwargs, function_class)
+    _check_no_computed_weights(layer, function)
+    if "training" in inspect.signature(layer.call).parameters and "training" not in kwargs:
+        training = _trace_call(layer, inputs, args, {**kwargs, "training": True}, keras.Function)
         if call_sequence(training) != call_sequence(function):
             raise LayerStaysClosed("its `call` takes another way while training")
     return function
 
 
-def _trace_call(layer, inputs, args, kwargs, make=keras.Function):
+def _trace_call(
+    layer: keras.Layer,
+    inputs: Tree,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    function_class: Callable[[Tree, Tree], keras.Function],
+) -> keras.Function:
+    """The function of one run of a layer's `call`."""
     with _call_records_restored(layer):
         try:
             outputs = layer.call(*_cast_arguments(layer, args), **_cast_arguments(layer, kwargs))
             given = IdentitySet(keras.tree.flatten(inputs))
-            # a sub-model that hands its input through would put out a tensor that has been made already
+            # Each tensor has one producer in the graph, so an input must not be an output as well.
             outputs = keras.tree.map_structure(lambda y: keras.ops.copy(y) if y in given else y, outputs)
-            with recursion_limit_raised(_count_calls(outputs)):
-                function = make(inputs, outputs)
+            symbolic = (y for y in keras.tree.flatten(outputs) if isinstance(y, keras.KerasTensor))
+            with recursion_limit_raised(count_calls(symbolic)):
+                function = function_class(inputs, outputs)
         except Exception as error:
             text = (str(error).strip().splitlines() or [""])[0]
-            open_ended = any(None in x.shape[1:] for x in keras.tree.flatten(inputs))
+            has_unknown_size = any(None in x.shape[1:] for x in keras.tree.flatten(inputs))
             hint = "; an input axis of unknown size may be why (`keras.Input((128,))` gives it one)"
-            hint = hint if open_ended else ""
+            hint = hint if has_unknown_size else ""
             raise LayerStaysClosed(f"{type(error).__name__}: {text}{hint}") from error
     if any(not isinstance(y, keras.KerasTensor) for y in keras.tree.flatten(outputs)):
         raise LayerStaysClosed("its `call` returns something that is no tensor")
-    shapes = IdentityMap()
-    for number, node in enumerate(nodes(function)):
-        arguments = [list(node.arguments.args), node.arguments.kwargs]
-        if any(isinstance(x, keras.Variable) for x in keras.tree.flatten(arguments)):
-            raise LayerStaysClosed("its `call` uses weights outside of layers")
-        if any(callable(x) for x in keras.tree.flatten(arguments)):
-            raise LayerStaysClosed("its `call` branches or loops by functions, whose insides are not seen")
-        if not isinstance(node.operation, keras.Layer):
-            # made by this call, with a name that counts all operations so far; plans go by names
-            node.operation.name = f"{type(node.operation).__name__.lower()}_{number}"
-        _settle_shape(node, shapes)
+    _settle_nodes(function)
     return function
 
 
-@contextlib.contextmanager
-def recursion_limit_raised(num_calls):
-    """Within it Keras can make a model of so many calls, whatever the recursion limit is.
-
-    It goes from the outputs to the inputs by recursion, a frame a call; nothing else here does.
-    """
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(before, 2 * num_calls + 1000))
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(before)
-
-
-def _count_calls(outputs):
-    """How many calls lead to symbolic tensors."""
-    seen, ahead = set(), [y for y in keras.tree.flatten(outputs) if isinstance(y, keras.KerasTensor)]
-    while ahead:
-        operation, number, _ = ahead.pop()._keras_history
-        if (operation, number) not in seen:
-            seen.add((operation, number))
-            ahead.extend(operation._inbound_nodes[number].input_tensors)
-    return len(seen)
+def _settle_nodes(function: keras.Function) -> None:
+    """Checks the calls of a traced function, numbers its operations, and fills in known sizes."""
+    shapes: IdentityMap[keras.KerasTensor, Shape] = IdentityMap()
+    for number, node in enumerate(nodes_in_order(function)):
+        arguments = node_arguments(node)
+        if any(isinstance(x, keras.Variable) for x in arguments):
+            raise LayerStaysClosed("its `call` uses weights outside of layers")
+        if any(callable(x) for x in arguments):
+            raise LayerStaysClosed("its `call` branches or loops by functions, whose insides are not seen")
+        if not isinstance(node.operation, keras.Layer):
+            # Keras counts operations over the whole process, and plans go by names.
+            node.operation.name = f"{type(node.operation).__name__.lower()}_{number}"
+        _settle_sizes(node, shapes)
 
 
-def _settle_shape(node, shapes):
-    """Puts what is known in the place of sizes that the code asked for and that were not known to it.
+def _settle_sizes(node: Node, shapes: IdentityMap[keras.KerasTensor, Shape]) -> None:
+    """Fills in the sizes that a call asked for before they were known.
 
     Args:
-        node: The record of a call.
-        shapes: Shapes of tensors made before it, where more is known of them than they say.
-            Those of its outputs are added.
+        node: The record of the call.
+        shapes: Shapes of earlier tensors that tell more than the tensors do. The call's outputs are added.
     """
     operation = node.operation
-    settings = {}
-    if not isinstance(operation, keras.Layer):  # those that take sizes infer them when they run
+    settings: dict[str, Any] = {}
+    if not isinstance(operation, keras.Layer):  # layers that take sizes infer them when they run
         settings = {k: v for k, v in vars(operation).items() if isinstance(v, (tuple, list)) and None in v}
     if "newshape" in settings:
         first = node.arguments.keras_tensors[0]
         wanted = _infer_newshape(shapes.get(first, first.shape), operation.newshape)
         if wanted.count(None) == 1:
             operation.newshape = tuple(-1 if size is None else size for size in wanted)
-            # one that was made so: copies are made from what an operation was made with
+            # A copy is made from the arguments of `__init__`, so those have to hold the new shape.
             node.operation = type(operation)(operation.newshape)
             node.operation.name = operation.name
             del settings["newshape"]
-    is_resizing = isinstance(operation, keras.layers.Resizing)
-    if {"newshape", "shape", "size"} & settings.keys() or (
-        is_resizing and None in (operation.height, operation.width)
-    ):
+    needs_size = bool({"newshape", "shape", "size"} & settings.keys())
+    if isinstance(operation, keras.layers.Resizing):
+        needs_size = None in (operation.height, operation.width)
+    if needs_size:
         raise LayerStaysClosed(f"its `call` needs a size that is not known ('{operation.name}')")
     is_more_known = node.operation is not operation or any(x in shapes for x in node.arguments.keras_tensors)
     if is_more_known and any(None in x.shape[1:] for x in node.outputs):
         shapes.update(_infer_output_shapes(node, shapes))
 
 
-def _infer_output_shapes(node, shapes):
+def _infer_newshape(old: Shape, new: Iterable[int | None]) -> list[int | None]:
+    """The new shape of a reshape that keeps the batch axis, with the size that a single -1 stands for."""
+    sizes = [None if size in (None, -1) else size for size in new]
+    known = [size for size in old[1:] if size is not None]
+    if old[0] is None and sizes[0] is None and len(known) == len(old) - 1 and sizes[1:].count(None) == 1:
+        rest = math.prod(known) // math.prod(size for size in sizes[1:] if size is not None)
+        sizes = [None, *(rest if size is None else size for size in sizes[1:])]
+    return sizes
+
+
+def _infer_output_shapes(
+    node: Node, shapes: IdentityMap[keras.KerasTensor, Shape]
+) -> IdentityMap[keras.KerasTensor, Shape]:
     """Shapes of a call's outputs, computed again from what is known of its inputs."""
     args, kwargs = keras.tree.map_structure(
         lambda x: keras.KerasTensor(shapes[x], dtype=x.dtype) if x in shapes else x,
@@ -269,55 +307,40 @@ def _infer_output_shapes(node, shapes):
     return IdentityMap((x, tuple(y.shape)) for x, y in zip(node.outputs, outputs, strict=True))
 
 
-def _infer_newshape(old, new):
-    """A new shape of which the first size is that of the batch, with what follows for a -1."""
-    new = [None if size in (None, -1) else size for size in new]
-    if old[0] is None and new[0] is None and None not in old[1:] and new[1:].count(None) == 1:
-        rest = math.prod(old[1:]) // math.prod(size for size in new[1:] if size is not None)
-        new = [None, *(rest if size is None else size for size in new[1:])]
-    return new
-
-
-def _refuse_own_weights(layer):
-    # there is no public way to ask for the layers inside one
-    inside = IdentitySet(w for inner in layer._flatten_layers(include_self=False) for w in inner.weights)
+def _check_no_own_weights(layer: keras.Layer) -> None:
+    inside = IdentitySet(w for inner in layers_inside(layer) for w in inner.weights)
     own = [w for w in layer.weights if w not in inside]
     if own:
         raise LayerStaysClosed(f"it has weights of its own ('{own[0].name}')")
 
 
-def _refuse_computed_weights(layer, function):
-    """Refuses layers inside that run on values of their own (positions): these would become constants."""
-    steps = nodes(function)
-    arguments = keras.tree.flatten([[list(node.arguments.args), node.arguments.kwargs] for node in steps])
+def _check_no_computed_weights(layer: keras.Layer, function: keras.Function) -> None:
+    """Refuses layers inside that run on constants, such as positions: their outputs would be constants."""
+    nodes = nodes_in_order(function)
+    arguments = [x for node in nodes for x in node_arguments(node)]
     if not any(keras.ops.is_tensor(x) and not isinstance(x, keras.KerasTensor) for x in arguments):
         return
-    seen = IdentitySet(w for node in steps for w in getattr(node.operation, "weights", ()))
-    for inner in layer._flatten_layers(include_self=False):
+    seen = IdentitySet(w for node in nodes for w in getattr(node.operation, "weights", ()))
+    for inner in layers_inside(layer):
         if inner.weights and not any(w in seen for w in inner.weights):
             raise LayerStaysClosed(f"it calls '{inner.name}' on values that do not come from its inputs")
 
 
-def _cast_arguments(layer, arguments):
+def _cast_arguments(layer: keras.Layer, arguments: Tree) -> Tree:
     """Arguments cast as the layer casts its inputs."""
     wanted = layer.compute_dtype
 
-    def cast(x):
-        is_other = isinstance(x, keras.KerasTensor) and "float" in x.dtype and x.dtype != wanted
-        return keras.ops.cast(x, wanted) if is_other else x
+    def cast(x: Any) -> Any:
+        differs = isinstance(x, keras.KerasTensor) and "float" in x.dtype and x.dtype != wanted
+        return keras.ops.cast(x, wanted) if differs else x
 
     return keras.tree.map_structure(cast, arguments) if layer.autocast and wanted else arguments
 
 
 @contextlib.contextmanager
-def _call_records_restored(layer):
-    """Takes back what calls within it leave in the records of a layer's insides."""
-    # Keras keeps each symbolic call in private lists; a law of ours is that they stay as they were
-    lists = [
-        records
-        for inner in layer._flatten_layers()
-        for records in (inner._inbound_nodes, inner._outbound_nodes)
-    ]
+def _call_records_restored(layer: keras.Layer) -> Iterator[None]:
+    """Within it, a layer and the layers inside can be called; afterwards their records are as before."""
+    lists = call_records(layer)
     lengths = [len(records) for records in lists]
     try:
         yield
@@ -326,56 +349,65 @@ def _call_records_restored(layer):
             del records[length:]
 
 
-def nodes(function):
-    """Records of a function's calls in the order of execution; Keras has no public way to ask for them."""
-    by_depth = function._nodes_by_depth
-    return [n for depth in sorted(by_depth, reverse=True) for n in by_depth[depth] if not n.is_input]
+@contextlib.contextmanager
+def recursion_limit_raised(num_calls: int) -> Iterator[None]:
+    """Within it, Keras can make a model of this many calls.
+
+    Keras goes from the outputs to the inputs by recursion, one frame a call.
+    """
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(before, 2 * num_calls + 1000))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
 
 
-CallSequence: TypeAlias = tuple[list[tuple[Any, list[Any]]], list[Any]]
+class CallStep(NamedTuple):
+    """One call of a function, comparable with calls of other functions.
+
+    Attributes:
+        operation: The layer; for another operation the name of its class and its settings.
+        arguments: The flattened call arguments: numbers of tensors, plain values, types of all others.
+    """
+
+    operation: keras.Layer | tuple[str, list[Any]]
+    arguments: list[Any]
 
 
-def call_sequence(function) -> CallSequence:
-    """What is called in what order, whatever `training` is."""
+class CallSequence(NamedTuple):
+    """What a function calls, in which order: equal for two functions that do the same.
+
+    Attributes:
+        steps: The calls. The argument `training` is left out.
+        outputs: Numbers of the output tensors.
+    """
+
+    steps: list[CallStep]
+    outputs: list[Any]
+
+
+def call_sequence(function: keras.Function) -> CallSequence:
+    """What a function calls, with its tensors numbered in the order of their first appearance."""
     numbers: IdentityMap[keras.KerasTensor, int] = IdentityMap()
 
-    def known(x):
+    def describe(x: Any) -> Any:
         if isinstance(x, keras.KerasTensor):
-            return ("tensor", numbers.setdefault(x, len(numbers)))
+            return "tensor", numbers.setdefault(x, len(numbers))
         return repr(x) if isinstance(x, _PLAIN_TYPES) else type(x).__name__
 
+    for x in keras.tree.flatten(input_structure(function)):
+        describe(x)
     steps = []
-    for x in keras.tree.flatten(function._inputs_struct):
-        known(x)
-    for node in nodes(function):
+    for node in nodes_in_order(function):
         operation = node.operation
-        if isinstance(operation, keras.Layer):
-            what = operation
-        else:
+        if not isinstance(operation, keras.Layer):
             settings = {k: v for k, v in vars(operation).items() if k not in ("name", "_name")}
             flat = keras.tree.flatten({k: v for k, v in settings.items() if isinstance(v, _SETTING_TYPES)})
-            what = type(operation).__name__, [known(x) for x in flat]
+            operation = type(operation).__name__, [describe(x) for x in flat]
         kwargs = {k: v for k, v in node.arguments.kwargs.items() if k != "training"}
-        arguments = [known(x) for x in keras.tree.flatten([list(node.arguments.args), kwargs])]
-        steps.append((what, arguments))
+        arguments = [describe(x) for x in keras.tree.flatten([list(node.arguments.args), kwargs])]
+        steps.append(CallStep(operation, arguments))
         for y in node.outputs:
-            known(y)
-    return steps, [known(y) for y in keras.tree.flatten(function._outputs_struct)]
-
-
-def _make_inputs(shape, dtype, name="input"):
-    """`keras.Input`s in the structure of recorded shapes, any number of examples."""
-    if isinstance(shape, dict):
-        return {key: _make_inputs(one, dtype, key) for key, one in shape.items()}
-    if all(isinstance(size, (int, type(None))) for size in shape):
-        return keras.Input(batch_shape=(None, *shape[1:]), dtype=dtype, name=name)
-    return [_make_inputs(one, dtype, f"{name}_{k}") for k, one in enumerate(shape)]
-
-
-def _feeds_only_embeddings(function):
-    """Whether all that reads the inputs are embeddings, which take whole numbers."""
-    inputs = IdentitySet(keras.tree.flatten(function._inputs_struct))
-    readers = [
-        node.operation for node in nodes(function) if any(x in inputs for x in node.arguments.keras_tensors)
-    ]
-    return bool(readers) and all(isinstance(o, keras.layers.Embedding) for o in readers)
+            describe(y)
+    return CallSequence(steps, [describe(y) for y in keras.tree.flatten(output_structure(function))])

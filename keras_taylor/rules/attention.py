@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_taylor.rules.base import Effect, InternalRead, Work, lock_inputs, override_attributes
+from keras_taylor.support.keras_internals import layers_inside
 
 _COUNTS = {
     "MultiHeadAttention": {"num_heads": "query_dense"},
@@ -26,7 +27,7 @@ def head_counts(layer):
 
 def inner_layers(layer):
     """The layers inside an attention layer, in the order in which they were made."""
-    return layer._flatten_layers(include_self=False)  # there is no public way to ask
+    return layers_inside(layer)
 
 
 def attention(ctx):

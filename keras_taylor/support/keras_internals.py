@@ -1,0 +1,115 @@
+"""The private parts of Keras that this package reads, each with the reason why no public way will do.
+
+Nothing else in the package should touch them, so that a new version of Keras is followed here.
+"""
+
+import copy
+import functools
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import keras
+
+from keras_taylor.support.types import Shape, Tensor, Tree
+
+# The record of one symbolic call. Its class has no public name.
+Node: TypeAlias = Any
+
+
+@functools.cache
+def functional_class() -> type[keras.Model]:
+    """The class that `keras.Model(inputs, outputs)` makes. It has no public name."""
+    inputs = keras.Input((1,))
+    return type(keras.Model(inputs, inputs))
+
+
+def input_structure(function: keras.Function) -> Tree:
+    """The symbolic inputs, nested as the function was made with; `inputs` is a flat list."""
+    return function._inputs_struct
+
+
+def output_structure(function: keras.Function | keras.Model) -> Tree | None:
+    """The symbolic outputs, nested as the function was made with; `outputs` is a flat list.
+
+    `None` for a Sequential or subclassed model.
+    """
+    return getattr(function, "_outputs_struct", None)
+
+
+def sequential_function(model: keras.Sequential) -> keras.Function | None:
+    """The function that a Sequential builds over its layers, `None` before that; `layers` has no tensors."""
+    return model._functional
+
+
+def nodes_in_order(function: keras.Function) -> list[Node]:
+    """Records of a function's calls, in the order of execution; `operations` names each operation once."""
+    by_depth = function._nodes_by_depth
+    return [n for depth in sorted(by_depth, reverse=True) for n in by_depth[depth] if not n.is_input]
+
+
+def node_arguments(node: Node) -> list[Any]:
+    """The flattened arguments of a recorded call. The record itself is private."""
+    return keras.tree.flatten([list(node.arguments.args), node.arguments.kwargs])
+
+
+def producer(tensor: keras.KerasTensor) -> keras.Operation:
+    """The operation that made a symbolic tensor. Tensors have no public link to it."""
+    return tensor._keras_history.operation
+
+
+def count_calls(tensors: Iterable[keras.KerasTensor]) -> int:
+    """How many recorded calls lead to symbolic tensors. Tensors have no public link to them."""
+    seen, ahead = set(), list(tensors)
+    while ahead:
+        operation, number, _ = ahead.pop()._keras_history
+        if (operation, number) not in seen:
+            seen.add((operation, number))
+            ahead.extend(operation._inbound_nodes[number].input_tensors)
+    return len(seen)
+
+
+def num_inbound_nodes(layer: keras.Layer) -> int:
+    """How often a layer was called symbolically. `layer.input` only tells one call from several."""
+    return len(layer._inbound_nodes)
+
+
+def call_records(layer: keras.Layer) -> list[list[Node]]:
+    """The lists in which a layer, and each layer inside of it, keeps its symbolic calls.
+
+    A traced model must not differ afterwards, and only these lists let a call be taken back.
+    """
+    layers = layer._flatten_layers()
+    return [records for each in layers for records in (each._inbound_nodes, each._outbound_nodes)]
+
+
+def copy_operation(operation: keras.Operation) -> keras.Operation:
+    """A shallow copy that has not been called, for an operation that cannot be made from a configuration."""
+    clone = copy.copy(operation)
+    clone._inbound_nodes, clone._outbound_nodes = [], []
+    return clone
+
+
+def layers_inside(layer: keras.Layer) -> list[keras.Layer]:
+    """The layers inside a layer at any depth, in the order in which they were made.
+
+    Only models have a public `layers`, and those are the outermost ones.
+    """
+    return layer._flatten_layers(include_self=False)
+
+
+def lambda_output_shape(layer: keras.layers.Lambda) -> Shape | None:
+    """The `output_shape` that a Lambda was made with; its configuration serializes the function."""
+    return layer._output_shape
+
+
+def compile_arguments(model: keras.Model) -> dict[str, Any]:
+    """The arguments of `model.compile`, as objects.
+
+    `get_compile_config()` serializes them, which functions and lambdas do not survive.
+    """
+    return dict(model._compile_config.config)
+
+
+def mask_of_tensor(tensor: Tensor) -> Tensor | None:
+    """The mask that a layer attached to a tensor, `None` if it has none; a call reads it from there."""
+    return getattr(tensor, "_keras_mask", None)
