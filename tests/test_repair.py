@@ -11,7 +11,7 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.plan import LayerPlan, Plan
 from keras_taylor.plans.planning import kept_units, plan_of
 from keras_taylor.reading.groups import label_model
-from keras_taylor.reading.walk import in_batches
+from keras_taylor.reading.walk import split_into_batches
 
 layers = keras.layers
 
@@ -143,9 +143,9 @@ def test_a_block_makes_up_for_what_the_stream_has_lost(monkeypatch):
     plan = Plan({"a1": LayerPlan(12, kept), "b1": LayerPlan(12, kept)})
     small, x = keras_taylor.prune(model, plan), inputs_for(model)
     wanted = predict(model, x)
-    monkeypatch.setattr("keras_taylor.cutting.layer_fits._NUM_EXCUSED", 0)  # which sees the stream as well
+    monkeypatch.setattr("keras_taylor.cutting.layer_fits.NUM_RELAXATIONS", 0)  # which sees the stream as well
     ours = keras_taylor.repair(small, model, plan, x)
-    monkeypatch.setattr("keras_taylor.reading.downstream.is_linear", lambda layer: False)
+    monkeypatch.setattr("keras_taylor.reading.downstream.has_no_activation", lambda layer: False)
     apart = keras_taylor.repair(small, model, plan, x)
     assert distance(predict(ours, x), wanted) < 0.97 * distance(predict(apart, x), wanted)
 
@@ -245,7 +245,7 @@ def test_layers_that_lost_inputs_are_refitted():
 @pytest.mark.parametrize("num", [1, 5, 63, 128, 130, 300, 512, 1000])
 def test_walked_batches(num):
     """At most eight batches, of one size wherever that leaves out a few examples only, and in order."""
-    (batches,) = zip(*in_batches([np.arange(num)]), strict=True)
+    (batches,) = zip(*split_into_batches([np.arange(num)]), strict=True)
     sizes = {len(one) for one in batches}
     assert len(batches) <= 8
     assert len(sizes) == 1 or num < 32

@@ -1,210 +1,219 @@
-"""Layers that lost inputs, fitted anew to what the original put out."""
+"""Refits the layers of a smaller model that lost inputs to the outputs of the original model."""
 
 import dataclasses
+from collections.abc import Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor.cutting.layer_fits import LayerFit, LayerRepair
+from keras_taylor.cutting.layer_fits import FitOptions, LayerFit, LayerRepair
 from keras_taylor.reading import graph as graphs
-from keras_taylor.reading.closed_layers import recorded_inside
-from keras_taylor.reading.graph import Graph, single_layer_graph
-from keras_taylor.reading.linear_views import linear_view
-from keras_taylor.reading.walk import Walk, in_batches, outputs_of
+from keras_taylor.reading.closed_layers import record_inside
+from keras_taylor.reading.graph import Call, Graph, single_layer_graph
+from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.reading.matmul_views import MatrixMasks, matmul_view, to_float32
+from keras_taylor.reading.walk import InputBatch, Walk, run_batches, split_into_batches
 from keras_taylor.rules.attention import inner_layers
+from keras_taylor.support.types import Array, BoolArray, IntArray, Tensor
 
-_HELD_OUT = 1 / 4  # of the batches
+_HELD_OUT_SHARE = 1 / 4  # of the batches
 
 
-def refit(labeled, kept, small, inputs, thorough=True):
-    """Refits, in place, the layers of a cut model that lost inputs, from the input to the output.
+def refit(
+    labeled: LabeledModel,
+    kept: BoolArray,
+    small: keras.Model,
+    inputs: Sequence[Array],
+    thorough: bool = True,
+) -> list[LayerRepair]:
+    """Refits, in place, the layers of a smaller model that lost inputs, from the input to the output.
 
-    Each kernel is fitted by least squares: from what the layer reads in the model as it is repaired so
-    far, to what it put out in the original; before a residual sum also to what the other terms lack.
+    Each kernel is fitted by ridge regression. The rows are what the layer reads in the smaller model, as it
+    has been repaired so far. The targets are the outputs of the original layer. Before a residual sum, they
+    also make up for what the other terms of the sum have lost.
 
     Args:
-        channels: `groups.LabeledModel` of the original model.
-        kept: Bool array `(num_units,)`, what was kept.
-        small: The model that was cut by it.
-        inputs: Flattened inputs as arrays, batch first, in random order.
-        thorough: `False` where training follows, which does as well what is then left out: layers that
-            read changed values only, targets that a rectifier hides, and most of the rows.
+        labeled: The original model.
+        kept: Bool array `(num_units,)`: the units of the smaller model.
+        small: The smaller model, changed in place.
+        inputs: Flattened inputs as arrays, batch axis first, in random order.
+        thorough: `False` for a model that is trained afterwards. It leaves out what training does as well:
+            refitting layers that lost no inputs, the slack of rectifiers, and most of the rows.
 
     Returns:
-        A list of `LayerRepair`.
+        The result for each layer that lost inputs, and with `thorough` also for later layers.
     """
-    batches = in_batches(inputs)
+    batches = split_into_batches(inputs)
     if len(batches) == 1:
-        batches *= 2  # of one example, which can only judge itself
-    num_held_out = max(round(_HELD_OUT * len(batches)), 1)
-    before = list(zip(*outputs_of(graphs.read_model(small), batches[-num_held_out:]), strict=True))
+        batches *= 2  # a single example is used both to fit and to judge
+    num_held_out = max(round(_HELD_OUT_SHARE * len(batches)), 1)
+    outputs_before = list(zip(*run_batches(graphs.read_model(small), batches[-num_held_out:]), strict=True))
     weights = [np.array(ops.convert_to_numpy(w)) for w in small.weights]
-    side_by_side = _SideBySide(labeled, kept, small, batches, num_held_out, thorough)
-    repairs = side_by_side.run()
-    wanted, after = side_by_side.held_out_outputs()
-    fitted = any(one.ridge is not None for one in repairs)
-    if fitted and not _distance(after, wanted) < _distance(before, wanted):
-        for weight, value in zip(small.weights, weights, strict=True):
-            weight.assign(value)
-        reason = "the model's held-out outputs were nearer to the original's without"
-        return [LayerRepair(one.name, reason=one.reason or reason) for one in repairs]
-    return repairs
+    options = FitOptions(
+        num_fit_batches=len(batches) - num_held_out,
+        num_examples=sum(len(batch[0]) for batch in batches),
+        random=np.random.default_rng(0),
+        thorough=thorough,
+    )
+    walks = _PairedWalks(labeled, kept, small, batches, options)
+    repairs = walks.refit_layers()
+    wanted, outputs_after = walks.held_out_outputs()
+    if all(repair.ridge is None for repair in repairs):
+        return repairs
+    if _relative_error(outputs_after, wanted) < _relative_error(outputs_before, wanted):
+        return repairs
+    for weight, value in zip(small.weights, weights, strict=True):
+        weight.assign(value)
+    reason = "the model's held-out outputs were nearer to the original's without"
+    return [LayerRepair(repair.name, reason=repair.reason or reason) for repair in repairs]
 
 
-class _SideBySide:
-    """Both models, call by call, the original one step ahead."""
+class _PairedWalks:
+    """Walks the original and the smaller model together, the original one call ahead.
 
-    def __init__(self, labeled, kept, small, batches, num_held_out, thorough):
-        self._labeled, self._kept, self._thorough = labeled, kept, thorough
-        self._num_examples = sum(len(batch[0]) for batch in batches)
-        self._num_fit = len(batches) - num_held_out
+    Args:
+        labeled: The original model.
+        kept: Bool array `(num_units,)`: the units of the smaller model.
+        small: The smaller model, whose layers are refitted in place.
+        batches: The inputs.
+        options: How to fit.
+    """
+
+    def __init__(
+        self,
+        labeled: LabeledModel,
+        kept: BoolArray,
+        small: keras.Model,
+        batches: Sequence[InputBatch],
+        options: FitOptions,
+    ) -> None:
+        self._labeled, self._kept, self._options = labeled, kept, options
         self._old, self._new = Walk(labeled.graph, batches), Walk(graphs.read_model(small), batches)
-        self._before_a_mixing_layer = _before_a_mixing_layer(self._new.graph)
-        self._changed = set()  # tensors whose values are no longer the original's
-        self._random = np.random.default_rng(0)
+        self._before_linear_layers = _tensors_before_linear_layers(self._new.graph)
+        self._changed: set[int] = set()  # numbers of tensors whose values differ from the original's
 
-    def run(self):
-        repairs = {}
+    def refit_layers(self) -> list[LayerRepair]:
+        """Runs both models to the end, and refits layers on the way."""
+        repairs: dict[str, LayerRepair] = {}
         for number, call in enumerate(self._new.graph.calls):
             self._old.run(number)
-            lost = self._lost_inputs(number)
-            if self._to_refit(number, call, lost) and call.name not in repairs:
-                repairs[call.name] = self._refit(number, call)
-            lost_inside = self._lost_inside(number)
-            for read in lost_inside:
-                one = self._refit_inside(number, read)
-                repairs.setdefault(one.name, one)
-            if self._puts_out_other_values(number) or self._changed.intersection(call.inputs):
+            masks = self._matrix_masks(number)
+            if masks is not None and call.name not in repairs and self._is_to_refit(call, masks):
+                repairs[call.name] = self._refit_layer(number, masks)
+            for layer_number in self._inner_layers_that_lost_inputs(number):
+                repair = self._refit_inner_layer(number, layer_number)
+                repairs.setdefault(repair.name, repair)
+            if self._lost_any_input(number) or self._changed.intersection(call.inputs):
                 self._changed.update(call.outputs)
             self._new.run(number)
             for walk in (self._old, self._new):
-                walk.forget(number)
+                walk.free_after(number)
         return list(repairs.values())
 
-    def held_out_outputs(self):
-        """Outputs of the original and of the repaired model on the held-out batches."""
-        return [[column[self._num_fit :] for column in walk.outputs()] for walk in (self._old, self._new)]
+    def held_out_outputs(self) -> list[list[list[Tensor]]]:
+        """Outputs of the original and of the repaired model for the held-out batches."""
+        num_fit = self._options.num_fit_batches
+        return [[column[num_fit:] for column in walk.outputs()] for walk in (self._old, self._new)]
 
-    def _to_refit(self, number, call, lost):
-        """Layers that lost inputs, and later ones that do not make the outputs: those have been
-        fitted to the examples once, with labels, and learn nothing from them again."""
-        if lost or not self._thorough:
-            return lost
-        changed = self._changed.intersection(call.inputs) and call.outputs[0] in self._before_a_mixing_layer
-        return bool(changed) and self._masks(number) is not None
+    def _is_to_refit(self, call: Call, masks: MatrixMasks) -> bool:
+        """Whether a linear layer lost inputs, or reads changed values and is not one of the last layers.
 
-    def _masks(self, number):
-        """Which columns and which outputs of a mixing layer stay; `None` if it is no such layer."""
-        view = linear_view(self._old.graph.calls[number].operation)
-        axes = view and self._labeled.effects[number].weights.get(view.weight)
-        if not axes:
-            return None
-        return view.kept([None if a is None else self._labeled.kept_mask(a, self._kept) for a in axes])
+        The last layers learn nothing from refitting, since they were trained on these examples with labels.
+        """
+        if not self._options.thorough or not masks.columns.all():
+            return not masks.columns.all()
+        reads_changed = bool(self._changed.intersection(call.inputs))
+        return reads_changed and call.outputs[0] in self._before_linear_layers
 
-    def _lost_inputs(self, number):
-        masks = self._masks(number)
-        return masks is not None and not masks[0].all()
+    def _matrix_masks(self, number: int) -> MatrixMasks | None:
+        """Which columns and outputs of a linear layer were kept; `None` for other operations."""
+        view = matmul_view(self._labeled.graph.calls[number].operation)
+        axes = view and self._labeled.effects[number].weights.get(view.kernel_name)
+        return view.matrix_masks(self._masks_of(axes)) if view is not None and axes else None
 
-    def _puts_out_other_values(self, number):
-        """Whether what is left of a layer read what is gone: from before, of its own past, or inside."""
+    def _masks_of(self, axes: Sequence[IntArray | None]) -> list[BoolArray | None]:
+        """The kept entries along axes that have these labels."""
+        return [None if labels is None else self._labeled.kept_mask(labels, self._kept) for labels in axes]
+
+    def _lost_any_input(self, number: int) -> bool:
+        """Whether an operation lost something that it read: an input, its past state, or a tensor inside."""
         call, effect = self._labeled.graph.calls[number], self._labeled.effects[number]
         read = [self._labeled.labels[call.inputs[k]] for k in effect.reads]
-        read += [gate.labels for gate in effect.internal_reads]
+        read += [internal.labels for internal in effect.internal_reads]
         return not all(self._labeled.kept_mask(labels, self._kept).all() for labels in read)
 
-    def _lost_inside(self, number):
-        """What layers inside a closed one read, and lost a part of."""
-        reads = self._labeled.effects[number].internal_reads
-        reads = [read for read in reads if read.layer_number is not None]
-        return [read for read in reads if not self._labeled.kept_mask(read.labels, self._kept).all()]
+    def _inner_layers_that_lost_inputs(self, number: int) -> list[int]:
+        """Which of the layers inside a closed layer lost a part of their input."""
+        return [
+            read.layer_number
+            for read in self._labeled.effects[number].internal_reads
+            if read.layer_number is not None and not self._labeled.kept_mask(read.labels, self._kept).all()
+        ]
 
-    def _refit_inside(self, number, read):
-        weights = self._labeled.effects[number].weights
-
-        def masks(of_weight):
-            axes = weights.get(f"weights.{of_weight}", (None, None))
-            return [None if a is None else self._labeled.kept_mask(a, self._kept) for a in axes]
-
-        walks = (self._old, self._new)
-        return refit_inside(
-            *(walks, number, read, masks, self._num_fit, self._num_examples, self._random, self._thorough)
-        )
-
-    def _refit(self, number, call):
+    def _refit_layer(self, number: int, masks: MatrixMasks) -> LayerRepair:
+        """Refits a linear layer of the smaller model."""
+        old_call, call = self._old.graph.calls[number], self._new.graph.calls[number]
         if not self._new.graph.is_used_once(call.operation):
             return LayerRepair(call.name, reason="it is used at several places")
-        _, outputs = self._masks(number)
-        old_call = self._old.graph.calls[number]
-        fit = LayerFit(self._old, self._new, old_call, call, outputs, self._num_fit)
-        return fit.run(self._num_examples, self._random, self._thorough)
+        return LayerFit(self._old, self._new, old_call, call, masks.outputs, self._options).run()
+
+    def _refit_inner_layer(self, number: int, layer_number: int) -> LayerRepair:
+        """Refits a layer inside a closed layer of the smaller model."""
+        calls = [walk.graph.calls[number] for walk in (self._old, self._new)]
+        inner = inner_layers(calls[0].operation)[layer_number]
+        name = f"{calls[0].name}/{inner.name}"
+        if not self._new.graph.is_used_once(calls[1].operation):
+            return LayerRepair(name, reason="it is used at several places")
+        view = matmul_view(inner)
+        if view is None:
+            return LayerRepair(name, reason="it is not known as a matrix product")
+        weights = calls[0].operation.weights
+        kernel_number = next(k for k, weight in enumerate(weights) if weight is view.kernel)
+        axes = self._labeled.effects[number].weights.get(f"weights.{kernel_number}", (None, None))
+        outputs = view.matrix_masks(self._masks_of(axes)).outputs
+        old, new = (_record(walk, number, layer_number, name) for walk in (self._old, self._new))
+        return LayerFit(old, new, old.graph.calls[0], new.graph.calls[0], outputs, self._options).run()
 
 
-def _before_a_mixing_layer(graph):
-    """Tensors from which some mixing layer follows."""
-    found = set()
+@dataclasses.dataclass(frozen=True, eq=False)
+class _RecordedTensors:
+    """Inputs and outputs of a layer inside a closed one, as the tensors of a model of this one layer."""
+
+    graph: Graph
+    tensors: dict[int, list[Tensor]]
+
+
+def _record(walk: Walk, number: int, layer_number: int, name: str) -> _RecordedTensors:
+    """Runs a call of a closed layer, and records one of the layers inside."""
+    operation = walk.graph.calls[number].operation
+    with record_inside(operation, layer_number) as (inputs, outputs):
+        walk.run(number)
+    layer = inner_layers(operation)[layer_number]
+    input_shape, output_shape = ((None, *values[0].shape[1:]) for values in (inputs, outputs))
+    graph = single_layer_graph(layer, name, input_shape, output_shape)
+    return _RecordedTensors(graph, {0: inputs, 1: outputs})
+
+
+def _tensors_before_linear_layers(graph: Graph) -> set[int]:
+    """Numbers of the tensors that some linear layer depends on."""
+    found: set[int] = set()
     for call in reversed(graph.calls):
-        if found.intersection(call.outputs) or linear_view(call.operation) is not None:
+        if found.intersection(call.outputs) or matmul_view(call.operation) is not None:
             found.update(call.inputs)
     return found
 
 
-def _distance(outputs, wanted):
-    """Mean over outputs of the mean squared difference, divided by the mean square of what is wanted."""
-    distances = []
-    for ours, theirs in zip(outputs, wanted, strict=True):
-        ours, theirs = (
-            np.concatenate([ops.convert_to_numpy(ops.cast(y, "float32")) for y in column])
-            for column in (ours, theirs)
-        )
-        power = np.square(theirs, dtype=np.float64).mean()
-        distances.append(np.square(ours - theirs, dtype=np.float64).mean() / max(power, 1e-30))
-    return float(np.mean(distances))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Recorded:
-    """An inner layer and what it reads and puts out, as a walk through a model of this one layer."""
-
-    graph: Graph
-    tensors: dict
-
-
-def refit_inside(walks, number, read, axes_masks, num_fit, num_examples, random, thorough):
-    """Refits, in place, a layer inside a closed one that lost inputs.
+def _relative_error(outputs: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]) -> float:
+    """The mean squared difference divided by the mean square of `wanted`, averaged over the outputs.
 
     Args:
-        walks: `Walk`s of the original and of the repaired model; before the closed layer's outputs are used.
-        number: The number of the closed layer's call in both.
-        read: A `rules.base.InternalRead` of it, with a number.
-        axes_masks: From the number of one of the closed layer's weights to a bool array, or `None`, for
-            each of its axes.
-        num_fit: Batches to fit on; the others are held out.
-        num_examples: In all batches.
-        random: A numpy generator.
-        thorough: As in `refitting.refit`.
-
-    Returns:
-        A `LayerRepair`.
+        outputs: For each output of a model its value for each batch.
+        wanted: The same for the original model.
     """
-    calls = [walk.graph.calls[number] for walk in walks]
-    inner = [inner_layers(call.operation)[read.layer_number] for call in calls]
-    name = f"{calls[0].name}/{inner[0].name}"
-    if not walks[1].graph.is_used_once(calls[1].operation):
-        return LayerRepair(name, reason="it is used at several places")
-    view = linear_view(inner[0])
-    if view is None:
-        return LayerRepair(name, reason="it is not known as a matrix product")
-    old, new = (_recorded(walk, number, read.layer_number, name) for walk in walks)
-    (kernel,) = (n for n, weight in enumerate(calls[0].operation.weights) if weight is view.kernel)
-    _, outputs = view.kept(axes_masks(kernel))
-    fit = LayerFit(old, new, old.graph.calls[0], new.graph.calls[0], outputs, num_fit)
-    return fit.run(num_examples, random, thorough)
-
-
-def _recorded(walk, number, inner_number, name):
-    operation = walk.graph.calls[number].operation
-    with recorded_inside(operation, inner_number) as (inputs, outputs):
-        walk.run(number)
-    layer = inner_layers(operation)[inner_number]
-    shapes = [(None, *values[0].shape[1:]) for values in (inputs, outputs)]
-    return _Recorded(single_layer_graph(layer, name, *shapes), {0: inputs, 1: outputs})
+    errors = []
+    for column, wanted_column in zip(outputs, wanted, strict=True):
+        ours, theirs = (np.concatenate([to_float32(y) for y in ys]) for ys in (column, wanted_column))
+        power = np.square(theirs, dtype=np.float64).mean()
+        errors.append(np.square(ours - theirs, dtype=np.float64).mean() / max(power, 1e-30))
+    return float(np.mean(errors))

@@ -1,94 +1,142 @@
-"""What is left takes over the work of what has gone (`repair`), and its statistics (`recalibrate`)."""
+"""Makes up for pruning without training: refitted kernels (`repair`), new statistics (`recalibrate`)."""
+
+from collections.abc import Sequence
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.surgery import copy_model
+from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading import graph as graphs
-from keras_taylor.reading.groups import label_model
+from keras_taylor.reading.groups import LabeledModel, label_model
+from keras_taylor.reading.matmul_views import to_float32
 from keras_taylor.reading.tracing import functional_view
-from keras_taylor.reading.walk import Walk, example_inputs, in_batches
+from keras_taylor.reading.walk import InputBatch, Walk, sample_inputs, split_into_batches
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.replicas import strategy_scope
+from keras_taylor.support.types import BoolArray, Data, FloatArray, Tensor
 
 
-def repair(small, model, plan, ds, *, num_examples=512, batch_size=None, return_repairs=False):
-    """Makes up for pruning without training: the layers that lost inputs learn to do without them.
+def repair(
+    small: keras.Model,
+    model: keras.Model,
+    plan: Plan,
+    ds: Data,
+    *,
+    num_examples: int = 512,
+    batch_size: int | None = None,
+    return_repairs: bool = False,
+) -> keras.Model | tuple[keras.Model, list[LayerRepair]]:
+    """Refits the layers that lost inputs, so that the smaller model comes close to the original one again.
 
-    A channel that has gone is often nearly a linear mixture of those that stay. So, from the input to
-    the output, each layer that lost inputs gets a new kernel by ridge regression: from what it reads in
-    the pruned model, as repaired so far, to what it put out in `model`; where its output goes into a
-    residual sum, to what the other terms have lost, too. A quarter of the examples is held out: they
-    choose the ridge, and a layer, or the whole, for which nothing is won on them stays as it was.
+    A removed channel is often nearly a linear combination of the remaining ones. `repair` visits the layers
+    from the input to the output. Each layer that lost inputs gets a new kernel by ridge regression, towards
+    the kernel that it has: it minimizes |Y - X W - b|² + ridge · s · |W - W₀|², where W₀ is the kernel in
+    `small` and s the mean of the diagonal of XᵀX. The rows X are what the layer reads in the smaller model,
+    as it has been repaired so far. The rows Y are the output of the layer in `model`. If the output goes
+    into a residual sum, Y also makes up for what the other terms of the sum have lost. If a ReLU follows,
+    the fit ignores how negative its input is.
+
+    A quarter of the examples is held out. They choose the ridge. A layer whose error on them does not fall
+    is left unchanged. If the outputs of the whole model on them do not come closer to those of `model`, all
+    layers are left unchanged.
+
+    Related work: He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017,
+    section 3.1), reconstruct the output of each layer by least squares after they have selected its input
+    channels. Luo, Wu and Lin, "ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression"
+    (ICCV 2017, section 3.2.3), scale the remaining channels by least squares.
 
     Args:
-        small: What `prune(model, plan)` gave, perhaps trained since. It is not changed.
-        model: The model that was pruned. It is not changed.
-        plan: The `Plan`.
-        ds: Inputs: arrays, or whatever `model.fit` takes; targets in it are not used.
-        num_examples: Use so many examples, evenly spread over arrays, the first ones of an iterable;
-            fewer where 1 GiB does not hold what the layers put out for them.
-        batch_size: Examples a batch, for arrays.
-        return_repairs: Also return what was done to each layer.
+        small: The smaller model, a `keras.Model`: the result of `prune(model, plan)`, which may have been
+            trained since. It is not changed.
+        model: The model that was pruned, a `keras.Model`. It is not changed.
+        plan: The `Plan` by which it was pruned.
+        ds: The examples: an array `(num_examples, ...)` or a structure of arrays, or anything else that
+            `model.fit` takes. Targets are ignored.
+        num_examples: Number of examples to use, an `int`, by default 512. They are evenly spread over
+            arrays, or the first ones of an iterable. Fewer are used if the layer outputs for them would
+            take more than 1 GiB of memory.
+        batch_size: Examples in a batch of arrays, an `int`; `None` (the default): 32, as in `model.fit`.
+        return_repairs: A `bool`, by default `False`. `True` also returns the result for each layer.
 
     Returns:
-        A repaired copy of `small`, compiled as it is; with `return_repairs=True` a tuple of it and a list
-        of `LayerRepair`: the layer, its relative squared error on held-out examples before and
-        after, the ridge, or why it was left alone.
+        A repaired copy of `small`, compiled like `small`. With `return_repairs=True` a tuple of this model
+        and a list of `LayerRepair`: the name of the layer, its relative squared error on held-out examples
+        before and after, and the ridge, or why the layer was left unchanged.
 
     Raises:
-        ValueError: if `small` is not what the plan makes of the model, or the data does not fit.
+        ValueError: if `small` is not the result of `prune(model, plan)`, or if the data does not fit the
+            model.
 
     Example:
 
+    >>> plan = keras_taylor.make_plan(model, keras_taylor.score(model, (x, y)), 0.3)
     >>> small = keras_taylor.prune(model, plan)
-    >>> small = keras_taylor.repair(small, model, plan, images)
+    >>> repaired, repairs = keras_taylor.repair(small, model, plan, x, return_repairs=True)
+    >>> repaired.count_params() == small.count_params()
+    True
+    >>> all(one.error_after < one.error_before for one in repairs if one.ridge is not None)
+    True
     """
     with strategy_scope(small):
         small, model = functional_view(small), functional_view(model)
         labeled = label_model(model, exact=plan.exact)
         kept = kept_units(labeled, plan)
-        _check_cut(small, labeled, kept)
+        _check_pruned(small, labeled, kept)
         feed = Feed(ds, model, batch_size, targets=False)
-        inputs = example_inputs(feed, labeled.graph, num_examples)
+        inputs = sample_inputs(feed, labeled.graph, num_examples)
         repaired = copy_model(small)
         repairs = refit(labeled, kept, repaired, inputs)
     return (repaired, repairs) if return_repairs else repaired
 
 
-def recalibrate(model, ds, *, num_examples=512, batch_size=None):
-    """Takes the moving statistics of every BatchNormalization anew, from data without labels.
+def recalibrate(
+    model: keras.Model, ds: Data, *, num_examples: int = 512, batch_size: int | None = None
+) -> keras.Model:
+    """Computes the moving statistics of every BatchNormalization again, from data without labels.
 
-    Exact, not an exponential average: from the input to the output, each layer's mean and variance
-    become those of all values that it reads, after the layers before it have been done.
-    Where pruning is not repaired, that alone brings back a good part of the accuracy; after `repair`,
-    which fits to the original's statistics, it does more harm than good.
+    From the input to the output, the mean and variance of each layer become those of all values that it
+    reads at inference, after the layers before it have been updated. They are exact over the examples, not
+    exponential averages. Related work: the adaptive batch normalization of Li et al., "EagleEye: Fast
+    Sub-net Evaluation for Efficient Neural Network Pruning" (ECCV 2020).
+
+    Recalibration brings back a good part of the accuracy of a model that is not repaired. Do not use it
+    after `repair`, which fits the layers to the original statistics.
 
     Args:
-        model: A built Keras model. It is not changed.
-        ds, num_examples, batch_size: As in `repair`.
+        model: A built `keras.Model`. It is not changed.
+        ds: The examples: an array `(num_examples, ...)` or a structure of arrays, or anything else that
+            `model.fit` takes. Targets are ignored.
+        num_examples: Number of examples to use, an `int`, by default 512, as in `repair`.
+        batch_size: Examples in a batch of arrays, an `int`; `None` (the default): 32, as in `model.fit`.
 
     Returns:
-        A copy of the model with new statistics, compiled as it is.
+        A copy of the model with new statistics, compiled like `model`.
+
+    Raises:
+        ValueError: if the data does not fit the model.
 
     Example:
 
-    >>> small = keras_taylor.recalibrate(keras_taylor.prune(model, plan), images)
+    >>> plan = keras_taylor.make_plan(model, keras_taylor.score(model, (x, y)), 0.3)
+    >>> small = keras_taylor.recalibrate(keras_taylor.prune(model, plan), x)
+    >>> bool(np.isfinite(small.predict(x, verbose=0)).all())
+    True
     """
     with strategy_scope(model):
         model = functional_view(model)
         feed = Feed(ds, model, batch_size, targets=False)
-        inputs = example_inputs(feed, graphs.read_model(model), num_examples)
+        inputs = sample_inputs(feed, graphs.read_model(model), num_examples)
         copy = copy_model(model)
-        reestimate(copy, in_batches(inputs))
+        _recompute_statistics(copy, split_into_batches(inputs))
     return copy
 
 
-def _check_cut(small, labeled, kept):
-    """Refuses a model that is not what this cut makes."""
+def _check_pruned(small: keras.Model, labeled: LabeledModel, kept: BoolArray) -> None:
+    """Raises an error if a model is not the one that remains of another when these units are kept."""
     old, new = labeled.graph, graphs.read_model(small)
     names = [call.name for call in old.calls], [call.name for call in new.calls]
     if names[0] != names[1]:
@@ -109,41 +157,36 @@ def _check_cut(small, labeled, kept):
                 )
 
 
-def reestimate(model, batches):
-    """Sets, in place, the moving statistics of every BatchNormalization to those of the data.
-
-    From the input to the output: each layer's mean and variance are those of all values that it reads
-    in the model at inference, the layers before it done already; no exponential average.
-
-    Args:
-        model: A Functional or Sequential model.
-        batches: For each batch a list of arrays, one an input of the model.
-    """
+def _recompute_statistics(model: keras.Model, batches: Sequence[InputBatch]) -> None:
+    """Sets the moving statistics of every BatchNormalization, in place, from the input to the output."""
     walk = Walk(graphs.read_model(model), batches)
-    done = set()
+    done: set[keras.Layer] = set()
     for number, call in enumerate(walk.graph.calls):
-        if isinstance(call.operation, keras.layers.BatchNormalization) and call.name not in done:
-            _set_statistics(call.operation, walk.tensors[call.inputs[0]])
-            done.add(call.name)
+        layer = call.operation
+        if isinstance(layer, keras.layers.BatchNormalization) and layer not in done:
+            mean, variance = _channel_moments(walk.tensors[call.inputs[0]], layer.axis)
+            layer.moving_mean.assign(mean)
+            layer.moving_variance.assign(variance)
+            done.add(layer)
         walk.run(number)
-        walk.forget(number)
+        walk.free_after(number)
 
 
-def _set_statistics(layer, column):
-    mean, variance = moments(column, layer.axis)
-    layer.moving_mean.assign(mean)
-    layer.moving_variance.assign(variance)
-
-
-def moments(column, axis):
-    """Mean and variance of each channel over all batches of a tensor, float64 arrays."""
-    num, total, squares, shift = 0, 0.0, 0.0, None
+def _channel_moments(column: Sequence[Tensor], axis: int) -> tuple[FloatArray, FloatArray]:
+    """Mean and variance of each channel over all batches of a tensor, float64 arrays `(num_channels,)`."""
+    first = _channels_last(column[0], axis)
+    shift = first.mean(0)  # close to the mean, so that the subtraction at the end cancels no digits
+    num, total, squares = 0, np.zeros(first.shape[1]), np.zeros(first.shape[1])
     for x in column:
-        rows = np.moveaxis(ops.convert_to_numpy(ops.cast(x, "float32")), axis, -1)
-        rows = rows.reshape(-1, rows.shape[-1])
-        shift = rows.mean(0) if shift is None else shift  # so that no digits cancel
+        rows = _channels_last(x, axis) - shift
         num += len(rows)
-        total = total + (rows - shift).sum(0, dtype=np.float64)
-        squares = squares + np.square(rows - shift).sum(0, dtype=np.float64)
+        total += rows.sum(0, dtype=np.float64)
+        squares += np.square(rows).sum(0, dtype=np.float64)
     mean = total / num
     return shift + mean, np.maximum(squares / num - np.square(mean), 0)
+
+
+def _channels_last(x: Tensor, axis: int) -> FloatArray:
+    """The values of a tensor as a float32 array `(num_values, num_channels)`."""
+    rows = np.moveaxis(to_float32(x), axis, -1)
+    return rows.reshape(-1, rows.shape[-1])

@@ -42,7 +42,7 @@ from keras_taylor.plans.selection import AUTO, Selection
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.groups import as_name_patterns, label_model
 from keras_taylor.reading.tracing import trainable_view
-from keras_taylor.reading.walk import example_inputs
+from keras_taylor.reading.walk import sample_inputs
 from keras_taylor.reports.report import Info, Round
 from keras_taylor.scores.scoring import check_compiled, check_labels, needs_data, uses_model_labels
 from keras_taylor.support.console import Clock
@@ -391,7 +391,7 @@ class CompressionRun:
     def _repair(self, labeled, kept, small):
         if self._inputs is None:  # taken from the data once
             num = share_of_trained(count_trained(self._feed, self._fit_kwargs), *_REPAIR)
-            self._inputs = example_inputs(self._feed, graphs.read_model(self._original), num)
+            self._inputs = sample_inputs(self._feed, graphs.read_model(self._original), num)
         return refit(labeled, kept, small, self._inputs, thorough=not self._trains)
 
     def _announce(self):

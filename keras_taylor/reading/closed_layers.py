@@ -17,7 +17,7 @@ _EXACT = 1e-5  # a copy that is whole, relative
 
 
 @contextlib.contextmanager
-def gated_inside(layer, gates):
+def gate_inside(layer, gates):
     """Within it, what inner layers read is gated.
 
     Args:
@@ -33,7 +33,7 @@ def gated_inside(layer, gates):
 
 
 @contextlib.contextmanager
-def recorded_inside(layer, number):
+def record_inside(layer, number):
     """Within it, what an inner layer is called on and what it puts out goes into the two lists given."""
     inner, inputs, outputs = inner_layers(layer)[number], [], []
 
@@ -126,7 +126,7 @@ class Remade:
         random = np.random.default_rng(random_state)
         indices = dict.fromkeys(self.call.inputs)
         inputs = {index: self._random_input(random, index, random_state) for index in indices}
-        with gated_inside(layer, gates or {}):
+        with gate_inside(layer, gates or {}):
             return run_like_call(self.call, layer, inputs)
 
     def _random_input(self, random, index, seed):

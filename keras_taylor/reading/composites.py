@@ -9,7 +9,7 @@ import math
 import keras
 import numpy as np
 
-from keras_taylor.reading.closed_layers import Remade, gated_inside, holds
+from keras_taylor.reading.closed_layers import Remade, gate_inside, holds
 from keras_taylor.reading.configurations import configuration_of
 from keras_taylor.reading.graph import read_layer
 from keras_taylor.reading.tracing import LayerStaysClosed, UnsupportedModelError
@@ -151,7 +151,7 @@ class Recipe:
 
 def _gate_before(number):
     """What gates an inner layer's input."""
-    return lambda layer, gate: gated_inside(layer, {number: lambda x: x * keras.ops.cast(gate, x.dtype)})
+    return lambda layer, gate: gate_inside(layer, {number: lambda x: x * keras.ops.cast(gate, x.dtype)})
 
 
 def _times(factor, labels):

@@ -1,13 +1,18 @@
-"""What follows on a layer's output: normalizations, residual sums, rectifiers."""
+"""What follows a layer's output: normalizations, residual sums, rectifiers."""
 
 import dataclasses
-from typing import Any
+from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-_PASSED_ON = (
+from keras_taylor.reading.graph import Call, Graph
+from keras_taylor.reading.matmul_views import MatmulView, SampledPositions
+from keras_taylor.reading.walk import ComputedTensors
+from keras_taylor.support.types import Array, BoolArray, FloatArray, Tensor
+
+_IDENTITY_AT_INFERENCE = (
     keras.layers.Dropout,
     keras.layers.SpatialDropout1D,
     keras.layers.SpatialDropout2D,
@@ -17,153 +22,200 @@ _PASSED_ON = (
     keras.layers.Identity,
     keras.layers.ActivityRegularization,
 )
-# A scale below this share of the largest ones' says little about what comes before it.
-_DAMPING = 1e-3
+# Dividing by a gain that is small beside the root mean square of all gains would amplify noise. This share
+# of the mean squared gain is added to the denominator.
+_GAIN_DAMPING = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ConstantPlace:
-    """Where a constant can be added to a layer's output before its activation.
+class BiasWeight:
+    """The weight through which a constant can be added to a layer's output before its activation.
 
     Attributes:
-        operation: The layer whose weight takes it: the layer itself, or the normalization that follows.
-        attribute: The weight's name.
-        sign: 1 where the constant is added to the weight, -1 where it is subtracted.
+        layer: The layer that owns the weight: the linear layer itself, or the normalization that follows it.
+        attribute: Name of the weight.
+        sign: 1 where the constant is added to the weight, -1 where it is subtracted from it.
     """
 
-    operation: Any
+    layer: keras.Layer
     attribute: str
     sign: int
 
-    def add(self, constant, operation=None):
-        """Adds an array `(num_outputs,)` in place, to the layer or to a copy of it."""
-        weight = getattr(operation or self.operation, self.attribute)
-        weight.assign(_array(weight) + self.sign * np.reshape(constant, weight.shape))
+    def add(self, constant: FloatArray, layer: keras.Layer | None = None) -> None:
+        """Adds an array `(num_outputs,)` in place, to the layer or to `layer`, a copy of it."""
+        weight = getattr(layer or self.layer, self.attribute)
+        weight.assign(_to_float64(weight) + self.sign * np.reshape(constant, weight.shape))
 
 
-def constant_place(graph, call, view):
-    """The layer's bias, or the mean of the one BatchNormalization that reads its output.
+def find_bias_weight(graph: Graph, call: Call, view: MatmulView) -> BiasWeight | None:
+    """The layer's bias, or the moving mean of the BatchNormalization that alone reads its output.
 
     Args:
-        graph: `graph.Graph`.
-        call: The layer's call in it; the only one.
-        view: The layer's `linear_views`.
+        graph: The graph of the model.
+        call: The layer's only call in it.
+        view: The layer as a matrix product.
 
     Returns:
-        A `ConstantPlace`, or `None` if there is neither.
+        `None` if there is neither, or if the layer has a bias that several outputs share.
     """
     layer = call.operation
     if getattr(layer, "bias", None) is not None:
-        return ConstantPlace(layer, "bias", 1) if view.has_bias_for_each() else None
-    reader = _only_reader(graph, call.outputs[0])
+        return BiasWeight(layer, "bias", 1) if view.has_full_bias() else None
+    reader = _sole_reader(graph, call.outputs[0])
     if reader is None or not isinstance(reader.operation, keras.layers.BatchNormalization):
         return None
     fits = reader.operation.moving_mean.shape == (view.num_outputs,)
-    if not (fits and is_linear(layer) and graph.is_used_once(reader.operation)):
+    if not (fits and has_no_activation(layer) and graph.is_used_once(reader.operation)):
         return None
-    return ConstantPlace(reader.operation, "moving_mean", -1)
+    return BiasWeight(reader.operation, "moving_mean", -1)
 
 
-def gain_of(graph, call, num_outputs):
-    """By what the normalization that reads a layer's output multiplies each channel; ones if none does."""
-    reader = _only_reader(graph, call.outputs[0])
-    is_read = reader is not None and is_linear(call.operation)
-    affine = _affine(reader.operation, num_outputs) if is_read else None
-    return np.broadcast_to(np.ones(1) if affine is None else affine[0], num_outputs)
+def normalization_gain(graph: Graph, call: Call, num_outputs: int) -> FloatArray:
+    """The factor `(num_outputs,)` of the normalization that reads a layer's output; ones if there is none."""
+    reader = _sole_reader(graph, call.outputs[0])
+    is_read = reader is not None and has_no_activation(call.operation)
+    affine = _affine_at_inference(reader.operation, num_outputs) if reader is not None and is_read else None
+    return np.broadcast_to(np.ones(1) if affine is None else affine.gain, num_outputs)
 
 
-class Downstream:
-    """What follows on a layer's output: normalizations at inference, a residual sum, a rectifier.
+class _Affine(NamedTuple):
+    """`gain * y + offset`, float64 arrays `(num_outputs,)` or `(1,)`."""
 
-    What is looked at is z = gain * y + offset + terms, with y the layer's output before its
-    activation and the terms those that are added in a residual sum; a rectifier passes z on if it
-    is positive. Terms that are not computed yet do their own part later: then there are none here.
+    gain: FloatArray
+    offset: FloatArray
+
+
+class DownstreamPath:
+    """The path from a layer's output on: normalizations at inference, a residual sum, a rectifier.
+
+    Along the path, z = gain * y + offset + the residual terms, where y is the layer's output before its
+    activation. A rectifier then passes z on where it is positive. Only residual terms that were computed
+    before the layer count. Terms that are computed later can make up for their own changes.
 
     Args:
-        old, new: `Walk`s of the original and of the repaired model, both before the layer's output is used.
-        call: The layer's call in the new one's graph.
-        old_view, view: `linear_views` of the layer in both.
-        outputs: Bool array: which of the original's outputs were kept.
+        old, new: Tensors of the original and of the repaired model: everything that is computed before the
+            layer is used.
+        call: The layer's call in the graph of the repaired model.
+        old_view, view: The layer of both models as a matrix product.
+        outputs: Bool array over the original's outputs: which were kept.
 
     Attributes:
-        rectified: Whether a ReLU comes next.
+        has_rectifier: Whether a ReLU ends the path.
     """
 
-    def __init__(self, old, new, call, old_view, view, outputs):
+    def __init__(
+        self,
+        old: ComputedTensors,
+        new: ComputedTensors,
+        call: Call,
+        old_view: MatmulView,
+        view: MatmulView,
+        outputs: BoolArray,
+    ) -> None:
         self._old, self._new, self._outputs = old, new, outputs
         self._old_view, self._view = old_view, view
-        self._terms, self._gain, self._offset = [], np.ones(1), np.zeros(1)
-        self.rectified = _is_relu(getattr(call.operation, "activation", None))
-        if is_linear(call.operation):
+        self._residual_terms: list[int] = []  # numbers of tensors
+        self._affine = _Affine(np.ones(1), np.zeros(1))
+        self.has_rectifier = _is_rectifier(getattr(call.operation, "activation", None))
+        if has_no_activation(call.operation):
             self._follow(call.outputs[0])
 
-    def weights(self, num_outputs):
-        """What a squared error of each output counts: the square of its gain."""
-        return np.broadcast_to(np.square(self._gain), num_outputs)
+    def error_weights(self, num_outputs: int) -> FloatArray:
+        """The factor `(num_outputs,)` by which each output's squared error grows along the path."""
+        return np.broadcast_to(np.square(self._affine.gain), num_outputs)
 
-    def lost(self, batch, positions):
-        """What the terms have lost, as something to add to y at some positions, or 0."""
-        if not self._terms:
-            return np.float32(0)
-        there = sum(self._old_view.at(self._old.tensors[i][batch], positions) for i in self._terms)
-        lost = there[:, self._outputs] - self._terms_at(batch, positions)
-        gain = self._gain
-        return np.float32(lost * gain / (np.square(gain) + _DAMPING * np.square(gain).mean()))
+    def residual_correction(self, batch: int, positions: SampledPositions) -> FloatArray:
+        """The change of y that makes up for what the residual terms have lost.
 
-    def excused(self, wanted, given, batch, positions):
-        """Targets for y that ask for no more than the rectifier shows.
+        Args:
+            batch: Number of the batch.
+            positions: Positions of the layer's output.
 
-        Where z is wanted negative, anything negative is as good: what is given, if it is, else 0.
+        Returns:
+            A float32 array `(num_rows, num_outputs)`, or a float32 zero if there are no residual terms.
         """
-        rest = self._offset + self._terms_at(batch, positions)
-        off = self._gain * wanted + rest <= 0
-        safe = np.where(np.abs(self._gain) > 1e-6, self._gain, np.inf)
-        least = np.where(self._gain * given + rest <= 0, given, -rest / safe)
-        return np.float32(np.where(off, least, wanted))
+        if not self._residual_terms:
+            return np.zeros((), np.float32)
+        before = self._sum_residual_terms(self._old, self._old_view, batch, positions)
+        lost = before[:, self._outputs] - self._sum_residual_terms(self._new, self._view, batch, positions)
+        gain = self._affine.gain
+        damped = np.square(gain) + _GAIN_DAMPING * np.square(gain).mean()
+        return (lost * gain / damped).astype(np.float32)
 
-    def _terms_at(self, batch, positions):
-        return sum(self._view.at(self._new.tensors[i][batch], positions) for i in self._terms)
+    def relax_targets(
+        self, targets: FloatArray, predicted: FloatArray, batch: int, positions: SampledPositions
+    ) -> FloatArray:
+        """Targets for y that use the slack of the rectifier.
 
-    def _follow(self, index):
+        Where the target for z is negative, the rectifier puts out zero, and any negative z is as good. There
+        the target becomes the prediction if it makes z negative too, and otherwise the y that makes z zero.
+
+        Args:
+            targets: Wanted values of y, `(num_rows, num_outputs)`.
+            predicted: What the fit so far gives for y, of the same shape.
+            batch: Number of the batch.
+            positions: Positions of the layer's output.
+
+        Returns:
+            A float32 array `(num_rows, num_outputs)`.
+        """
+        gain = self._affine.gain
+        rest = self._affine.offset + self._sum_residual_terms(self._new, self._view, batch, positions)
+        is_cut_off = gain * targets + rest <= 0
+        nonzero_gain = np.where(np.abs(gain) > 1e-6, gain, np.inf)
+        relaxed = np.where(gain * predicted + rest <= 0, predicted, -rest / nonzero_gain)
+        return np.where(is_cut_off, relaxed, targets).astype(np.float32)
+
+    def _sum_residual_terms(
+        self, computed: ComputedTensors, view: MatmulView, batch: int, positions: SampledPositions
+    ) -> FloatArray:
+        """The sum of the residual terms in one of the models; a zero if there are none."""
+        terms = (view.output_rows(computed.tensors[i][batch], positions) for i in self._residual_terms)
+        return sum(terms, start=np.zeros((), np.float32))
+
+    def _follow(self, index: int) -> None:
+        """Follows the path from a tensor until something else than an affine map or a sum reads it."""
         graph = self._new.graph
-        while (reader := _only_reader(graph, index)) is not None:
+        while (reader := _sole_reader(graph, index)) is not None:
             operation = reader.operation
             if type(operation).__name__ == "Add":
-                if self._terms or not self._take_terms(reader, index):
+                if self._residual_terms or not self._take_residual_terms(reader, index):
                     return
-            elif _is_relu(operation):
-                self.rectified = True
+            elif _is_rectifier(operation):
+                self.has_rectifier = True
                 return
             else:
-                affine = _affine(operation, self._view.num_outputs)
-                if affine is None or self._terms:
+                affine = _affine_at_inference(operation, self._view.num_outputs)
+                if affine is None or self._residual_terms:
                     return
-                self._gain, self._offset = self._gain * affine[0], self._offset * affine[0] + affine[1]
+                gain, offset = self._affine
+                self._affine = _Affine(gain * affine.gain, offset * affine.gain + affine.offset)
             index = reader.outputs[0]
 
-    def _take_terms(self, reader, index):
-        """Notes the other terms of a sum, if they are there already and as large; says whether."""
+    def _take_residual_terms(self, reader: Call, index: int) -> bool:
+        """Notes the other terms of a sum if they have been computed and have the same shape; says whether."""
         shapes = self._new.graph.shapes
         others = [i for i in reader.inputs if i != index]
-        there = all(i in self._old.tensors and i in self._new.tensors for i in others)
+        is_computed = all(i in self._old.tensors and i in self._new.tensors for i in others)
         fits = len(others) + 1 == len(reader.inputs) and all(shapes[i] == shapes[index] for i in others)
-        if there and fits:
-            self._terms = others
-        return there and fits
+        if is_computed and fits:
+            self._residual_terms = others
+        return is_computed and fits
 
 
-def _only_reader(graph, index):
+def _sole_reader(graph: Graph, index: int) -> Call | None:
+    """The call that reads a tensor, `None` if several calls or the model's outputs do."""
     readers = [call for call in graph.calls if index in call.inputs]
     return readers[0] if len(readers) == 1 and index not in graph.outputs else None
 
 
-def is_linear(layer):
-    """Whether a layer puts out its kernel's product as it is."""
+def has_no_activation(layer: keras.Operation) -> bool:
+    """Whether a layer puts out the product of its kernel, plus a bias, unchanged."""
     return getattr(layer, "activation", None) in (None, keras.activations.linear)
 
 
-def _is_relu(operation):
-    """Whether it passes on what is positive, and nothing else: a function, a layer or an operation."""
+def _is_rectifier(operation: object) -> bool:
+    """Whether a function, a layer or an operation puts out positive values, and zero for negative ones."""
     if isinstance(operation, keras.layers.Activation):
         operation = operation.activation
     if isinstance(operation, keras.layers.ReLU):
@@ -172,17 +224,18 @@ def _is_relu(operation):
     return getattr(operation, "__name__", type(operation).__name__) in names
 
 
-def _affine(operation, num_outputs):
-    """Gain and offset of each output at inference, `None` where it does more than that."""
+def _affine_at_inference(operation: keras.Operation, num_outputs: int) -> _Affine | None:
+    """The affine map that an operation is at inference, `None` if it is not one for each output alone."""
     if isinstance(operation, keras.layers.BatchNormalization):
         if operation.moving_mean.shape != (num_outputs,):
             return None
-        gamma = _array(operation.gamma) if operation.scale else 1.0
-        beta = _array(operation.beta) if operation.center else 0.0
-        gain = gamma / np.sqrt(_array(operation.moving_variance) + operation.epsilon)
-        return gain, beta - gain * _array(operation.moving_mean)
-    return (np.ones(1), np.zeros(1)) if isinstance(operation, _PASSED_ON) else None
+        gamma = _to_float64(operation.gamma) if operation.scale else 1.0
+        beta = _to_float64(operation.beta) if operation.center else 0.0
+        gain = gamma / np.sqrt(_to_float64(operation.moving_variance) + operation.epsilon)
+        return _Affine(gain, beta - gain * _to_float64(operation.moving_mean))
+    return _Affine(np.ones(1), np.zeros(1)) if isinstance(operation, _IDENTITY_AT_INFERENCE) else None
 
 
-def _array(weight):
+def _to_float64(weight: Tensor) -> Array:
+    """The values of a variable as a float64 array."""
     return np.asarray(ops.convert_to_numpy(weight), np.float64)

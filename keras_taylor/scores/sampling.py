@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor.reading.walk import outputs_of
+from keras_taylor.reading.walk import run_batches
 from keras_taylor.scores.losses import BINARY, CLASSES, ONE_HOT, REAL, kind_of, losses_by_output
 from keras_taylor.support.datasets import Feed, flat_inputs
 
@@ -33,7 +33,7 @@ def with_drawn_labels(feed, graph, num_examples=None, seed=0):
     model = graph.model
     inputs = flat_inputs(feed, model, num_examples)
     batches = ([x[k : k + _ROWS] for x in inputs] for k in range(0, len(inputs[0]), _ROWS))
-    parts = [[_array(y) for y in outputs] for outputs in outputs_of(graph, batches)]
+    parts = [[_array(y) for y in outputs] for outputs in run_batches(graph, batches)]
     random = np.random.default_rng(seed)
     flat = [np.concatenate(column) for column in zip(*parts, strict=True)]
     drawn = [

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.downstream import constant_place, gain_of
-from keras_taylor.reading.linear_views import linear_view, rows_an_example, some_positions
-from keras_taylor.reading.walk import Walk, example_inputs, in_batches
+from keras_taylor.reading.downstream import find_bias_weight, normalization_gain
+from keras_taylor.reading.matmul_views import matmul_view, rows_per_example, sample_positions
+from keras_taylor.reading.walk import Walk, sample_inputs, split_into_batches
 from keras_taylor.scores.divergences import mean_divergence, predictions
 from keras_taylor.support.least_squares import Moments
 
@@ -81,7 +81,7 @@ def curves(labeled, gated, feed, importance, cost="params"):
 class _Curves:
     def __init__(self, labeled, gated, feed, cost):
         self._labeled, self._gated, self._cost = labeled, gated, cost
-        inputs = example_inputs(feed, labeled.graph, NUM_EXAMPLES)
+        inputs = sample_inputs(feed, labeled.graph, NUM_EXAMPLES)
         num_held_out = max(len(inputs[0]) // 4, 1)
         self._held_out = [x[:num_held_out] for x in inputs]
         self._readers = self._gather([x[num_held_out:] if len(x) > 1 else x for x in inputs])
@@ -113,17 +113,18 @@ class _Curves:
 
     def _gather(self, inputs):
         """A `_Reader` for each mixing layer that reads units, from one walk."""
-        walk, graph = Walk(self._labeled.graph, in_batches(inputs)), self._labeled.graph
+        walk, graph = Walk(self._labeled.graph, split_into_batches(inputs)), self._labeled.graph
         readers, random = [], np.random.default_rng(0)
         for number, (call, effect) in enumerate(zip(graph.calls, self._labeled.effects, strict=True)):
-            view = linear_view(call.operation)
-            if view is not None and graph.is_used_once(call.operation) and effect.weights.get(view.weight):
-                reader = _Reader(self._labeled, self._gated, call, view, effect.weights[view.weight])
+            view = matmul_view(call.operation)
+            axes = view and effect.weights.get(view.kernel_name)
+            if axes and graph.is_used_once(call.operation):
+                reader = _Reader(self._labeled, self._gated, call, view, axes)
                 if (reader.units >= 0).any():
                     readers.append(reader)
                     reader.gather(walk.tensors[call.inputs[0]], len(inputs[0]), random)
             walk.run(number)
-            walk.forget(number)
+            walk.free_after(number)
         return readers
 
     def _curve(self, group, order):
@@ -162,25 +163,25 @@ class _Reader:
 
     def __init__(self, labeled, gated, call, view, axes):
         self._labeled, self._axes, self._view = labeled, axes, view
-        self._copy = linear_view(gated.network.copy_of(call.operation))
-        self._place = constant_place(labeled.graph, call, view)
-        self._place_copy = self._place and gated.network.copy_of(self._place.operation)
+        self._copy = matmul_view(gated.network.copy_of(call.operation))
+        self._place = find_bias_weight(labeled.graph, call, view)
+        self._place_copy = self._place and gated.network.copy_of(self._place.layer)
         self._matrix = view.matrix()
-        self._weights = np.square(gain_of(labeled.graph, call, view.num_outputs))
+        self._weights = np.square(normalization_gain(labeled.graph, call, view.num_outputs))
         self._constant = self._moments = None
         # the unit that each column of a block reads, -1 for none
-        self.units = view.along_columns([None if a is None else labeled.units_of(a) for a in axes])
+        self.units = view.units_of_columns([None if a is None else labeled.units_of(a) for a in axes])
 
     def gather(self, column, num_examples, random):
         """Takes the second moments of what it reads: the values of a tensor for each batch."""
         num_columns = self._matrix.shape[1]
         if num_columns > _MOST_COLUMNS:
             return
-        take = rows_an_example(num_columns, num_examples)
+        take = rows_per_example(num_columns, num_examples)
         self._moments = [Moments(num_columns) for _ in self._matrix]
         for x in column:
-            positions = some_positions(len(x), self._view.num_positions(x), take, random)
-            for moments, rows in zip(self._moments, self._view.rows(x, positions), strict=True):
+            positions = sample_positions(len(x), self._view.num_positions(x), take, random)
+            for moments, rows in zip(self._moments, self._view.input_rows(x, positions), strict=True):
                 moments.add(rows)
 
     def eliminations(self, group):
@@ -199,7 +200,7 @@ class _Reader:
     def refit(self, kept):
         """Fits the copy to do without some units, if it reads them; says whether it did."""
         masks = [None if a is None else self._labeled.kept_mask(a, kept) for a in self._axes]
-        columns, _ = self._view.kept(masks)
+        columns, _ = self._view.matrix_masks(masks)
         if columns.all() or self._moments is None:
             return False
         centered = self._place is not None

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import BACKEND
 
-from keras_taylor.reading.linear_views import linear_view
+from keras_taylor.reading.matmul_views import SampledPositions, matmul_view
 
 layers = keras.layers
 CASES = [
@@ -51,34 +51,34 @@ def test_rows_times_matrix_is_the_output(kind, arguments, options, shape):
     for weight in layer.weights:
         weight.assign(random.normal(size=weight.shape))
     y = layer(x)
-    view = linear_view(layer)
+    view = matmul_view(layer)
     places = random.integers(0, view.num_positions(x), 20)
-    positions = random.integers(0, 3, 20), places
-    blocks = zip(view.rows(x, positions), view.matrix(), strict=True)
+    positions = SampledPositions(random.integers(0, 3, 20), places)
+    blocks = zip(view.input_rows(x, positions), view.matrix(), strict=True)
     ours = np.concatenate([rows @ matrix for rows, matrix in blocks], axis=1)
     ours += view.bias()
     ours = keras.ops.convert_to_numpy(layer.activation(keras.ops.convert_to_tensor(ours)))
-    np.testing.assert_allclose(ours, view.at(y, positions), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ours, view.output_rows(y, positions), rtol=1e-4, atol=1e-4)
 
 
 @every_case
 def test_a_matrix_put_back_is_the_kernel(kind, arguments, options, shape):
     layer = kind(*arguments, **options)
     layer.build((None, *shape))
-    view = linear_view(layer)
+    view = matmul_view(layer)
     kernel, matrix = keras.ops.convert_to_numpy(view.kernel).copy(), view.matrix().copy()
     view.assign(2 * matrix)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(view.kernel), 2 * kernel)
 
 
 def test_what_does_not_mix_channels_has_no_view():
-    assert linear_view(layers.DepthwiseConv2D(3)) is None
-    assert linear_view(layers.BatchNormalization()) is None
+    assert matmul_view(layers.DepthwiseConv2D(3)) is None
+    assert matmul_view(layers.BatchNormalization()) is None
 
     class Custom(layers.Conv2D):
         pass
 
-    assert linear_view(Custom(3, 3)) is None
+    assert matmul_view(Custom(3, 3)) is None
 
 
 @pytest.mark.parametrize(
@@ -94,4 +94,4 @@ def test_what_does_not_mix_channels_has_no_view():
 def test_an_einsum_that_is_no_matrix_product_has_no_view(equation, shape, options):
     layer = layers.EinsumDense(equation, shape, **options)
     layer.build((2, 6, 4) if "abc," in equation else (2, 4))
-    assert linear_view(layer) is None
+    assert matmul_view(layer) is None
