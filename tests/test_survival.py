@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import keras_taylor
-from keras_taylor.loop.backups import _NAME
+from keras_taylor.loop.backups import _FILE_NAME
 
 
 def tiny_model(units=6, weight_seed=0, activation="relu", compiled=True, **compile_arguments):
@@ -91,7 +91,7 @@ def states(directory):
 
 
 def rounds_in(directory):
-    return [int(_NAME.fullmatch(name).group(1)) for name in states(directory)]
+    return [int(_FILE_NAME.fullmatch(name).group(1)) for name in states(directory)]
 
 
 def values(variables):
@@ -310,7 +310,7 @@ def test_of_a_broken_state_the_one_before_is_used(whole, copied, broken, why):
 def test_with_no_state_left_the_run_starts_anew(copied):
     for path in copied.iterdir():
         truncated(path)
-    words = r"round-0001-.* cannot be used .*; there is no other, so the run starts anew\.$"
+    words = r"round-0001-.* cannot be used .*; there is no other, so the run starts from the beginning\.$"
     with (
         pytest.warns(UserWarning, match=words),
         pytest.warns(UserWarning, match=r"round-0002-.*; the one before is used\.$"),
@@ -346,7 +346,7 @@ def test_a_full_disk_stops_nothing(copied, monkeypatch):
     with pytest.warns(
         UserWarning,
         match=r"The state after round 3 could not be written \(\[Errno 28\] No space left on device\); "
-        r"that of round 2 stays\. The run goes on\. .*Received: backup_dir='",
+        r"the state of round 2 stays\. The run continues\. .*Received: backup_dir='",
     ):
         _, info = run(backup_dir=copied)
     assert info.stop_reason == "goal reached" and rounds_in(copied) == [2]
@@ -432,7 +432,8 @@ def test_another_learning_rate_is_not_another_call(started):
 @pytest.mark.parametrize("name", ["SGD", "Adamax"])  # the state of Adamax has the shapes of that of Adam
 def test_another_optimizer_starts_anew(copied, name):
     with pytest.warns(
-        UserWarning, match=r"is not the one whose state is in '.*round-0002-.*'; it starts anew\.$"
+        UserWarning,
+        match=r"is not the one whose state is in '.*round-0002-.*'; it starts from the beginning\.$",
     ):
         _, info = run(tiny_model(optimizer=getattr(keras.optimizers, name)(0.01)), backup_dir=copied)
     assert info.stop_reason == "goal reached"
@@ -685,4 +686,4 @@ def test_a_process_that_is_killed_three_times(tmp_path, whole):
 
 
 def rounds_in_states(directory):
-    return [int(m.group(1)) for m in map(_NAME.fullmatch, states(directory)) if m]
+    return [int(m.group(1)) for m in map(_FILE_NAME.fullmatch, states(directory)) if m]

@@ -16,7 +16,7 @@ from keras_taylor.budget.schedule import RoundTarget, schedule_rounds
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.surgery import build_smaller_compiled, copy_model
 from keras_taylor.loop import messages
-from keras_taylor.loop.backups import Backups, capture, describe_call, drawn_seed, restore_model
+from keras_taylor.loop.backups import Backups, capture, describe_call, draw_seed, restore_model
 from keras_taylor.loop.distilling import check_trainable, distiller
 from keras_taylor.loop.fine_tuning import Diverged, fine_tune, fine_tuning_rate, learning_rate_of
 from keras_taylor.loop.measured_search import check_reachable, draft, fitting_units
@@ -258,7 +258,7 @@ class CompressionRun:
         stops = {number for number, step in enumerate(self._steps, 1) if step.goal_index is not None}
         backups = Backups(directory, call, keep=stops)
         if backups.state is None:
-            self._seed = drawn_seed()
+            self._seed = draw_seed()
         else:
             self.info, self._seed = backups.state.info, backups.state.seed
             self._plans = list(backups.state.plans)
