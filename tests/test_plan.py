@@ -245,7 +245,7 @@ def test_json_round_trip(name):
 )
 def test_what_is_no_plan_is_refused(text):
     message = message_of(keras_taylor.Plan.from_json, text)
-    assert message.startswith("This is no plan that `Plan.to_json` wrote (")
+    assert message.startswith("The text is not a plan that `Plan.to_json` wrote (")
     assert message.endswith(f"Received: text={text!r}")
 
 
@@ -316,12 +316,12 @@ def test_plans_that_do_not_follow_each_other_are_refused():
         ),
         (
             {"stem": LayerPlan(6, (0, 2, 3, 4, 5))},
-            "The plan is not consistent: channel 1 of layer 'block0_b' lives and dies with channels of other "
-            "layers, and the plan treats them differently. Received: plan.layers['block0_b']",
+            "The plan is not consistent: channel 1 of layer 'block0_b' leaves only together with channels of "
+            "other layers, and the plan treats them differently. Received: plan.layers['block0_b']",
         ),
         (
             {"block0_a": LayerPlan(5, ())},
-            "The plan leaves no channel to layer 'block0_a'. Received: plan.layers['block0_a']",
+            "The plan keeps no channel of layer 'block0_a'. Received: plan.layers['block0_a']",
         ),
         (
             {"block0_a": LayerPlan(5, (0, 7))},

@@ -43,8 +43,8 @@ def test_costs_are_the_same_without_the_model(name):
     random = np.random.default_rng(0)
     for share in (0.2, 0.5, 0.8):
         kept = random.random(channels.num_units) < share
-        assert structure.cost(kept) == costs(kept)
-        np.testing.assert_array_equal(structure.mask(structure.kept(kept)), kept)
+        assert structure.costs_of_mask(kept) == costs(kept)
+        np.testing.assert_array_equal(structure.mask_of_channels(structure.channels_of_mask(kept)), kept)
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "grouped", "zero_pad_shortcut", "siamese"])
@@ -53,7 +53,7 @@ def test_every_layer_can_keep_one_unit_less(name):
     channels = label_model(model)
     flat = np.random.default_rng(0).random(channels.num_units)
     plan = plan_of(channels, CostModel(channels), np.ones(channels.num_units, bool), flat)
-    for layer, units in plan.structure.layers.items():
+    for layer, units in plan.structure.layer_units.items():
         own = sorted({unit for unit in units if unit >= 0}, key=lambda unit: flat[unit])
         group_of = np.repeat(np.arange(len(channels.groups)), [g.num_units for g in channels.groups])
         if not own or np.bincount(group_of[own])[group_of[own[0]]] == 1:
@@ -123,7 +123,7 @@ def test_plans_of_older_versions_load_but_cannot_be_edited():
         *(
             (
                 *("chain", "conv1", number),
-                "Expected how many of the 6 channels layer 'conv1' keeps, from 1 on, or their indices. "
+                "Expected the number of channels that layer 'conv1' keeps, from 1 to 6, or their indices. "
                 f"Received: channels={number!r}",
             )
             for number in (0, 7, -1, 2.0, True, "3", None)
@@ -138,17 +138,17 @@ def test_plans_of_older_versions_load_but_cannot_be_edited():
         ),
         (
             *("chain", "conv1", []),
-            "No channel would be left of 'conv1'. Expected one at least. Received: channels=[]",
+            "No channel of 'conv1' would be left. Expected at least one. Received: channels=[]",
         ),
         (
             *("chain", "head", [0, 1]),
-            "Channel 2 of layer 'head' stays, or lives and dies with another one that is kept. Expected it "
-            "among the channels. Received: channels=[0, 1]",
+            "Channel 2 of layer 'head' cannot leave, or leaves only together with a channel that is kept. "
+            "Expected it among the channels. Received: channels=[0, 1]",
         ),
         (
             *("chain", "head", 2),
-            "Layer 'head' of 3 channels cannot keep 2: they leave in whole units, and one of each group "
-            "stays. Expected 3, say. Received: channels=2",
+            "Layer 'head' of 3 channels cannot keep 2: its channels leave in whole units, and one unit of "
+            "each group stays. Expected 3, for example. Received: channels=2",
         ),
     ],
 )
@@ -158,30 +158,30 @@ def test_edits_that_make_no_sense_are_refused(name, layer, channels, message):
 
 def test_channels_that_leave_together_are_kept_together():
     plan = ranked_plan(case("grouped").model, 0.02)
-    assert plan.structure.layers["conv1"] == (0, 1, 2, 3) * 4
+    assert plan.structure.layer_units["conv1"] == (0, 1, 2, 3) * 4
     assert message_of(plan.keep, "conv1", 10) == (
-        "Layer 'conv1' of 16 channels cannot keep 10: they leave in whole units, and one of each group "
-        "stays. Expected 8 or 12, say. Received: channels=10"
+        "Layer 'conv1' of 16 channels cannot keep 10: its channels leave in whole units, and one unit of "
+        "each group stays. Expected 8 or 12, for example. Received: channels=10"
     )
     assert len(plan.keep("conv1", 8).layers["conv1"].kept) == 8
-    assert "Channel 4 of layer 'conv1' stays, or" in message_of(plan.keep, "conv1", [0, 8, 12])
+    assert "Channel 4 of layer 'conv1' cannot leave, or" in message_of(plan.keep, "conv1", [0, 8, 12])
     assert plan.keep("conv1", [0, 4, 8, 12]).layers["conv1"].kept == (0, 4, 8, 12)
 
 
 def test_a_layer_of_several_groups_keeps_one_unit_of_each():
     plan = ranked_plan(case("split_and_slice").model, 0.05)
-    assert plan.structure.layers["conv1"] == (0, 1, 2, 0, 1, 2, 3, 4, 5)
-    assert list(plan.structure.groups.values())[:3] == [3, 2, 1]
+    assert plan.structure.layer_units["conv1"] == (0, 1, 2, 0, 1, 2, 3, 4, 5)
+    assert list(plan.structure.group_sizes.values())[:3] == [3, 2, 1]
     kept = plan.keep("conv1", 4).layers["conv1"].kept
     assert [sum(one in part for one in kept) for part in (range(6), (6, 7), (8,))] == [2, 1, 1]
-    assert "No channel would be left of 'conv1#2'" in message_of(plan.keep, "conv1", range(6))
+    assert "No channel of 'conv1#2' would be left" in message_of(plan.keep, "conv1", range(6))
 
 
 def test_a_number_needs_scores_and_indices_do_not():
     plan = keras_taylor.make_plan(case("chain").model, {"conv2": np.arange(8.0)}, 0.2)
     assert message_of(plan.keep, "conv1", 3) == (
         "The plan does not know which channels of layer 'conv1' matter most: they had no scores. Expected "
-        "indices in place of a number. Received: channels=3"
+        "indices instead of a number. Received: channels=3"
     )
     assert plan.keep("conv1", range(3)).layers["conv1"] == LayerPlan(6, (0, 1, 2))
 
@@ -228,8 +228,8 @@ def test_a_merged_plan_removes_what_either_removes():
 def test_plans_that_leave_nothing_together_are_refused():
     first, second = (Plan({"conv1": LayerPlan(6, kept)}) for kept in ((0, 1), (2,)))
     assert message_of(lambda: first | second) == (
-        "Together the plans leave no channel to layer 'conv1'. Expected plans that keep one in common at "
-        "least. Received: LayerPlan(width=6, kept=(0, 1)) | LayerPlan(width=6, kept=(2,))"
+        "Together the plans leave no channel of layer 'conv1'. Expected plans that both keep at least one "
+        "channel. Received: LayerPlan(width=6, kept=(0, 1)) | LayerPlan(width=6, kept=(2,))"
     )
 
 
@@ -293,11 +293,11 @@ def test_composed_plans_can_be_edited():
     second = ranked_plan(small, 0.2, seed=1)
     plan = Plan().compose(first).compose(second)
     channels = label_model(model)
-    assert plan.structure.layers == first.structure.layers
-    assert sorted(plan.structure.order) == list(range(channels.num_units))
+    assert plan.structure.layer_units == first.structure.layer_units
+    assert sorted(plan.structure.removal_order) == list(range(channels.num_units))
     left = kept_units(channels, plan)
-    gone = [unit for unit in plan.structure.order if not left[unit]]
-    assert gone == list(plan.structure.order[: len(gone)]), "what went is what goes first"
+    gone = [unit for unit in plan.structure.removal_order if not left[unit]]
+    assert gone == list(plan.structure.removal_order[: len(gone)]), "what went is what goes first"
     for layer, width in (("conv1", 6), ("conv2", 8)):
         kept = len(plan.layers[layer].kept) if layer in plan.layers else width
         assert plan.keep(layer, kept) == plan

@@ -1,20 +1,20 @@
-"""Makes plans for a model and its scores, and finds the units that a plan keeps."""
+"""Plans from scores (`make_plan`), plans from masks of kept units, and masks from plans."""
 
 from collections.abc import Mapping
 
 import keras
 import numpy as np
 
-from keras_taylor.budget.costs import CostModel
+from keras_taylor.budget.costs import CostFunction, CostModel
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.plans.limits import Limits
-from keras_taylor.plans.plan import LayerPlan, Plan
+from keras_taylor.plans.plan import LayerPlan, Plan, layer_plans
 from keras_taylor.plans.ranking import RemovalRequest, choose_kept, flatten_scores
 from keras_taylor.plans.selection import Selection, refuse_old_arguments
 from keras_taylor.plans.structure import PlanStructure
-from keras_taylor.reading.groups import label_model
+from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.scores.criteria import warn_without_criterion
-from keras_taylor.support.types import FloatArray, LayerPatterns
+from keras_taylor.support.types import BoolArray, FloatArray, IntArray, LayerPatterns
 
 
 def make_plan(
@@ -82,81 +82,82 @@ def make_plan(
     return plan_of(labeled, costs, choose_kept(labeled, costs, unit_scores, request), unit_scores)
 
 
-def plan_of(labeled, costs, kept, flat=None):
+def plan_of(
+    labeled: LabeledModel, costs: CostFunction, kept: BoolArray, unit_scores: FloatArray | None = None
+) -> Plan:
     """The `Plan` of a mask of kept units.
 
     Args:
-        channels: `groups.LabeledModel`.
-        costs: Its `CostModel`.
-        kept: Bool array `(num_units,)`.
-        flat: The scores that led to it, `(num_units,)`, infinite where there are none; `None`: none.
+        labeled: The model.
+        costs: Its costs.
+        kept: Which units are kept, `(num_units,)`.
+        unit_scores: The scores that led to the mask, `(num_units,)`, infinite for units without a score;
+            `None`: no unit has a score.
     """
-    structure = structure_of(labeled, costs, flat)
-    layers = {n: LayerPlan(len(structure.layers[n]), k) for n, k in structure.kept(kept).items()}
-    return Plan(layers, costs(), costs(kept), labeled.exact, structure)
+    structure = _structure_for(labeled, costs, unit_scores)
+    return Plan(layer_plans(structure, kept), costs(), costs(kept), labeled.exact, structure)
 
 
-def structure_of(labeled, costs, flat=None):
-    """What a plan must know of a model; arguments as in `plan_of`."""
-    layers = {}
+def _structure_for(
+    labeled: LabeledModel, costs: CostFunction, unit_scores: FloatArray | None
+) -> PlanStructure:
+    layer_units: dict[str, tuple[int, ...]] = {}
     for start, stop, name in labeled.label_space.producers:
-        layers.setdefault(name, tuple(labeled.units_of(np.arange(start, stop)).tolist()))
-    flat = np.full(labeled.num_units, np.inf) if flat is None else flat
-    ranked = np.argsort(flat, kind="stable")[: np.isfinite(flat).sum()]
-    groups = {group.name: group.num_units for group in labeled.groups}
-    return PlanStructure(groups, layers, tuple(ranked.tolist()), costs.group_costs)
+        layer_units.setdefault(name, tuple(labeled.units_of(np.arange(start, stop)).tolist()))
+    scores = np.full(labeled.num_units, np.inf) if unit_scores is None else unit_scores
+    ranked = np.argsort(scores, kind="stable")[: np.isfinite(scores).sum()]
+    group_sizes = {group.name: group.num_units for group in labeled.groups}
+    return PlanStructure(group_sizes, layer_units, tuple(ranked.tolist()), costs.group_costs)
 
 
-def kept_units(labeled, plan):
-    """The mask of kept units that a plan asks of a model.
+def kept_units(labeled: LabeledModel, plan: Plan) -> BoolArray:
+    """The mask of kept units `(num_units,)` that a plan asks of a model.
 
     Raises:
-        ValueError: if the plan does not belong to this model; the first difference is named.
+        ValueError: if the plan does not belong to this model; the message names the first difference.
     """
     kept = np.ones(labeled.num_units, bool)
-    producers = {}
+    labels_of: dict[str, IntArray] = {}  # of the channels of each layer
     for start, stop, name in labeled.label_space.producers:
-        producers.setdefault(name, []).append(np.arange(start, stop))
-    _check_structure(labeled, plan, producers)
+        labels_of.setdefault(name, np.arange(start, stop))
+    widths = {name: labels.size for name, labels in labels_of.items()}
+    _check_same_model(labeled, plan, widths)
     for name, layer in plan.layers.items():
-        if name not in producers or producers[name][0].size != layer.width:
-            width = producers[name][0].size if name in producers else "no such layer"
+        if widths.get(name) != layer.width:
             raise ValueError(
                 f"The plan was made for another model. Expected at layer '{name}': {layer.width} "
-                f"channels; the model has: {width}. Received: plan.layers[{name!r}]"
+                f"channels; the model has: {widths.get(name, 'no such layer')}. "
+                f"Received: plan.layers[{name!r}]"
             )
-        _check_indices(name, layer)
-        gone = np.ones(layer.width, bool)
-        gone[list(layer.kept)] = False
-        units = labeled.units_of(producers[name][0])[gone]
+        _check_kept_indices(name, layer)
+        removed = np.ones(layer.width, bool)
+        removed[list(layer.kept)] = False
+        units = labeled.units_of(labels_of[name])[removed]
         if (units < 0).any():
             raise ValueError(
                 f"The plan removes channels of layer '{name}' that cannot leave. "
-                f"Received: plan.layers[{name!r}], channel {int(np.flatnonzero(gone)[units < 0][0])}"
+                f"Received: plan.layers[{name!r}], channel {int(np.flatnonzero(removed)[units < 0][0])}"
             )
         kept[units] = False
-    _check_agreement(labeled, plan, producers, kept)
+    _check_consistent(plan, {name: labeled.kept_mask(labels, kept) for name, labels in labels_of.items()})
     return kept
 
 
-def _check_structure(labeled, plan, producers):
-    """Refuses a model whose layers are others than those that the plan was made for."""
+def _check_same_model(labeled: LabeledModel, plan: Plan, widths: Mapping[str, int]) -> None:
+    """Refuses a model whose layers or parameters differ from those that the plan was made for."""
     if plan.structure is None:
         return
-    difference = plan.structure.difference({name: ranges[0].size for name, ranges in producers.items()})
+    difference = plan.structure.describe_difference(widths)
     if difference is None:
-        expected, found = plan.structure.whole_cost()["params"], CostModel(labeled)()["params"]
+        expected, found = plan.structure.original_costs()["params"], CostModel(labeled)()["params"]
         if expected == found:
             return
         difference = f"Expected {expected:,} parameters in layers of these widths; the model has: {found:,}"
-    raise ValueError(f"The plan was made for another model. {difference}. Received: plan={_short(plan)}")
+    received = f"plan=<Plan of {len(plan.layers)} layers>"
+    raise ValueError(f"The plan was made for another model. {difference}. Received: {received}")
 
 
-def _short(plan):
-    return f"<Plan of {len(plan.layers)} layers>"
-
-
-def _check_indices(name, layer):
+def _check_kept_indices(name: str, layer: LayerPlan) -> None:
     outside = [index for index in layer.kept if not 0 <= index < layer.width]
     if outside:
         raise ValueError(
@@ -165,18 +166,23 @@ def _check_indices(name, layer):
         )
 
 
-def _check_agreement(labeled, plan, producers, kept):
-    for name, ranges in producers.items():
-        mask = labeled.kept_mask(ranges[0], kept)
-        planned = plan.layers.get(name)
+def _check_consistent(plan: Plan, masks: Mapping[str, BoolArray]) -> None:
+    """Refuses a plan that separates channels which leave together, or empties a layer.
+
+    Args:
+        plan: The plan.
+        masks: Layer -> which of its channels stay, `(width,)`, after the units left that the plan removes.
+    """
+    for name, mask in masks.items():
+        layer = plan.layers.get(name)
         stays = np.flatnonzero(mask)
-        wanted = np.arange(mask.size) if planned is None else np.unique(planned.kept)
-        if not np.array_equal(stays, wanted):
-            other = sorted(set(wanted.tolist()) ^ set(stays.tolist()))[0]
+        planned = np.arange(mask.size) if layer is None else np.unique(layer.kept)
+        if not np.array_equal(stays, planned):
+            first = min(set(planned.tolist()) ^ set(stays.tolist()))
             raise ValueError(
-                f"The plan is not consistent: channel {other} of layer '{name}' lives and dies with "
+                f"The plan is not consistent: channel {first} of layer '{name}' leaves only together with "
                 "channels of other layers, and the plan treats them differently. "
                 f"Received: plan.layers[{name!r}]"
             )
         if not mask.any():
-            raise ValueError(f"The plan leaves no channel to layer '{name}'. Received: plan.layers[{name!r}]")
+            raise ValueError(f"The plan keeps no channel of layer '{name}'. Received: plan.layers[{name!r}]")

@@ -1,147 +1,155 @@
-"""What a plan knows of the model that it was made for."""
+"""What a plan knows about the model that it was made for."""
 
+import collections
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from keras_taylor.budget.group_costs import GroupCosts
+from keras_taylor.support.types import BoolArray, IntArray
+
+# Layer -> indices of the channels that it keeps, for the layers that lose some.
+KeptChannels: TypeAlias = Mapping[str, Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanStructure:
-    """Which channels live and die together, in which order they go, and what they cost.
+    """Which channels of a model leave together, in which order they leave, and what they cost.
+
+    Units are numbered from group to group, as in the model that the plan was made for.
 
     Attributes:
-        groups: Group -> number of its units, which are numbered through from group to group.
-        layers: Layer -> the unit of each of its channels, -1 for one that stays; in the network's order.
-        order: The units that had scores, the least important first.
-        costs: `GroupCosts`.
+        group_sizes: Group -> number of its units.
+        layer_units: Layer -> the unit of each of its channels, -1 for a channel that stays; in the order
+            of the network.
+        removal_order: The units that had scores, the least important one first.
+        group_costs: The costs as a function of the number of units that each group keeps.
     """
 
-    groups: Mapping[str, int]
-    layers: Mapping[str, tuple]
-    order: tuple
-    costs: GroupCosts
+    group_sizes: Mapping[str, int]
+    layer_units: Mapping[str, tuple[int, ...]]
+    removal_order: tuple[int, ...]
+    group_costs: GroupCosts
 
-    def mask(self, kept):
-        """Which units stay where layers keep these channels.
-
-        Args:
-            kept: Layer -> indices of the channels that it keeps, for those that lose some.
-
-        Returns:
-            A bool array `(num_units,)`.
-        """
-        mask = np.ones(sum(self.groups.values()), bool)
-        for name, indices in kept.items():
-            units = np.delete(self.layers[name], list(indices))
+    def mask_of_channels(self, channels: KeptChannels) -> BoolArray:
+        """The mask of kept units `(num_units,)` if layers keep only these channels."""
+        mask = np.ones(sum(self.group_sizes.values()), bool)
+        for layer, indices in channels.items():
+            units = np.delete(self.layer_units[layer], list(indices))
             mask[units[units >= 0]] = False
         return mask
 
-    def kept(self, mask):
-        """The indices of the channels that layers keep: the inverse of `mask`."""
-        stays = {name: np.append(mask, True)[list(units)] for name, units in self.layers.items()}
-        return {name: tuple(np.flatnonzero(one).tolist()) for name, one in stays.items() if not one.all()}
+    def channels_of_mask(self, mask: BoolArray) -> dict[str, tuple[int, ...]]:
+        """The channels that layers keep with these units: the inverse of `mask_of_channels`."""
+        kept = {layer: np.append(mask, True)[list(units)] for layer, units in self.layer_units.items()}
+        return {layer: tuple(np.flatnonzero(one).tolist()) for layer, one in kept.items() if not one.all()}
 
-    def cost(self, mask):
-        """Costs with these units kept, as `CostModel` gives them."""
-        return self.costs(np.bincount(self._group_of()[mask], minlength=len(self.groups)))
+    def costs_of_mask(self, mask: BoolArray) -> dict[str, int | None]:
+        """Costs with only these units kept, as `CostModel` returns them."""
+        return self.group_costs(self._units_per_group(mask))
 
-    def whole_cost(self):
+    def original_costs(self) -> dict[str, int | None]:
         """Costs with all units kept."""
-        return self.costs(list(self.groups.values()))
+        return self.group_costs(list(self.group_sizes.values()))
 
-    def with_most_important(self, mask, name, num):
-        """`mask` with `num` channels kept of a layer, those that would go last.
+    def keep_most_important(self, mask: BoolArray, layer: str, num: int) -> BoolArray:
+        """`mask` with `num` channels of a layer kept: those that would leave last.
 
         Raises:
-            ValueError: if whole units make no such number, or had no scores.
+            ValueError: if whole units do not add up to this number, or have no scores.
         """
-        units = np.array(self.layers[name])
-        sizes = dict(zip(*np.unique(units[units >= 0], return_counts=True), strict=True))
-        ranked = [unit for unit in self.order if unit in sizes]
-        if len(ranked) < len(sizes):
-            raise ValueError(
-                f"The plan does not know which channels of layer '{name}' matter most: they had no "
-                f"scores. Expected indices in place of a number. Received: channels={num!r}"
+        units = np.array(self.layer_units[layer])
+        num_channels = dict(
+            zip(
+                *(column.tolist() for column in np.unique(units[units >= 0], return_counts=True)), strict=True
             )
-        group_of, left = self._group_of(), {}
-        for unit in ranked:
-            left[group_of[unit]] = left.get(group_of[unit], 0) + 1
-        width, possible, gone = units.size, [units.size], []
+        )
+        ranked = [unit for unit in self.removal_order if unit in num_channels]
+        if len(ranked) < len(num_channels):
+            raise ValueError(
+                f"The plan does not know which channels of layer '{layer}' matter most: they had no "
+                f"scores. Expected indices instead of a number. Received: channels={num!r}"
+            )
+        group_of = self._group_of_units()
+        num_left = collections.Counter(int(group_of[unit]) for unit in ranked)
+        width, possible_widths, removed = units.size, [units.size], []
         for unit in ranked:
             if width <= num:
                 break
-            if left[group_of[unit]] > 1:
-                left[group_of[unit]] -= 1
-                width -= sizes[unit]
-                gone.append(unit)
-                possible.append(int(width))
+            if num_left[group_of[unit]] > 1:
+                num_left[group_of[unit]] -= 1
+                width -= num_channels[unit]
+                removed.append(unit)
+                possible_widths.append(width)
         if width != num:
-            nearest = " or ".join(map(str, sorted(possible[-2:])))
+            nearest = " or ".join(map(str, sorted(possible_widths[-2:])))
             raise ValueError(
-                f"Layer '{name}' of {units.size} channels cannot keep {num}: they leave in whole units, and "
-                f"one of each group stays. Expected {nearest}, say. Received: channels={num!r}"
+                f"Layer '{layer}' of {units.size} channels cannot keep {num}: its channels leave in whole "
+                f"units, and one unit of each group stays. Expected {nearest}, for example. "
+                f"Received: channels={num!r}"
             )
         mask = mask.copy()
-        mask[list(sizes)] = True
-        mask[gone] = False
+        mask[list(num_channels)] = True
+        mask[removed] = False
         return mask
 
-    def with_channels(self, mask, name, indices):
-        """`mask` with exactly these channels kept of a layer.
+    def keep_channels(self, mask: BoolArray, layer: str, channels: Sequence[int]) -> BoolArray:
+        """`mask` with exactly these channels of a layer kept.
 
         Raises:
-            ValueError: if channels are missing that stay, or that live with others that are kept.
+            ValueError: if a channel is missing that cannot leave, or that leaves only with kept ones.
         """
-        units = np.array(self.layers[name])
-        stays = np.zeros(units.size, bool)
-        stays[indices] = True
-        torn = (units < 0) | np.isin(units, units[stays])
-        if not np.array_equal(torn, stays):
+        units = np.array(self.layer_units[layer])
+        asked = np.zeros(units.size, bool)
+        asked[list(channels)] = True
+        required = (units < 0) | np.isin(units, units[asked])
+        if not np.array_equal(required, asked):
             raise ValueError(
-                f"Channel {int(np.flatnonzero(torn & ~stays)[0])} of layer '{name}' stays, or lives and dies "
-                f"with another one that is kept. Expected it among the channels. "
-                f"Received: channels={indices!r}"
+                f"Channel {int(np.flatnonzero(required & ~asked)[0])} of layer '{layer}' cannot leave, or "
+                f"leaves only together with a channel that is kept. Expected it among the channels. "
+                f"Received: channels={channels!r}"
             )
         mask = mask.copy()
         mask[units[units >= 0]] = False
-        mask[units[stays & (units >= 0)]] = True
+        mask[units[asked & (units >= 0)]] = True
         return mask
 
-    def empty_group(self, mask):
-        """The name of a group that keeps no unit, or `None`."""
-        counts = np.bincount(self._group_of()[mask], minlength=len(self.groups))
-        return next((name for name, count in zip(self.groups, counts, strict=True) if not count), None)
+    def find_empty_group(self, mask: BoolArray) -> str | None:
+        """The name of a group that keeps no unit; `None` if there is none."""
+        counts = self._units_per_group(mask)
+        return next((name for name, num in zip(self.group_sizes, counts, strict=True) if not num), None)
 
-    def followed_by(self, later, kept):
-        """This structure with the order of what went first, and then that of a later one.
+    def followed_by(self, later: "PlanStructure", channels: KeptChannels) -> "PlanStructure":
+        """This structure, its order continued by that of a later plan.
 
         Args:
-            later: The `PlanStructure` of the model in which layers keep only the channels `kept`.
-            kept: As in `mask`.
+            later: The structure of the model in which layers keep only `channels`.
+            channels: The channels that this plan keeps.
         """
-        unit_of = {}
-        for name, units in later.layers.items():
-            own = np.array(self.layers[name])[list(kept.get(name, range(len(self.layers[name]))))]
-            unit_of.update(zip(units, own.tolist(), strict=True))
-        mask = self.mask(kept)
-        first = [unit for unit in self.order if not mask[unit]]
-        then = [unit_of[unit] for unit in later.order]
+        own_unit: dict[int, int] = {}
+        for layer, later_units in later.layer_units.items():
+            units = self.layer_units[layer]
+            own_unit.update(
+                zip(later_units, (units[i] for i in channels.get(layer, range(len(units)))), strict=True)
+            )
+        mask = self.mask_of_channels(channels)
+        first = [unit for unit in self.removal_order if not mask[unit]]
+        then = [own_unit[unit] for unit in later.removal_order]
         known = {*first, *then}
-        last = [unit for unit in self.order if unit not in known]
-        return dataclasses.replace(self, order=(*first, *then, *last))
+        last = [unit for unit in self.removal_order if unit not in known]
+        return dataclasses.replace(self, removal_order=(*first, *then, *last))
 
-    def difference(self, layers):
-        """Where a model's layers are others, as text; `None` if they are the same.
+    def describe_difference(self, widths: Mapping[str, int]) -> str | None:
+        """The first difference to the layers of a model, as text; `None` if they are the same.
 
         Args:
-            layers: Layer -> how many channels it makes, in the network's order.
+            widths: Layer -> number of channels that it makes, in the order of the network.
         """
-        own = [(name, len(units)) for name, units in self.layers.items()]
-        for number, (expected, found) in enumerate(itertools.zip_longest(own, layers.items()), 1):
+        own = [(layer, len(units)) for layer, units in self.layer_units.items()]
+        for number, (expected, found) in enumerate(itertools.zip_longest(own, widths.items()), 1):
             if expected != found:
                 there, here = (
                     "no layer" if one is None else f"'{one[0]}' with {one[1]} channels"
@@ -152,16 +160,26 @@ class PlanStructure:
                 )
         return None
 
-    def _group_of(self):
-        return np.repeat(np.arange(len(self.groups)), list(self.groups.values()))
+    def _group_of_units(self) -> IntArray:
+        """The number of the group of each unit `(num_units,)`."""
+        return np.repeat(np.arange(len(self.group_sizes)), list(self.group_sizes.values()))
 
-    def to_dict(self):
-        """The structure as dicts, lists and numbers."""
-        return {**dataclasses.asdict(self), "costs": self.costs.to_dict()}
+    def _units_per_group(self, mask: BoolArray) -> IntArray:
+        """How many units each group keeps `(num_groups,)`."""
+        return np.bincount(self._group_of_units()[mask], minlength=len(self.group_sizes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The structure as dicts, tuples and numbers, which JSON can hold."""
+        return {
+            "groups": dict(self.group_sizes),
+            "layers": dict(self.layer_units),
+            "order": self.removal_order,
+            "costs": self.group_costs.to_dict(),
+        }
 
     @classmethod
-    def from_dict(cls, content):
-        """What `to_dict` made, also after a way through JSON."""
+    def from_dict(cls, content: Mapping[str, Any]) -> "PlanStructure":
+        """The structure that `to_dict` returned, also after a way through JSON."""
         return cls(
             {name: int(num) for name, num in content["groups"].items()},
             {name: tuple(map(int, units)) for name, units in content["layers"].items()},
