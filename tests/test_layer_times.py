@@ -9,9 +9,10 @@ import zoo
 from helpers import case
 
 import keras_taylor
-from keras_taylor.budget import layer_times, measuring
+from keras_taylor.budget import measuring, time_table
 from keras_taylor.budget.goals import parse_goal
-from keras_taylor.budget.layer_times import LayerTimes, grid_of
+from keras_taylor.budget.layer_grids import grid_sizes
+from keras_taylor.budget.layer_times import LayerTimes
 from keras_taylor.budget.measuring import Measurements
 from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.exports import timing
@@ -53,7 +54,7 @@ def clock(monkeypatch, tmp_path):
         return [point for points in calls for point in points]
 
     clock.law, clock.calls, clock.folder = bilinear, calls, str(tmp_path)
-    monkeypatch.setattr(layer_times, "time_layers", time_layers)
+    monkeypatch.setattr(time_table, "time_layers", time_layers)
     monkeypatch.setattr(measuring, "time_model", lambda model, batch_size: 10 * model.count_params())
     return clock
 
@@ -124,7 +125,7 @@ def test_what_was_cut_is_the_same_network(clock, name):
     ],
 )
 def test_the_grid_is_of_round_widths(num, grid):
-    assert grid_of(num) == grid
+    assert grid_sizes(num) == grid
 
 
 def test_equal_layers_are_timed_once(clock):
@@ -147,7 +148,7 @@ def test_what_was_timed_is_kept(clock):
 
 def test_a_table_that_cannot_be_read_is_made_anew(clock):
     channels = label_model(net(8))
-    table = LayerTimes(channels, "keras", cache_dir=clock.folder)._table
+    table = LayerTimes(channels, "keras", cache_dir=clock.folder).table
     timed = len(clock())
     table.path.write_text("{")
     LayerTimes(channels, "keras", cache_dir=clock.folder)
@@ -157,7 +158,7 @@ def test_a_table_that_cannot_be_read_is_made_anew(clock):
 
 def test_keras_own_folder_holds_the_tables(clock, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", clock.folder)
-    path = LayerTimes(label_model(net(8)), "keras")._table.path
+    path = LayerTimes(label_model(net(8)), "keras").table.path
     assert path.is_file()
     assert str(path.parent) == f"{clock.folder}/keras_taylor"
 
@@ -173,7 +174,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_failure(clock, tmp_path):
     said = []
     (tmp_path / "file").write_text("")
     LayerTimes(label_model(net(8)), "keras", cache_dir=tmp_path / "file", say=said.append)
-    assert any(text.startswith("the times of layers cannot be kept") for text in said)
+    assert any(text.startswith("the times of layers cannot be saved") for text in said)
 
 
 def test_what_cannot_be_timed_is_left_to_the_whole(clock):

@@ -7,11 +7,12 @@ import zoo
 from helpers import case, random_scores
 
 import keras_taylor
-from keras_taylor.budget import layer_times
+from keras_taylor.budget import time_table
+from keras_taylor.budget.cost_predictions import CalibrationCurve, WeightBytes
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.budget.measured_costs import MeasuredCost, format_amount, measured_cost_of
-from keras_taylor.budget.measuring import Calibration, Measurements, WeightBytes
+from keras_taylor.budget.measuring import Measurements
 from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.exports.artifacts import ExportError
 from keras_taylor.exports.formats import VARIANTS
@@ -53,9 +54,7 @@ def test_amounts_have_units(what, value, amount):
 def test_what_is_no_amount_is_refused(what, value):
     units = {"bytes": "bytes", "latency": "milliseconds"}[what.split(":")[0]]
     text = message_of(parse_goal, {what: value}, measurable=True)
-    assert text.startswith(
-        f"What may be left of '{what}' is a whole number of {units}, or a text with a unit"
-    )
+    assert text.startswith(f"The limit for '{what}' is a whole number of {units}, or a text with a unit")
     assert text.endswith(f"Received: goal={{{what!r}: {value!r}}}")
 
 
@@ -94,14 +93,14 @@ def test_where_nothing_is_measured_measured_goals_are_refused(goal):
         (keras_taylor.TaylorPruning, (goal,)),
     ):
         assert message_of(function, *arguments) == (
-            f"'{what}' is measured on a model that was built, which is done by `keras_taylor.compress` only. "
-            "Here a goal is about what can be counted: 'params', 'flops', 'activation_memory'. "
+            f"'{what}' is measured on models that only `keras_taylor.compress` builds. Expected costs "
+            "that can be counted: 'params', 'flops', 'activation_memory'. "
             f"Received: goal={goal!r}"
         )
 
 
 def test_predictions_go_through_what_was_measured():
-    calibration = Calibration()
+    calibration = CalibrationCurve()
     calibration.learn(100, 30)
     assert [calibration(x) for x in (0, 50, 100)] == [0, 15, 30]
     calibration.learn(20, 14)
@@ -142,7 +141,7 @@ def invented_layer_times(monkeypatch, tmp_path):
     """No test depends on a clock, and tables go where they are thrown away."""
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setattr(
-        layer_times,
+        time_table,
         "time_layers",
         lambda variant, layers, batch_size: [1000 + one["shape"][-1] for one in layers],
     )

@@ -26,7 +26,7 @@ import keras
 import numpy as np
 
 from keras_taylor.budget.group_costs import Buffer, GroupCosts, Term, Width, WidthPart
-from keras_taylor.budget.tensor_lifetimes import Lifetimes
+from keras_taylor.budget.tensor_lifetimes import find_memory_places
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.rules.base import weight_of
 from keras_taylor.support.identity import IdentityMap
@@ -59,7 +59,7 @@ class CostModel:
 
     Activation memory is the largest number of bytes of tensors that are alive at the same time in such a
     pass, in the order of the model's operations, with four bytes per number (see
-    `tensor_lifetimes.Lifetimes`). An int8 model needs a quarter of it.
+    `tensor_lifetimes.find_memory_places`). An int8 model needs a quarter of it.
 
     Args:
         labeled: The model.
@@ -130,14 +130,17 @@ class CostModel:
         return tuple(Term(factor, widths) for widths, factor in factors.items())
 
     def _activation_buffers(self) -> tuple[Buffer, ...] | None:
-        lifetimes = Lifetimes(self._labeled)
-        if any(math.isnan(size) for size, _ in lifetimes.places):
+        places = find_memory_places(self._labeled)
+        if any(math.isnan(place.bytes_a_channel) for place in places):
             return None
         return tuple(
-            Buffer(size, 0 if labels is None else self._width_number(labels), first, last)
-            for (size, labels), first, last in zip(
-                lifetimes.places, lifetimes.first, lifetimes.last, strict=True
+            Buffer(
+                place.bytes_a_channel,
+                0 if place.labels is None else self._width_number(place.labels),
+                place.first,
+                place.last,
             )
+            for place in places
         )
 
     def _width_number(self, labels: IntArray) -> int:

@@ -1,74 +1,99 @@
-"""Tensors that are alive together while a model runs."""
+"""Tensors that are alive at the same time while a model runs."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
-import numpy as np
+from keras_taylor.reading.graph import Call
+from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.rules.base import Effect
+from keras_taylor.support.types import IntArray, Shape
 
-_ITEM_SIZE = 4  # float32
+_BYTES_A_VALUE = 4  # float32
 
 
-class Lifetimes:
-    """When each tensor of a graph is made and read last, and what is alive between.
-
-    A tensor lives from the call that makes it (a model input: from the start) to the last one that reads
-    it (a model output: to the end). What a call without a kernel makes of one tensor, each value where it
-    was, like an activation or a normalization, takes that tensor's place if nothing reads it later:
-    runtimes fuse these. So do reshapes.
-
-    Args:
-        channels: `groups.LabeledModel`, or what has its `graph`, `effects` and `labels`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemoryPlace:
+    """The memory of a tensor, and of those that take its place.
 
     Attributes:
-        places: For each place in memory: its bytes a channel as float32 (NaN where a size is unknown) and
-            the labels of its channels, `None` where it has none.
-        first, last: For each place the numbers of the first and the last call while it is alive.
+        bytes_a_channel: Bytes of each channel as float32, or of the whole tensor if it has no channels; NaN
+            where a size is unknown.
+        labels: Labels of its channels, an int array `(num_channels,)`; `None` if it has none.
+        first, last: Numbers of the first and the last call during which it is alive.
     """
 
-    def __init__(self, labeled):
-        graph = labeled.graph
-        last = dict.fromkeys(graph.inputs, -1)
-        for step, call in enumerate(graph.calls):
-            last.update(dict.fromkeys(call.outputs, step))
-            last.update(dict.fromkeys(call.inputs, step))
-        last.update(dict.fromkeys(graph.outputs, len(graph.calls)))
-        self.places, self.first, self.last, place_of = [], [], [], {}
-
-        def add(index, step):
-            place_of[index] = len(self.places)
-            self.places.append(_size(graph.shapes[index], labeled.labels[index]))
-            self.first.append(step)
-            self.last.append(last[index])
-
-        for index in graph.inputs:
-            if index not in place_of:
-                add(index, 0)
-        for step, (call, effect) in enumerate(zip(graph.calls, labeled.effects, strict=True)):
-            source = call.inputs[0] if call.inputs else None
-            if _in_place(call, effect, labeled) and last[source] == step and source in place_of:
-                place_of[call.outputs[0]] = place_of[source]
-                self.last[place_of[source]] = last[call.outputs[0]]
-                continue
-            for index in call.outputs:
-                add(index, step)
+    bytes_a_channel: float
+    labels: IntArray | None
+    first: int
+    last: int
 
 
-def _in_place(call, effect, labeled):
+def find_memory_places(labeled: LabeledModel) -> list[MemoryPlace]:
+    """Finds when each tensor of a model's graph is made and read last.
+
+    A tensor is alive from the call that makes it (a model input from the start) to the last one that
+    reads it (a model output to the end). A call without a kernel, such as an activation or a
+    normalization, may compute each value from the value at the same position. If nothing reads its input
+    later, its output takes the input's place, since runtimes fuse such calls. So do reshapes.
+    """
+    graph = labeled.graph
+    last_reads = _last_reads(labeled)
+    places: list[MemoryPlace] = []
+    place_of: dict[int, int] = {}  # tensor -> index of its place
+
+    def add(tensor: int, step: int) -> None:
+        size, labels = _measure(graph.shapes[tensor], labeled.labels[tensor])
+        place_of[tensor] = len(places)
+        places.append(MemoryPlace(size, labels, step, last_reads[tensor]))
+
+    for tensor in graph.inputs:
+        if tensor not in place_of:
+            add(tensor, 0)
+    for step, (call, effect) in enumerate(zip(graph.calls, labeled.effects, strict=True)):
+        source = call.inputs[0] if call.inputs else None
+        if source in place_of and last_reads[source] == step and _runs_in_place(call, effect, graph.shapes):
+            (output,) = call.outputs
+            number = place_of[output] = place_of[source]
+            places[number] = dataclasses.replace(places[number], last=last_reads[output])
+            continue
+        for tensor in call.outputs:
+            add(tensor, step)
+    return places
+
+
+def _last_reads(labeled: LabeledModel) -> dict[int, int]:
+    """Tensor -> number of the last call that makes or reads it."""
+    graph = labeled.graph
+    last = dict.fromkeys(graph.inputs, -1)
+    for step, call in enumerate(graph.calls):
+        last.update(dict.fromkeys(call.outputs, step))
+        last.update(dict.fromkeys(call.inputs, step))
+    last.update(dict.fromkeys(graph.outputs, len(graph.calls)))
+    return last
+
+
+def _runs_in_place(call: Call, effect: Effect, shapes: Sequence[Shape]) -> bool:
+    """Whether a call may write each output value to where the input value was."""
     if len(call.inputs) != 1 or len(call.outputs) != 1 or effect.reads or not effect.has_rule:
         return False
     if any(len(axes) > 1 for axes in effect.weights.values()):
         return False
-    before, after = (labeled.graph.shapes[index] for index in (call.inputs[0], call.outputs[0]))
-    return None not in before[1:] + after[1:] and math.prod(before[1:]) == math.prod(after[1:])
+    before, after = (_num_values(shapes[tensor]) for tensor in (call.inputs[0], call.outputs[0]))
+    return before is not None and before == after
 
 
-def _size(shape, labels):
-    """Bytes a channel (or all, where there are none), and the channels' labels."""
-    labels = np.asarray(labels)
-    sizes = shape[1:] if labels.size == 1 else _across(shape, labels)
-    factor = math.nan if None in sizes else float(_ITEM_SIZE * math.prod(sizes))
-    return factor, None if labels.size == 1 else labels.reshape(-1)
+def _num_values(shape: Shape) -> int | None:
+    """Number of values of one example, `None` if a size is unknown."""
+    sizes = [size for size in shape[1:] if size is not None]
+    return math.prod(sizes) if len(sizes) == len(shape) - 1 else None
 
 
-def _across(shape, labels):
-    """The sizes along which labels do not vary, the batch's left out."""
-    return [size for size, varied in zip(shape[1:], labels.shape[1:], strict=True) if varied == 1]
+def _measure(shape: Shape, labels: IntArray) -> tuple[float, IntArray | None]:
+    """Bytes of each channel (or of all values where there are no channels), and the channels' labels."""
+    has_channels = labels.size > 1
+    sizes = [
+        size for axis, size in enumerate(shape) if axis > 0 and not (has_channels and labels.shape[axis] > 1)
+    ]
+    num = math.nan if None in sizes else float(math.prod(size for size in sizes if size is not None))
+    return _BYTES_A_VALUE * num, labels.reshape(-1) if has_channels else None
