@@ -11,7 +11,7 @@ import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.plan import LayerPlan
 from keras_taylor.reading.groups import label_model
-from keras_taylor.rules.recurrent import gated
+from keras_taylor.rules.recurrent import gate_recurrence
 from keras_taylor.scores.gated_model import GatedModel
 
 NUM, STEPS, UNITS, OUTPUTS = 6, 5, 4, 3
@@ -235,7 +235,7 @@ def test_open_gates_leave_a_gru_in_training_as_it_is(options):
     attributes = sorted(vars(layer)), sorted(vars(layer.cell)), layer.use_cudnn
     wanted = ops.convert_to_numpy(layer(x, training=True))
     seed.assign(before)
-    with gated([layer], ops.ones((NUM, UNITS))):
+    with gate_recurrence([layer], ops.ones((NUM, UNITS))):
         ours = ops.convert_to_numpy(layer(x, training=True))
     np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)
     inference = ops.convert_to_numpy(layer(x))

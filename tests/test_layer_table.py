@@ -37,7 +37,7 @@ KINDS = {
         *(conv.conv, conv.conv_transpose, conv.separable, dense.dense, einsum.einsum_dense),
         *(dense.embedding, dense.reversible_embedding, recurrent.recurrent, recurrent.bidirectional),
     ],
-    "as its layer": [registry.LAYERS["TimeDistributed"], registry.LAYERS["SpectralNormalization"]],
+    "as its layer": [registry.time_distributed, registry.spectral_normalization],
     "lets through": [
         *(conv.depthwise, norm.batch_normalization, norm.group_normalization, norm.rescaling, norm.prelu),
         *(norm.layer_scale, conv.pool_or_resize, conv.pad_or_crop, elementwise.unary, elementwise.activation),

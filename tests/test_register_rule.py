@@ -12,7 +12,7 @@ from keras import layers, ops
 import keras_taylor
 from keras_taylor.reading import rule_checks
 from keras_taylor.reading.groups import label_model
-from keras_taylor.rules import registry
+from keras_taylor.rules import base, registry
 from keras_taylor.rules.base import Effect
 
 SIZE = (4, 6)
@@ -237,9 +237,10 @@ def test_what_does_not_fit_together_is_refused(arguments, message):
     assert message in str(error.value)
 
 
-def test_the_example_runs():
+@pytest.mark.parametrize(("place", "least"), [(keras_taylor.register_rule, 12), (base, 6)])
+def test_the_examples_run(place, least):
     runner = doctest.DocTestRunner()
-    for test in doctest.DocTestFinder().find(keras_taylor.register_rule, "register_rule"):
+    for test in doctest.DocTestFinder(recurse=False).find(place, "example"):
         runner.run(test)
-    assert runner.summarize().attempted >= 5
+    assert runner.summarize().attempted >= least
     assert runner.summarize().failed == 0

@@ -10,7 +10,7 @@ import numpy as np
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.composites import inside_rule
 from keras_taylor.reading.rule_checks import check_registered_rule, find_rule_by_probing
-from keras_taylor.rules.base import is_probed_activation
+from keras_taylor.rules.elementwise import is_probed_activation
 from keras_taylor.rules.labels import FIXED, LabelSpace
 from keras_taylor.rules.registry import apply_rule
 

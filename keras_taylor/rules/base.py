@@ -1,44 +1,84 @@
-"""What a rule is: the effect of one operation on labels, and how it shrinks."""
+"""What a rule is: a function from one call of an operation to the effect of that call on channels.
+
+Every position along a channel axis has an integer *label*. Channels with equal labels are one unit, and leave
+together. The label 0 (`labels.FIXED`) marks a position that always stays. Labels of a whole tensor are an
+array of the tensor's rank, with size 1 along every axis but the one of the channels: a tensor of shape
+`(batch, 28, 28, 64)` has labels of shape `(1, 1, 1, 64)`, or `(1, 1, 1, 1)` if it has no channels.
+
+A rule gets a `Context` (one call: the operation, the labels of its inputs, its arguments) and returns an
+`Effect`: the labels of the outputs, the labels along the axes of each weight, and the configuration values
+that change. Costs, gates and surgery follow from the effect, so a rule is all that a new layer needs. A rule
+never guesses: it locks channels (`Context.lock`, `lock_inputs`) where it does not know that they may leave.
+
+The rule of a layer like `Dense`, which reads the last axis of its input and makes units of its own:
+
+>>> import keras, keras_taylor
+>>> from keras_taylor.rules.base import Context, Effect, Work, count_kept, num_elements
+>>> class Project(keras.layers.Dense):
+...     pass
+>>> @keras_taylor.register_rule(Project)
+... def project(ctx: Context) -> Effect:
+...     last = ctx.inputs[0].rank - 1
+...     read = ctx.input_labels(0, last)  # one label for each channel of the input
+...     units = ctx.new_labels(ctx.operation.units)  # the layer makes these channels
+...     positions = num_elements(ctx.inputs[0].shape, skip=(last,))
+...     return Effect(
+...         outputs=[ctx.output_labels(units, last)],
+...         weights={"kernel": (read, units), "bias": (units,)},  # rows and columns that leave
+...         config={"units": count_kept(units)},  # the smaller layer is made with fewer units
+...         reads={0: last},  # the layer sums over this axis of input 0, so a gate can sit there
+...         work=(Work(2.0 * positions, (read, units)),),  # a multiplication and an addition for each weight
+...     )
+>>> model = keras.Sequential([keras.Input((4,)), Project(8, name="wide"), keras.layers.Dense(2)])
+>>> [(group.name, group.num_units) for group in keras_taylor.analyze(model).groups if group.prunable]
+[('wide', 8)]
+"""
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import keras
 import numpy as np
 
-from keras_taylor.rules.labels import FIXED
-from keras_taylor.rules.probing import is_elementwise_function
+from keras_taylor.rules.labels import FIXED, LabelSpace
 from keras_taylor.support.identity import IdentityMap
-from keras_taylor.support.types import BoolArray, IntArray, Masks
+from keras_taylor.support.types import BoolArray, IntArray, Masks, Shape, Tensor
 
 EditKey = TypeVar("EditKey")  # of a configuration value (a path) or of a call argument (its position)
+
+# Labels along each axis of a weight, `None` for an axis that stays whole.
+WeightLabels: TypeAlias = tuple[IntArray | None, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LabeledTensor:
-    """Labels of a tensor: an int array of its rank, size 1 along every axis (the
-    batch's among them) on which they do not vary. At most one axis varies."""
+    """The labels and the shape of one tensor.
 
-    labels: np.ndarray
-    shape: tuple
+    Attributes:
+        labels: int64 array of the tensor's rank. It has size 1 along every axis on which labels do not vary,
+            the batch axis among them. At most one axis varies.
+        shape: Sizes of all axes, the batch axis first, `None` where unknown.
+    """
+
+    labels: IntArray
+    shape: Shape
 
     @property
-    def rank(self):
-        """Number of axes, the batch's among them."""
+    def rank(self) -> int:
+        """Number of axes, the batch axis included."""
         return len(self.shape)
 
     @property
-    def channel_axis(self):
-        """The axis along which labels vary, `None` where nothing here is a channel."""
+    def channel_axis(self) -> int | None:
+        """The axis along which labels vary, `None` if the tensor has no channels."""
         return next((k for k, size in enumerate(self.labels.shape) if size > 1), None)
 
-    def labels_along(self, axis):
-        """Labels of the positions along `axis`, an int64 array `(shape[axis],)`."""
+    def labels_along(self, axis: int) -> IntArray:
+        """Returns the labels along an axis: int64 `(shape[axis],)`, empty if the size is unknown."""
         axis %= self.rank
         if self.channel_axis == axis:
             return self.labels.reshape(-1)
@@ -47,132 +87,199 @@ class LabeledTensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edit:
-    """How a configuration value or an argument follows from what is kept.
+    """A value of a configuration or of a call that depends on which channels stay.
 
-    `new_value(*masks)` gets, for each label array, a bool array: kept or not.
+    Attributes:
+        labels: The label arrays that the value depends on.
+        new_value: Computes the value for the smaller operation. It gets one bool array for each array in
+            `labels`, of the same shape: True for a channel that stays.
     """
 
-    labels: tuple
+    labels: tuple[IntArray, ...]
     new_value: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Work:
-    """Floating point operations: `factor` times the widths of these axes."""
+    """A number of floating point operations: `factor` times the number of channels that stay in each array.
+
+    A dense layer on one vector does `Work(2.0, (read, units))`: a multiplication and an addition for each
+    pair of a channel it reads and a unit it makes.
+
+    Attributes:
+        factor: Operations for each combination of channels. NaN where a size is unknown.
+        labels: Label arrays `(num,)`. What stays of each multiplies the factor.
+    """
 
     factor: float
-    labels: tuple = ()
+    labels: tuple[IntArray, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InternalRead:
-    """What an operation reads where no tensor of the graph is: of its own past, or inside of it.
+    """Channels that an operation reads from inside itself, where no tensor of the graph can carry a gate.
+
+    A recurrent layer reads its own state. A closed composite layer reads what its inner layers pass on.
 
     Attributes:
-        labels: Label array of it.
-        apply_gate: `apply_gate(operation, gate)` is a context: within it a call of the operation (or of a
-            copy) reads this times `gate`, a tensor that broadcasts to it.
-        layer_number: That of the inner layer which reads it, among all inner layers; `None` for the past.
+        labels: Labels of the values that it reads, an array of their rank.
+        apply_gate: `apply_gate(operation, gate)` is a context manager. Within it, a call of the operation (or
+            of a copy) multiplies these values by `gate`, a tensor that broadcasts to them.
+        layer_number: The position of the inner layer that reads them among `attention.inner_layers`; `None`
+            for a recurrent layer's state.
     """
 
-    labels: np.ndarray
-    apply_gate: Callable[..., Any]
+    labels: IntArray
+    apply_gate: Callable[[keras.Operation, Tensor], contextlib.AbstractContextManager[None]]
     layer_number: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Effect:
-    """What an operation does to labels, and everything that shrinking it needs.
+    """The effect of one call on labels, and how the operation shrinks when channels leave.
+
+    Only `outputs` is required. Everything else is empty for an operation without weights that lets channels
+    through, such as an activation.
 
     Attributes:
-        outputs: Label array of each output tensor.
-        weights: For each weight (attribute path, `"cell.kernel"`), the labels along
-            each of its axes, `None` for an axis that stays whole.
-        config: Edits of configuration values, by key (a path: `"layer.config.units"`).
-        arguments: Edits of call arguments, by position in the flattened call.
-        reads: For each input (by number) that is contracted: the axis. A gate
-            belongs on this edge.
-        internal_reads: What it reads elsewhere, `InternalRead` each: gates belong there, too.
-        call_with_gate: For an operation that normalizes channels together, and lets them through: a
-            function of it, of its input and of a gate for each channel of that, which puts out
-            what the operation would without the channels whose gate is zero.
+        outputs: For each output tensor its label array, of the output's rank (`Context.output_labels`,
+            `Context.fixed_labels`).
+        weights: For each weight the labels along each of its axes, `None` for an axis that stays whole. The
+            key is the attribute path of the weight (`"cell.kernel"`), or `"weights.3"` for
+            `operation.weights[3]`.
+        config: Edits of configuration values by key. The key may be a path: `"layer.config.units"`.
+        arguments: Edits of call arguments by position in the flattened call.
+        reads: The axis that the operation sums over, for each input (by number) whose channels it mixes.
+            Gates multiply the input on this edge of the graph.
+        internal_reads: Channels that the operation reads from inside itself. Gates belong there, too.
+        call_with_gate: For an operation that normalizes its channels together and lets them through.
+            `call_with_gate(operation, x, gate)` returns the output that the operation has without the
+            channels whose gate is zero. `gate` broadcasts against `x`.
         work: Floating point operations of one example.
-        has_rule: False where no rule knows the operation.
-        accelerate: Makes a copy of the layer cheaper to differentiate, in place, its
-            values the same; `None` where there is no such way.
-        inner_kernels: Weights with the axis along which they make the units inside of it.
+        has_rule: False if no rule knows the operation. The report names it.
+        accelerate: `accelerate(layer)` changes a copy of the layer in place, so that its derivatives cost
+            less and its values stay the same. `None` if there is no such change.
+        inner_kernels: Path and axis of the weights in which a closed composite layer makes the units inside
+            it. `producing_kernels` finds the kernels of other layers by itself.
     """
 
-    outputs: list
-    weights: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
+    outputs: Sequence[IntArray]
+    weights: Mapping[str, WeightLabels] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Edit] = dataclasses.field(default_factory=dict)
     arguments: Mapping[int, Edit] = dataclasses.field(default_factory=dict)
     reads: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    internal_reads: tuple = ()
-    call_with_gate: Callable[..., Any] | None = None
-    work: tuple = ()
+    internal_reads: tuple[InternalRead, ...] = ()
+    call_with_gate: Callable[[keras.Layer, Tensor, Tensor], Tensor] | None = None
+    work: tuple[Work, ...] = ()
     has_rule: bool = True
-    accelerate: Callable[..., None] | None = None
-    inner_kernels: tuple = ()  # of (weight, axis)
+    accelerate: Callable[[keras.Layer], None] | None = None
+    inner_kernels: tuple[tuple[str, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Context:
-    """What a rule gets to see of a call."""
+    """One call of an operation, as a rule sees it.
 
-    space: Any  # LabelSpace
+    Attributes:
+        space: Hands out labels, and collects unions and locks.
+        name: Name of the operation in the graph, `"block/conv"` inside a sub-model. Reasons quote it.
+        operation: The layer or `keras.ops` operation.
+        inputs: Labels and shape of each input tensor, in the order of the flattened call.
+        input_positions: Position of each input among the flattened arguments.
+        constants: The flattened arguments, with `None` in the place of each input tensor.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        output_shapes: Shape of each output tensor, the batch axis first, `None` where unknown.
+        closed_reason: Why the operations inside a custom layer could not be read; `None` if they need not be.
+    """
+
+    space: LabelSpace
     name: str
-    operation: Any
-    inputs: list  # of LabeledTensor
-    input_positions: list  # of each input among the flattened arguments
-    constants: list  # the flattened arguments, `None` in the place of each tensor
-    args: tuple
-    kwargs: dict
-    output_shapes: list
-    closed: str | None = None  # why a layer could not be opened
+    operation: keras.Operation
+    inputs: Sequence[LabeledTensor]
+    input_positions: Sequence[int]
+    constants: Sequence[Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output_shapes: Sequence[Shape]
+    closed_reason: str | None = None
 
-    def new_labels(self, num):
-        """Labels of channels that this call makes."""
+    def new_labels(self, num: int) -> IntArray:
+        """Returns labels for `num` channels that this call makes: int64 `(num,)`."""
         return self.space.new_labels(num, self.name)
 
-    def lock(self, labels, why):
-        """Keeps these labels for ever; the report says why and where."""
-        self.space.lock(labels, f"{why} ('{self.name}')")
+    def input_labels(self, index: int, axis: int) -> IntArray:
+        """Returns the labels of an input along the one axis where the operation handles channels.
 
-    def record_normalization(self, labels):
-        """Notes that these are normalized together; says whether they may leave (`exact=False`)."""
-        return self.space.record_normalization(labels, type(self.operation).__name__, self.name)
+        Channels on any other axis of this input are locked: the operation would mix them.
 
-    def union(self, first, second):
-        """Makes labels that meet here one."""
-        self.space.union(first, second, f"meets values that are no channels in '{self.name}'")
+        Args:
+            index: Number of the input.
+            axis: The axis, negative to count from the end.
 
-    def fixed_labels(self, output=0):
-        """Labels of an output that has no channels."""
-        return np.full((1,) * len(self.output_shapes[output]), FIXED)
-
-    def output_labels(self, vector, axis, output=0):
-        """Labels of an output that vary along one axis as `vector` does."""
-        rank = len(self.output_shapes[output])
-        shape = [1] * rank
-        shape[axis % rank] = -1
-        vector = np.asarray(vector)
-        return vector.reshape(shape) if vector.size > 1 and vector.any() else self.fixed_labels(output)
-
-    def input_labels(self, index, axis):
-        """Labels along the axis that an operation sums over; others of the tensor are locked."""
+        Returns:
+            int64 array `(inputs[index].shape[axis],)`.
+        """
         tensor = self.inputs[index]
         axis %= tensor.rank
         if tensor.channel_axis not in (None, axis):
             self.lock(tensor.labels, "summed together over an axis that is not the channels'")
         return tensor.labels_along(axis)
 
-    def argument(self, position, name, default=None):
-        """A call argument that is no tensor."""
+    def output_labels(self, channels: IntArray, axis: int, output: int = 0) -> IntArray:
+        """Returns the label array of an output whose channels lie along one axis.
+
+        Args:
+            channels: Labels along this axis, `(num,)`.
+            axis: The axis, negative to count from the end.
+            output: Number of the output.
+
+        Returns:
+            int64 array of the output's rank, for `Effect.outputs`.
+        """
+        rank = len(self.output_shapes[output])
+        shape = [1] * rank
+        shape[axis % rank] = -1
+        channels = np.asarray(channels)
+        has_channels = channels.size > 1 and channels.any()
+        return channels.reshape(shape) if has_channels else self.fixed_labels(output)
+
+    def fixed_labels(self, output: int = 0) -> IntArray:
+        """Returns the label array of an output without channels: `FIXED`, size 1 along every axis."""
+        return np.full((1,) * len(self.output_shapes[output]), FIXED)
+
+    def lock(self, labels: IntArray, reason: str) -> None:
+        """Keeps these channels for good. Reports quote the reason and the name of the operation."""
+        self.space.lock(labels, f"{reason} ('{self.name}')")
+
+    def union(self, first: IntArray, second: IntArray) -> None:
+        """Makes channels that meet in this operation one unit. The arrays broadcast against each other."""
+        self.space.union(first, second, f"meets values that are no channels in '{self.name}'")
+
+    def record_normalization(self, labels: IntArray) -> bool:
+        """Records that these channels are normalized together.
+
+        Returns:
+            Whether they may leave (`exact=False`). If not, they are locked.
+        """
+        return self.space.record_normalization(labels, type(self.operation).__name__, self.name)
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """Returns an argument of the call that may be given by position or by name."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
-    def merge_to_one_axis(self, labels):
-        """Labels on one axis at most: where two vary, those of one slice become one unit."""
+    def merge_to_one_axis(self, labels: IntArray) -> IntArray:
+        """Returns labels that vary along one axis at most.
+
+        Where labels vary along two axes, the longer one remains: channels that share a position on it become
+        one unit.
+
+        Args:
+            labels: int64 array of a tensor's rank.
+
+        Returns:
+            int64 array of the same rank.
+        """
         varying = [k for k, size in enumerate(labels.shape) if size > 1]
         for axis in list(varying):
             first = np.take(labels, [0], axis)
@@ -191,27 +298,69 @@ class Context:
         return labels
 
 
-def lock_inputs(ctx, why="read by an operation that mixes channels"):
-    """Mixes channels in a way that no channel may leave."""
+Rule: TypeAlias = Callable[[Context], Effect]
+
+
+def lock_inputs(ctx: Context, reason: str = "read by an operation that mixes channels") -> Effect:
+    """The effect of an operation that mixes channels, so that none of them may leave."""
     for tensor in ctx.inputs:
-        ctx.lock(tensor.labels, why)
-    outputs = [ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))]
-    return Effect(outputs=outputs)
+        ctx.lock(tensor.labels, reason)
+    return Effect(outputs=[ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))])
 
 
-def unknown_operation(ctx):
-    """No rule knows the operation: it stays as it is, and the report names it."""
-    why = f"stays closed: {ctx.closed}" if ctx.closed else "has no rule"
-    for tensor in ctx.inputs:
-        ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, which {why}")
-    outputs = [ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))]
-    return Effect(outputs=outputs, has_rule=False)
+def lock_batch_operation(ctx: Context) -> Effect:
+    """The effect of an operation that adds, removes or moves examples: a gate must know its example."""
+    return lock_inputs(ctx, "read by an operation on the batch axis")
 
 
-def weight_of(operation, path):
-    """The weight of an operation at an attribute path (`"cell.kernel"`), `None` if it has none.
+def unknown_operation(ctx: Context) -> Effect:
+    """Channels stay: no rule knows the operation, and the report names it."""
+    reason = f"stays closed: {ctx.closed_reason}" if ctx.closed_reason else "has no rule"
+    effect = lock_inputs(ctx, f"read by {type(ctx.operation).__name__}, which {reason}")
+    return dataclasses.replace(effect, has_rule=False)
 
-    `"weights.3"` is the fourth of all its weights, those of inner layers among them.
+
+def count_kept(labels: IntArray) -> Edit:
+    """Returns an edit to the number of these channels that stay."""
+    return Edit((labels,), lambda kept: int(kept.sum()))
+
+
+def size_product(sizes: Iterable[int | None]) -> float:
+    """The product of sizes of axes, NaN where one is unknown."""
+    return math.prod(math.nan if size is None else size for size in sizes)
+
+
+def num_elements(shape: Shape, skip: Sequence[int] = ()) -> float:
+    """Number of elements of one example, without the axes in `skip`; NaN where a size is unknown."""
+    return size_product(size for axis, size in enumerate(shape) if axis and axis not in skip)
+
+
+def elementwise_work(labels: IntArray, shape: Shape, factor: float = 1.0) -> tuple[Work, ...]:
+    """The work of `factor` operations for every element of a tensor.
+
+    Args:
+        labels: Labels of the tensor, an array of its rank.
+        shape: Shape of the tensor.
+        factor: Operations for each element.
+    """
+    tensor = LabeledTensor(labels, shape)
+    axis = tensor.channel_axis
+    if axis is None:
+        return (Work(factor * num_elements(shape)),)
+    return (Work(factor * num_elements(shape, (axis,)), (tensor.labels_along(axis),)),)
+
+
+def layer_channel_axis(layer: keras.Layer, tensor: LabeledTensor) -> int:
+    """The channel axis of a layer with a `data_format`; the last axis without one."""
+    is_first = getattr(layer, "data_format", None) == "channels_first"
+    return 1 if is_first else tensor.rank - 1
+
+
+def weight_of(operation: keras.Operation, path: str) -> keras.Variable | None:
+    """The weight of an operation at a path of `Effect.weights`, `None` if it has no such weight.
+
+    The path is that of an attribute (`"cell.kernel"`), or `"weights.3"` for the fourth of all weights, those
+    of inner layers included.
     """
     head, _, number = path.rpartition(".")
     if head == "weights":
@@ -222,25 +371,25 @@ def weight_of(operation, path):
         return None
 
 
-def weight_axes(operation, effect: Effect) -> dict[int, tuple[IntArray | None, ...]]:
+def weight_axes(operation: keras.Operation, effect: Effect) -> dict[int, WeightLabels]:
     """Labels along the axes of an operation's weights, by the weight's position in `operation.weights`."""
     numbers = IdentityMap((weight, number) for number, weight in enumerate(getattr(operation, "weights", ())))
-    weights = ((weight_of(operation, name), axes) for name, axes in effect.weights.items())
+    weights = ((weight_of(operation, path), axes) for path, axes in effect.weights.items())
     return {numbers[weight]: axes for weight, axes in weights if weight in numbers}
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptLabels:
-    """Which labels stay, and what follows for weights, configuration values and call arguments.
+    """Which channels stay, and the weights, configuration values and call arguments that follow from it.
 
     Attributes:
-        mask: A function from a label array to a bool array of the same shape: kept or not.
+        mask: A function from a label array to a bool array of the same shape: True for a channel that stays.
     """
 
     mask: Callable[[IntArray], BoolArray]
 
     def changes(self, edits: Mapping[EditKey, Edit]) -> dict[EditKey, Any]:
-        """New values of what is edited, without those that stay because all their labels do."""
+        """Returns the new value of each edit, without edits whose channels all stay."""
         masks = {key: [self.mask(labels) for labels in edit.labels] for key, edit in edits.items()}
         return {
             key: edit.new_value(*masks[key])
@@ -248,35 +397,54 @@ class KeptLabels:
             if not all(mask.all() for mask in masks[key])
         }
 
-    def weight_masks(self, operation, effect: Effect) -> dict[int, Masks]:
-        """What stays along each axis of a weight, by the weight's position in `operation.weights`."""
+    def weight_masks(self, operation: keras.Operation, effect: Effect) -> dict[int, Masks]:
+        """Returns what stays along each axis of a weight, by its position in `operation.weights`."""
         return {
             number: [None if labels is None else self.mask(labels) for labels in axes]
             for number, axes in weight_axes(operation, effect).items()
         }
 
 
-def producing_kernels(effect):
-    """Kernels with the axis along which they make channels: name, axis, labels."""
-    made = [m for edit in effect.config.values() for m in edit.labels]
-    made = [m for m in made if _repeats(effect.outputs[0].reshape(-1), m)]
-    for name, axes in effect.weights.items():
-        found = [k for k, a in enumerate(axes) if a is not None and any(_repeats(a, m) for m in made)]
-        if found and not name.endswith("bias") and len(axes) > 1:
-            yield name, found[-1], axes[found[-1]]  # recurrent kernels read, before, what they make
-    for name, axis in effect.inner_kernels:
-        yield name, axis, effect.weights[name][axis]
+class ProducingKernel(NamedTuple):
+    """A kernel that makes channels: one slice along `axis` is the filter of one channel.
+
+    Attributes:
+        path: Path of the weight, as in `Effect.weights`.
+        axis: The axis along which the kernel makes channels.
+        labels: Labels along this axis, `(kernel.shape[axis],)`.
+    """
+
+    path: str
+    axis: int
+    labels: IntArray
 
 
-def _repeats(labels, once):
-    """Whether labels are these, once or several times: the units of a layer with several gates."""
+def producing_kernels(effect: Effect) -> Iterator[ProducingKernel]:
+    """Yields the kernels that make the units an operation counts in its configuration."""
+    units = [labels for edit in effect.config.values() for labels in edit.labels]
+    units = [labels for labels in units if _is_repeated(effect.outputs[0].reshape(-1), labels)]
+    for path, axes in effect.weights.items():
+        found = [
+            (k, a) for k, a in enumerate(axes) if a is not None and any(_is_repeated(a, u) for u in units)
+        ]
+        if found and not path.endswith("bias") and len(axes) > 1:
+            # The last axis: a recurrent kernel reads the same units along the axis before.
+            yield ProducingKernel(path, *found[-1])
+    for path, axis in effect.inner_kernels:
+        labels = effect.weights[path][axis]
+        if labels is not None:
+            yield ProducingKernel(path, axis, labels)
+
+
+def _is_repeated(labels: IntArray, once: IntArray) -> bool:
+    """Whether `labels` are `once`, one or several times: a layer with several gates repeats its units."""
     times = labels.size // max(once.size, 1)
     return times > 0 and np.array_equal(labels, np.tile(once, times))
 
 
 @contextlib.contextmanager
-def override_attributes(owner, **values):
-    """Within it an object has other attributes, out of sight of Keras' tracking."""
+def override_attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Within this context, an object has other attributes. Keras' tracking of attributes does not see it."""
     before = {name: vars(owner)[name] for name in values if name in vars(owner)}
     vars(owner).update(values)
     try:
@@ -287,62 +455,6 @@ def override_attributes(owner, **values):
         vars(owner).update(before)
 
 
-def is_from_keras(cls):
-    """Whether a class or function is one of Keras' own: a user's subclass may do anything."""
-    return cls.__module__.split(".")[0] == "keras"
-
-
-def count_kept(labels):
-    """An edit: as many as are kept of these labels."""
-    return Edit((labels,), lambda kept: int(kept.sum()))
-
-
-def layer_channel_axis(layer, tensor):
-    """The channel axis of a layer with a `data_format`."""
-    first = getattr(layer, "data_format", None) == "channels_first"
-    return 1 if first else tensor.rank - 1
-
-
-def num_elements(shape, skip=()):
-    """Number of elements of one example, axes in `skip` left out; unknown counts as NaN."""
-    dims = [d for k, d in enumerate(shape) if k and k not in skip]
-    return math.nan if None in dims else math.prod(dims)
-
-
-def elementwise_work(tensor_labels, shape, factor=1.0):
-    """Work of `factor` operations for every element of a tensor."""
-    tensor = LabeledTensor(tensor_labels, shape)
-    axis = tensor.channel_axis
-    if axis is None:
-        return (Work(factor * num_elements(shape)),)
-    return (Work(factor * num_elements(shape, (axis,)), (tensor.labels_along(axis),)),)
-
-
-_ELEMENTWISE = {
-    *("linear", "relu", "relu6", "elu", "selu", "celu", "gelu", "silu", "swish", "mish", "sigmoid"),
-    *("hard_sigmoid", "tanh", "hard_tanh", "softplus", "softsign", "exponential", "leaky_relu"),
-    *("hard_silu", "hard_swish", "log_sigmoid", "soft_shrink", "hard_shrink", "tanh_shrink"),
-    *("squareplus", "sparse_plus", "sparse_sigmoid", "threshold"),
-}
-
-
-def is_elementwise(activation):
-    """Whether this is one of Keras' activations that look at one value at a time."""
-    if isinstance(activation, keras.layers.Activation):
-        return is_elementwise(activation.activation)
-    if isinstance(activation, keras.Layer):
-        return type(activation) in (keras.layers.ReLU, keras.layers.LeakyReLU, keras.layers.ELU)
-    if any(activation is getattr(keras.activations, name, None) for name in _ELEMENTWISE):
-        return True
-    return _is_custom(activation) and is_elementwise_function(activation)
-
-
-def is_probed_activation(operation):
-    """Whether a layer's activation is the user's, and was found to look at one value at a time."""
-    activation = vars(operation).get("activation")
-    return _is_custom(activation) and is_elementwise_function(activation)
-
-
-def _is_custom(activation):
-    """Functions only: what has a state could change its mind."""
-    return inspect.isfunction(activation) and activation.__module__.split(".")[0] != "keras"
+def is_from_keras(item: Any) -> bool:
+    """Whether a class or function is defined by Keras. A user's subclass may do anything in `call`."""
+    return item.__module__.split(".")[0] == "keras"

@@ -1,140 +1,147 @@
 """Convolutions (plain, grouped, depthwise, separable, transposed), pooling, padding."""
 
 import dataclasses
+from collections.abc import Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_taylor.rules.base import (
+    Context,
     Effect,
     Work,
     count_kept,
     elementwise_work,
-    is_elementwise,
     layer_channel_axis,
     num_elements,
 )
+from keras_taylor.rules.elementwise import lock_unless_elementwise
+from keras_taylor.support.types import IntArray, Tensor
 
 
-def conv(ctx):
-    """Filters can go; any stride, dilation and number of groups."""
+def conv(ctx: Context) -> Effect:
+    """Filters can leave, with any stride, dilation and number of groups."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = layer_channel_axis(layer, tensor)
     read = ctx.input_labels(0, axis)
-    if layer.groups == read.size > 1 and layer.filters % read.size == 0 and ctx.name not in ctx.space.grouped:
-        return _one_group_a_channel(ctx, read, axis)
-    blocks = read.reshape(layer.groups, -1)
-    ctx.union(blocks, blocks[:1])
-    block = blocks.max(0)
-    made = np.tile(_made(ctx, layer.filters // layer.groups), layer.groups)
-    kernel = (None,) * (tensor.rank - 2) + (block, made)
+    has_one_channel_per_group = layer.groups == read.size > 1 and layer.filters % read.size == 0
+    if has_one_channel_per_group and ctx.name not in ctx.space.grouped:
+        return _channelwise_conv(ctx, read, axis)
+    # All groups lose the same channels, so that they stay of equal size.
+    groups = read.reshape(layer.groups, -1)
+    ctx.union(groups, groups[:1])
+    read_by_each = groups.max(0)
+    filters = np.tile(_new_filters(ctx, layer.filters // layer.groups), layer.groups)
+    kernel = (None,) * (tensor.rank - 2) + (read_by_each, filters)
     return Effect(
-        outputs=[ctx.output_labels(made, axis)],
-        weights={"kernel": kernel, "bias": (made,)},
-        config={"filters": count_kept(made)},
+        outputs=[ctx.output_labels(filters, axis)],
+        weights={"kernel": kernel, "bias": (filters,)},
+        config={"filters": count_kept(filters)},
         reads={0: axis},
-        work=_work(ctx, axis, layer.kernel_size, block, made),
-        accelerate=_multiply_matrices if _is_pointwise(layer) else None,
+        work=_conv_work(ctx, axis, layer.kernel_size, read_by_each, filters),
+        accelerate=_use_matrix_product if _is_pointwise(layer) else None,
     )
 
 
-def conv_transpose(ctx):
-    """Filters can go."""
+def conv_transpose(ctx: Context) -> Effect:
+    """Filters can leave."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = layer_channel_axis(layer, tensor)
     read = ctx.input_labels(0, axis)
-    made = _made(ctx, layer.filters)
+    filters = _new_filters(ctx, layer.filters)
     positions = num_elements(tensor.shape, (axis,))
     return Effect(
-        outputs=[ctx.output_labels(made, axis)],
-        weights={"kernel": (None,) * (tensor.rank - 2) + (made, read), "bias": (made,)},
-        config={"filters": count_kept(made)},
+        outputs=[ctx.output_labels(filters, axis)],
+        weights={"kernel": (None,) * (tensor.rank - 2) + (filters, read), "bias": (filters,)},
+        config={"filters": count_kept(filters)},
         reads={0: axis},
-        work=(Work(2 * positions * np.prod(layer.kernel_size), (read, made)),),
+        work=(Work(2 * positions * np.prod(layer.kernel_size), (read, filters)),),
     )
 
 
-def depthwise(ctx):
-    """Every channel goes through by itself, `depth_multiplier` times."""
+def depthwise(ctx: Context) -> Effect:
+    """Each channel goes through alone, `depth_multiplier` times."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = layer_channel_axis(layer, tensor)
     read = ctx.input_labels(0, axis)
-    made = np.repeat(read, layer.depth_multiplier)
-    _lock_unless_elementwise(ctx, made)
+    filters = np.repeat(read, layer.depth_multiplier)
+    lock_unless_elementwise(ctx, filters)
     return Effect(
-        outputs=[ctx.output_labels(made, axis)],
-        weights={"kernel": (None,) * (tensor.rank - 2) + (read, None), "bias": (made,)},
-        work=_work(ctx, axis, layer.kernel_size, made),
+        outputs=[ctx.output_labels(filters, axis)],
+        weights={"kernel": (None,) * (tensor.rank - 2) + (read, None), "bias": (filters,)},
+        work=_conv_work(ctx, axis, layer.kernel_size, filters),
     )
 
 
-def separable(ctx):
-    """Filters can go: a depthwise, then a pointwise convolution."""
+def separable(ctx: Context) -> Effect:
+    """Filters can leave: a depthwise convolution, then a pointwise one."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = layer_channel_axis(layer, tensor)
     read = ctx.input_labels(0, axis)
-    middle = np.repeat(read, layer.depth_multiplier)
-    made = _made(ctx, layer.filters)
-    spatial = (None,) * (tensor.rank - 2)
+    depthwise_filters = np.repeat(read, layer.depth_multiplier)
+    filters = _new_filters(ctx, layer.filters)
+    window = (None,) * (tensor.rank - 2)
+    depthwise_work = _conv_work(ctx, axis, layer.kernel_size, depthwise_filters)
     return Effect(
-        outputs=[ctx.output_labels(made, axis)],
+        outputs=[ctx.output_labels(filters, axis)],
         weights={
-            "depthwise_kernel": (*spatial, read, None),
-            "pointwise_kernel": (*spatial, middle, made),
-            "bias": (made,),
+            "depthwise_kernel": (*window, read, None),
+            "pointwise_kernel": (*window, depthwise_filters, filters),
+            "bias": (filters,),
         },
-        config={"filters": count_kept(made)},
+        config={"filters": count_kept(filters)},
         reads={0: axis},
-        work=_work(ctx, axis, layer.kernel_size, middle) + _work(ctx, axis, (1,), middle, made),
+        work=depthwise_work + _conv_work(ctx, axis, (1,), depthwise_filters, filters),
     )
 
 
-def pool_or_resize(ctx):
-    """Channels go through, each by itself; space may change its size."""
-    tensor = ctx.inputs[0]
-    axis = layer_channel_axis(ctx.operation, tensor)
-    vector = ctx.input_labels(0, axis)
-    out_rank = len(ctx.output_shapes[0])
-    out_axis = axis if out_rank == tensor.rank else 1  # a global pooling leaves (batch, channels)
-    window = getattr(ctx.operation, "pool_size", 1)
-    factor = float(np.prod(window)) if out_rank == tensor.rank else 1.0
-    labels = ctx.output_labels(vector, out_axis)
-    shape = ctx.output_shapes[0] if out_rank == tensor.rank else tensor.shape
-    work_labels = labels if out_rank == tensor.rank else tensor.labels
-    return Effect(outputs=[labels], work=elementwise_work(work_labels, shape, factor))
+def pool_or_resize(ctx: Context) -> Effect:
+    """Each channel goes through alone; the sizes of the spatial axes may change."""
+    layer, tensor, shape = ctx.operation, ctx.inputs[0], ctx.output_shapes[0]
+    axis = layer_channel_axis(layer, tensor)
+    channels = ctx.input_labels(0, axis)
+    if len(shape) == tensor.rank:
+        labels = ctx.output_labels(channels, axis)
+        window = float(np.prod(getattr(layer, "pool_size", 1)))
+        return Effect(outputs=[labels], work=elementwise_work(labels, shape, window))
+    # Global pooling leaves the axes (batch, channels), and reads each element once.
+    labels = ctx.output_labels(channels, 1)
+    return Effect(outputs=[labels], work=elementwise_work(tensor.labels, tensor.shape))
 
 
-def pad_or_crop(ctx):
-    """Channels go through; space changes its size."""
+def pad_or_crop(ctx: Context) -> Effect:
+    """Channels go through; the sizes of the spatial axes change."""
     return dataclasses.replace(pool_or_resize(ctx), work=())
 
 
-def _one_group_a_channel(ctx, read, axis):
-    """A grouped convolution with as many groups as channels is a depthwise one."""
+def _channelwise_conv(ctx: Context, read: IntArray, axis: int) -> Effect:
+    """The effect of a convolution with one channel in each group, which is a depthwise one."""
     layer = ctx.operation
-    made = np.repeat(read, layer.filters // read.size)
-    _lock_unless_elementwise(ctx, made)
+    filters = np.repeat(read, layer.filters // read.size)
+    lock_unless_elementwise(ctx, filters)
     return Effect(
-        outputs=[ctx.output_labels(made, axis)],
-        weights={"kernel": (None,) * (ctx.inputs[0].rank - 1) + (made,), "bias": (made,)},
-        config={"filters": count_kept(made), "groups": count_kept(read)},
-        work=_work(ctx, axis, layer.kernel_size, made),
+        outputs=[ctx.output_labels(filters, axis)],
+        weights={"kernel": (None,) * (ctx.inputs[0].rank - 1) + (filters,), "bias": (filters,)},
+        config={"filters": count_kept(filters), "groups": count_kept(read)},
+        work=_conv_work(ctx, axis, layer.kernel_size, filters),
     )
 
 
-def _is_pointwise(layer):
+def _is_pointwise(layer: keras.Layer) -> bool:
+    """Whether a convolution is a product with one matrix at each position."""
     return set(layer.kernel_size) == {1} and layer.groups == 1 and layer.data_format == "channels_last"
 
 
-def _multiply_matrices(layer):
-    """A 1x1 convolution as what it is, a matrix product.
+def _use_matrix_product(layer: keras.Layer) -> None:
+    """Makes a 1x1 convolution compute a matrix product.
 
-    Its derivative is then one too, which is up to six times as fast as that of a
+    The derivative is a matrix product, too. It takes up to six times less time than the derivative of a
     convolution of a small feature map.
     """
     strides = (slice(None), *(slice(None, None, stride) for stride in layer.strides))
 
-    def convolution_op(inputs, kernel):
+    def convolution_op(inputs: Tensor, kernel: Tensor) -> Tensor:
         inputs = inputs[strides]
         shape = ops.shape(inputs)
         matrix = ops.reshape(kernel, kernel.shape[-2:])
@@ -144,17 +151,21 @@ def _multiply_matrices(layer):
     vars(layer)["convolution_op"] = convolution_op
 
 
-def _made(ctx, num):
-    made = ctx.new_labels(num)
-    _lock_unless_elementwise(ctx, made)
-    return made
+def _new_filters(ctx: Context, num: int) -> IntArray:
+    """Labels of new filters, `(num,)`, locked if the activation may mix them."""
+    filters = ctx.new_labels(num)
+    lock_unless_elementwise(ctx, filters)
+    return filters
 
 
-def _lock_unless_elementwise(ctx, labels):
-    if not is_elementwise(ctx.operation.activation):
-        ctx.lock(labels, "goes through an activation that may mix channels")
+def _conv_work(ctx: Context, axis: int, kernel_size: Sequence[int], *labels: IntArray) -> tuple[Work, ...]:
+    """A multiplication and an addition for each kernel value at each output position.
 
-
-def _work(ctx, axis, kernel_size, *axes):
+    Args:
+        ctx: The call.
+        axis: The channel axis of the output.
+        kernel_size: Spatial sizes of the kernel.
+        labels: Labels along the other axes of the kernel.
+    """
     positions = num_elements(ctx.output_shapes[0], (axis,))
-    return (Work(2.0 * positions * float(np.prod(kernel_size)), axes),)
+    return (Work(2.0 * positions * float(np.prod(kernel_size)), labels),)

@@ -1,51 +1,58 @@
-"""Dense layers, and embeddings: a table that is read by number."""
+"""Dense layers, and embeddings: a table whose rows are looked up by number."""
 
-from keras_taylor.rules.base import Effect, Work, count_kept, is_elementwise, lock_inputs, num_elements
+from collections.abc import Sequence
+
+from keras_taylor.rules.base import Context, Effect, WeightLabels, Work, count_kept, lock_inputs, num_elements
+from keras_taylor.rules.elementwise import lock_unless_elementwise
+from keras_taylor.support.types import IntArray
 
 
-def dense(ctx):
-    """Units can go; it reads the last axis, channels on another axis go through."""
+def dense(ctx: Context) -> Effect:
+    """Units can leave. The layer reads the last axis; channels on another axis go through."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     last = tensor.rank - 1
     read = tensor.labels_along(last)
     if tensor.channel_axis not in (None, last):
-        return _beside_channels(ctx, read)
-    made = ctx.new_labels(layer.units)
-    if not is_elementwise(layer.activation):
-        ctx.lock(made, "goes through an activation that may mix channels")
+        return _beside_channels(ctx, tensor.channel_axis, read.size)
+    units = ctx.new_labels(layer.units)
+    lock_unless_elementwise(ctx, units)
     return Effect(
-        outputs=[ctx.output_labels(made, last)],
-        weights={"kernel": (read, made), "bias": (made,)},
-        config={"units": count_kept(made)},
+        outputs=[ctx.output_labels(units, last)],
+        weights={"kernel": (read, units), "bias": (units,)},
+        config={"units": count_kept(units)},
         reads={0: last},
-        work=(Work(2.0 * num_elements(tensor.shape, (last,)), (read, made)),),
+        work=(Work(2.0 * num_elements(tensor.shape, (last,)), (read, units)),),
     )
 
 
-def _beside_channels(ctx, read):
-    """The channels lie on another axis: the layer treats each by itself, its own units stay."""
+def _beside_channels(ctx: Context, axis: int, num_inputs: int) -> Effect:
+    """The effect of a dense layer whose input has channels on another axis: they go through, its units stay.
+
+    Args:
+        ctx: The call.
+        axis: The channel axis of the input.
+        num_inputs: Size of the last axis of the input.
+    """
     tensor = ctx.inputs[0]
-    axis = tensor.channel_axis
     channels = tensor.labels_along(axis)
-    if not is_elementwise(ctx.operation.activation):
-        ctx.lock(channels, "goes through an activation that may mix channels")
-    rest = num_elements(tensor.shape, (axis, tensor.rank - 1))
+    lock_unless_elementwise(ctx, channels)
+    positions = num_elements(tensor.shape, (axis, tensor.rank - 1))
     return Effect(
         outputs=[ctx.output_labels(channels, axis)],
-        work=(Work(2.0 * rest * read.size * ctx.operation.units, (channels,)),),
+        work=(Work(2.0 * positions * num_inputs * ctx.operation.units, (channels,)),),
     )
 
 
-def embedding(ctx):
-    """Dimensions can go; what it reads are numbers."""
-    return _looked_up(ctx, ())
+def embedding(ctx: Context) -> Effect:
+    """Dimensions of the vectors can leave. The inputs are numbers, not channels."""
+    return _look_up(ctx, reverse_weights=())
 
 
-def reversible_embedding(ctx):
-    """As an embedding; in reverse it reads the dimensions, and makes one output for each number."""
-    names = () if ctx.operation.tie_weights else ("reverse_embeddings",)
+def reversible_embedding(ctx: Context) -> Effect:
+    """As Embedding. In reverse, it reads the dimensions and makes one output for each number."""
+    reverse_weights = () if ctx.operation.tie_weights else ("reverse_embeddings",)
     if not ctx.argument(1, "reverse", False):
-        return _looked_up(ctx, names)
+        return _look_up(ctx, reverse_weights)
     tensor = ctx.inputs[0]
     last = tensor.rank - 1
     if tensor.channel_axis not in (None, last):
@@ -53,22 +60,24 @@ def reversible_embedding(ctx):
     read = tensor.labels_along(last)
     return Effect(
         outputs=[ctx.fixed_labels()],
-        weights=_tables(read, names),
+        weights=_embedding_weights(read, reverse_weights),
         config={"output_dim": count_kept(read)},
         reads={0: last},
         work=(Work(2.0 * num_elements(ctx.output_shapes[0]), (read,)),),
     )
 
 
-def _looked_up(ctx, names):
+def _look_up(ctx: Context, reverse_weights: Sequence[str]) -> Effect:
+    """The effect of an embedding that looks up one vector for each number."""
     ctx.lock(ctx.inputs[0].labels, "read as numbers of an embedding")
-    made = ctx.new_labels(ctx.operation.output_dim)
+    dimensions = ctx.new_labels(ctx.operation.output_dim)
     return Effect(
-        outputs=[ctx.output_labels(made, -1)],
-        weights=_tables(made, names),
-        config={"output_dim": count_kept(made)},
+        outputs=[ctx.output_labels(dimensions, -1)],
+        weights=_embedding_weights(dimensions, reverse_weights),
+        config={"output_dim": count_kept(dimensions)},
     )
 
 
-def _tables(labels, names):
-    return {"embeddings": (None, labels), **dict.fromkeys(names, (labels, None))}
+def _embedding_weights(dimensions: IntArray, reverse_weights: Sequence[str]) -> dict[str, WeightLabels]:
+    """The labels of an embedding's weights: the table, and the transposed tables for the way back."""
+    return {"embeddings": (None, dimensions), **dict.fromkeys(reverse_weights, (dimensions, None))}

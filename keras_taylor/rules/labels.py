@@ -1,89 +1,154 @@
-"""Integer labels of channels, and which of them are one."""
+"""Integer labels of channels: which channels are one unit, and which must stay."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-FIXED = 0  # the label of a position that is no channel: it stays where it is
+from keras_taylor.support.types import IntArray
+
+FIXED = 0  # the label of a position that is no channel, and stays
+
+
+class Producer(NamedTuple):
+    """A range of labels that was handed out to one operation.
+
+    Attributes:
+        start: The first label.
+        stop: The label after the last one.
+        name: Name of the operation that makes these channels.
+    """
+
+    start: int
+    stop: int
+    name: str
+
+
+class NormalizedLabels(NamedTuple):
+    """Channels that one operation normalizes together.
+
+    Attributes:
+        labels: int64 array `(num,)`.
+        normalized_by: The operation, as reports name it: `"LayerNormalization 'norm'"`.
+    """
+
+    labels: IntArray
+    normalized_by: str
+
+
+class ResolvedLabels(NamedTuple):
+    """The classes of labels that are one unit each, for all labels of a space.
+
+    Attributes:
+        roots: int64 array `(len(space),)`: the smallest label of each label's class.
+        locks: int64 array `(len(space),)`: the index in `space.reasons` of the first lock on the label's
+            class, -1 if there is none.
+    """
+
+    roots: IntArray
+    locks: IntArray
 
 
 class LabelSpace:
-    """Hands out labels, and remembers which are one and which must stay.
+    """Hands out labels, and collects which of them are one unit and which must stay.
 
-    Unions and locks are only collected while a graph is read; `resolve` works
-    them out for all labels at once, without a Python loop over channels.
+    Reading a graph only collects unions and locks. `resolve` works them out for all labels at once, without a
+    Python loop over channels.
 
     Args:
         exact: Whether channels that are normalized together stay.
-        grouped: Names of convolutions whose groups stay, of however few channels they are.
+        grouped: Names of grouped convolutions that keep their number of groups, even if each group has one
+            channel.
 
     Attributes:
-        normalized: Labels that are normalized together and, beside them, by what.
+        exact: As given.
+        grouped: As given, a frozenset.
+        normalized: `NormalizedLabels` of each operation that normalizes channels together.
+        producers: `Producer` of each range of labels, in ascending order.
+        reasons: Why labels were locked.
     """
 
-    def __init__(self, exact=True, grouped=()):
+    def __init__(self, exact: bool = True, grouped: Iterable[str] = ()) -> None:
         self.exact, self.grouped = exact, frozenset(grouped)
-        self.normalized = []
-        self.producers = []  # (first label, stop, name) of every range handed out
-        self.reasons = []
+        self.normalized: list[NormalizedLabels] = []
+        self.producers: list[Producer] = []
+        self.reasons: list[str] = []
         self._num_labels = 1
-        self._pairs = []
-        self._locks = []
+        self._unions: list[tuple[IntArray, IntArray]] = []
+        self._locks: list[tuple[IntArray, int]] = []  # labels, and the index of the reason
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._num_labels
 
-    def new_labels(self, num, producer):
-        """Returns `num` labels that nobody has, an int64 array `(num,)`.
+    def new_labels(self, num: int, producer: str) -> IntArray:
+        """Returns `num` labels that are not in use yet, an int64 array `(num,)`.
 
         A single channel can never be removed, so it is `FIXED` from the start.
         """
         if num <= 1:
             return np.zeros(num, np.int64)
         start, self._num_labels = self._num_labels, self._num_labels + num
-        self.producers.append((start, self._num_labels, producer))
+        self.producers.append(Producer(start, self._num_labels, producer))
         return np.arange(start, self._num_labels)
 
-    def union(self, first, second, reason):
-        """Makes labels that meet one; a channel that meets a fixed position is locked."""
+    def union(self, first: IntArray, second: IntArray, reason: str) -> None:
+        """Makes labels that meet one unit. A channel that meets a fixed position is locked.
+
+        Args:
+            first: Label array.
+            second: Label array that broadcasts against it.
+            reason: Why channels that meet fixed positions stay.
+        """
         first, second = np.broadcast_arrays(first, second)
         differ = first != second
         first, second = first[differ], second[differ]
         both = (first != FIXED) & (second != FIXED)
-        self._pairs.append((first[both], second[both]))
+        self._unions.append((first[both], second[both]))
         self.lock(np.maximum(first, second)[~both], reason)
 
-    def lock(self, labels, reason):
-        """Keeps these labels for ever; `reason` says why, for the report."""
+    def lock(self, labels: IntArray, reason: str) -> None:
+        """Keeps these labels for good. The report quotes the reason."""
         labels = np.unique(labels)
         labels = labels[labels != FIXED]
         if labels.size:
             self._locks.append((labels, len(self.reasons)))
             self.reasons.append(reason)
 
-    def record_normalization(self, labels, operation, name):
-        """Notes that a kind of operation normalizes these together; says whether they may leave."""
-        self.normalized.append((labels.reshape(-1), f"{operation} '{name}'"))
+    def record_normalization(self, labels: IntArray, operation: str, name: str) -> bool:
+        """Records that an operation normalizes these labels together, and locks them if `exact`.
+
+        Args:
+            labels: Label array of any shape.
+            operation: Class of the operation.
+            name: Name of the operation.
+
+        Returns:
+            Whether these channels may leave.
+        """
+        self.normalized.append(NormalizedLabels(labels.reshape(-1), f"{operation} '{name}'"))
         if self.exact:
             self.lock(labels, f"normalized together ('{name}')")
         return not self.exact
 
-    def resolve(self):
-        """Works out the classes.
-
-        Returns:
-            `roots`, an int64 array `(len(self),)`: the smallest label of each
-            label's class; and `locks`, of the same shape: the index in
-            `self.reasons` of the first lock on the class, -1 where there is none.
-        """
-        roots = _smallest_connected(len(self), self._pairs)
+    def resolve(self) -> ResolvedLabels:
+        """Works out which labels are one unit, and which are locked."""
+        roots = _smallest_connected(len(self), self._unions)
         locks = np.full(len(self), len(self.reasons))
         for labels, reason in self._locks:
             np.minimum.at(locks, roots[labels], reason)
         locks = np.where(locks < len(self.reasons), locks, -1)
-        return roots, locks[roots]
+        return ResolvedLabels(roots, locks[roots])
 
 
-def _smallest_connected(num, pairs):
-    """Connected components by hooking and pointer jumping, all labels at once."""
+def _smallest_connected(num: int, pairs: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
+    """The smallest label that each label is connected with, an int64 array `(num,)`.
+
+    Connected components by hooking and pointer jumping (Shiloach and Vishkin 1982), on all labels at once.
+
+    Args:
+        num: Number of labels.
+        pairs: Arrays of labels that are connected, of equal shape in each pair.
+    """
     parents = np.arange(num)
     first = np.concatenate([p[0] for p in pairs] + [np.zeros(0, np.int64)])
     second = np.concatenate([p[1] for p in pairs] + [np.zeros(0, np.int64)])

@@ -1,10 +1,12 @@
 """The table of rules, and rules for layers of the user's own (`register_rule`).
 
-One table: the name of a Keras layer or `keras.ops` operation -> its rule. A rule looks at one call
-(`base.Context`) and returns a `base.Effect`.
+The table goes from the name of a Keras layer or `keras.ops` operation to its rule. A new layer is a new row.
+`base` says what a rule is.
 """
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import keras
 
@@ -13,34 +15,44 @@ from keras_taylor.rules.base import (
     Context,
     Effect,
     LabeledTensor,
+    Rule,
     Work,
     count_kept,
     elementwise_work,
     is_from_keras,
+    lock_inputs,
     num_elements,
     unknown_operation,
     weight_of,
 )
+from keras_taylor.rules.labels import LabelSpace
+from keras_taylor.support.types import IntArray, Shape
 
-REGISTERED: dict = {}  # class -> rule
-_AXES = ("channels", "inputs", "units")
+# Rules of the user's own layer classes.
+REGISTERED: dict[type[keras.Layer], Rule] = {}
 
-
-def _time_distributed(ctx):
-    """What its layer does to one step; time stays."""
-    return recurrent.time_distributed(ctx, rule_for(ctx.operation.layer))
-
-
-def _spectral_normalization(ctx):
-    """At inference it is the layer that it wraps."""
-    return recurrent.spectral_normalization(ctx, rule_for(ctx.operation.layer))
+# What can lie along an axis of a weight, in `register_rule`.
+_AXIS_ROLES = ("channels", "inputs", "units")
+AxisRoles: TypeAlias = Sequence[str | None]
 
 
-def _table(rows):
+def time_distributed(ctx: Context) -> Effect:
+    """As the inner layer, for each time step."""
+    return recurrent.apply_to_each_step(ctx, rule_for(ctx.operation.layer))
+
+
+def spectral_normalization(ctx: Context) -> Effect:
+    """As the inner layer, which it is at inference."""
+    return recurrent.apply_to_inner_layer(ctx, rule_for(ctx.operation.layer))
+
+
+def _rules_by_name(rows: Sequence[tuple[str, Rule]]) -> dict[str, Rule]:
+    """The table as a dict: a row has several names, separated by spaces."""
     return {name: rule for names, rule in rows for name in names.split()}
 
 
-LAYERS = _table(
+# The rules of Keras' layers, by class name.
+LAYERS = _rules_by_name(
     [
         ("Conv1D Conv2D Conv3D", conv.conv),
         ("Conv1DTranspose Conv2DTranspose Conv3DTranspose", conv.conv_transpose),
@@ -49,8 +61,8 @@ LAYERS = _table(
         ("Dense", dense.dense),
         ("RNN LSTM GRU SimpleRNN ConvLSTM1D ConvLSTM2D ConvLSTM3D", recurrent.recurrent),
         ("Bidirectional", recurrent.bidirectional),
-        ("TimeDistributed", _time_distributed),
-        ("SpectralNormalization", _spectral_normalization),
+        ("TimeDistributed", time_distributed),
+        ("SpectralNormalization", spectral_normalization),
         ("EinsumDense", einsum.einsum_dense),
         ("Embedding", dense.embedding),
         ("ReversibleEmbedding", dense.reversible_embedding),
@@ -99,7 +111,8 @@ LAYERS = _table(
     ]
 )
 
-OPERATIONS = _table(
+# The rules of `keras.ops`, by the class name of the operation.
+OPERATIONS = _rules_by_name(
     [
         (
             "Relu Relu6 Sigmoid SparseSigmoid Softplus Softsign SoftShrink SparsePlus Silu "
@@ -141,36 +154,75 @@ OPERATIONS = _table(
 )
 
 
-def rule_for(operation):
-    """The rule of an operation; `unknown_operation` where there is none.
+def rule_for(operation: keras.Operation) -> Rule:
+    """Returns the rule of an operation, `base.unknown_operation` if it has none.
 
-    Only Keras' own classes have rules, and those that were registered: a user's
-    subclass may do anything in `call`.
+    Only Keras' own classes and registered classes have rules: a user's subclass may do anything in `call`.
     """
-    own = is_from_keras(type(operation))
-    table = LAYERS if isinstance(operation, keras.Layer) else OPERATIONS
-    altered = getattr(operation, "quantization_mode", None) or getattr(operation, "lora_enabled", False)
-    if type(operation) in REGISTERED and not altered:
-        return REGISTERED[type(operation)]
-    if altered or not own:
+    is_altered = getattr(operation, "quantization_mode", None) or getattr(operation, "lora_enabled", False)
+    if is_altered:
         return unknown_operation
+    if type(operation) in REGISTERED:
+        return REGISTERED[type(operation)]
+    if not is_from_keras(type(operation)):
+        return unknown_operation
+    table = LAYERS if isinstance(operation, keras.Layer) else OPERATIONS
     return table.get(type(operation).__name__, unknown_operation)
 
 
-def apply_rule(space, call, labels, shapes, positions, rule=None):
-    """Applies its rule to one call.
+class RecordedCall(Protocol):
+    """What `apply_rule` needs of a call in a graph (`reading.graph.Call`)."""
+
+    @property
+    def name(self) -> str:
+        """Name of the operation in the graph."""
+
+    @property
+    def operation(self) -> keras.Operation:
+        """The layer or operation."""
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments, with references in the place of tensors."""
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """Keyword arguments, with references in the place of tensors."""
+
+    @property
+    def flat(self) -> Sequence[Any]:
+        """The flattened arguments."""
+
+    @property
+    def inputs(self) -> Sequence[int]:
+        """Index of each input tensor."""
+
+    @property
+    def outputs(self) -> Sequence[int]:
+        """Index of each output tensor."""
+
+    @property
+    def closed(self) -> str | None:
+        """Why the operations inside a custom layer could not be read; `None` if they need not be."""
+
+
+def apply_rule(
+    space: LabelSpace,
+    call: RecordedCall,
+    labels: Sequence[IntArray] | Mapping[int, IntArray],
+    shapes: Sequence[Shape],
+    positions: Sequence[int],
+    rule: Rule | None = None,
+) -> Effect:
+    """Applies a rule to one call.
 
     Args:
-        space: `LabelSpace` that collects unions and locks.
-        call: Object with `name`, `operation`, `args`, `kwargs`, `flat`, `inputs` and `outputs`, perhaps
-            `closed`.
-        labels: Label array of every tensor seen so far, by index.
-        shapes: Shape of every tensor.
-        positions: Where tensors stand among the call's flattened arguments.
-        rule: `None`: that of `rule_for`.
-
-    Returns:
-        A `base.Effect`.
+        space: Collects unions and locks.
+        call: The call.
+        labels: Label array of each tensor seen so far, by index.
+        shapes: Shape of each tensor, by index.
+        positions: Positions of tensors among the flattened arguments of the call.
+        rule: The rule. By default that of `rule_for`.
     """
     context = Context(
         space=space,
@@ -182,39 +234,57 @@ def apply_rule(space, call, labels, shapes, positions, rule=None):
         args=call.args,
         kwargs=call.kwargs,
         output_shapes=[shapes[i] for i in call.outputs],
-        closed=getattr(call, "closed", None),
+        closed_reason=call.closed,
     )
     return (rule or rule_for(call.operation))(context)
 
 
-def register_rule(layer_class, rule=None, *, like=None, weights=None, config=None, axis=-1):
-    """Says what a layer class of your own does to channels, so that they can leave.
+LayerClass = TypeVar("LayerClass", bound=type[keras.Layer])
 
-    A rule holds for the class itself, not for its subclasses. When a model with such a
-    layer is read, the rule is tried on a copy of the layer with random weights and inputs:
-    without some channels, it must put out the same for those that stay.
+
+def register_rule(
+    layer_class: LayerClass,
+    rule: Rule | None = None,
+    *,
+    like: str | type[keras.Layer] | None = None,
+    weights: Mapping[str, AxisRoles] | None = None,
+    config: Mapping[str, str] | None = None,
+    axis: int = -1,
+) -> LayerClass | Callable[[Rule], Rule]:
+    """Tells how a layer class of your own treats channels, so that they can be removed.
+
+    Give one of `rule`, `like` and `weights`. Most layers need `weights` only, which says what lies along each
+    axis of each weight. A rule holds for the class itself, not for its subclasses.
+
+    When a model with such a layer is read, the rule is tried on a copy of the layer with random weights and
+    inputs: without some of its channels, the layer must compute the same values for the channels that stay as
+    it does with the removed ones set to zero.
 
     Args:
-        layer_class: A subclass of `keras.Layer`, with a `get_config`.
-        rule: A function from a `rules.base.Context` to a `rules.base.Effect`, for what
-            the other arguments cannot say. Without any of them, a decorator for one.
-        like: `"elementwise"`: each value that comes out depends on the value at the same
-            place only. Or a Keras layer class that does the same, with weights and
-            configuration of the same names.
-        weights: For each weight (attribute, or path as "projection.kernel") what lies along each of its axes:
-            `"channels"`, those that go through the layer; `"inputs"` and `"units"` of a
-            layer that mixes channels; or `None`.
-        config: For each configuration value that is such a number: which.
-        axis: The axis of the channels.
+        layer_class: A subclass of `keras.Layer`. Its `get_config` must return all that `__init__` needs.
+        rule: A function from a `keras_taylor.rules.base.Context` to a `keras_taylor.rules.base.Effect`, for a
+            layer that the other arguments cannot describe. The documentation of `keras_taylor.rules.base`
+            shows how to write one.
+        like: `"elementwise"` if each output value depends on the input value at the same place only. Or a
+            layer class of Keras with the same weights and configuration keys, whose rule then holds.
+        weights: For each weight a tuple with one entry for each axis. The key is the attribute of the weight,
+            or a path as `"projection.kernel"`. The entries are `"channels"` for channels that go through the
+            layer, one by one; `"inputs"` and `"units"` for the channels that a layer reads and makes, if it
+            mixes channels; `None` for any other axis.
+        config: For each configuration key whose value is a number of channels: `"channels"`, `"inputs"` or
+            `"units"`. Required for `"units"`, since the smaller layer is made from its configuration.
+        axis: Axis of the channels in the layer's input and output. Default -1, the last one.
 
     Returns:
-        `layer_class`; a decorator where nothing was said of it.
+        `layer_class`. Without `rule`, `like` and `weights`: a decorator for a rule.
 
     Raises:
-        ValueError: for what is no such class, or does not fit together. A rule that does
-            not hold is refused when a model is read.
+        ValueError: If `layer_class` is no layer class of your own, or if the arguments contradict each other.
+            A rule that does not hold raises a `ValueError` when a model with such a layer is read.
 
     Example:
+
+    A layer with one weight for each channel:
 
     >>> import keras, keras_taylor
     >>> class Scale(keras.layers.Layer):
@@ -227,78 +297,118 @@ def register_rule(layer_class, rule=None, *, like=None, weights=None, config=Non
     >>> [group.num_units for group in keras_taylor.analyze(model).groups if group.prunable]
     [8]
 
-    A layer with a kernel: `register_rule(Mix, weights={"kernel": ("inputs", "units")},
-    config={"width": "units"})`. One without weights: `register_rule(Swish, like="elementwise")`.
+    A layer that mixes channels, with a kernel:
+
+    >>> class Mix(keras.layers.Layer):
+    ...     def __init__(self, width, **kwargs):
+    ...         super().__init__(**kwargs)
+    ...         self.width = width
+    ...     def build(self, shape):
+    ...         self.kernel = self.add_weight(shape=(shape[-1], self.width))
+    ...     def call(self, x):
+    ...         return keras.ops.matmul(x, self.kernel)
+    ...     def get_config(self):
+    ...         return {**super().get_config(), "width": self.width}
+    >>> kernel = ("inputs", "units")
+    >>> _ = keras_taylor.register_rule(Mix, weights={"kernel": kernel}, config={"width": "units"})
+    >>> model = keras.Sequential([keras.Input((4,)), Mix(8), keras.layers.Dense(2)])
+    >>> [group.num_units for group in keras_taylor.analyze(model).groups if group.prunable]
+    [8]
+
+    A layer without weights:
+
+    >>> class Swish(keras.layers.Layer):
+    ...     def call(self, x):
+    ...         return x * keras.ops.sigmoid(x)
+    >>> _ = keras_taylor.register_rule(Swish, like="elementwise")
     """
-    _check(layer_class, rule, like, weights, config)
+    _check_arguments(layer_class, rule, like, weights, config)
     if rule is None and like is None and weights is None:
-        return lambda function: _register(layer_class, function) and function
+
+        def decorator(function: Rule) -> Rule:
+            REGISTERED[layer_class] = function
+            return function
+
+        return decorator
     if like is not None:
-        rule = elementwise.unary if like == "elementwise" else _of_keras(like)
+        rule = LAYERS[like.__name__] if isinstance(like, type) else elementwise.unary
     elif weights is not None:
-        rule = _described(dict(weights), dict(config or {}), axis)
-    return _register(layer_class, rule)
-
-
-def _register(layer_class, rule):
-    REGISTERED[layer_class] = rule
+        rule = _rule_from_weights(dict(weights), dict(config or {}), axis)
+    if rule is not None:
+        REGISTERED[layer_class] = rule
     return layer_class
 
 
-def _of_keras(layer_class):
-
-    return LAYERS[layer_class.__name__]
-
-
-def _described(weights, config, axis):
+def _rule_from_weights(weights: Mapping[str, AxisRoles], config: Mapping[str, str], axis: int) -> Rule:
     """The rule that follows from what lies along the axes of weights."""
-    names = {name for axes in weights.values() for name in axes}
+    roles = {role for axes in weights.values() for role in axes}
 
-    def rule(ctx):
+    def rule(ctx: Context) -> Effect:
+        """As its weights say."""
         tensor = ctx.inputs[0]
         if len(ctx.inputs) > 1 or len(ctx.output_shapes) > 1:
             return unknown_operation(ctx)
-        if names <= {"channels", None}:
+        if roles <= {"channels", None}:
             labels = {"channels": tensor.labels_along(axis)}
-            outputs, reads = tensor.labels, {}
-            work = elementwise_work(outputs, ctx.output_shapes[0])
+            output, reads = tensor.labels, {}
+            work = elementwise_work(output, ctx.output_shapes[0])
         else:
             labels = {"inputs": ctx.input_labels(0, axis)}
-            outputs, reads = ctx.fixed_labels(), {0: axis % tensor.rank}
-            if "units" in names:
-                labels["units"] = ctx.new_labels(ctx.output_shapes[0][axis])
-                outputs = ctx.output_labels(labels["units"], axis)
-            work = _products(ctx, weights, labels, axis)
+            output, reads = ctx.fixed_labels(), {0: axis % tensor.rank}
+            if "units" in roles:
+                num_units = ctx.output_shapes[0][axis]
+                if num_units is None:
+                    return lock_inputs(ctx, "read by a layer with an unknown number of units")
+                labels["units"] = ctx.new_labels(num_units)
+                output = ctx.output_labels(labels["units"], axis)
+            work = _kernel_work(ctx, weights, labels, axis)
         return Effect(
-            outputs=[outputs],
+            outputs=[output],
             weights={
-                name: tuple(None if a is None else labels[a] for a in axes) for name, axes in weights.items()
+                name: tuple(None if role is None else labels[role] for role in axes)
+                for name, axes in weights.items()
             },
-            config={key: count_kept(labels[what]) for key, what in config.items()},
+            config={key: count_kept(labels[role]) for key, role in config.items()},
             reads=reads,
             work=work,
         )
 
-    rule.__doc__ = "What its weights say."
     return rule
 
 
-def _products(ctx, weights, labels, axis):
-    """A multiplication and an addition for each value of a kernel, at every place."""
+def _kernel_work(
+    ctx: Context, weights: Mapping[str, AxisRoles], labels: Mapping[str, IntArray], axis: int
+) -> tuple[Work, ...]:
+    """A multiplication and an addition for each value of each kernel, at each position.
+
+    Args:
+        ctx: The call.
+        weights: What lies along each axis of each weight. Kernels are those with `"inputs"`.
+        labels: Labels of the inputs and units.
+        axis: The channel axis.
+    """
     shape = ctx.output_shapes[0]
-    places = num_elements(shape, (axis % len(shape),))
+    positions = num_elements(shape, (axis % len(shape),))
     work = []
     for name, axes in weights.items():
         kernel = weight_of(ctx.operation, name)
         if kernel is not None and "inputs" in axes:
-            rest = math.prod(d for d, a in zip(kernel.shape, axes, strict=True) if a is None)
-            work.append(Work(2.0 * places * rest, tuple(labels[a] for a in axes if a is not None)))
+            others = [size for size, role in zip(kernel.shape, axes, strict=True) if role is None]
+            factor = 2.0 * positions * math.prod(others)
+            work.append(Work(factor, tuple(labels[role] for role in axes if role is not None)))
     return tuple(work)
 
 
-def _check(layer_class, rule, like, weights, config):
-    own = isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)
-    if not own or layer_class.__module__.split(".")[0] == "keras":
+def _check_arguments(
+    layer_class: object,
+    rule: object,
+    like: object,
+    weights: Mapping[str, AxisRoles] | None,
+    config: Mapping[str, str] | None,
+) -> None:
+    """Raises a `ValueError` for arguments of `register_rule` that are wrong or contradict each other."""
+    is_layer_class = isinstance(layer_class, type) and issubclass(layer_class, keras.Layer)
+    if not is_layer_class or is_from_keras(layer_class):
         raise ValueError(
             "A rule is registered for a layer class of your own. Expected a subclass of `keras.Layer`. "
             f"Received: layer_class={layer_class!r}"
@@ -306,32 +416,41 @@ def _check(layer_class, rule, like, weights, config):
     given = [k for k, v in {"rule": rule, "like": like, "weights": weights}.items() if v is not None]
     if len(given) > 1 or (config and weights is None):
         raise ValueError(
-            "Expected one of `rule`, `like` and `weights`, and `config` beside `weights` only. "
+            "Expected one of `rule`, `like` and `weights`, and `config` together with `weights` only. "
             f"Received: {', '.join(given + ['config'] * bool(config))}"
         )
     if rule is not None and not callable(rule):
         raise ValueError(f"Expected a function from a Context to an Effect. Received: rule={rule!r}")
     if like is not None and like != "elementwise":
-        if not (isinstance(like, type) and getattr(keras.layers, like.__name__, None) is like):
+        name = like.__name__ if isinstance(like, type) else ""
+        if getattr(keras.layers, name, None) is not like:
             raise ValueError(f'Expected "elementwise" or a layer class of Keras. Received: like={like!r}')
-        if like.__name__ not in LAYERS:
-            raise ValueError(f"`{like.__name__}` has no rule itself. Received: like={like!r}")
-    names = {name for axes in (weights or {}).values() for name in axes} - {None}
-    unknown = (names | set((config or {}).values())) - set(_AXES)
+        if name not in LAYERS:
+            raise ValueError(
+                f"`{name}` has no rule itself. Expected a layer class with a rule. Received: like={like!r}"
+            )
+    if weights is not None:
+        _check_roles(weights, dict(config or {}))
+
+
+def _check_roles(weights: Mapping[str, AxisRoles], config: Mapping[str, str]) -> None:
+    """Raises a `ValueError` for a description of weights and configuration that makes no sense."""
+    of_weights = {role for axes in weights.values() for role in axes if role is not None}
+    roles = of_weights | set(config.values())
+    unknown = roles - set(_AXIS_ROLES)
     if unknown:
         raise ValueError(
-            f"Expected {', '.join(repr(a) for a in _AXES)} or None along the axes of weights, and the "
+            f"Expected {', '.join(map(repr, _AXIS_ROLES))} or None along the axes of weights, and the "
             f"first three in `config`. Received: {', '.join(sorted(map(repr, unknown)))}"
         )
-    used = names | set((config or {}).values())
-    if weights is not None and (("channels" in used and len(used) > 1) or not used <= names):
+    if ("channels" in roles and len(roles) > 1) or not roles <= of_weights:
         raise ValueError(
-            'Channels go through a layer ("channels"), or are mixed by it ("inputs", "units"). Expected '
-            "either, and `config` to speak of what weights have. "
+            'A layer lets channels through ("channels"), or mixes them ("inputs", "units"). Expected either, '
+            "and in `config` only what lies along an axis of a weight. "
             f"Received: weights={weights!r}, config={config!r}"
         )
-    if "units" in names and "units" not in (config or {}).values():
+    if "units" in roles and "units" not in config.values():
         raise ValueError(
-            "A layer is made again with fewer units from its configuration. Expected the key that says "
-            f'how many it has, as in `config={{"units": "units"}}`. Received: config={config!r}'
+            "The smaller layer is made from its configuration, with fewer units. Expected the key of their "
+            f'number, as in `config={{"units": "units"}}`. Received: config={config or None!r}'
         )

@@ -136,5 +136,6 @@ def _norms_along(kernel: Array, axis: int) -> FloatArray:
 def _gamma_axes(call: Call, effect: Effect) -> Iterable[_LabeledAxis]:
     """The scale of a BatchNormalization."""
     is_batch_norm = isinstance(call.operation, keras.layers.BatchNormalization)
-    if is_batch_norm and call.operation.scale and "gamma" in effect.weights:
-        yield "gamma", 0, effect.weights["gamma"][0]
+    labels = effect.weights.get("gamma", (None,))[0]
+    if is_batch_norm and call.operation.scale and labels is not None:
+        yield "gamma", 0, labels
