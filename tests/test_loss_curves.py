@@ -19,7 +19,7 @@ from keras_taylor.plans.planning import plan_of
 from keras_taylor.reading.groups import label_model
 from keras_taylor.reports import plots, sensitivity_scan
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
-from keras_taylor.scores.divergences import divergence
+from keras_taylor.scores.losses import divergence
 from keras_taylor.support.console import Reporter, describe_duration
 from keras_taylor.support.datasets import Feed
 

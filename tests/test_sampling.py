@@ -7,7 +7,7 @@ from test_compress import small_model, stripes
 
 import keras_taylor
 from keras_taylor.reading.graph import read_model
-from keras_taylor.scores.sampling import with_drawn_labels
+from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.support.datasets import Feed
 
 layers = keras.layers
@@ -25,7 +25,7 @@ def constant_outputs(biases, activation=None, loss="mse"):
 
 def drawn(model, num=4000):
     feed = Feed(np.zeros((num, 2), "float32"), model, targets=False)
-    return with_drawn_labels(feed, read_model(model)).fit_arguments()["y"]
+    return sample_labels(feed, read_model(model)).fit_arguments()["y"]
 
 
 CHANCES = np.array([0.5, 0.3, 0.2])

@@ -1,7 +1,10 @@
 """Scores against NumPy in float64, and what must not change them."""
 
+import copy
 import json
+import operator
 import pathlib
+import pickle
 
 import helpers
 import keras
@@ -15,6 +18,7 @@ import keras_taylor
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gated_model import GatedModel
+from keras_taylor.scores.scoring import Scoring
 
 REFERENCES = json.loads((pathlib.Path(__file__).parent / "data" / "scores.json").read_text())
 NUM = 20
@@ -700,3 +704,67 @@ def test_a_criterion_of_the_wrong_shape():
         Net().model,
         criterion=wrong,
     )
+
+
+COPIES = {
+    "copy": lambda scores: scores.copy(),
+    "or": lambda scores: scores | {},
+    "or from the right": lambda scores: {} | scores,
+    "in place": lambda scores: operator.ior(scores.copy(), {}),
+    "copy.copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda scores: pickle.loads(pickle.dumps(scores)),
+}
+
+
+def lopsided_scores():
+    """A model, and scores by `taylor` for which the two ranks lead to different plans."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(8, 1, name="dear")(layers.Conv2D(8, 3, name="cheap")(inputs))
+    x = layers.Dense(200, name="large")(layers.Flatten()(x))  # units of "dear" save far more than others
+    model = keras.Model(inputs, layers.Dense(2, name="head")(x))
+    values = {"cheap": np.full(8, 1.0), "large": np.full(200, 50.0), "dear": np.full(8, 1.5)}
+    return model, criteria.Scores(values, "taylor")
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_of_scores_leads_to_the_same_plan(name, recwarn):
+    model, scores = lopsided_scores()
+    copied = COPIES[name](scores)
+    assert copied.criterion == "taylor" and copied.keys() == scores.keys()
+    assert keras_taylor.make_plan(model, copied, 0.2) == keras_taylor.make_plan(model, scores, 0.2)
+    assert not [w for w in recwarn if "criterion" in str(w.message)]
+
+
+@pytest.mark.parametrize("plain", [dict, lambda scores: {**scores}])
+def test_a_plain_dict_is_ranked_by_score_and_says_so(plain, recwarn):
+    model, scores = lopsided_scores()
+    with pytest.warns(UserWarning, match=r"do not say which criterion.*type dict, rank=None$") as found:
+        plan = keras_taylor.make_plan(model, plain(scores), 0.2)
+    assert found[0].filename == __file__
+    plans = {}
+    for rank in ("score", "cost"):
+        selection = keras_taylor.Selection(rank=rank)
+        plans[rank] = keras_taylor.make_plan(model, plain(scores), 0.2, selection=selection)
+    evenly = keras_taylor.Selection(scope="layer")
+    keras_taylor.make_plan(model, plain(scores), 0.2, selection=evenly)
+    assert plan == plans["score"] != plans["cost"] == keras_taylor.make_plan(model, scores, 0.2)
+    assert not [w for w in recwarn if "criterion" in str(w.message)]
+
+
+def test_scoring_checks_itself():
+    assert Scoring().criterion is None
+    assert Scoring(criteria.taylor, num_examples=1, labels="model").labels == "model"
+    for arguments, received in (
+        ({"criterion": "tailor"}, "criterion='tailor'"),
+        ({"num_examples": 0}, "num_examples=0"),
+        ({"labels": "mine"}, "labels='mine'"),
+    ):
+        with pytest.raises(ValueError, match=rf"Received: {received}$"):
+            Scoring(**arguments)
+
+
+def test_a_criterion_whose_statistics_were_not_gathered():
+    net, y, _ = regression()
+    with pytest.raises(ValueError, match=r"were not gathered.*by its name.*group 'hidden' without them$"):
+        net.score(y, criteria.fisher)

@@ -9,9 +9,9 @@ from test_repair import inputs_for, redundant
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.groups import label_model
-from keras_taylor.scores.divergences import divergence
 from keras_taylor.scores.gated_model import GatedModel
-from keras_taylor.scores.sensitivity import Curve, curves
+from keras_taylor.scores.losses import divergence
+from keras_taylor.scores.sensitivity import SensitivityCurve, measure_sensitivity
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.least_squares import Moments
 
@@ -19,7 +19,9 @@ ORDERS = np.array([3, 0, 2, 1])
 
 
 def test_slopes_follow_the_lower_convex_hull():
-    curve = Curve(ORDERS, np.array([0, 1, 2, 3]), np.array([0.0, 0.3, 0.4, 1.4]), np.array([0, 10, 20, 30]))
+    curve = SensitivityCurve(
+        ORDERS, np.array([0, 1, 2, 3]), np.array([0.0, 0.3, 0.4, 1.4]), np.array([0, 10, 20, 30])
+    )
     slopes = curve.slopes()
     np.testing.assert_allclose(slopes[[3, 0]], 0.02, rtol=2e-3)  # 0.4 for 20: the first step alone is dearer
     np.testing.assert_allclose(slopes[2], 0.1, rtol=2e-3)
@@ -27,7 +29,7 @@ def test_slopes_follow_the_lower_convex_hull():
 
 
 def test_what_costs_nothing_still_goes_in_order():
-    curve = Curve(ORDERS, np.array([0, 2, 3]), np.zeros(3), np.array([0, 5, 9]))
+    curve = SensitivityCurve(ORDERS, np.array([0, 2, 3]), np.zeros(3), np.array([0, 5, 9]))
     assert np.argsort(curve.slopes()).tolist() == ORDERS.tolist()
 
 
@@ -67,7 +69,7 @@ def test_redundant_units_cost_nothing_once_their_readers_are_refitted():
     (group,) = [g for g in channels.groups if g.name == "conv1"]
     gated = GatedModel(channels)
     before, weights = predict(gated, x[:8]), fingerprint(model)["weights"]
-    curve = curves(channels, gated, Feed(x, model, targets=False), dict)["conv1"]
+    curve = measure_sensitivity(channels, gated, Feed(x, model, targets=False), dict)["conv1"]
     at_two = curve.divergence[curve.num_gone.tolist().index(2)]
     assert at_two < 1e-6 < curve.divergence[curve.num_gone.tolist().index(4)]
     mask = np.ones(channels.num_units)

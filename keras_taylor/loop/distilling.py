@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_taylor.reading.cloning import compile_settings
-from keras_taylor.scores.losses import BINARY, CLASSES, ONE_HOT, kind_of, losses_by_output
+from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, losses_by_output
 
 TEMPERATURE = 3.0
 # Of the compiled loss on labels, where there are some; the rest is the teacher's.
@@ -81,11 +81,11 @@ class _Imitation(keras.losses.Loss):
     def call(self, teacher, student):
         """Values `(batch, ...)`."""
         t = self._temperature
-        if self._kind in CLASSES | ONE_HOT and student.shape[-1] > 1:
+        if self._kind in CLASS_LOSSES | ONE_HOT_LOSSES and student.shape[-1] > 1:
             if not self._from_logits:
                 teacher, student = (ops.log(ops.clip(y * t, 1e-7, 1.0)) / t for y in (teacher, student))
             wanted = ops.log_softmax(teacher)
             return t**2 * ops.sum(ops.exp(wanted) * (wanted - ops.log_softmax(student)), -1)
-        if self._kind in BINARY | {"crossentropy", "ce"}:
+        if self._kind in BINARY_LOSSES | {"crossentropy", "ce"}:
             return ops.mean(ops.binary_crossentropy(teacher * t, student * t, self._from_logits), -1)
         return t**2 * ops.mean(ops.square(teacher - student), -1)

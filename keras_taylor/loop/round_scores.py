@@ -17,7 +17,7 @@ from keras_taylor.rules.base import weight_of
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.log_odds import has_odds
-from keras_taylor.scores.sampling import with_drawn_labels
+from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring import (
     check_labels,
     compute_scores,
@@ -147,7 +147,7 @@ class RoundScorer:
         if self._data is not None:
             feed = self._data.feed
             if self._data.uses_model_labels:
-                feed = with_drawn_labels(feed, labeled.graph, self._data.num_examples, len(plans))
+                feed = sample_labels(feed, labeled.graph, self._data.num_examples, len(plans))
             if is_single_pass(self._criterion):
                 totals = self._masked_statistics(labeled, plans, feed, callbacks)
         if totals is not None:

@@ -8,10 +8,16 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
 from keras_taylor.scores import criteria
-from keras_taylor.scores.divergences import mean_divergence, predictions
 from keras_taylor.scores.gated_model import GatedModel
-from keras_taylor.scores.losses import BINARY, CLASSES, ONE_HOT, kind_of, losses_by_output
-from keras_taylor.scores.sampling import with_drawn_labels
+from keras_taylor.scores.losses import (
+    BINARY_LOSSES,
+    CLASS_LOSSES,
+    ONE_HOT_LOSSES,
+    kind_of,
+    losses_by_output,
+    mean_divergence,
+)
+from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring import check_compiled, needs_data, score_channels
 from keras_taylor.scores.scoring_passes import explain_nonfinite
 from keras_taylor.support.console import Clock, describe_duration
@@ -109,7 +115,7 @@ class SensitivityScan:
         if feed.has_targets:
             return functools.partial(_losses, gated, feed)
         inputs = flat_inputs(feed, self._model)
-        predict = functools.partial(predictions, gated, self._labeled.graph, inputs, feed.batch_size)
+        predict = functools.partial(gated.predict_arrays, inputs, feed.batch_size)
         wanted = predict()
         return lambda: {"divergence": mean_divergence(self._model, wanted, predict())}
 
@@ -146,7 +152,7 @@ class SensitivityScan:
         if not self._scored_on_data:
             feed = None
         elif not feed.has_targets:
-            feed = with_drawn_labels(feed, self._labeled.graph)
+            feed = sample_labels(feed, self._labeled.graph)
         scores = score_channels(self._labeled, feed, self._criterion, callbacks=callbacks)
         return {
             g.name: g.start + np.argsort(scores[g.name], kind="stable")
@@ -194,7 +200,8 @@ class SensitivityScan:
         """Whether the measure is a mean of cross-entropies, or a divergence, which is as large."""
         losses = [one for one in losses_by_output(self._model, len(self._model.outputs)) if one is not None]
         entropies = all(
-            kind_of(one)[0] in CLASSES | ONE_HOT | BINARY and getattr(one, "reduction", None) != "sum"
+            kind_of(one)[0] in CLASS_LOSSES | ONE_HOT_LOSSES | BINARY_LOSSES
+            and getattr(one, "reduction", None) != "sum"
             for one in losses
         )
         return measure == "divergence" or entropies

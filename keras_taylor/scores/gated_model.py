@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -15,7 +15,10 @@ from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.rules.base import InternalRead
 from keras_taylor.scores.gates import Gates
 from keras_taylor.scores.losses import example_losses
+from keras_taylor.support.arrays import as_float32, outputs_in_batches
 from keras_taylor.support.types import Array, FloatArray, IntArray, Tensor, Tree
+
+_PREDICTED_AT_ONCE = 128  # examples
 
 
 class GatedNetwork(keras.layers.Layer):
@@ -46,12 +49,17 @@ class GatedNetwork(keras.layers.Layer):
     def call(self, inputs: Tree, training: bool | None = None) -> Tree:
         """The model's outputs, each gate applied."""
         graph = self._wiring.graph
-        tensors = dict(zip(graph.inputs, _flatten_inputs(inputs, graph), strict=True))
+        tensors = dict(zip(graph.inputs, _input_tensors(inputs, graph), strict=True))
         for _ in self._run(tensors, training):
             pass
         flat = [tensors[index] for index in graph.outputs]
         # not kept as an attribute: Keras would turn its dicts and lists into others
         return keras.tree.pack_sequence_as(graph.root.outputs, flat)
+
+    @property
+    def input_structure(self) -> Tree:
+        """The structure of the model's inputs."""
+        return self._wiring.graph.root.inputs
 
     def copy_of(self, operation: keras.Operation) -> keras.Operation:
         """The operation that runs here in place of one of the model's."""
@@ -60,7 +68,7 @@ class GatedNetwork(keras.layers.Layer):
     def find_nonfinite(self, inputs: Tree) -> str | None:
         """Name of the first operation whose output holds NaN or infinity, `None` if there is none."""
         graph = self._wiring.graph
-        tensors = dict(zip(graph.inputs, _flatten_inputs(inputs, graph), strict=True))
+        tensors = dict(zip(graph.inputs, _input_tensors(inputs, graph), strict=True))
         for call in self._run(tensors, training=False):
             if not all(_is_finite(tensors[index]) for index in call.outputs):
                 return call.name
@@ -134,6 +142,20 @@ class GatedModel(keras.Model):
     def statistics(self, value: Array) -> None:
         _synchronize(self)
         self.network.gates.statistics.assign(np.asarray(value, np.float32))
+
+    def predict_arrays(self, inputs: Sequence[Array], batch_size: int | None = None) -> list[FloatArray]:
+        """Flattened outputs as float32 arrays.
+
+        Args:
+            inputs: Flattened inputs, batch first.
+            batch_size: Examples a batch; `None`: 128.
+        """
+        structure = self.network.input_structure
+        return outputs_in_batches(
+            lambda batch: as_float32(self.predict_on_batch(keras.tree.pack_sequence_as(structure, batch))),
+            inputs,
+            min(len(inputs[0]), batch_size or _PREDICTED_AT_ONCE),
+        )
 
     def pop_statistics(self) -> FloatArray:
         """Returns the statistics, and sets them to 0."""
@@ -333,7 +355,7 @@ def _clone_operations(labeled: LabeledModel) -> dict[keras.Operation, keras.Oper
     return clones
 
 
-def _flatten_inputs(inputs: Tree, graph: Graph) -> list[Tensor]:
+def _input_tensors(inputs: Tree, graph: Graph) -> list[Tensor]:
     """Inputs in the model's order, whether given as a tensor, a list or a dict by name."""
     structure = graph.root.inputs
     flat = keras.tree.flatten(structure)

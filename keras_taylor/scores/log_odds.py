@@ -10,7 +10,7 @@ from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.tracing import compile_arguments
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.gates import GATE_ROWS, Gates, batch_statistics
-from keras_taylor.scores.losses import CLASSES, ExampleLoss, kind_of, losses_by_output
+from keras_taylor.scores.losses import CLASS_LOSSES, ExampleLoss, kind_of, losses_by_output
 from keras_taylor.support.replicas import sum_over_replicas
 from keras_taylor.support.types import FloatArray, Tensor, Tree
 
@@ -21,7 +21,7 @@ ODDS_ROWS = {name: row for row, name in enumerate((*GATE_ROWS, "odds", "spread",
 # By how much probes move every gate, up or down at random.
 _PROBE_STEP = 0.15
 _MIN_PROBABILITY, _MAX_SLOPE = 1e-6, 50.0
-_CROSS_ENTROPIES = CLASSES | {"categorical_crossentropy"}
+_CROSS_ENTROPIES = CLASS_LOSSES | {"categorical_crossentropy"}
 _BINARY_CROSS_ENTROPIES = {"binary_crossentropy", "crossentropy", "ce"}
 # Columns by which the loss tells of each example: q, the spread of the wrong classes, its weight.
 _NUM_SLOTS = 3

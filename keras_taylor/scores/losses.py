@@ -1,16 +1,24 @@
-"""Losses whose gradient is each example's own derivative."""
+"""Losses: each example's own, what kind a loss is of, and how far predictions diverge under it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_taylor.support.replicas import num_replicas
+from keras_taylor.support.types import Array, FloatArray, Tensor, Tree
 
-_BY_SHAPE = ("crossentropy", "ce")
-# Names of Keras' losses by what they say of a target: a class, one of several marked, yes or no, a number.
-CLASSES = {"sparse_categorical_crossentropy", *_BY_SHAPE}
-ONE_HOT = {"categorical_crossentropy", "kl_divergence", "categorical_focal_crossentropy"}
-BINARY = {"binary_crossentropy", "binary_focal_crossentropy"}
-REAL = {
+# What `compile` takes for one output: a name, a function or a `keras.losses.Loss`.
+OutputLoss: TypeAlias = Any
+
+_LOSSES_BY_SHAPE = ("crossentropy", "ce")
+# Names of Keras' losses by the kind of the target: a class, a marked class, yes or no, a real number.
+CLASS_LOSSES = {"sparse_categorical_crossentropy", *_LOSSES_BY_SHAPE}
+ONE_HOT_LOSSES = {"categorical_crossentropy", "kl_divergence", "categorical_focal_crossentropy"}
+BINARY_LOSSES = {"binary_crossentropy", "binary_focal_crossentropy"}
+REGRESSION_LOSSES = {
     "mean_squared_error",
     "mean_absolute_error",
     "mean_absolute_percentage_error",
@@ -20,48 +28,55 @@ REAL = {
 }
 
 
+class LossKind(NamedTuple):
+    """The name of a loss function in Keras, and whether it takes logits."""
+
+    name: str
+    from_logits: bool = False
+
+
 class ExampleLoss(keras.losses.Loss):
     """Any Keras loss, summed over examples (or averaged), whatever its reduction.
 
-    Each example's loss is the mean of its values (over time steps or pixels),
-    weighted by its sample weights. With the sum, the gradient that arrives at an
-    example's activations is that example's own, at every batch size.
+    Each example's loss is the mean of its values (over time steps or pixels), weighted by its sample
+    weights. With the sum, the gradient that arrives at an example's activations is that example's own, at
+    every batch size.
 
     Args:
         loss: What `compile` takes for one output: a name, a function or a `Loss`.
         mean: Average over the examples of a batch instead of adding them up.
     """
 
-    def __init__(self, loss, mean=False):
+    def __init__(self, loss: OutputLoss, mean: bool = False) -> None:
         super().__init__(name="example_loss", reduction="sum")
         self.loss = loss
         self.mean = mean
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The sum (or mean) over examples of each one's weighted loss, a float32 scalar."""
         mask = getattr(y_pred, "_keras_mask", None)
         y_pred = ops.convert_to_tensor(y_pred, dtype="float32")
         values = self._values(ops.convert_to_tensor(y_true, dtype="float32"), y_pred)
         for weight in (mask, sample_weight):
             if weight is not None:
-                values = _weighted(values, ops.cast(ops.convert_to_tensor(weight), values.dtype))
+                values = _multiply_weights(values, ops.cast(ops.convert_to_tensor(weight), values.dtype))
         total = ops.sum(ops.mean(values, tuple(range(1, len(values.shape)))))
         if not self.mean:
             return total
         return total / ops.cast(ops.shape(values)[0] * num_replicas(), total.dtype)  # as Keras' own means
 
-    def _values(self, y_true, y_pred):
+    def _values(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Values of shape `(batch, ...)`."""
         function = self._function(y_true, y_pred)
         if not isinstance(self.loss, keras.losses.Loss):
-            y_true, y_pred = _same_rank(y_true, y_pred)
+            y_true, y_pred = _match_ranks(y_true, y_pred)
         values = ops.convert_to_tensor(function(y_true, y_pred))
         if len(values.shape):
             return values
-        return _spread(function, values, y_true, y_pred)
+        return _divide_among_examples(function, values, y_true, y_pred)
 
-    def _function(self, y_true, y_pred):
-        if isinstance(self.loss, str) and self.loss.lower() in _BY_SHAPE:
+    def _function(self, y_true: Tensor, y_pred: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        if isinstance(self.loss, str) and self.loss.lower() in _LOSSES_BY_SHAPE:
             return keras.losses.get(_crossentropy_for(y_true, y_pred))
         loss = keras.losses.get(self.loss)
         if not isinstance(loss, keras.losses.Loss):
@@ -69,10 +84,11 @@ class ExampleLoss(keras.losses.Loss):
         return loss.call
 
 
-def _same_rank(first, second):
+def _match_ranks(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """As `compile` does for functions: a last axis of size 1 may be missing in one of them."""
     if len(first.shape) < len(second.shape):
-        return _same_rank(second, first)[::-1]
+        second, first = _match_ranks(second, first)
+        return first, second
     if len(first.shape) == len(second.shape) + 1 and first.shape[-1] == 1:
         if len(second.shape) == 1:
             return first, ops.expand_dims(second, -1)
@@ -80,8 +96,10 @@ def _same_rank(first, second):
     return first, second
 
 
-def _spread(function, value, y_true, y_pred):
-    """A loss that reduces its batch itself, as one equal share for each example.
+def _divide_among_examples(
+    function: Callable[[Tensor, Tensor], Tensor], value: Tensor, y_true: Tensor, y_pred: Tensor
+) -> Tensor:
+    """The value of a loss that reduces its batch itself, as one equal share for each example.
 
     Doubling the batch tells a mean (the same value) from a sum (twice as much).
     """
@@ -92,7 +110,8 @@ def _spread(function, value, y_true, y_pred):
     return ops.broadcast_to(value * share, (batch,))
 
 
-def _weighted(values, weight):
+def _multiply_weights(values: Tensor, weight: Tensor) -> Tensor:
+    """Values times weights that may lack their last axes, or have one of size 1 too many."""
     if len(weight.shape) == len(values.shape) + 1 and weight.shape[-1] == 1:
         weight = ops.squeeze(weight, -1)
     while len(weight.shape) < len(values.shape):
@@ -100,7 +119,7 @@ def _weighted(values, weight):
     return values * weight
 
 
-def _crossentropy_for(y_true, y_pred):
+def _crossentropy_for(y_true: Tensor, y_pred: Tensor) -> str:
     """Which cross-entropy "crossentropy" means, by the shapes, as `compile` decides."""
     if y_pred.shape[-1] == 1:
         return "binary_crossentropy"
@@ -110,29 +129,29 @@ def _crossentropy_for(y_true, y_pred):
     return "categorical_crossentropy"
 
 
-def example_losses(loss, mean=False):
+def example_losses(loss: Tree, mean: bool = False) -> Tree:
     """The same structure of losses as given to `compile`, each an `ExampleLoss`."""
     return keras.tree.map_structure(lambda one: None if one is None else ExampleLoss(one, mean), loss)
 
 
-def averages_examples(loss):
+def averages_examples(loss: Tree) -> bool:
     """Whether compiled losses average over the examples of a batch (as Keras' do unless told otherwise).
 
     Raises:
         ValueError: if some average and others add up.
     """
     flat = [keras.losses.get(one) for one in keras.tree.flatten(loss) if one is not None]
-    adds = {getattr(one, "reduction", None) == "sum" for one in flat}
-    if len(adds) > 1:
+    adds_up = {getattr(one, "reduction", None) == "sum" for one in flat}
+    if len(adds_up) > 1:
         raise ValueError(
             "Some losses add up the examples of a batch, others average them, so the examples' own "
             "derivatives cannot be told apart. Expected losses of one reduction, or "
             f'`loss_reduction="mean"` or "sum" for the one that weighs more. Received: loss={loss!r}'
         )
-    return adds != {True}
+    return adds_up != {True}
 
 
-def losses_by_output(model, num_outputs):
+def losses_by_output(model: keras.Model, num_outputs: int) -> list[OutputLoss | None]:
     """The compiled loss of each flattened output, `None` where there is none."""
     loss = getattr(model, "loss", None)
     if isinstance(loss, dict):
@@ -143,13 +162,51 @@ def losses_by_output(model, num_outputs):
     return flat * num_outputs if len(flat) == 1 else flat
 
 
-def kind_of(loss):
-    """The name of a loss function in Keras, and whether it takes logits."""
+def kind_of(loss: OutputLoss | None) -> LossKind:
+    """The kind of one output's loss; the name is "None" for an output without a loss."""
     if isinstance(loss, str):
-        if loss.lower() in _BY_SHAPE:
-            return loss.lower(), False
+        if loss.lower() in _LOSSES_BY_SHAPE:
+            return LossKind(loss.lower())
         loss = keras.losses.get(loss)
     if isinstance(loss, keras.losses.Loss):
-        function = getattr(loss, "fn", None)  # of what wraps a function, as Keras' own do
-        return getattr(function, "__name__", type(loss).__name__), bool(getattr(loss, "from_logits", False))
-    return getattr(loss, "__name__", repr(loss)), False
+        function = getattr(loss, "fn", None)  # of losses that wrap a function, as Keras' own do
+        name = getattr(function, "__name__", type(loss).__name__)
+        return LossKind(name, bool(getattr(loss, "from_logits", False)))
+    return LossKind(getattr(loss, "__name__", repr(loss)))
+
+
+def mean_divergence(model: keras.Model, reference: Sequence[Array], predicted: Sequence[Array]) -> float:
+    """Mean over a model's flattened outputs of the `divergence` of predictions from a reference."""
+    losses = losses_by_output(model, len(predicted))
+    return float(np.mean([divergence(*one) for one in zip(losses, reference, predicted, strict=True)]))
+
+
+def divergence(loss: OutputLoss | None, reference: Array, predicted: Array) -> float:
+    """Mean over examples of how far the predictions of one output are from a reference.
+
+    For classes, with p the reference and q the predicted probabilities, the Kullback-Leibler divergence
+    sum(p log(p / q)) in nats; for numbers sum((predicted - reference)^2) / sum(reference^2).
+
+    Args:
+        loss: The loss that the output was compiled with; `None` counts as a loss of numbers.
+        reference, predicted: Outputs `(num_examples, ...)`.
+    """
+    name, from_logits = kind_of(loss)
+    reference, predicted = reference.astype(np.float64), predicted.astype(np.float64)
+    if name in BINARY_LOSSES:
+        p, q = ((1 / (1 + np.exp(-y)) if from_logits else y) for y in (reference, predicted))
+        return float((_relative_entropy(p, q) + _relative_entropy(1 - p, 1 - q)).mean())
+    if name in CLASS_LOSSES | ONE_HOT_LOSSES and reference.shape[-1] > 1:
+        p, q = ((_softmax(y) if from_logits else y) for y in (reference, predicted))
+        return float(_relative_entropy(p, q).sum(-1).mean())
+    return float(np.square(predicted - reference).mean() / max(np.square(reference).mean(), 1e-30))
+
+
+def _relative_entropy(p: FloatArray, q: FloatArray) -> FloatArray:
+    """p log(p / q), elementwise."""
+    return p * np.log(np.maximum(p, 1e-12) / np.maximum(q, 1e-12))
+
+
+def _softmax(logits: FloatArray) -> FloatArray:
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)

@@ -18,9 +18,9 @@ from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.gates import GATE_ROWS
 from keras_taylor.scores.group_statistics import statistics_by_group
 from keras_taylor.scores.log_odds import NUM_PROBES, OddsModel
-from keras_taylor.scores.sampling import with_drawn_labels
+from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring_passes import gate_statistics, loss_changes, refuse_class_weight
-from keras_taylor.scores.sensitivity import curves
+from keras_taylor.scores.sensitivity import measure_sensitivity
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.replicas import strategy_scope
 from keras_taylor.support.types import Array, Data, FloatArray
@@ -138,7 +138,7 @@ def score(
             feed = Feed(ds, model, batch_size, steps_per_epoch, targets=check_labels(labels) == "data")
             if uses_model_labels(feed, labels):
                 num_examples = min(num_examples or MAX_SAMPLED_LABELS, MAX_SAMPLED_LABELS)
-                feed = with_drawn_labels(feed, labeled.graph, num_examples)
+                feed = sample_labels(feed, labeled.graph, num_examples)
         return score_channels(labeled, feed, criterion, num_examples, class_weight, cost=cost)
 
 
@@ -278,9 +278,9 @@ def _slopes(
     gated: GatedModel, labeled: LabeledModel, feed: Feed, gather: Callable[[], FloatArray], cost: str
 ) -> FloatArray:
     """Slopes of each group's curve; `gather` gives statistics of gates, if they are needed."""
-    found = curves(labeled, gated, feed, lambda: gather()[GATE_ROWS["square"]], cost)
+    curves = measure_sensitivity(labeled, gated, feed, lambda: gather()[GATE_ROWS["square"]], cost)
     slopes = np.zeros(labeled.num_units)
-    for group, curve in zip(labeled.groups, found.values(), strict=True):
+    for group, curve in zip(labeled.groups, curves.values(), strict=True):
         slopes[group.start : group.start + group.num_units] = curve.slopes()
     return slopes
 
