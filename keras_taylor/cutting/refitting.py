@@ -14,7 +14,7 @@ from keras_taylor.reading.graph import Call, Graph, single_layer_graph
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.matmul_views import MatrixMasks, matmul_view, to_float32
 from keras_taylor.reading.walk import InputBatch, Walk, run_batches, split_into_batches
-from keras_taylor.rules.attention import inner_layers
+from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.types import Array, BoolArray, IntArray, Tensor
 
 _HELD_OUT_SHARE = 1 / 4  # of the batches
@@ -161,7 +161,7 @@ class _PairedWalks:
     def _refit_inner_layer(self, number: int, layer_number: int) -> LayerRepair:
         """Refits a layer inside a closed layer of the smaller model."""
         calls = [walk.graph.calls[number] for walk in (self._old, self._new)]
-        inner = inner_layers(calls[0].operation)[layer_number]
+        inner = layers_inside(calls[0].operation)[layer_number]
         name = f"{calls[0].name}/{inner.name}"
         if not self._new.graph.is_used_once(calls[1].operation):
             return LayerRepair(name, reason="it is used at several places")
@@ -189,7 +189,7 @@ def _record(walk: Walk, number: int, layer_number: int, name: str) -> _RecordedT
     operation = walk.graph.calls[number].operation
     with record_inside(operation, layer_number) as (inputs, outputs):
         walk.run(number)
-    layer = inner_layers(operation)[layer_number]
+    layer = layers_inside(operation)[layer_number]
     input_shape, output_shape = ((None, *values[0].shape[1:]) for values in (inputs, outputs))
     graph = single_layer_graph(layer, name, input_shape, output_shape)
     return _RecordedTensors(graph, {0: inputs, 1: outputs})

@@ -1,206 +1,258 @@
-"""Layers that stay closed: run with gates inside, and rebuilt from other configuration values."""
+"""What is inside a layer that stays closed: its units, and gates on the inputs of its inner layers."""
+
+from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import numpy as np
 
-from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
-from keras_taylor.reading.configurations import configuration_of
-from keras_taylor.reading.rule_checks import random_input, run_like_call, tensor_dtype
-from keras_taylor.reading.tracing import UnsupportedModelError
-from keras_taylor.rules.attention import inner_layers
-from keras_taylor.rules.base import override_attributes
+from keras_taylor.rules.base import Context, Edit, Effect, InternalRead, Work, override_attributes
+from keras_taylor.rules.labels import FIXED
+from keras_taylor.support.keras_internals import layers_inside
+from keras_taylor.support.types import Array, BoolArray, IntArray, Tensor
 
-_TOLERANCE = {"float32": 1e-4, "float64": 1e-4}
-_EXACT = 1e-5  # a copy that is whole, relative
+Gate: TypeAlias = Callable[[Tensor], Tensor]  # from what a layer is called on to what it gets instead
+
+
+class InnerGroup(NamedTuple):
+    """A group of units inside a closed layer."""
+
+    name: str
+    num_units: int
+
+
+class LockedGroup(NamedTuple):
+    """A group inside a closed layer whose units cannot leave, and why."""
+
+    name: str
+    num_units: int
+    reason: str
+
+
+class KernelAxis(NamedTuple):
+    """An axis along which a weight, given by its number, makes units."""
+
+    weight: int
+    axis: int
+
+
+class UnitCount(NamedTuple):
+    """A configuration value that is `factor` times the number of kept entries of `units`."""
+
+    units: IntArray
+    factor: int
+
+
+class UnitWork(NamedTuple):
+    """Floating point operations: `factor` times the number of kept units along each axis."""
+
+    factor: float
+    axes: tuple[IntArray, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InnerStructure:
+    """The units inside a layer of some class and configuration, and where they occur.
+
+    Units are numbered through all groups. The unit -1 stands for entries that always stay.
+
+    Attributes:
+        groups: The groups of units that can leave.
+        weights: Number of a weight -> the unit of each entry along each of its axes, `None` for an axis
+            without units.
+        reads: Number of an inner layer -> the units of what it contracts.
+        kernel_axes: Where units are made.
+        config: Key of a configuration value -> what it counts.
+        work: Floating point operations.
+        locked: The groups of units that cannot leave.
+    """
+
+    groups: tuple[InnerGroup, ...]
+    weights: Mapping[int, tuple[IntArray | None, ...]]
+    reads: Mapping[int, IntArray]
+    kernel_axes: tuple[KernelAxis, ...]
+    config: Mapping[str, UnitCount]
+    work: tuple[UnitWork, ...]
+    locked: tuple[LockedGroup, ...] = ()
+
+    def make_effect(self, ctx: Context) -> Effect:
+        """The rule of such a layer: channels of its inputs and outputs stay, units inside can leave."""
+        for tensor in ctx.inputs:
+            ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, of which only insides can go")
+        new_labels = [ctx.space.new_labels(num, f"{ctx.name}/{name}") for name, num in self.groups]
+        label_of_unit = np.concatenate([*new_labels, [FIXED]])
+        for number, labels_of_group in enumerate(new_labels):
+            if self._is_shared(number):
+                ctx.lock(labels_of_group[:2], "the last one of those that share would be divided otherwise")
+        for name, num, reason in self.locked:
+            ctx.lock(ctx.space.new_labels(num, f"{ctx.name}/{name}"), reason)
+
+        def labels(axes: Sequence[IntArray | None]) -> tuple[IntArray | None, ...]:
+            return tuple(None if units is None else label_of_unit[units] for units in axes)
+
+        return Effect(
+            outputs=[ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))],
+            weights={f"weights.{k}": labels(axes) for k, axes in self.weights.items()},
+            config={key: _count_edit(label_of_unit[c.units], c.factor) for key, c in self.config.items()},
+            work=tuple(Work(factor, labels(axes)) for factor, axes in self.work),
+            internal_reads=tuple(
+                InternalRead(label_of_unit[units], _gate_input_of(k), k) for k, units in self.reads.items()
+            ),
+            inner_kernels=tuple((f"weights.{k}", axis) for k, axis in self.kernel_axes),
+        )
+
+    def unit_axes(self) -> list[IntArray]:
+        """The units along each axis of a weight that has units."""
+        axes = itertools.chain.from_iterable(self.weights.values())
+        return [units for units in axes if units is not None]
+
+    def config_changes(self, kept: BoolArray) -> dict[str, int]:
+        """Configuration values for the kept units, a bool array `(num_units,)`."""
+        return {key: factor * int(kept_entries(u, kept).sum()) for key, (u, factor) in self.config.items()}
+
+    def weight_masks(self, kept: BoolArray) -> dict[int, tuple[BoolArray | None, ...]]:
+        """Number of a weight -> which entries along each of its axes are kept, `None` for all."""
+        return {
+            number: tuple(None if units is None else kept_entries(units, kept) for units in axes)
+            for number, axes in self.weights.items()
+        }
+
+    def restricted_to(self, names: Collection[str]) -> InnerStructure:
+        """The structure with only some of its groups. The units of other groups become -1."""
+        groups = tuple(group for group in self.groups if group.name in names)
+        numbers: list[int] = []
+        num_units = 0
+        for group in self.groups:
+            if group in groups:
+                numbers += range(num_units, num_units + group.num_units)
+                num_units += group.num_units
+            else:
+                numbers += [-1] * group.num_units
+        new_number = np.array([*numbers, -1])
+
+        def renumber(units: IntArray | None) -> IntArray | None:
+            return None if units is None or (new_number[units] < 0).all() else new_number[units]
+
+        weights = {number: tuple(map(renumber, axes)) for number, axes in self.weights.items()}
+        reads = {number: renumber(units) for number, units in self.reads.items()}
+        config = {key: (renumber(units), factor) for key, (units, factor) in self.config.items()}
+        return InnerStructure(
+            groups=groups,
+            weights=weights,
+            reads={number: units for number, units in reads.items() if units is not None},
+            kernel_axes=tuple(one for one in self.kernel_axes if weights[one.weight][one.axis] is not None),
+            config={key: UnitCount(u, factor) for key, (u, factor) in config.items() if u is not None},
+            work=tuple(UnitWork(f, tuple(new_number[units] for units in axes)) for f, axes in self.work),
+        )
+
+    def _is_shared(self, number: int) -> bool:
+        """Whether units of a group occur several times along one axis, as heads that share a key do."""
+        start = sum(num for _, num in self.groups[:number])
+        for units in self.unit_axes():
+            own = units[(units >= start) & (units < start + self.groups[number].num_units)]
+            if np.unique(own).size < own.size == units.size:
+                return True
+        return False
+
+
+def kept_entries(units: IntArray, kept: BoolArray) -> BoolArray:
+    """Which entries stay along an axis with these units, for a bool array `(num_units,)`."""
+    return np.append(kept, True)[units]
+
+
+def _count_edit(labels: IntArray, factor: int) -> Edit:
+    """An edit of a configuration value: `factor` times the number of kept labels."""
+    return Edit((labels,), lambda kept: factor * int(kept.sum()))
+
+
+def _gate_input_of(number: int) -> Callable[[keras.Layer, Tensor], contextlib.AbstractContextManager[None]]:
+    """A function of a closed layer and a gate that multiplies the input of an inner layer by the gate."""
+    return lambda layer, gate: gate_inside(layer, {number: lambda x: x * keras.ops.cast(gate, x.dtype)})
 
 
 @contextlib.contextmanager
-def gate_inside(layer, gates):
-    """Within it, what inner layers read is gated.
+def gate_inside(layer: keras.Layer, gates: Mapping[int, Gate]) -> Iterator[None]:
+    """Within it, inner layers of a closed layer get gated inputs.
 
     Args:
-        layer: The outer layer.
-        gates: For each inner layer that reads channels, by its number among `inner_layers(layer)`:
-            a function from the tensor that it is called on to what it gets.
+        layer: The closed layer.
+        gates: Number of an inner layer, among `layers_inside(layer)`, -> its gate.
     """
-    inner = inner_layers(layer) if gates else ()
+    inner = layers_inside(layer) if gates else []
     with contextlib.ExitStack() as stack:
         for number, gate in gates.items():
-            stack.enter_context(override_attributes(inner[number], call=_gated(inner[number].call, gate)))
+            call = _call_gated(inner[number].call, gate)
+            stack.enter_context(override_attributes(inner[number], call=call))
         yield
 
 
 @contextlib.contextmanager
-def record_inside(layer, number):
-    """Within it, what an inner layer is called on and what it puts out goes into the two lists given."""
-    inner, inputs, outputs = inner_layers(layer)[number], [], []
+def record_inside(layer: keras.Layer, number: int) -> Iterator[tuple[list[Array], list[Array]]]:
+    """Within it, the inputs and the outputs of an inner layer are appended to two lists.
 
-    def recorded(x):
+    Args:
+        layer: The closed layer.
+        number: Number of the inner layer, among `layers_inside(layer)`.
+
+    Yields:
+        The list of inputs and the list of outputs, one array for each time that the inner layer is called.
+    """
+    inner = layers_inside(layer)[number]
+    inputs: list[Array] = []
+    outputs: list[Array] = []
+
+    def record_input(x: Tensor) -> Tensor:
         inputs.append(keras.ops.convert_to_numpy(x))
         return x
 
-    call = _gated(inner.call, recorded)
+    call = _call_gated(inner.call, record_input)
 
-    def recording(*args, **kwargs):
+    def call_and_record(*args: Any, **kwargs: Any) -> Tensor:
         y = call(*args, **kwargs)
         outputs.append(keras.ops.convert_to_numpy(y))
         return y
 
-    with override_attributes(inner, call=recording):
+    with override_attributes(inner, call=call_and_record):
         yield inputs, outputs
 
 
-def _gated(call, gate):
-    def gated(*args, **kwargs):
+def _call_gated(call: Callable[..., Any], gate: Gate) -> Callable[..., Any]:
+    """A layer's `call` with a gate on its first argument."""
+
+    def call_with_gate(*args: Any, **kwargs: Any) -> Any:
         if args:
             return call(gate(args[0]), *args[1:], **kwargs)
         name = next(iter(kwargs))
         return call(**{**kwargs, name: gate(kwargs[name])})
 
-    return gated
+    return call_with_gate
 
 
-class Remade:
-    """One call of a layer, run with copies of the layer.
+@contextlib.contextmanager
+def trace_uncallable_layers(layer: keras.Layer) -> Iterator[None]:
+    """Within it, inner layers that fail on symbolic tensors are traced through their `call`.
 
-    Args:
-        call: A `graph.Call`.
-        shapes: Shape of every tensor of the graph.
-
-    Attributes:
-        numbers: The whole numbers among the layer's configuration values, by key.
+    A layer, or its parent class, may describe other outputs than it returns. Keras then refuses it.
     """
+    with contextlib.ExitStack() as stack:
+        for inner in layers_inside(layer):
+            stack.enter_context(override_attributes(inner, symbolic_call=_call_symbolic_or_trace(inner)))
+        yield
 
-    def __init__(self, call, shapes):
-        self.call, self._shapes = call, shapes
-        config = configuration_of(call.operation)
-        self.numbers = {k: v for k, v in config.items() if type(v) is int and v > 1}
-        self._made = {}
 
-    def fits(self, recipe, kept):
-        """Whether the layer that is made for the units kept has weights of the shapes that are left."""
-        wanted = [tuple(w.shape) for w in self.call.operation.weights]
-        for number, axes in recipe.weights.items():
-            wanted[number] = tuple(
-                size if units is None else int(_kept_of(units, kept).sum())
-                for size, units in zip(wanted[number], axes, strict=True)
-            )
-        return self._shapes_made(recipe, kept) == wanted
+def _call_symbolic_or_trace(layer: keras.Layer) -> Callable[..., Any]:
+    """A layer's `symbolic_call`; where it fails, the operations of its `call`."""
+    symbolic_call = layer.symbolic_call
 
-    def may_fit(self, recipe, kept):
-        """Whether what fits might be made with other values changed, too: no other weights change."""
-        made = self._shapes_made(recipe, kept)
-        if made is None:
-            return True  # it cannot be made with this change alone
-        before = [tuple(w.shape) for w in self.call.operation.weights]
-        changed = {k for k, (a, b) in enumerate(zip(before, made, strict=True)) if a != b}
-        return bool(changed) and changed <= recipe.weights.keys()
-
-    def _shapes_made(self, recipe, kept):
-        """Shapes of the weights of the layer that is made for the units kept, `None` if it cannot be."""
-        changes = changes_of(recipe, kept)
-        key = tuple(sorted(changes.items()))
-        if key not in self._made:
-            try:
-                self._made[key] = [tuple(w.shape) for w in self.smaller(changes).weights]
-            except UnsupportedModelError:
-                self._made[key] = None
-        return self._made[key]
-
-    def smaller(self, changes):
-        """The layer with other configuration values, built, its weights not copied."""
-        operation = self.call.operation
-        clone = clone_operation(operation, self.call.name, changes)
+    def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            build_like(clone, operation, self.call.name)
-        except UnsupportedModelError:
-            raise
-        except Exception as error:
-            raise UnsupportedModelError(f"It cannot be built. Received: {operation!r}") from error
-        return clone
+            return symbolic_call(*args, **kwargs)
+        except Exception:
+            return layer.call(*args, **kwargs)
 
-    def run(self, layer, random_state, gates=None):
-        """Flattened outputs of a layer in this place, for random inputs."""
-        random = np.random.default_rng(random_state)
-        indices = dict.fromkeys(self.call.inputs)
-        inputs = {index: self._random_input(random, index, random_state) for index in indices}
-        with gate_inside(layer, gates or {}):
-            return run_like_call(self.call, layer, inputs)
-
-    def _random_input(self, random, index, seed):
-        dtype = tensor_dtype(self.call, index)
-        values = random_input(random, self._shapes[index], dtype)
-        if "float" in dtype:
-            return values
-        # masks: of ones only, or such that every row has something to attend to
-        values[:, : None if seed == 0 else 1] = 1
-        return values
-
-
-def changes_of(recipe, kept):
-    """Configuration values for the units kept."""
-    return {key: factor * int(_kept_of(units, kept).sum()) for key, (units, factor) in recipe.config.items()}
-
-
-def holds(recipe, remade, num_draws=2):
-    """Whether a layer that is made with less puts out what the whole one does with these gates closed.
-
-    Both are copies of the layer with random weights; one with the layer's own weights must put out
-    what the layer does.
-    """
-    try:
-        return all(_holds_once(recipe, remade, seed) for seed in range(num_draws))
-    except UnsupportedModelError:
-        return False
-
-
-def _holds_once(recipe, remade, seed):
-    random, operation = np.random.default_rng(seed), remade.call.operation
-    whole = remade.smaller({})
-    copy_weights(operation, whole)
-    if _difference(remade.run(whole, seed), remade.run(operation, seed)) > _EXACT:
-        return False
-    for weight in whole.weights:
-        if "float" in weight.dtype:
-            weight.assign(random.normal(0, 0.5, weight.shape).astype("float32"))
-    kept = _drawn(recipe, random)
-    small = remade.smaller(changes_of(recipe, kept))
-    masks = {
-        number: tuple(None if a is None else _kept_of(a, kept) for a in axes)
-        for number, axes in recipe.weights.items()
-    }
-    if not remade.fits(recipe, kept):
-        return False
-    copy_weights(whole, small, masks)
-    gates = {number: _closing(_kept_of(units, kept)) for number, units in recipe.reads.items()}
-    closed, cut = remade.run(whole, seed, gates), remade.run(small, seed)
-    tolerance = _TOLERANCE.get(operation.compute_dtype, 3e-2)
-    return _difference(cut, closed) <= tolerance < _difference(remade.run(whole, seed), closed)
-
-
-def _drawn(recipe, random):
-    """Some units of each group stay, and some go."""
-    kept, start = [], 0
-    for _, num in recipe.groups:
-        part = random.random(num) < 0.6
-        stays, goes = random.permutation(num)[:2]
-        part[stays], part[goes] = True, False
-        kept.append(part)
-        start += num
-    return np.concatenate(kept)
-
-
-def _kept_of(units, kept):
-    return np.append(kept, True)[units]
-
-
-def _closing(mask):
-    return lambda x: x * keras.ops.convert_to_tensor(mask.astype("float32"), x.dtype)
-
-
-def _difference(first, second):
-    """Largest difference, relative to the second's largest value; infinite where that is no number."""
-    found = max(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in zip(first, second, strict=True))
-    return found if np.isfinite(found) else np.inf
+    return call

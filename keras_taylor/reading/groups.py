@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_taylor.reading import graph as graphs
-from keras_taylor.reading.composites import inside_rule
+from keras_taylor.reading.composites import find_rule_by_rebuilding
 from keras_taylor.reading.rule_checks import check_registered_rule, find_rule_by_probing
 from keras_taylor.rules.elementwise import is_probed_activation
 from keras_taylor.rules.labels import FIXED, LabelSpace
@@ -99,7 +99,7 @@ class LabeledModel:
         self._first = {}  # first effect of each operation, and of each site
         for call in graph.calls:
             check_registered_rule(call, self.labels, graph.shapes, self.exact)
-            inside = inside_rule(call, graph.shapes, LabeledModel)
+            inside = find_rule_by_rebuilding(call, graph.shapes, LabeledModel)
             probed = None if inside else find_rule_by_probing(call, self.labels, graph.shapes)
             positions = call.tensor_positions
             effect = apply_rule(
