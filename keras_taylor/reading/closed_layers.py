@@ -99,7 +99,7 @@ class InnerStructure:
             outputs=[ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))],
             weights={f"weights.{k}": labels(axes) for k, axes in self.weights.items()},
             config={key: _count_edit(label_of_unit[c.units], c.factor) for key, c in self.config.items()},
-            work=tuple(Work(factor, labels(axes)) for factor, axes in self.work),
+            work=tuple(Work(f, tuple(label_of_unit[units] for units in axes)) for f, axes in self.work),
             internal_reads=tuple(
                 InternalRead(label_of_unit[units], _gate_input_of(k), k) for k, units in self.reads.items()
             ),
