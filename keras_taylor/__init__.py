@@ -16,7 +16,9 @@ from keras_taylor.plans.planning import make_plan
 from keras_taylor.plans.selection import Selection
 from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.reports.analysis import Analysis, analyze
-from keras_taylor.reports.report import Info
+from keras_taylor.reports.info import Info
+from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
+from keras_taylor.reports.run_record import Round
 from keras_taylor.rules.registry import register_rule
 from keras_taylor.scores.scoring import score
 
@@ -26,10 +28,13 @@ __all__ = [
     "CompressionInterrupted",
     "ExportError",
     "Info",
+    "LossCurve",
     "MetricLimit",
     "Plan",
     "PrunableModel",
+    "Round",
     "Selection",
+    "Sensitivity",
     "TaylorPruning",
     "UnsupportedModelError",
     "analyze",

@@ -508,7 +508,7 @@ def test_compress_opens_tells_and_remembers(epochs):
     assert "stem" in info.pruned_layers
     assert info.inexact["stem"]["channels"] == 6
     assert "LayerNormalization 'stem_norm'" in info.inexact["stem"]["changes"]
-    again = keras_taylor.reports.report.Info.from_json(info.to_json())
+    again = keras_taylor.Info.from_json(info.to_json())
     assert again.inexact == info.inexact
     assert again.plan.exact is False
     assert "their removal changes the values of" in info.to_html()

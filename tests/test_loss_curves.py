@@ -86,7 +86,7 @@ def test_divergence_over_the_zoo(name):
     ).sensitivity
     assert fingerprint(model) == before
     groups = {g.name: g for g in label_model(model).groups if g.num_units > 1}
-    assert set(sensitivity.curves) == set(groups) and sensitivity.whole == {"divergence": 0.0}
+    assert set(sensitivity.curves) == set(groups) and sensitivity.baseline == {"divergence": 0.0}
     for group, curve in sensitivity.curves.items():
         assert np.isfinite(curve.values["divergence"]).all() and (curve.values["divergence"] >= 0).all()
         assert curve.saved["params"].min() > 0
@@ -118,7 +118,7 @@ def trained():
 def test_weights_of_examples_and_metrics_count_and_regularizers_do_not():
     model, data = trained()
     sensitivity = keras_taylor.analyze(model, data, fractions=(0.4, 0.8), verbose=0).sensitivity
-    assert set(sensitivity.whole) == {"loss", "accuracy", "weighted_accuracy"}
+    assert set(sensitivity.baseline) == {"loss", "accuracy", "weighted_accuracy"}
     plain = compiled(network())
     plain.set_weights(model.get_weights())
     check_against_pruned(plain, data, sensitivity)
@@ -152,8 +152,8 @@ def test_fractions_are_rounded_and_one_channel_stays():
 def test_the_time_is_said_before_the_work_and_nothing_is_measured_twice(monkeypatch):
     """Ten fractions of five channels come to four counts."""
     model, data = trained()
-    events, losses = [], sensitivity_scan._losses
-    monkeypatch.setattr(sensitivity_scan, "_losses", lambda *a: events.append("measured") or losses(*a))
+    events, evaluate = [], sensitivity_scan._evaluate
+    monkeypatch.setattr(sensitivity_scan, "_evaluate", lambda *a: events.append("measured") or evaluate(*a))
     monkeypatch.setattr(Reporter, "say", lambda self, text: events.append(text))
     score_channels = sensitivity_scan.score_channels
     monkeypatch.setattr(
@@ -289,13 +289,14 @@ def test_what_can_go_costs_little_at_every_smaller_fraction_too():
 
 def test_the_table():
     text = " ".join(str(made()).split())
-    assert "loss on 64 examples without a share of one group, units in the order of 'taylor'" in text
-    assert "whole: 0.3; can go: loss at most 0.05 larger" in text
+    assert "loss on 64 examples when a share of one group is removed" in text
+    assert "the least important units by 'taylor' first" in text
+    assert "whole model: 0.3; can go: loss grows by at most 0.05" in text
     assert "│ layer1 │ 0.31 │ 0.2 │ 0.36 │ nan │ 3 of 10 │ 3,000 │" in text
     assert "│ layer1 │ 0.9 │ 0.8 │ 0.7 │ 0.6 │ 3 of 10 │ 3,000 │" in " ".join(
         made().table("accuracy").split()
     )
-    with pytest.raises(ValueError, match=r"'loss', 'accuracy'. Received: what='auc'"):
+    with pytest.raises(ValueError, match=r"'loss', 'accuracy'. Received: metric='auc'"):
         made().table("auc")
 
 
@@ -313,13 +314,13 @@ def test_a_line_for_each_of_few_groups():
     (axes,) = plots.plot_sensitivity(made(3)).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         *("layer0", "layer1", "layer2"),
-        "0.05 larger",
+        "an increase of 0.05",
     ]
     x, y = axes.lines[0].get_data()
     np.testing.assert_allclose(x, [0, 0.1, 0.3, 0.5, 0.7])
     np.testing.assert_allclose(y, [0, 0.01, -0.1, 0.06, np.nan], atol=1e-12)
     assert axes.get_ylim()[0] < -0.1 and axes.get_yscale() == "symlog"
-    (axes,) = plots.plot_sensitivity(made(3), what="accuracy").axes
+    (axes,) = plots.plot_sensitivity(made(3), metric="accuracy").axes
     np.testing.assert_allclose(axes.lines[0].get_data()[1], [0.95, 0.9, 0.8, 0.7, 0.6])
 
 
@@ -331,7 +332,7 @@ def test_a_heat_map_of_many_groups(tmp_path):
     assert [text.get_text() for text in axes.get_yticklabels()] == [f"layer{k}" for k in range(60)]
     assert [line.get_xdata()[0] for line in axes.lines] == [1.5] * 60  # after the second fraction
     assert figure.get_size_inches()[1] > 12 and (tmp_path / "many.png").stat().st_size > 10_000
-    plots.plot_sensitivity(made(60), what="accuracy")
+    plots.plot_sensitivity(made(60), metric="accuracy")
 
 
 def test_on_the_command_line(run):  # noqa: F811

@@ -477,7 +477,7 @@ def test_info_goes_to_json_and_comes_back():
     again = keras_taylor.Info.from_json(info.to_json())
     assert again == info and str(again) == str(info)
     with pytest.raises(
-        ValueError, match=r"This is no `Info` that `Info\.to_json` wrote .*Received: text='\{\}'$"
+        ValueError, match=r"This is not an `Info` that `Info\.to_json` wrote .*Received: text='\{\}'$"
     ):
         keras_taylor.Info.from_json("{}")
 

@@ -298,10 +298,10 @@ def test_weights_that_are_not_plain_are_refused_with_what_to_do_first(change, st
     assert str(error.value).startswith(start) and str(error.value).endswith(end)
 
 
-def test_the_analysis_says_what_is_behind_each_group():
+def test_the_analysis_says_what_each_group_saves():
     model, _, _ = with_dense()
     analysis = keras_taylor.analyze(model)
     params, flops = 3 * (4 + 1 + 4), 3 * (2 * 4 + 2 * 4)
     # in bytes, for one example: `first` gives three of its four float32 away
-    assert analysis.behind == {"first": {"params": params, "flops": flops, "activation_memory": 3 * 4}}
+    assert analysis.savings == {"first": {"params": params, "flops": flops, "activation_memory": 3 * 4}}
     assert "27" in str(analysis).split("first", 1)[1]

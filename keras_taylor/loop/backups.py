@@ -23,7 +23,7 @@ from keras_taylor.cutting.surgery import build_smaller_compiled
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
-from keras_taylor.reports.report import Info
+from keras_taylor.reports.info import Info
 from keras_taylor.support.identity import IdentitySet
 from keras_taylor.support.replicas import bytes_from_first_process, from_first_process, is_first_process
 from keras_taylor.support.types import Array

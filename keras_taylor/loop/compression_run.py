@@ -43,7 +43,8 @@ from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.groups import as_name_patterns, label_model
 from keras_taylor.reading.tracing import trainable_view
 from keras_taylor.reading.walk import sample_inputs
-from keras_taylor.reports.report import Info, Round
+from keras_taylor.reports.info import Info
+from keras_taylor.reports.run_record import Round, repair_record
 from keras_taylor.scores.scoring import check_compiled, check_labels, needs_data, uses_model_labels
 from keras_taylor.support.console import Clock
 from keras_taylor.support.datasets import Feed
@@ -320,7 +321,7 @@ class CompressionRun:
         layers = {n: [p.width, len(p.kept)] for n, p in plan.layers.items()}
         done = Round(
             *(number, {**plan.after, **measured}, layers, history, step_losses, clock.seconds),
-            repairs=[dataclasses.asdict(one) for one in repairs],
+            repairs=[repair_record(one) for one in repairs],
             metrics=self._validation.evaluate(small) if judged else {},
         )
         done.held = self._watched is None or self._watched.allows(done.metrics)

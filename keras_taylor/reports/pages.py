@@ -1,50 +1,66 @@
-"""A report as one HTML page."""
+"""A run of `compress` as one HTML page."""
 
 import importlib
 import importlib.resources
+from typing import Any, TypedDict
 
 from keras_taylor.budget.measured_costs import format_amount
-from keras_taylor.exports.artifacts import artifact_row, format_kib, variant_label
+from keras_taylor.exports.artifacts import format_kib, variant_label
 from keras_taylor.reports import plots
+from keras_taylor.reports.run_record import RunRecord
+from keras_taylor.reports.run_tables import (
+    TextTable,
+    files_table,
+    goals_table,
+    inexact_table,
+    locked_table,
+    repairs_table,
+    rounds_table,
+)
 
 
-def page(info):
+class SummaryCard(TypedDict):
+    """A quantity at the top of the page: its name, its value after the run, and what it was before."""
+
+    name: str
+    after: str
+    note: str
+
+
+class LayerBar(TypedDict):
+    """A layer's bar: its width in percent of the widest layer, and the percentage that was kept."""
+
+    name: str
+    width: float
+    kept: float
+    count: str
+
+
+def render_page(record: RunRecord) -> str:
     """The report of a run as one self-contained HTML page: no network, light and dark, wide and narrow.
-
-    Args:
-        info: An `Info`.
-
-    Returns:
-        The page, a string.
 
     Raises:
         ImportError: without jinja2 and matplotlib (`pip install "keras-taylor[report]"`).
     """
     template = importlib.resources.files("keras_taylor.reports") / "templates/report.html"
     return (
-        _environment()
+        _template_environment()
         .from_string(template.read_text("utf-8"))
         .render(
-            title=f"{info.name or 'A model'}, {_goal(info)} removed",
-            summary=f"{info.headline()}. Ended: {info.stop_reason or 'unknown'}.",
-            cards=_cards(info),
-            layers=_layers(info),
-            curves=plots.rounds_as_svg(info) if info.rounds else "",
-            tables=[
-                _frontier(info),
-                _rounds(info),
-                _artifacts(info),
-                _repairs(info),
-                _inexact(info),
-                _locked(info),
-            ],
-            command=info.command,
-            environment=", ".join(f"{key} {value}" for key, value in info.environment.items()),
+            title=f"{record.name or 'A model'}, {_removed_shares(record)} removed",
+            summary=f"{record.headline()}. Ended: {record.stop_reason or 'unknown'}.",
+            cards=_summary_cards(record),
+            layers=_layer_bars(record),
+            curves=plots.rounds_as_svg(record) if record.rounds else "",
+            tables=_page_tables(record),
+            command=record.command,
+            environment=", ".join(f"{name} {version}" for name, version in record.environment.items()),
         )
     )
 
 
-def _environment():
+def _template_environment() -> Any:
+    """jinja2's environment, which escapes every text."""
     try:
         return importlib.import_module("jinja2").Environment(autoescape=True)
     except ImportError as error:
@@ -53,114 +69,63 @@ def _environment():
         ) from error
 
 
-def _goal(info):
-    gone = info.reduction
-    return ", ".join(f"{100 * gone[what]:.3g} % of {what}" for what in info.goal if what in gone)
+def _removed_shares(record: RunRecord) -> str:
+    """How much of each cost in the goal was removed."""
+    removed = record.reduction
+    return ", ".join(f"{100 * removed[cost]:.3g} % of {cost}" for cost in record.goal if cost in removed)
 
 
-def _cards(info):
-    """What a user looks at first: before and after of all that was measured."""
+def _summary_cards(record: RunRecord) -> list[SummaryCard]:
+    """Before and after of everything that was counted, measured or exported."""
     cards = []
-    for what, name in (("params", "parameters"), ("flops", "FLOPs")):
-        if info.before[what]:
-            change = info.after[what] / info.before[what] - 1
-            cards.append(_card(name, f"{info.after[what]:,}", f"{info.before[what]:,}", f"{change:+.1%}"))
-    for what in info.measured():
-        if what in info.after:
-            change = info.after[what] / info.before[what] - 1
-            amounts = [format_amount(what, costs[what], named=False) for costs in (info.after, info.before)]
-            cards.append(_card(what, *amounts, f"{change:+.1%}"))
-    for name, after in info.metrics.get("after", {}).items():
-        before = info.metrics["before"][name]
-        cards.append(_card(name, f"{after:.4g}", f"{before:.4g}", f"{after - before:+.4g}"))
-    for before, after in info.exported():
-        for what, old, new, text in (
-            ("size", before.num_bytes, after.num_bytes, format_kib),
-            ("latency", before.latency_ms, after.latency_ms, _milliseconds),
-        ):
-            cards.append(
-                _card(f"{variant_label(after)}, {what}", text(new), text(old), f"{new / old - 1:+.1%}")
-            )
+    names = {"params": "parameters", "flops": "FLOPs", **{cost: cost for cost in record.measured()}}
+    for cost, name in names.items():
+        before, after = record.before[cost], record.after.get(cost)
+        if before and after is not None:
+            texts = [format_amount(cost, amount, named=False) for amount in (before, after)]
+            cards.append(_summary_card(name, texts[0], texts[1], _percent_change(before, after)))
+    for metric, value in record.metrics.get("after", {}).items():
+        first = record.metrics["before"][metric]
+        cards.append(_summary_card(metric, f"{first:.4g}", f"{value:.4g}", f"{value - first:+.4g}"))
+    for old, new in record.exported():
+        label = variant_label(new)
+        change = _percent_change(old.num_bytes, new.num_bytes)
+        sizes = format_kib(old.num_bytes), format_kib(new.num_bytes)
+        cards.append(_summary_card(f"{label}, size", *sizes, change))
+        change = _percent_change(old.latency_ms, new.latency_ms)
+        times = f"{old.latency_ms:.3f} ms", f"{new.latency_ms:.3f} ms"
+        cards.append(_summary_card(f"{label}, latency", *times, change))
     return cards
 
 
-def _card(name, after, before, change):
+def _summary_card(name: str, before: str, after: str, change: str) -> SummaryCard:
     return {"name": name, "after": after, "note": f"before {before} ({change})"}
 
 
-def _milliseconds(value):
-    return f"{value:.3f} ms"
+def _percent_change(before: float, after: float) -> str:
+    return f"{after / before - 1:+.1%}"
 
 
-def _layers(info):
-    largest = max(info.layers.values(), default=1)
-    rows = []
-    for name, width in info.layers.items():
-        kept = len(info.plan.layers[name].kept) if name in info.plan.layers else width
-        count = f"{width} → {kept}" if kept < width else f"{width}"
-        rows.append(
+def _layer_bars(record: RunRecord) -> list[LayerBar]:
+    """A bar for each layer that makes channels, in the network's order."""
+    largest = max(record.layers.values(), default=1)
+    bars: list[LayerBar] = []
+    for name, width in record.layers.items():
+        kept = len(record.plan.layers[name].kept) if name in record.plan.layers else width
+        bars.append(
             {
                 "name": name,
                 "width": round(100 * width / largest, 2),
                 "kept": round(100 * kept / width, 2),
-                "count": count,
+                "count": f"{width} → {kept}" if kept < width else f"{width}",
             }
         )
-    return rows
+    return bars
 
 
-def _rounds(info):
-    metrics = list(dict.fromkeys(name for one in info.rounds for name in one.history))
-    rows = [
-        [
-            one.label,
-            f"{one.params:,}",
-            "unknown" if one.flops is None else f"{one.flops:,}",
-            *(f"{one.history[m][-1]:.4g}" if one.history.get(m) else "" for m in metrics),
-            f"{sum(one.seconds.values()):.1f}",
-        ]
-        for one in info.rounds
-    ]
-    return {"title": "Rounds", "header": ["round", "parameters", "FLOPs", *metrics, "seconds"], "rows": rows}
-
-
-def _frontier(info):
-    """What was left at each goal, if there were several."""
-    header, rows = info.frontier()
-    return {
-        "title": "What is left at each goal",
-        "header": header,
-        "rows": rows if len(info.stops) > 1 else [],
-    }
-
-
-def _artifacts(info):
-    rows = [artifact_row(one) for pair in info.exported() for one in pair]
-    header = list(rows[0]) if rows else []
-    return {"title": "Files", "header": header, "rows": [list(cells.values()) for cells in rows]}
-
-
-def _repairs(info):
-    done = info.rounds[-1].repairs if info.rounds else []
-    rows = [
-        [
-            one["name"],
-            *("" if one[e] is None else f"{one[e]:.2g}" for e in ("error_before", "error_after")),
-            one["reason"] or "",
-        ]
-        for one in done
-    ]
-    header = ["layer", "relative squared error, cut", "repaired", "left alone because"]
-    return {"title": "Repair in the last round", "header": header, "rows": rows, "wraps": True}
-
-
-def _inexact(info):
-    rows = [[name, e["channels"], ", ".join(e["changes"])] for name, e in info.inexact.items()]
-    header = ["group", "channels", "their removal changes the values of"]
-    return {"title": "Open with exact=False only", "header": header, "rows": rows, "wraps": True}
-
-
-def _locked(info):
-    rows = [[name, entry["channels"], entry["reason"]] for name, entry in info.locked.items()]
-    header = ["layer", "channels", "why they stay"]
-    return {"title": "What stays, and why", "header": header, "rows": rows, "wraps": True}
+def _page_tables(record: RunRecord) -> list[TextTable]:
+    """All tables that have something to say."""
+    tables = [goals_table(record)] if len(record.stops) > 1 else []
+    tables += [rounds_table(record)] if record.rounds else []
+    tables += [files_table(record), repairs_table(record), inexact_table(record), locked_table(record)]
+    return [table for table in tables if table.rows]

@@ -1,114 +1,178 @@
-"""Pictures of a report."""
+"""Pictures of runs and of sensitivity scans, drawn with matplotlib."""
+
+from __future__ import annotations  # matplotlib is optional
 
 import importlib
 import io
+import os
 import re
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-_MOST_LINES = 8  # groups; more are drawn as a heat map
-_LEAST = 1e-12  # where a logarithmic scale ends
+from keras_taylor.reports.loss_curves import Sensitivity
+from keras_taylor.reports.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MAX_LINES = 8  # more groups than this are drawn as a heat map
+_SMALLEST_INCREASE = 1e-12  # where a logarithmic scale ends
 
 
-def plot_rounds(info, path, **how):
-    """Parameters and metrics against rounds, in a picture file.
+class MetricPoint(NamedTuple):
+    """A validation metric after a round: parameters that are left, the metric, whether the round held."""
+
+    params: int
+    value: float
+    held: bool
+
+
+class MetricCurve(NamedTuple):
+    """A validation metric against the parameters that are left, the original model first."""
+
+    metric: str
+    points: list[MetricPoint]
+
+
+def plot_rounds(record: RunRecord, path: str | os.PathLike[str] | IO[Any], **save_options: Any) -> None:
+    """Draws parameters and metrics against rounds.
 
     Args:
-        info: An `Info`.
-        path: File name; its ending tells the format. Or an open file.
-        **how: What `Figure.savefig` takes besides.
+        record: The run.
+        path: File name; its ending chooses the format. Or an open file.
+        **save_options: More arguments of `Figure.savefig`.
     """
-    figure_class = _matplotlib("matplotlib.figure").Figure
-    metrics = [n for n in dict.fromkeys(n for r in info.rounds for n in r.history) if n != "learning_rate"]
+    metrics = list(dict.fromkeys(name for one in record.rounds for name in one.history))
     losses = [name for name in metrics if name.endswith("loss")]
-    others = [name for name in metrics if not name.endswith("loss")]
+    others = [name for name in metrics if not name.endswith("loss") and name != "learning_rate"]
     panels = [names for names in (others, losses) if names]
-    curve = _curve(info)
-    num = 1 + len(panels)
-    figure = figure_class(figsize=(7, 2.6 * (num + bool(curve))), layout="constrained")
-    axes = [figure.add_subplot(num + bool(curve), 1, 1)]
-    axes += [figure.add_subplot(num + bool(curve), 1, 2 + k, sharex=axes[0]) for k in range(len(panels))]
-    numbers = [0] + [one.number for one in info.rounds]
-    axes[0].step(numbers, [info.before["params"]] + [r.params for r in info.rounds], where="post", marker="o")
-    axes[0].set(ylabel="parameters", ylim=(0, None))
+    curve = _metric_curve(record)
+    num_panels = 1 + len(panels) + (curve is not None)
+    figure = _new_figure(7, 2.6 * num_panels)
+    first = figure.add_subplot(num_panels, 1, 1)
+    axes = [first] + [figure.add_subplot(num_panels, 1, 2 + k, sharex=first) for k in range(len(panels))]
+    numbers = [0] + [one.number for one in record.rounds]
+    params = [record.before["params"] or 0] + [one.params for one in record.rounds]
+    first.step(numbers, params, where="post", marker="o")
+    first.set(ylabel="parameters", ylim=(0, None))
     for panel, names in zip(axes[1:], panels, strict=True):
         for name in names:
-            rounds = [one for one in info.rounds if one.history.get(name)]
-            panel.plot(
-                [r.number for r in rounds], [r.history[name][-1] for r in rounds], marker="o", label=name
-            )
+            rounds = [one for one in record.rounds if one.history.get(name)]
+            values = [one.history[name][-1] for one in rounds]
+            panel.plot([one.number for one in rounds], values, marker="o", label=name)
         panel.legend(framealpha=0)
     for panel in axes[:-1]:
         panel.tick_params(labelbottom=False)
     axes[-1].set(xlabel="round", xticks=numbers)
-    if curve:
-        _draw_curve(figure.add_subplot(num + 1, 1, num + 1), info, *curve)
-    _save(figure, path, **how)
+    if curve is not None:
+        _draw_metric_curve(figure.add_subplot(num_panels, 1, num_panels), record, curve)
+    _save_figure(figure, path, **save_options)
 
 
-def plot_sensitivity(sensitivity, path=None, what=None):
-    """What the removal of a share of one group costs: a line a group, or a heat map of many groups.
+def _metric_curve(record: RunRecord) -> MetricCurve | None:
+    """The first validation metric, or else the loss; `None` with fewer than two points."""
+    before, params = record.metrics.get("before", {}), record.before["params"]
+    validated = [one for one in record.rounds if one.metrics]
+    metric = next((name for name in before if not name.endswith("loss")), next(iter(before), None))
+    if metric is None or params is None or len(validated) < 2:
+        return None
+    points = [MetricPoint(one.params, one.metrics[metric], one.held) for one in validated]
+    return MetricCurve(metric, [MetricPoint(params, before[metric], True), *points])
+
+
+def _draw_metric_curve(panel: Axes, record: RunRecord, curve: MetricCurve) -> None:
+    """Draws a line of circles, filled where a goal was reached. A cross is a round that was undone."""
+    reached = {stop["costs"]["params"] for stop in record.stops}
+    held = [point for point in curve.points if point.held]
+    (line,) = panel.plot([point.params for point in held], [point.value for point in held])
+    for point in curve.points:
+        style: dict[str, Any] = {"marker": "x"}
+        if point.held:
+            style = {"marker": "o", "fillstyle": "full" if point.params in reached else "none"}
+        panel.plot([point.params], [point.value], color=line.get_color(), **style)
+    panel.set(xlabel="parameters", ylabel=f"validation {curve.metric}")
+
+
+def rounds_as_svg(record: RunRecord) -> str:
+    """The same picture as an SVG element. Its text and axes have the color of the page around it."""
+    file = io.StringIO()
+    no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    plot_rounds(record, file, format="svg", transparent=True, metadata=no_metadata)
+    svg = file.getvalue()
+    return re.sub(r"#000000\b", "currentColor", svg[svg.index("<svg") :])
+
+
+def plot_sensitivity(
+    sensitivity: Sensitivity, path: str | os.PathLike[str] | None = None, metric: str | None = None
+) -> Figure:
+    """What the removal of a share of one group costs: a line for each group, or a heat map of many.
 
     Args:
-        sensitivity: A `loss_curves.Sensitivity`.
-        path: File name; its ending tells the format. `None`: no file.
-        what: The name of a metric in place of the loss.
-
-    Returns:
-        The `matplotlib.figure.Figure`.
+        sensitivity: The losses.
+        path: File name; its ending chooses the format. `None`: no file.
+        metric: The name of a metric; `None`: the loss.
     """
-    what = sensitivity.checked(what)
-    is_loss = what == sensitivity.measure
-    many = len(sensitivity.curves) > _MOST_LINES
-    height = 1.6 + 0.24 * len(sensitivity.curves) if many else 4.5
-    figure = _matplotlib("matplotlib.figure").Figure(figsize=(8, height), layout="constrained")
+    metric = sensitivity.resolve_metric(metric)
+    is_map = len(sensitivity.curves) > _MAX_LINES
+    figure = _new_figure(8, 1.6 + 0.24 * len(sensitivity.curves) if is_map else 4.5)
     axes = figure.subplots()
-    (_heat_map if many else _lines)(axes, sensitivity, what, is_loss)
-    axes.set_xlabel("share of the group's channels that is gone, the least important first")
-    axes.set_title(
-        f"{what} of the whole model: {sensitivity.whole[what]:.4g}"
-        + many * f"; red: up to there a {sensitivity.measure} at most {sensitivity.max_increase:.2g} larger",
-        fontsize="medium",
-    )
+    title = f"{metric} of the whole model: {sensitivity.baseline[metric]:.4g}"
+    if is_map:
+        _draw_heat_map(figure, axes, sensitivity, metric)
+        title += f"; left of the red bar the {sensitivity.measure} grows by at most "
+        title += f"{sensitivity.max_increase:.2g}"
+    else:
+        _draw_lines(axes, sensitivity, metric)
+    axes.set_xlabel("share of the group's channels that is removed, least important first")
+    axes.set_title(title, fontsize="medium")
     if path is not None:
-        _save(figure, path)
+        _save_figure(figure, path)
     return figure
 
 
-def _lines(axes, sensitivity, what, is_loss):
+def _draw_lines(axes: Axes, sensitivity: Sensitivity, metric: str) -> None:
+    """Draws a line for each group: the metric, or the increase of the loss."""
+    is_loss = metric == sensitivity.measure
     for name, curve in sensitivity.curves.items():
-        gone, first = np.unique(np.append(0, curve.num_gone), return_index=True)
-        values = np.append(sensitivity.whole[what], curve.values[what])[first]
+        num_gone, first = np.unique(np.append(0, curve.num_gone), return_index=True)
+        values = np.append(sensitivity.baseline[metric], curve.values[metric])[first]
         if is_loss:
-            values = values - sensitivity.whole[what]
-        axes.plot(gone / len(curve.order), values, marker="o", markersize=4, label=name)
+            values = values - sensitivity.baseline[metric]
+        axes.plot(num_gone / len(curve.order), values, marker="o", markersize=4, label=name)
     if is_loss:
-        most = max(sensitivity.max_increase, _LEAST)
-        lowest = min([np.nanmin(line.get_ydata()) for line in axes.lines], default=0)
-        axes.axhline(most, color="grey", linestyle=":", linewidth=1, label=f"{most:.2g} larger")
-        axes.set_yscale("symlog", linthresh=most)
-        axes.set_ylim(bottom=1.2 * lowest - 0.1 * most)
-    axes.set(ylabel=f"{what}, increase" if is_loss else what, xlim=(0, 1))
-    axes.xaxis.set_major_formatter(_matplotlib("matplotlib.ticker").PercentFormatter(1, symbol=" %"))
+        limit = max(sensitivity.max_increase, _SMALLEST_INCREASE)
+        lowest = min([np.nanmin(np.asarray(line.get_ydata())) for line in axes.lines], default=0)
+        axes.axhline(limit, color="grey", linestyle=":", linewidth=1, label=f"an increase of {limit:.2g}")
+        axes.set_yscale("symlog", linthresh=limit)
+        axes.set_ylim(bottom=1.2 * lowest - 0.1 * limit)
+    axes.set(ylabel=f"{metric}, increase" if is_loss else metric, xlim=(0, 1))
+    axes.xaxis.set_major_formatter(_import_matplotlib("matplotlib.ticker").PercentFormatter(1, symbol=" %"))
     axes.legend(framealpha=0, fontsize="small")
 
 
-def _heat_map(axes, sensitivity, what, is_loss):
+def _draw_heat_map(figure: Figure, axes: Axes, sensitivity: Sensitivity, metric: str) -> None:
+    """Draws a row for each group, a cell for each fraction, and a bar after the dispensable units."""
+    is_loss = metric == sensitivity.measure
     names = list(sensitivity.curves)
-    values = np.stack([curve.values[what] for curve in sensitivity.curves.values()])
+    values = np.stack([curve.values[metric] for curve in sensitivity.curves.values()])
     norm = None
     if is_loss:
-        values = values - sensitivity.whole[what]
-        linear = max(sensitivity.max_increase, _LEAST)
-        top = max(np.nanmax(np.where(np.isfinite(values), values, np.nan), initial=0), 2 * linear)
-        norm = _matplotlib("matplotlib.colors").SymLogNorm(linear, vmin=0, vmax=top)
+        values = values - sensitivity.baseline[metric]
+        limit = max(sensitivity.max_increase, _SMALLEST_INCREASE)
+        top = max(np.nanmax(np.where(np.isfinite(values), values, np.nan), initial=0), 2 * limit)
+        norm = _import_matplotlib("matplotlib.colors").SymLogNorm(limit, vmin=0, vmax=top)
     cells = axes.imshow(values, norm=norm, cmap="viridis_r" if is_loss else "viridis", aspect="auto")
-    label = f"{what}, increase" if is_loss else what
-    height = axes.figure.get_size_inches()[1]
-    axes.figure.colorbar(
-        *(cells, None, axes), label=label, extend="min" if is_loss else "neither", shrink=min(1, 4 / height)
+    figure.colorbar(
+        cells,
+        None,
+        axes,
+        label=f"{metric}, increase" if is_loss else metric,
+        extend="min" if is_loss else "neither",
+        shrink=min(1, 4 / figure.get_size_inches()[1]),
     )
-    fractions = [f"{100 * one:.3g} %" for one in sensitivity.fractions]
+    fractions = [f"{100 * fraction:.3g} %" for fraction in sensitivity.fractions]
     axes.set_xticks(range(len(fractions)), fractions)
     axes.tick_params(top=True, labeltop=True)
     axes.set_yticks(range(len(names)), names, fontsize="small")
@@ -118,63 +182,36 @@ def _heat_map(axes, sensitivity, what, is_loss):
         axes.plot([column, column], [row - 0.5, row + 0.5], color="red", linewidth=2, clip_on=False)
 
 
-def _curve(info):
-    """The metric on the validation data: its name, points `(params, value, held)`; or `None`."""
-    before = info.metrics.get("before", {})
-    judged = [one for one in info.rounds if one.metrics]
-    name = next((name for name in before if not name.endswith("loss")), next(iter(before), None))
-    if name is None or len(judged) < 2:
-        return None
-    points = [(one.params, one.metrics[name], one.held) for one in judged]
-    return name, [(info.before["params"], before[name], True), *points]
-
-
-def _draw_curve(panel, info, name, points):
-    """A metric against what is left; goals that were reached are filled, what was undone is a cross."""
-    reached = {stop["costs"]["params"] for stop in info.stops}
-    held = [point for point in points if point[2]]
-    (line,) = panel.plot(*zip(*[point[:2] for point in held], strict=True))
-    for params, value, holds in points:
-        marker = (
-            {"marker": "o", "fillstyle": "full" if params in reached else "none"}
-            if holds
-            else {"marker": "x"}
-        )
-        panel.plot([params], [value], color=line.get_color(), **marker)
-    panel.set(xlabel="parameters", ylabel=f"validation {name}")
-
-
-def rounds_as_svg(info):
-    """The same picture as an SVG element, lines of text and axes in the color of the page around it."""
-    file = io.StringIO()
-    nameless = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    plot_rounds(info, file, format="svg", transparent=True, metadata=nameless)
-    svg = file.getvalue()
-    return re.sub(r"#000000\b", "currentColor", svg[svg.index("<svg") :])
-
-
-def check_picture(path):
-    """Refuses the name of a picture that could not be written, before any work.
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Refuses the name of a picture that matplotlib cannot write, before any work.
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: for an ending that is none of a picture.
+        ValueError: if the ending is not that of a picture.
     """
-    known = _matplotlib("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
+    backend = _import_matplotlib("matplotlib.backend_bases")
+    known = backend.FigureCanvasBase.get_supported_filetypes()
     ending = str(path).rpartition(".")[2].lower()
     if ending not in known:
         raise ValueError(
-            f"A picture's name ends in one of {', '.join(f'.{one}' for one in known)}. "
+            f"The name of a picture ends in one of {', '.join(f'.{one}' for one in known)}. "
             f"Received: path={str(path)!r}"
         )
 
 
-def _save(figure, path, **how):
-    with _matplotlib("matplotlib").rc_context({"svg.hashsalt": "keras_taylor"}):  # the same file each time
-        figure.savefig(path, **{"dpi": 150, **how})
+def _new_figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes in inches."""
+    figure_class = _import_matplotlib("matplotlib.figure").Figure
+    return figure_class(figsize=(width, height), layout="constrained")
 
 
-def _matplotlib(module):
+def _save_figure(figure: Figure, path: str | os.PathLike[str] | IO[Any], **save_options: Any) -> None:
+    """Writes a figure; the same figure always gives the same file."""
+    with _import_matplotlib("matplotlib").rc_context({"svg.hashsalt": "keras_taylor"}):
+        figure.savefig(path, **{"dpi": 150, **save_options})
+
+
+def _import_matplotlib(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,0 +1,271 @@
+"""What a run of `compress` did, as a value that goes to JSON and comes back."""
+
+import dataclasses
+import importlib
+import json
+import platform
+from collections.abc import Callable
+from typing import Any, Self, TypedDict
+
+import keras
+import numpy as np
+
+from keras_taylor import __version__
+from keras_taylor.budget.measured_costs import measured_cost_of
+from keras_taylor.cutting.layer_fits import LayerRepair
+from keras_taylor.exports.artifacts import Artifact
+from keras_taylor.plans.plan import Plan
+from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.support.types import Costs
+
+
+class RepairRecord(TypedDict):
+    """What a repair did to one layer: the fields of `cutting.layer_fits.LayerRepair`."""
+
+    name: str
+    error_before: float | None
+    error_after: float | None
+    ridge: float | None
+    reason: str | None
+
+
+class GoalRecord(TypedDict):
+    """What was left when a goal was reached."""
+
+    goal: dict[str, float | int]
+    round: int
+    costs: dict[str, int | None]
+    metrics: dict[str, float]
+
+
+class LockedRecord(TypedDict):
+    """A group of channels that cannot leave: how many channels, and why they stay."""
+
+    channels: int
+    reason: str | None
+
+
+class InexactRecord(TypedDict):
+    """A group that is open with `exact=False` only: how many channels, and what changes without them."""
+
+    channels: int
+    changes: list[str]
+
+
+@dataclasses.dataclass
+class Round:
+    """One round of `compress`: score, prune, repair, fine-tune.
+
+    Attributes:
+        number: The number of the round, an int from 1.
+        costs: What is left after the round: "params", "flops" (of one example), "activation_memory"
+            (bytes), ... -> an int, or `None` if it is unknown. Measured costs ("bytes", "latency", ...)
+            are included where a goal was reached; latencies are in nanoseconds.
+        layers: Layer name -> `[before, after]`, the numbers of channels of each layer that lost some.
+        history: Name -> list of floats, one for each epoch: the loss and the metrics of the fine-tuning,
+            as in `keras.callbacks.History.history`. Empty without fine-tuning.
+        step_losses: The training loss of every step of the fine-tuning, a list of floats.
+        seconds: "score", "prune", "repair" and "fit" -> the wall time of the phase, a float in seconds.
+        repairs: What the repair did to each layer that lost inputs, a list of dicts: "name",
+            "error_before" and "error_after" (floats: mean squared error of the outputs on held-out
+            examples, divided by their mean square), "ridge" (float) and "reason" (why the layer was left
+            alone). Values are `None` where they do not apply. Empty without repair.
+        metrics: Name -> float: the loss and the metrics on the validation data after the round. Empty
+            unless `max_drop` is set or the round reached a goal.
+        held: A bool. `False` if a metric fell by more than `max_drop`: this round was undone.
+    """
+
+    number: int
+    costs: dict[str, int | None]
+    layers: dict[str, list[int]]
+    history: dict[str, list[float]]
+    step_losses: list[float]
+    seconds: dict[str, float]
+    repairs: list[RepairRecord] = dataclasses.field(default_factory=list)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    held: bool = True
+
+    @property
+    def label(self) -> str:
+        """The number of the round as text, with ", undone" if it was undone."""
+        return str(self.number) if self.held else f"{self.number}, undone"
+
+    @property
+    def params(self) -> int:
+        """The number of parameters that are left."""
+        params = self.costs["params"]
+        assert params is not None, "parameters can always be counted"
+        return params
+
+    @property
+    def flops(self) -> int | None:
+        """The FLOPs of one example that are left, `None` if an input size is unknown."""
+        return self.costs["flops"]
+
+
+@dataclasses.dataclass(repr=False)
+class RunRecord:
+    """The data of an `Info`, which documents its attributes. Tables, pictures and pages read it."""
+
+    goal: dict[str, float | int]
+    criterion: str
+    before: dict[str, int | None]
+    after: dict[str, int | None]
+    plan: Plan
+    rounds: list[Round] = dataclasses.field(default_factory=list)
+    stops: list[GoalRecord] = dataclasses.field(default_factory=list)
+    locked: dict[str, LockedRecord] = dataclasses.field(default_factory=dict)
+    inexact: dict[str, InexactRecord] = dataclasses.field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    stop_reason: str = ""
+    name: str = ""
+    layers: dict[str, int] = dataclasses.field(default_factory=dict)
+    round_to: int = 1
+    metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    artifacts: dict[str, list[Artifact]] = dataclasses.field(default_factory=dict)
+    command: str = ""
+    environment: dict[str, str] = dataclasses.field(default_factory=lambda: package_versions())
+
+    @classmethod
+    def before_a_run(
+        cls,
+        labeled: LabeledModel,
+        costs: Costs,
+        exact: bool,
+        goal: dict[str, float | int],
+        criterion: str | Callable[..., Any],
+        round_to: int,
+    ) -> Self:
+        """The record of a run that has not begun.
+
+        Args:
+            labeled: The original model.
+            costs: Its costs.
+            exact: As in `compress`.
+            goal: The parts of the last goal.
+            criterion: A name or a function.
+            round_to: The multiple of channels that every group keeps.
+        """
+        return cls(
+            goal=dict(goal),
+            criterion=getattr(criterion, "__name__", str(criterion)),
+            before=dict(costs),
+            after=dict(costs),
+            plan=Plan(before=costs, after=costs, exact=exact),
+            locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in labeled.locked_groups},
+            inexact={
+                g.name: {"channels": g.num_units, "changes": list(g.normalized_by)}
+                for g in labeled.groups
+                if g.normalized_by
+            },
+            unknown=tuple(labeled.unknown),
+            name=labeled.graph.model.name,
+            layers={name: stop - start for start, stop, name in labeled.label_space.producers},
+            round_to=round_to,
+        )
+
+    @property
+    def reduction(self) -> dict[str, float]:
+        """Cost -> the fraction of it that was removed, a float."""
+        return {
+            cost: 1 - after / before
+            for cost, before in self.before.items()
+            if before is not None and (after := self.after.get(cost)) is not None
+        }
+
+    @property
+    def pruned_layers(self) -> list[str]:
+        """Names of the layers that lost channels."""
+        return list(self.plan.layers)
+
+    def headline(self) -> str:
+        """One line that says how much was removed, and from how many layers."""
+        shown = {"params", "flops", *self.goal}
+        parts = [f"{share:.1%} of {cost}" for cost, share in self.reduction.items() if cost in shown]
+        return f"{', '.join(parts)} removed from {len(self.pruned_layers)} layers by '{self.criterion}'"
+
+    def measured(self) -> list[str]:
+        """The costs in the goal that were measured, such as "bytes:onnx" or "latency"."""
+        return [cost for cost in self.before if measured_cost_of(cost) is not None]
+
+    def exported(self) -> list[tuple[Artifact, Artifact]]:
+        """A pair for each export format: the `Artifact` of the original, and that of the result."""
+        return list(zip(self.artifacts.get("before", ()), self.artifacts.get("after", ()), strict=True))
+
+    def to_json(self) -> str:
+        """Everything as a JSON string.
+
+        Example:
+
+        >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
+        >>> keras_taylor.Info.from_json(info.to_json()) == info
+        True
+        """
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "plan"}
+        content["rounds"] = [dataclasses.asdict(one) for one in self.rounds]
+        content["artifacts"] = {
+            when: [dataclasses.asdict(one) for one in artifacts] for when, artifacts in self.artifacts.items()
+        }
+        content.update(
+            reduction=self.reduction, pruned_layers=self.pruned_layers, plan=json.loads(self.plan.to_json())
+        )
+        return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The `Info` that `to_json` wrote.
+
+        Args:
+            text: The JSON string.
+
+        Returns:
+            An equal `Info`.
+
+        Raises:
+            ValueError: if the text is not such an `Info`.
+
+        Example:
+
+        >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
+        >>> keras_taylor.Info.from_json(info.to_json()).criterion == info.criterion
+        True
+        """
+        try:
+            content = json.loads(text)
+            content = {f.name: content[f.name] for f in dataclasses.fields(cls) if f.name in content}
+            content["rounds"] = [Round(**one) for one in content["rounds"]]
+            content["artifacts"] = {
+                when: [Artifact(**one) for one in artifacts]
+                for when, artifacts in content["artifacts"].items()
+            }
+            content["unknown"] = tuple(content["unknown"])
+            content["plan"] = Plan.from_json(json.dumps(content["plan"]))
+            return cls(**content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"This is not an `Info` that `Info.to_json` wrote ({type(error).__name__}: {error}). "
+                f"Received: text={text[:80]!r}"
+            ) from error
+
+
+def repair_record(repair: LayerRepair) -> RepairRecord:
+    """A `LayerRepair` as a dict."""
+    return {
+        "name": repair.name,
+        "error_before": repair.error_before,
+        "error_after": repair.error_after,
+        "ridge": repair.ridge,
+        "reason": repair.reason,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Name -> version of the packages that a run depends on."""
+    backend = keras.backend.backend()
+    return {
+        "keras_taylor": __version__,
+        "keras": keras.__version__,
+        backend: importlib.import_module(backend).__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
