@@ -108,7 +108,7 @@ def _calls(how, models, batch, threads):
 def _litert(path, x, threads):
     from keras_taylor.exports.runners import import_litert
 
-    interpreter = import_litert()[0](model_path=path, num_threads=threads)
+    interpreter = import_litert().interpreter(model_path=path, num_threads=threads)
     interpreter.allocate_tensors()
     index = interpreter.get_input_details()[0]["index"]
 

@@ -146,7 +146,7 @@ def test_what_was_timed_is_kept(clock):
     assert len(clock.calls) == 2 * timed
 
 
-def test_a_table_that_cannot_be_read_is_made_anew(clock):
+def test_a_table_that_cannot_be_read_is_measured_again(clock):
     channels = label_model(net(8))
     table = LayerTimes(channels, "keras", cache_dir=clock.folder).table
     timed = len(clock())
@@ -296,7 +296,7 @@ def test_a_time_that_is_doubted_is_taken_again(clock, monkeypatch):
     assert measurements.observe(channels, kept, channels.graph.model) == {"latency": predicted + 9}
 
 
-class Counted:
+class ScriptedRunner:
     """A runner whose calls take as long as the test says."""
 
     def __init__(self, monkeypatch, durations):
@@ -314,22 +314,22 @@ class Counted:
 
 def test_the_time_of_a_call_is_that_of_its_calmest_block(monkeypatch):
     warm_up, slow, calm = [10**9] * 2, [5 * 10**8] * 9, [10**8, 9 * 10**8, 10**8]
-    runner = Counted(monkeypatch, warm_up + slow + calm + [3 * 10**8] * 60)
+    runner = ScriptedRunner(monkeypatch, warm_up + slow + calm + [3 * 10**8] * 60)
     assert timing.min_block_median(runner, [], timing.TimeLimits(patience=3, total=60)) == 10**8
     assert runner.calls == 2 + 9 + 3 + 3 * timing.MIN_BLOCKS  # which take longer than the patience
 
 
 def test_a_busy_machine_is_not_waited_for_for_ever(monkeypatch):
     faster = (10**9 * 0.98 ** (k // 3) for k in range(1000))
-    runner = Counted(monkeypatch, faster)
+    runner = ScriptedRunner(monkeypatch, faster)
     timing.min_block_median(runner, [], timing.TimeLimits(patience=100, total=30))
     assert 30 <= runner.now / 1e9 < 40
 
 
 def test_slow_models_are_called_a_few_times_anyway(monkeypatch):
-    runner = Counted(monkeypatch, [10**10] * 100)
+    runner = ScriptedRunner(monkeypatch, [10**10] * 100)
     timing.min_block_median(runner, [], timing.TimeLimits(patience=1, total=2))
-    assert runner.calls == 2 + timing.CALLS_A_BLOCK * timing.MIN_BLOCKS
+    assert runner.calls == 2 + timing.CALLS_PER_BLOCK * timing.MIN_BLOCKS
 
 
 @pytest.mark.parametrize("variant", ["keras", "litert-int8", "onnx"])

@@ -11,7 +11,7 @@ from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.support.types import BoolArray, Costs, IntArray
 
 # By `quantize`: bytes of a value in a matrix. All other values are float32.
-_BYTES_A_VALUE = {None: 4, "float16": 2, "dynamic": 1, "int8": 1}
+_BYTES_PER_VALUE = {None: 4, "float16": 2, "dynamic": 1, "int8": 1}
 _MIN_DYNAMIC_SIZE = 1024  # "dynamic" does not quantize smaller matrices
 
 # Maps a mask of kept units to a number that grows with a measured cost.
@@ -43,7 +43,7 @@ class WeightBytes:
         for is_matrix, factor, axes in self._weights:
             size = factor * int(np.prod([kept[axis].sum() for axis in axes], dtype=np.int64))
             too_small = self._quantize == "dynamic" and size < _MIN_DYNAMIC_SIZE
-            total += size * (_BYTES_A_VALUE[self._quantize] if is_matrix and not too_small else 4)
+            total += size * (_BYTES_PER_VALUE[self._quantize] if is_matrix and not too_small else 4)
         return total
 
 

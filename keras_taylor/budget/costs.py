@@ -131,11 +131,11 @@ class CostModel:
 
     def _activation_buffers(self) -> tuple[Buffer, ...] | None:
         places = find_memory_places(self._labeled)
-        if any(math.isnan(place.bytes_a_channel) for place in places):
+        if any(math.isnan(place.bytes_per_channel) for place in places):
             return None
         return tuple(
             Buffer(
-                place.bytes_a_channel,
+                place.bytes_per_channel,
                 0 if place.labels is None else self._width_number(place.labels),
                 place.first,
                 place.last,

@@ -9,7 +9,7 @@ from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.rules.base import Effect
 from keras_taylor.support.types import IntArray, Shape
 
-_BYTES_A_VALUE = 4  # float32
+_FLOAT32_BYTES = 4  # float32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class MemoryPlace:
         first, last: Numbers of the first and the last call during which it is alive.
     """
 
-    bytes_a_channel: float
+    bytes_per_channel: float
     labels: IntArray | None
     first: int
     last: int
@@ -96,4 +96,4 @@ def _measure(shape: Shape, labels: IntArray) -> tuple[float, IntArray | None]:
         size for axis, size in enumerate(shape) if axis > 0 and not (has_channels and labels.shape[axis] > 1)
     ]
     num = math.nan if None in sizes else float(math.prod(size for size in sizes if size is not None))
-    return _BYTES_A_VALUE * num, labels.reshape(-1) if has_channels else None
+    return _FLOAT32_BYTES * num, labels.reshape(-1) if has_channels else None

@@ -17,7 +17,7 @@ from keras_taylor.exports.timing import IsolatedLayer, time_layers
 from keras_taylor.support.atomic_files import AtomicFile
 
 _PACKAGES: Final = ("keras", "tensorflow", "jax", "torch", "onnxruntime", "tf2onnx", "ai-edge-litert")
-_LAYERS_A_JOB = 12  # the table is saved after each job
+_LAYERS_PER_JOB = 12  # the table is saved after each job
 _LAYERS_OF_FIRST_JOBS = 2  # short jobs, from whose times the total is estimated
 _NUM_BEFORE_ESTIMATE = 4
 
@@ -62,7 +62,7 @@ class TimeTable:
         done = 0
         while done < len(missing):
             is_first = done < _NUM_BEFORE_ESTIMATE
-            chunk = missing[done : done + (_LAYERS_OF_FIRST_JOBS if is_first else _LAYERS_A_JOB)]
+            chunk = missing[done : done + (_LAYERS_OF_FIRST_JOBS if is_first else _LAYERS_PER_JOB)]
             start = time.perf_counter()
             for layer, nanoseconds in zip(chunk, self._time(chunk), strict=True):
                 self._times[_content_key(layer)] = nanoseconds

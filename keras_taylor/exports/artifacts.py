@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import NotRequired, Self, TypedDict
 
 from rich.table import Table
 
@@ -20,8 +20,8 @@ class ExportError(RuntimeError):
     >>> try:
     ...     keras_taylor.export(model, "small.keras", max_bytes=100)
     ... except keras_taylor.ExportError as error:
-    ...     print(str(error)[:21])
-    The file takes
+    ...     print(str(error).split(" takes")[0])
+    The file
     """
 
 
@@ -76,8 +76,6 @@ class Artifact:
     ('keras', None)
     >>> artifact.relative_difference < 1e-4
     True
-    >>> keras_taylor.Artifact.from_json(artifact.to_json()) == artifact
-    True
     """
 
     path: str
@@ -99,11 +97,21 @@ class Artifact:
     arena_bytes: int | None
 
     def to_json(self) -> str:
-        """Returns all attributes as a JSON string, see `from_json`."""
+        """Writes all attributes as text.
+
+        Returns:
+            A str in JSON, which `from_json` reads.
+
+        Example:
+
+        >>> artifact = keras_taylor.export(model, "small.keras")
+        >>> artifact.to_json()[:24]
+        '{"path": "small.keras", '
+        """
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Artifact":
+    def from_json(cls, text: str) -> Self:
         """Reads what `to_json` wrote.
 
         Args:

@@ -5,7 +5,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -154,7 +154,7 @@ class KerasRunner(Runner):
         self.outputs = {f"output_{k}": _tensor_details(tensor) for k, tensor in enumerate(model.outputs)}
 
     @classmethod
-    def load(cls, path: str, names: Sequence[str]) -> "KerasRunner":
+    def load(cls, path: str, names: Sequence[str]) -> Self:
         """Loads a `.keras` file, and gives its inputs these names."""
         # `export` wrote the file from the user's own model, so its lambdas are the user's own code
         runner = cls(keras.models.load_model(path, compile=False, safe_mode=False))

@@ -4,7 +4,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import keras
 import numpy as np
@@ -67,7 +67,7 @@ class ExportExamples:
     @classmethod
     def collect(
         cls, model: keras.Model, samples: Data = None, calibration: Data = None, data: Data = None
-    ) -> "ExportExamples":
+    ) -> Self:
         """Reads what users pass to `export`; samples are made where there are none."""
         calibrated = flat_data = targets = None
         if calibration is not None:

@@ -16,8 +16,8 @@ from keras_taylor.exports.runners import KerasRunner, Runner, load_runner, rando
 from keras_taylor.support.types import Array
 
 _NUM_WARM_UP_CALLS = 5
-_SECONDS_A_RUNNER = 3.0
-CALLS_A_BLOCK = 3
+_SECONDS_PER_RUNNER = 3.0
+CALLS_PER_BLOCK = 3
 MIN_BLOCKS = 5
 
 
@@ -95,7 +95,7 @@ def time_in_turn(
             runner.run(inputs)
             if repetition >= 0:
                 seconds.append(time.perf_counter() - start)
-        end = end or time.perf_counter() + _SECONDS_A_RUNNER * len(runners)
+        end = end or time.perf_counter() + _SECONDS_PER_RUNNER * len(runners)
         if time.perf_counter() > end and repetition >= 0:
             break
     return times
@@ -155,7 +155,7 @@ def min_block_median(runner: Runner, arrays: Sequence[Array], limits: TimeLimits
 def _block_median(runner: Runner, prepared: Any) -> float:
     """Median time of a few calls, in nanoseconds."""
     times = []
-    for _ in range(CALLS_A_BLOCK):
+    for _ in range(CALLS_PER_BLOCK):
         start = time.perf_counter_ns()
         runner.run(prepared)
         times.append(time.perf_counter_ns() - start)
