@@ -1,61 +1,89 @@
-"""The smaller model that a plan describes, weights copied (`prune`)."""
+"""The smaller model that a plan describes, with copied weights (`prune`)."""
 
 import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
 
+from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.cloning import (
     clone_operation,
     compile_settings,
     copy_weights,
-    initialized_with,
-    uninitialized,
+    initialized_from,
+    zero_initialized,
 )
 from keras_taylor.reading.configurations import warn_of_file
-from keras_taylor.reading.groups import label_model
-from keras_taylor.reading.tracing import functional_class, is_functional, recursion_limit_raised
+from keras_taylor.reading.graph import Site, SubmodelGraph
+from keras_taylor.reading.groups import LabeledModel, label_model
+from keras_taylor.reading.tracing import is_functional, recursion_limit_raised
 from keras_taylor.rules.attention import head_counts, inner_layers, is_attention
-from keras_taylor.rules.base import KeptLabels, weight_of
+from keras_taylor.rules.base import Effect, weight_of
 from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.keras_internals import functional_class
 from keras_taylor.support.optimizers import CutWeight, carry_state
 from keras_taylor.support.replicas import check_layout, strategy_scope
+from keras_taylor.support.types import BoolArray, Masks
 
 
-def prune(model, plan):
+def prune(model: keras.Model, plan: Plan) -> keras.Model:
     """Builds the smaller model that a plan describes, without any training.
+
+    Channels are removed as in "Pruning Filters for Efficient ConvNets" (Li et al., 2017,
+    https://arxiv.org/abs/1608.08710): with a channel, everything that reads it goes, too.
 
     Args:
         model: The model that the plan was made for. It is not changed.
-        plan: A `Plan`.
+        plan: Which channels of which layers stay, from `make_plan`.
 
     Returns:
-        A plain Keras model of the same kind and structure: same layer names,
-        trainable flags, regularizers, dtype policies, shared layers and sub-models;
-        weights copied. Compiled as `model` is, with an optimizer of its own that goes on
-        where that of `model` stands (step count, momentum, moments of what survives);
-        not compiled if `model` is not.
+        A plain Keras model of the same kind and structure. It has the same layer names, trainable flags,
+        regularizers, dtype policies, shared layers and sub-models, and the kept weights. It is compiled as
+        `model` is, with an optimizer of its own that continues where the optimizer of `model` stands: it has
+        the same step count, and momentum and moments of the kept weights. It is not compiled if `model` is
+        not.
 
     Raises:
         ValueError: if the plan was made for another model.
         UnsupportedModelError: if a layer cannot be made again from its configuration.
+
+    Example:
+        >>> scores = keras_taylor.score(model, criterion="magnitude")
+        >>> plan = keras_taylor.make_plan(model, scores, 0.3)
+        >>> small = keras_taylor.prune(model, plan)
+        >>> small.count_params() <= 0.7 * model.count_params()
+        True
     """
     with strategy_scope(model):
         labeled = label_model(model, exact=plan.exact)
         return build_smaller_compiled(labeled, kept_units(labeled, plan))
 
 
-def build_smaller_compiled(labeled, kept, compiled_as=None, optimizer=None, carry=True):
-    """The model without the units that are not kept, compiled.
+def copy_model(model: keras.Model) -> keras.Model:
+    """A copy of a model with weights of its own, compiled as the model is."""
+    labeled = label_model(model)
+    return build_smaller_compiled(labeled, np.ones(labeled.num_units, bool))
+
+
+def build_smaller_compiled(
+    labeled: LabeledModel,
+    kept: BoolArray,
+    compiled_as: keras.Model | None = None,
+    optimizer: keras.optimizers.Optimizer | None = None,
+    carry: bool = True,
+) -> keras.Model:
+    """The model without the units that leave, compiled.
 
     Args:
-        channels: `groups.LabeledModel` of the model.
+        labeled: The model that gets smaller.
         kept: Bool array `(num_units,)`.
-        compiled_as: The model whose compile settings it gets; `None`: the one that is cut.
-        optimizer: Whose state the new optimizer takes over; `None`: that of the model
-            that is cut.
-        carry: Whether it takes it over.
+        compiled_as: The model whose compile settings the result gets; by default the one that gets smaller.
+        optimizer: The optimizer whose state is carried over; by default that of the model that gets smaller.
+        carry: Whether the new optimizer takes over a state.
     """
     small, weights = build_smaller(labeled, kept)
     model = labeled.graph.model
@@ -68,186 +96,210 @@ def build_smaller_compiled(labeled, kept, compiled_as=None, optimizer=None, carr
     return small
 
 
-def copy_model(model):
-    """All of a model, compiled as it is."""
-    labeled = label_model(model)
-    return build_smaller_compiled(labeled, np.ones(labeled.num_units, bool))
+def build_smaller(
+    labeled: LabeledModel, kept: BoolArray
+) -> tuple[keras.Model, IdentityMap[keras.Variable, CutWeight]]:
+    """The model without the units that leave, not compiled.
 
-
-def build_smaller(labeled, kept):
-    """The model without the units that are not kept, not compiled.
+    Args:
+        labeled: The model that gets smaller.
+        kept: Bool array `(num_units,)`.
 
     Returns:
-        The model, and for each of its weights the weight that it was cut from.
+        The smaller model, and for each of its weights the weight that it was cut from.
     """
-    surgeon = _Surgeon(labeled, kept)
-    surgeon.check_layouts()
-    small = surgeon.container(labeled.graph.root)
-    weights = surgeon.copy_all_weights()
-    surgeon.set_trainable_flags()
+    check_layouts(labeled, kept)
+    builder = _SmallerModelBuilder(labeled, kept)
+    small = builder.build_model(labeled.graph.root)
+    weights = builder.copy_all_weights()
+    builder.set_trainable_flags()
     return small, weights
 
 
-class _Surgeon:
-    def __init__(self, labeled, kept):
-        self._labeled = labeled
-        self._kept_labels = KeptLabels(lambda labels: labeled.kept_mask(labels, kept))
-        self._submodels = labeled.graph.submodels
-        calls = labeled.graph.calls
-        pairs = list(zip(calls, labeled.effects, strict=True))
-        self._names = {c.operation: c.name for c in calls}
-        self._effect_of_operation = {c.operation: e for c, e in reversed(pairs)}
-        self._effect_of_site = {c.site: e for c, e in reversed(pairs)}
-        self._made = {}  # operation -> its successor
-        self._origins = {}  # successor -> (what it succeeds, names of weights that have their values)
-        self._containers = {}  # `SubmodelGraph` -> its successor
+def check_layouts(labeled: LabeledModel, kept: BoolArray) -> None:
+    """Refuses widths that weights which are divided among devices cannot have."""
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
+        for name, axes in effect.weights.items():
+            weight = weight_of(call.operation, name)
+            if weight is not None:
+                shape = [
+                    size if labels is None else int(labeled.kept_mask(labels, kept).sum())
+                    for size, labels in zip(weight.shape, axes, strict=True)
+                ]
+                check_layout(weight, shape, f"{call.name}/{name}")
 
-    def check_layouts(self):
-        """Refuses widths that weights which are spread over devices cannot have."""
-        for call, effect in zip(self._labeled.graph.calls, self._labeled.effects, strict=True):
-            for name, axes in effect.weights.items():
-                weight = weight_of(call.operation, name)
-                if weight is not None:
-                    shape = [
-                        size if labels is None else int(self._kept_labels.mask(labels).sum())
-                        for size, labels in zip(weight.shape, axes, strict=True)
-                    ]
-                    check_layout(weight, shape, f"{call.name}/{name}")
 
-    def container(self, structure):
-        """The successor of a model, sub-model or opened layer, made once however often it is used."""
-        if structure not in self._containers:
-            model = structure.model
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Origin:
+    """What a new layer was cloned from.
+
+    Attributes:
+        source: The original layer.
+        done: Names of weights that got their values when the new layer was built.
+    """
+
+    source: keras.Operation
+    done: set[str] = dataclasses.field(default_factory=set)
+
+
+class _SmallerModelBuilder:
+    """Builds the models and layers of a smaller model, each once however often it is used."""
+
+    def __init__(self, labeled: LabeledModel, kept: BoolArray) -> None:
+        self._labeled, self._kept_labels = labeled, labeled.kept_labels(kept)
+        self._names: dict[keras.Operation, str] = {}
+        self._effect_of_operation: dict[keras.Operation, Effect] = {}
+        self._effect_of_site: dict[Site, Effect] = {}
+        for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
+            self._names[call.operation] = call.name
+            self._effect_of_operation.setdefault(call.operation, effect)
+            self._effect_of_site.setdefault(call.site, effect)
+        self._new_operations: dict[keras.Operation, keras.Operation] = {}  # by the original
+        self._new_models: dict[SubmodelGraph, keras.Layer] = {}  # for models and opened layers
+        self._origins: dict[keras.Operation, _Origin] = {}  # of new operations
+
+    def build_model(self, submodel: SubmodelGraph) -> keras.Layer:
+        """The smaller version of a model, sub-model or opened layer."""
+        if submodel not in self._new_models:
+            model = submodel.model
             if is_attention(model):
-                new = self._attention(model)
+                new = self._build_attention(model)
             else:
-                sequential = isinstance(model, keras.Sequential)
-                new = self._sequential(structure) if sequential else self._functional(structure)
+                is_sequential = isinstance(model, keras.Sequential)
+                new = self._build_sequential(submodel) if is_sequential else self._build_functional(submodel)
                 if new.dtype_policy != model.dtype_policy:
                     new.dtype_policy = model.dtype_policy
-            self._containers[structure] = new
-        return self._containers[structure]
+            self._new_models[submodel] = new
+        return self._new_models[submodel]
 
-    def _attention(self, layer):
-        """An attention layer with as many heads as are kept; its inner layers succeed the old ones'."""
-        if layer not in self._made:
-            kept = {name: self._num_heads(part) for name, part in head_counts(layer).items()}
-            new = clone_operation(layer, layer.name, kept)
-            self._made[layer] = new
-        return self._made[layer]
+    def _build_attention(self, layer: keras.Layer) -> keras.Layer:
+        """An attention layer with as many heads as are kept."""
+        if layer not in self._new_operations:
+            heads = {name: self._num_heads(part) for name, part in head_counts(layer).items()}
+            self._new_operations[layer] = clone_operation(layer, layer.name, heads)
+        return self._new_operations[layer]
 
-    def _num_heads(self, projection):
+    def _num_heads(self, projection: keras.Layer) -> int:
         axes = self._effect_of_operation[projection].weights.get("kernel")
-        heads = axes and axes[1]
+        heads = axes[1] if axes else None
         return projection.kernel.shape[1] if heads is None else int(self._kept_labels.mask(heads).sum())
 
-    def _sequential(self, structure):
-        layers = [self._input(structure, 0), *(self._successor(site) for site in structure.sites)]
+    def _build_sequential(self, submodel: SubmodelGraph) -> keras.Sequential:
+        layers = [self._build_input(submodel, 0), *(self._build_site(site) for site in submodel.sites)]
         with contextlib.ExitStack() as stack:
-            for layer in filter(_will_be_built, layers):
-                stack.enter_context(self._with_weights(layer))
+            for layer in filter(_needs_build, layers):
+                stack.enter_context(self._weights_initialized(layer))
             stack.enter_context(recursion_limit_raised(len(layers)))
-            return keras.Sequential(layers, name=structure.model.name)
+            return keras.Sequential(layers, name=submodel.model.name)
 
-    def _functional(self, structure):
-        placeholders = keras.tree.flatten(structure.inputs)
-        tensors = IdentityMap((t, self._input(structure, k).output) for k, t in enumerate(placeholders))
-        for site in structure.sites:
-            outputs = self._applied(site, tensors)
-            tensors.update(zip(site.outputs, keras.tree.flatten(outputs), strict=True))
-        inputs, outputs = keras.tree.map_structure(
-            lambda t: tensors[t], (structure.inputs, structure.outputs)
+    def _build_functional(self, submodel: SubmodelGraph) -> keras.Model:
+        tensors: IdentityMap[keras.KerasTensor, keras.KerasTensor] = IdentityMap(
+            (placeholder, self._build_input(submodel, number).output)
+            for number, placeholder in enumerate(keras.tree.flatten(submodel.inputs))
         )
-        with recursion_limit_raised(len(structure.sites)):
-            return _class_of(structure.model)(inputs=inputs, outputs=outputs, name=structure.model.name)
+        for site in submodel.sites:
+            outputs = self._apply_site(site, tensors)
+            tensors.update(zip(site.outputs, keras.tree.flatten(outputs), strict=True))
+        inputs, outputs = keras.tree.map_structure(lambda t: tensors[t], (submodel.inputs, submodel.outputs))
+        with recursion_limit_raised(len(submodel.sites)):
+            return _class_for(submodel.model)(inputs=inputs, outputs=outputs, name=submodel.model.name)
 
-    def _applied(self, site, tensors):
-        """What comes out when the successor of what a site applies is applied."""
+    def _apply_site(self, site: Site, tensors: IdentityMap[keras.KerasTensor, keras.KerasTensor]) -> Any:
+        """Calls the smaller version of what is applied at a site; returns the symbolic outputs."""
         args, kwargs = self._arguments(site, tensors)
-        operation, inner = self._successor(site), self._submodels.get(site)
+        operation, inner = self._build_site(site), self._labeled.graph.submodels.get(site)
         if inner is not None and not is_functional(inner.model) and not is_attention(inner.model):
             flat = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
             training = {} if kwargs.get("training") is None else {"training": kwargs["training"]}
             return operation(flat if len(flat) > 1 else flat[0], **training)
-        with self._with_weights(operation) if _will_be_built(operation) else contextlib.nullcontext():
+        with self._weights_initialized(operation) if _needs_build(operation) else contextlib.nullcontext():
             outputs = operation(*args, **kwargs)
         if inner is not None and is_attention(inner.model):
             for old, new in zip(inner_layers(inner.model), inner_layers(operation), strict=True):
                 new.name = old.name
-                self._made[old] = new
+                self._new_operations[old] = new
         return outputs
 
-    def _input(self, structure, number):
-        layer = structure.input_layers[number]
-        placeholder = keras.tree.flatten(structure.inputs)[number]
+    def _arguments(
+        self, site: Site, tensors: IdentityMap[keras.KerasTensor, keras.KerasTensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call arguments of a site, with new tensors and the values that follow from kept channels."""
+        flat = [tensors[x] if isinstance(x, keras.KerasTensor) else x for x in site.flat]
+        if site in self._effect_of_site:
+            changes = self._kept_labels.changes(self._effect_of_site[site].arguments)
+            for position, value in changes.items():
+                flat[position] = value
+        return site.packed(flat)
+
+    def _build_input(self, submodel: SubmodelGraph, number: int) -> keras.layers.InputLayer:
+        layer = submodel.input_layers[number]
+        placeholder = keras.tree.flatten(submodel.inputs)[number]
         graph = self._labeled.graph
-        bound = graph.bindings[placeholder]
-        labels, shape = self._labeled.labels[bound[0]], list(placeholder.shape)
-        if not is_functional(structure.model):  # an opened layer may be called on maps of several sizes
-            sizes = zip(*(graph.shapes[index] for index in bound), strict=True)
+        tensors = graph.bindings[placeholder]
+        labels, shape = self._labeled.labels[tensors[0]], list(placeholder.shape)
+        if not is_functional(submodel.model):  # an opened layer may be called on maps of several sizes
+            sizes = zip(*(graph.shapes[index] for index in tensors), strict=True)
             shape = [several[0] if len(set(several)) == 1 else None for several in sizes]
         for axis, size in enumerate(labels.shape):
             if size > 1:
                 shape[axis] = int(self._kept_labels.mask(labels).sum())
         return clone_operation(layer, layer.name, {"batch_shape": tuple(shape)})
 
-    def _successor(self, site):
-        """The successor of a layer, an operation, a sub-model or an opened layer."""
-        inner = self._submodels.get(site)
-        return self._operation(site.operation) if inner is None else self.container(inner)
+    def _build_site(self, site: Site) -> keras.Operation:
+        """The smaller version of the layer, operation, sub-model or opened layer at a site."""
+        inner = self._labeled.graph.submodels.get(site)
+        return self._build_operation(site.operation) if inner is None else self.build_model(inner)
 
-    def _operation(self, operation):
-        if operation not in self._made:
+    def _build_operation(self, operation: keras.Operation) -> keras.Operation:
+        if operation not in self._new_operations:
             changes = self._kept_labels.changes(self._effect_of_operation[operation].config)
             new = clone_operation(operation, self._names[operation], changes)
             warn_of_file(new)
-            self._made[operation] = new
-            self._origins[new] = (operation, set())
-        return self._made[operation]
+            self._new_operations[operation] = new
+            self._origins[new] = _Origin(operation)
+        return self._new_operations[operation]
 
-    def _with_weights(self, layer):
-        """Within it a layer is built with its weights, as far as they are known by then."""
-        if layer not in self._origins:
-            return uninitialized(layer)
-        old, done = self._origins[layer]
-        return initialized_with(layer, old, self._masks_of(old), done)
+    @contextlib.contextmanager
+    def _weights_initialized(self, layer: keras.Layer) -> Iterator[None]:
+        """Within it, the weights of a new layer get the kept values as soon as they are made."""
+        origin = self._origins.get(layer)
+        if origin is None:
+            with zero_initialized(layer):
+                yield
+        else:
+            masks = self._masks_of(origin.source)
+            with initialized_from(layer, origin.source, masks, origin.done):
+                yield
 
-    def _arguments(self, site, tensors):
-        effect = self._effect_of_site.get(site)
-        flat = [tensors[x] if isinstance(x, keras.KerasTensor) else x for x in site.flat]
-        if effect:
-            for position, value in self._kept_labels.changes(effect.arguments).items():
-                flat[position] = value
-        return site.packed(flat)
+    def _masks_of(self, layer: keras.Layer) -> dict[int, Masks]:
+        """What stays of an original layer's weights, by their positions."""
+        return self._kept_labels.weight_masks(layer, self._effect_of_operation[layer])
 
-    def copy_all_weights(self):
-        weights = IdentityMap()
-        for old, new in self._made.items():
+    def copy_all_weights(self) -> IdentityMap[keras.Variable, CutWeight]:
+        """Copies the weights that have no values yet; returns what each new weight was cut from."""
+        weights: IdentityMap[keras.Variable, CutWeight] = IdentityMap()
+        for old, new in self._new_operations.items():
             if isinstance(old, keras.Layer) and old in self._effect_of_operation:
                 masks = self._masks_of(old)
-                _, done = self._origins.get(new, (old, ()))
-                copy_weights(old, new, masks, done)
+                copy_weights(old, new, masks, self._origins[new].done if new in self._origins else ())
                 for number, (before, after) in enumerate(zip(old.weights, new.weights, strict=True)):
                     weights[after] = CutWeight(before, masks.get(number, ()))
         return weights
 
-    def _masks_of(self, layer):
-        return self._kept_labels.weight_masks(layer, self._effect_of_operation[layer])
-
-    def set_trainable_flags(self):
-        """Containers first: setting one's flag sets those of all its layers."""
-        containers = [(structure.model, new) for structure, new in self._containers.items()]
-        layers = [(o, n) for o, n in self._made.items() if isinstance(o, keras.Layer)]
-        for old, new in [*reversed(containers), *layers]:
+    def set_trainable_flags(self) -> None:
+        """Sets the flags of models first, since a model's flag sets those of all its layers."""
+        models = [(submodel.model, new) for submodel, new in self._new_models.items()]
+        layers = [(o, n) for o, n in self._new_operations.items() if isinstance(o, keras.Layer)]
+        for old, new in [*reversed(models), *layers]:
             if new.trainable != old.trainable:
                 new.trainable = old.trainable
 
 
-def _class_of(model):
-    """What to make in a model's place: its class if Functional models are made like it, else a plain one."""
-    is_made_so = is_functional(model) and type(model).__init__ is functional_class().__init__
-    return type(model) if is_made_so else keras.Model
+def _class_for(model: keras.Layer) -> type[keras.Model]:
+    """The class of the smaller version of a model: the model's own if it is made like a Functional one."""
+    is_made_alike = is_functional(model) and type(model).__init__ is functional_class().__init__
+    return type(model) if is_made_alike else keras.Model
 
 
-def _will_be_built(operation):
+def _needs_build(operation: keras.Operation) -> bool:
     return isinstance(operation, keras.Layer) and not operation.built

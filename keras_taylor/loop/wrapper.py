@@ -106,7 +106,7 @@ class PrunableModel(GatedModel):
             selection = _by_layer_name(selection, model)
             labeled = label_model(own, include, exclude, exact)
             super().__init__(labeled, frozen=False, name=name or f"prunable_{model.name}")
-            self._arguments = {
+            self._arguments: dict[str, Any] = {
                 "criterion": criterion,
                 "include": include,
                 "exclude": exclude,

@@ -1,21 +1,26 @@
 """Copies of single operations, of their weights, and of compile settings."""
 
 import contextlib
-import copy
 import inspect
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_taylor.reading.configurations import completed, keep_configuration
-from keras_taylor.reading.tracing import UnsupportedModelError, compile_arguments
+from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.rules.base import is_from_keras, override_attributes
 from keras_taylor.support.copies import copy_kept
+from keras_taylor.support.keras_internals import compile_arguments, copy_operation, lambda_output_shape
 from keras_taylor.support.optimizers import fresh_optimizer
+from keras_taylor.support.types import Masks, Tensor
 
 
-def clone_operation(operation, name, changes=None):
+def clone_operation(
+    operation: keras.Operation, name: str, changes: Mapping[str, Any] | None = None
+) -> keras.Operation:
     """A new operation of the same class and configuration.
 
     Args:
@@ -31,14 +36,14 @@ def clone_operation(operation, name, changes=None):
     """
     try:
         if type(operation) is keras.layers.Lambda:
-            return _lambda_copy(operation)
+            return _copy_lambda(operation)
         config, fault = completed(operation)
         if is_from_keras(type(operation)):
-            config = _not_built(config)
-        if _is_own_function(getattr(operation, "activation", None)) and "activation" in config:
+            config = _without_build_config(config)
+        if _is_user_function(getattr(operation, "activation", None)) and "activation" in config:
             config["activation"] = operation.activation  # its name need not be registered
         for path, value in (changes or {}).items():
-            config = _changed(config, path.split("."), value)
+            config = _with_value(config, path.split("."), value)
         new = type(operation).from_config(config)
         keep_configuration(new, config, fault)
         wanted = (changes or {}).get("name", operation.name)
@@ -47,7 +52,7 @@ def clone_operation(operation, name, changes=None):
         return new
     except Exception as error:
         if not changes and not isinstance(operation, keras.Layer):
-            return _bare_copy(operation)
+            return copy_operation(operation)
         raise UnsupportedModelError(
             f"Layer '{name}' cannot be made again from its configuration "
             f"({type(error).__name__}: {error}). Give its class a `get_config` that returns all "
@@ -55,11 +60,11 @@ def clone_operation(operation, name, changes=None):
         ) from error
 
 
-def _lambda_copy(layer):
-    """A Lambda with the same function: from a configuration Keras makes it only in unsafe mode."""
+def _copy_lambda(layer: keras.layers.Lambda) -> keras.layers.Lambda:
+    """A Lambda with the same function; from a configuration Keras makes it in unsafe mode only."""
     return keras.layers.Lambda(
         layer.function,
-        output_shape=layer._output_shape,
+        output_shape=lambda_output_shape(layer),
         mask=layer.mask,
         arguments=layer.arguments,
         name=layer.name,
@@ -68,61 +73,62 @@ def _lambda_copy(layer):
     )
 
 
-def _is_own_function(activation):
+def _is_user_function(activation: Any) -> bool:
     return inspect.isfunction(activation) and not is_from_keras(activation)
 
 
-def _not_built(config):
-    """A configuration of one of Keras' own; inner layers are built with the outer one, not before."""
+def _without_build_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of a layer of Keras, whose inner layers are built together with the outer one."""
     return {
-        key: _not_built(value) if isinstance(value, dict) else value
+        key: _without_build_config(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key != "build_config"
     }
 
 
-def _changed(config, path, value):
-    """A dict in which one value, at the end of a path of keys, is another."""
+def _with_value(config: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """A copy of nested dicts with another value at the end of a path of keys."""
     key, *rest = path
-    return {**config, key: _changed(config[key], rest, value) if rest else value}
+    return {**config, key: _with_value(config[key], rest, value) if rest else value}
 
 
 @contextlib.contextmanager
-def uninitialized(layer):
-    """Within it, the layer's new weights are zeros: they get their values by copying.
+def zero_initialized(layer: keras.Layer) -> Iterator[None]:
+    """Within it, the layer's new weights are zeros: their values are copied later.
 
-    Random initializers would be wasted, and JAX compiles one for every shape.
+    Random initializers would take time for nothing, and JAX compiles one for every shape.
     """
     with contextlib.ExitStack() as stack:
         for each in _with_inner_layers(layer):
-            stack.enter_context(
-                override_attributes(each, add_weight=_adding(each.add_weight, lambda name: _zeros))
-            )
+            add_weight = _initializing(each.add_weight, lambda name: _zeros)
+            stack.enter_context(override_attributes(each, add_weight=add_weight))
         yield
 
 
 @contextlib.contextmanager
-def initialized_with(layer, source, masks, done):
-    """Within it, the layer's new weights have the values of `source`'s, cut, from the start, or are zeros.
+def initialized_from(
+    layer: keras.Layer, source: keras.Layer, masks: Mapping[int, Masks], done: set[str]
+) -> Iterator[None]:
+    """Within it, new weights of the layer get the kept values of `source` at once, or zeros.
 
-    So no other array of a weight's size is there beside it. Only for weights that are found by their names
-    in a layer of Keras' own: `build` of another one might assign to them. What a distribution divides
-    among devices is made by a compiled initializer, and copied later.
+    So there is never a second array of a weight's size. It works for weights that are found by their names
+    in a layer of Keras; the `build` of another layer might assign to them. Weights that a distribution
+    divides among devices are made by a compiled initializer, and copied later.
 
     Args:
         layer: The layer that will be built.
         source: The layer that it was cloned from.
         masks: As in `copy_weights`.
-        done: A set, to which the names of such weights are added.
+        done: Gets the names of the weights that have their values.
     """
-    alone = len(_with_inner_layers(layer)) == 1 and keras.distribution.distribution() is None
-    weights = _by_name(source) if alone and is_from_keras(type(layer)) else {}
+    is_alone = len(_with_inner_layers(layer)) == 1 and keras.distribution.distribution() is None
+    weights = _weights_by_name(source) if is_alone and is_from_keras(type(layer)) else {}
 
-    def initializer_of(name):
+    def initializer_of(name: str) -> Callable[..., Tensor]:
         if name not in weights or name in done:
             return _zeros
 
-        def initialize(shape, dtype=None):
+        def initialize(shape: Sequence[int], dtype: str | None = None) -> Tensor:
             number, weight = weights[name]
             value = copy_kept(weight, masks.get(number, ()))
             if tuple(value.shape) != tuple(shape):
@@ -132,43 +138,47 @@ def initialized_with(layer, source, masks, done):
 
         return initialize
 
-    with (
-        uninitialized(layer),
-        override_attributes(layer, add_weight=_adding(type(layer).add_weight.__get__(layer), initializer_of)),
-    ):
+    add_weight = _initializing(type(layer).add_weight.__get__(layer), initializer_of)
+    with zero_initialized(layer), override_attributes(layer, add_weight=add_weight):
         yield
 
 
-def _adding(add_weight, initializer_of):
-    """`add_weight` with other initializers, found by the names of weights."""
+def _initializing(
+    add_weight: Callable[..., keras.Variable], initializer_of: Callable[[str], Callable[..., Tensor]]
+) -> Callable[..., keras.Variable]:
+    """`add_weight` with an initializer that is found by the name of the weight."""
 
-    def add(shape=None, initializer=None, **arguments):
-        return add_weight(shape, initializer=initializer_of(arguments.get("name")), **arguments)
+    def add(shape: Sequence[int] | None = None, initializer: Any = None, **arguments: Any) -> keras.Variable:
+        return add_weight(shape, initializer=initializer_of(arguments.get("name", "")), **arguments)
 
     return add
 
 
-def _by_name(layer):
+def _weights_by_name(layer: keras.Layer) -> dict[str, tuple[int, keras.Variable]]:
     """A layer's weights with their positions, by name, without those that share a name."""
     names = [weight.name for weight in layer.weights]
     return {w.name: (number, w) for number, w in enumerate(layer.weights) if names.count(w.name) == 1}
 
 
-def _with_inner_layers(layer):
-    """A layer and those inside, each once: cells, what a wrapper wraps."""
+def _with_inner_layers(layer: keras.Layer) -> list[keras.Layer]:
+    """A layer and the layers inside, such as cells and wrapped layers, each once."""
     return list(dict.fromkeys((layer, *inner_layers(layer))))
 
 
-def _zeros(shape, dtype=None):
+def _zeros(shape: Sequence[int], dtype: str | None = None) -> Tensor:
     return keras.ops.convert_to_tensor(np.zeros(shape, np.float32), dtype)
 
 
-def build_like(clone, layer, name):
-    """Builds a cloned layer with the shapes that `layer` was built with."""
+def build_like(clone: keras.Layer, layer: keras.Layer, name: str) -> None:
+    """Builds a cloned layer with the shapes that `layer` was built with.
+
+    Raises:
+        UnsupportedModelError: if the clone has another number of weights then.
+    """
     if not clone.built and layer.built:
         config = layer.get_build_config()
         if config is not None:
-            with uninitialized(clone):
+            with zero_initialized(clone):
                 clone.build_from_config(config)
                 if len(clone.weights) != len(layer.weights) and "input_shape" in config:
                     clone(keras.KerasTensor(config["input_shape"]))  # layers inside are built when called
@@ -180,14 +190,19 @@ def build_like(clone, layer, name):
         )
 
 
-def copy_weights(source, target, masks=None, done=()):
-    """Copies weights, cut along the axes that have a mask.
+def copy_weights(
+    source: keras.Layer,
+    target: keras.Layer,
+    masks: Mapping[int, Masks] | None = None,
+    done: Container[str] = (),
+) -> None:
+    """Copies weights, without what the masks leave out.
 
     Args:
         source, target: Layers of the same class.
-        masks: What stays along each axis, by the weight's position in `source.weights`; weights that are
-            not there stay whole.
-        done: Names of weights that have their values already (`initialized_with`).
+        masks: What stays along each axis, by the weight's position in `source.weights`. Weights without an
+            entry stay whole.
+        done: Names of weights that have their values already (`initialized_from`).
     """
     for number, (old, new) in enumerate(zip(source.weights, target.weights, strict=True)):
         if not (old.name == new.name and new.name in done):
@@ -196,11 +211,11 @@ def copy_weights(source, target, masks=None, done=()):
         target.finalize_state()
 
 
-def compile_settings(model):
-    """Arguments to compile another model like this one: metrics and optimizer made anew.
+def compile_settings(model: keras.Model) -> dict[str, Any] | None:
+    """Arguments of `compile` for another model like this one, with a new optimizer and new metrics.
 
     Returns:
-        A dict for `compile`; `None` for a model that was not compiled.
+        The arguments; `None` if the model is not compiled.
     """
     if not getattr(model, "compiled", False):
         return None
@@ -212,14 +227,7 @@ def compile_settings(model):
     return settings
 
 
-def _fresh_metric(metric):
+def _fresh_metric(metric: Any) -> Any:
     if not isinstance(metric, keras.Metric):
         return metric
     return type(metric).from_config(metric.get_config())
-
-
-def _bare_copy(operation):
-    """A copy without the record of calls, for an operation whose arguments have no config."""
-    clone = copy.copy(operation)
-    clone._inbound_nodes, clone._outbound_nodes = [], []
-    return clone

@@ -1,91 +1,125 @@
-"""The channels that live or die together."""
+"""The channels of a model that leave together."""
 
 import dataclasses
 import functools
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias, overload
 
 import keras
 import numpy as np
 
-from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.composites import find_rule_by_rebuilding
+from keras_taylor.reading.graph import Call, Graph, Site, read_model
 from keras_taylor.reading.rule_checks import check_registered_rule, find_rule_by_probing
+from keras_taylor.rules.base import Effect, KeptLabels
 from keras_taylor.rules.elementwise import is_probed_activation
 from keras_taylor.rules.labels import FIXED, LabelSpace
 from keras_taylor.rules.registry import apply_rule
+from keras_taylor.support.types import BoolArray, IntArray
 
-_HINT = "; `exact=False` opens it"
+# Layer names, regular expressions that match whole names, or layers; or one of these.
+LayerPatterns: TypeAlias = str | keras.Layer | Iterable[str | keras.Layer]
+
+_INEXACT_HINT = "; `exact=False` opens it"
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Channel units that occur in the same places; each leaves as a whole.
+    """Units that occur in the same places of a model. Each unit is a set of channels that leave together.
 
     Attributes:
-        name: Name of the first layer that makes these channels.
-        num_units: How many units there are.
-        producers: Names of all layers (and padding operations) that make them.
-        start: Index of its first unit among all units of the analysis.
-        reason: Why no unit of it can leave, `None` where they can.
-        normalized_by: What normalizes its units together, as in "LayerNormalization 'norm1'": when one
-            leaves, the others change. So the group is open with `exact=False` only.
+        name: Name of the first layer that makes these channels; a second group of the same layer gets
+            "#2" appended.
+        num_units: The number of units.
+        producers: Names of all layers (and padding operations) that make the channels.
+        start: Index of the first unit among all units of the model; -1 if no unit can leave.
+        reason: Why no unit can leave, `None` if they can.
+        normalized_by: The operations that normalize the units together, such as "LayerNormalization
+            'norm1'". If one unit leaves, the others change there. So the group is open with `exact=False`
+            only.
+
+    Example:
+        >>> group = keras_taylor.analyze(model).groups[0]
+        >>> group.prunable, group.reason is None
+        (True, True)
     """
 
     name: str
     num_units: int
-    producers: tuple
+    producers: tuple[str, ...]
     start: int
     reason: str | None = None
-    normalized_by: tuple = ()
+    normalized_by: tuple[str, ...] = ()
 
     @property
-    def prunable(self):
+    def prunable(self) -> bool:
         """Whether its units can leave."""
         return self.reason is None
 
 
 class LabeledModel:
-    """A model's graph together with its labels: which channel is which unit.
+    """A model's graph with its labels, which say to which unit each channel belongs.
+
+    Args:
+        graph: The model.
+        include, exclude, exact, grouped: As in `label_model`.
 
     Attributes:
-        graph: The `Graph`.
-        effects: `rules.base.Effect` of each call.
+        graph: The model.
+        exact: Whether channels that are normalized together stay.
+        label_space: The labels, with their producers and locks.
         labels: Label array of every tensor.
+        effects: What the rule says of each call.
         groups: Prunable groups, in the order of their units.
         num_units: Number of prunable units.
-        unknown: Names of operations without a rule that lock channels.
-        probed: Names of operations that let channels through since running them on
-            random numbers showed that each channel stands for itself.
-        exact: Whether channels that are normalized together stay.
+        unknown: Names of operations without a rule, which lock the channels that they read.
+        probed: Names of operations without a rule that let channels through: on random numbers, each channel
+            of the output depended on the same channel of the input only.
     """
 
-    def __init__(self, graph, include=None, exclude=(), exact=True, grouped=()):
+    def __init__(
+        self,
+        graph: Graph,
+        include: LayerPatterns | None = None,
+        exclude: LayerPatterns = (),
+        exact: bool = True,
+        grouped: Iterable[str] = (),
+    ) -> None:
         self.graph, self.exact = graph, exact
-        self.label_space = LabelSpace(exact, grouped)
-        self._selection = include, exclude
-        self._label(graph)
-        self._select(include, exclude)
+        self._include, self._exclude, self._grouped = include, exclude, tuple(grouped)
+        self.label_space = LabelSpace(exact, self._grouped)
+        labeling = _Labeling(graph, self.label_space)
+        self.labels, self.effects = labeling.labels, labeling.effects
+        self.unknown, self.probed = labeling.unknown, labeling.probed
+        self._lock_unselected()
         self._roots, self._locks = self.label_space.resolve()
-        self._make_groups(self._roots, self._locks)
+        grouping = _group_units(self.label_space, self._roots, self._locks, self._signatures())
+        self._unit_of_label = grouping.unit_of_label
+        self.num_units = sum(group.num_units for group in grouping.groups)
+        self.groups = self._with_normalizations(grouping.groups)
 
-    def units_of(self, labels):
-        """Unit of each label: an int64 array of the same shape, -1 for what stays."""
+    def units_of(self, labels: IntArray) -> IntArray:
+        """The unit of each label: an int64 array of the same shape, -1 for what stays."""
         return self._unit_of_label[labels]
 
-    def kept_mask(self, labels, kept):
+    def kept_mask(self, labels: IntArray, kept: BoolArray) -> BoolArray:
         """Which positions stay: a bool array of the shape of `labels`; `kept` is a bool mask over units."""
         return np.append(kept, True)[self.units_of(labels)]
 
-    def producers_of(self, labels):
-        """Names of the layers after which the groups of these labels are called, a set."""
+    def kept_labels(self, kept: BoolArray) -> KeptLabels:
+        """What follows for weights and configurations if these units are kept."""
+        return KeptLabels(lambda labels: self.kept_mask(labels, kept))
+
+    def producers_of(self, labels: IntArray) -> set[str]:
+        """Names of the layers after which the groups of these labels are called."""
         labels = np.unique(labels)
         roots = np.unique(self._roots[labels[labels != FIXED]])
-        starts = [start for start, _, _ in self.label_space.producers]
-        return {self.label_space.producers[p][2] for p in np.searchsorted(starts, roots, "right") - 1}
+        return {self.label_space.producers[index][2] for index in self._producer_indices(roots)}
 
     @property
-    def grouped_convolutions(self):
-        """Names of the convolutions of several groups that read several channels each, a frozenset."""
+    def grouped_convolutions(self) -> frozenset[str]:
+        """Names of the convolutions with several groups of several channels each."""
         layers = {call.name: call.operation for call in self.graph.calls}
         return frozenset(
             name
@@ -93,179 +127,220 @@ class LabeledModel:
             if getattr(layer, "groups", 1) > 1 and hasattr(layer, "kernel") and layer.kernel.shape[-2] > 1
         )
 
-    def _label(self, graph):
-        self.labels = [np.full((1,) * len(shape), FIXED) for shape in graph.shapes]
-        self.effects, self.probed = [], []
-        self._first = {}  # first effect of each operation, and of each site
-        for call in graph.calls:
-            check_registered_rule(call, self.labels, graph.shapes, self.exact)
-            inside = find_rule_by_rebuilding(call, graph.shapes, LabeledModel)
-            probed = None if inside else find_rule_by_probing(call, self.labels, graph.shapes)
-            positions = call.tensor_positions
-            effect = apply_rule(
-                self.label_space, call, self.labels, graph.shapes, positions, inside or probed
-            )
-            if probed or (call.closed is None and is_probed_activation(call.operation)):
-                self.probed.append(call.name)
-            for index, labels in zip(call.outputs, effect.outputs, strict=True):
-                self.labels[index] = labels
-            self.effects.append(effect)
-            self._join(call, effect)
-        self._join_bindings(graph)
-        for index in graph.outputs:
-            self.label_space.lock(self.labels[index], "model output")
-        self.probed = sorted(set(self.probed))
-        self.unknown = sorted(
-            {c.name for c, e in zip(graph.calls, self.effects, strict=True) if not e.has_rule}
-        )
-
-    def _join(self, call, effect):
-        """An operation that was seen before has one set of weights and one configuration."""
-        first = self._first.setdefault(call.operation, effect)
-        if first is not effect:
-            for before, now in _vectors(first, effect):
-                self._unite(before, now, call.name)
-        first = self._first.setdefault(call.site, effect)
-        if first is not effect:
-            for before, now in zip(first.outputs, effect.outputs, strict=True):
-                self._unite(before, now, call.name)
-
-    def _join_bindings(self, graph):
-        for tensors in graph.bindings.values():
-            for index in tensors[1:]:
-                self._unite(self.labels[tensors[0]], self.labels[index], "an input of a sub-model")
-
-    def _unite(self, before, now, name):
-        fits = all(a == b or 1 in (a, b) for a, b in zip(before.shape, now.shape, strict=False))
-        if before.ndim == now.ndim and fits:
-            self.label_space.union(before, now, f"shared at several places ('{name}')")
-        else:
-            self.label_space.lock(before, f"shared at several places of different size ('{name}')")
-            self.label_space.lock(now, f"shared at several places of different size ('{name}')")
-
-    def _select(self, include, exclude):
-        names = [name for _, _, name in self.label_space.producers]
-        for index in find_producers(exclude, self.graph, names, "exclude"):
-            self._lock_producer(index, "excluded by the caller")
-        if include is not None:
-            wanted = set(find_producers(include, self.graph, names, "include"))
-            for index in set(range(len(names))) - wanted:
-                self._lock_producer(index, "not included by the caller")
-
-    def _lock_producer(self, index, reason):
-        start, stop, _ = self.label_space.producers[index]
-        self.label_space.lock(np.arange(start, stop), reason)
-
-    def _make_groups(self, roots, locks):
-        producer_of = np.zeros(len(self.label_space), np.int64)
-        for index, (start, stop, _) in enumerate(self.label_space.producers):
-            producer_of[start:stop] = index
-        signature = self._signatures(roots)
-        classes = np.flatnonzero(roots == np.arange(len(roots)))[1:]  # without FIXED
-        free = classes[locks[classes] < 0]
-        _, first, family = np.unique(signature[free], return_index=True, return_inverse=True)
-        order = np.lexsort((free, first[family])) if free.size else np.zeros(0, np.int64)
-        self.num_units = int(free.size)
-        unit_of_class = np.full(len(roots), -1)
-        unit_of_class[free[order]] = np.arange(free.size)
-        self._unit_of_label = unit_of_class[roots]
-        members = _members(roots, producer_of)
-        self.groups, names = [], {}
-        bounds = np.flatnonzero(np.diff(first[family][order], prepend=-1))
-        stops = np.append(bounds[1:], free.size)[: bounds.size]
-        for start, stop in zip(bounds, stops, strict=True):
-            root = free[order[start]]
-            producers = tuple(dict.fromkeys(self.label_space.producers[p][2] for p in members(root)))
-            names[producers[0]] = names.get(producers[0], 0) + 1
-            suffix = f"#{names[producers[0]]}" if names[producers[0]] > 1 else ""
-            self.groups.append(Group(producers[0] + suffix, int(stop - start), producers, int(start)))
-        self._note_normalized()
-
-    def _note_normalized(self):
-        """Tells the groups by what they are normalized."""
-        starts = [group.start for group in self.groups]
-        names = [{} for _ in self.groups]
-        for labels, by in self.label_space.normalized:
-            units = np.unique(self.units_of(labels))
-            for number in np.unique(np.searchsorted(starts, units[units >= 0], "right") - 1).tolist():
-                names[number][by] = None
-        self.groups = [
-            dataclasses.replace(group, normalized_by=tuple(by))
-            for group, by in zip(self.groups, names, strict=True)
-        ]
-
-    def _signatures(self, roots):
-        """A hash of all the places in which each class occurs."""
-        random = np.random.default_rng(0)
-        signature = np.zeros(len(roots), np.uint64)
-        places = [labels.reshape(-1) for labels in self.labels if labels.size > 1]
-        places += [v for e in self.effects for axes in e.weights.values() for v in axes if v is not None]
-        for vector in places:
-            weight = random.integers(1, 2**63, dtype=np.uint64)
-            np.add.at(signature, roots[vector], weight)
-        return signature
-
     @functools.cached_property
-    def locked_groups(self):
-        """Groups of which no unit can leave."""
+    def locked_groups(self) -> list[Group]:
+        """Groups whose units all stay, one for each layer and reason."""
         roots, locks = self._roots, self._locks
-        classes = np.flatnonzero((roots == np.arange(len(roots))) & (locks >= 0))
-        starts = np.array([start for start, _, _ in self.label_space.producers], np.int64)
-        producers = np.searchsorted(starts, classes, "right") - 1
-        open_otherwise = self._open_if_inexact()
-        groups = {}
-        for root, producer in zip(classes.tolist(), producers.tolist(), strict=True):
-            name = self.label_space.producers[producer][2]
-            opens = (name, root - int(starts[producer])) in open_otherwise
-            key = (producer, int(locks[root]), opens)
-            groups[key] = groups.get(key, 0) + 1
-        return [
-            Group(name, num, (name,), -1, self.label_space.reasons[lock] + _HINT * opens)
-            for (producer, lock, opens), num in sorted(groups.items())
-            for name in [self.label_space.producers[producer][2]]
-        ]
+        locked = np.flatnonzero((roots == np.arange(len(roots))) & (locks >= 0))
+        opened = self._opened_if_inexact()
+        counts: dict[tuple[int, int, bool], int] = {}
+        for root, producer in zip(locked.tolist(), self._producer_indices(locked).tolist(), strict=True):
+            start, _, name = self.label_space.producers[producer]
+            key = producer, int(locks[root]), (name, root - start) in opened
+            counts[key] = counts.get(key, 0) + 1
+        groups = []
+        for (producer, lock, opens), num in sorted(counts.items()):
+            _, _, name = self.label_space.producers[producer]
+            reason = self.label_space.reasons[lock] + (_INEXACT_HINT if opens else "")
+            groups.append(Group(name, num, (name,), -1, reason))
+        return groups
 
-    def _open_if_inexact(self):
-        """Channels, as names of their producers and positions, that `exact=False` would open."""
+    def _opened_if_inexact(self) -> set[tuple[str, int]]:
+        """Channels that `exact=False` would open: the producer's name, and the position in its output."""
         if not (self.exact and self.label_space.normalized):
             return set()
-        other = LabeledModel(self.graph, *self._selection, exact=False, grouped=self.label_space.grouped)
+        other = LabeledModel(self.graph, self._include, self._exclude, exact=False, grouped=self._grouped)
         return {
             (name, position)
             for start, stop, name in other.label_space.producers
             for position in np.flatnonzero(other.units_of(np.arange(start, stop)) >= 0).tolist()
         }
 
+    def _producer_indices(self, labels: IntArray) -> IntArray:
+        """The index of the producer of each label."""
+        starts = np.array([start for start, _, _ in self.label_space.producers], np.int64)
+        return np.searchsorted(starts, labels, "right") - 1
 
-def _vectors(first, second):
-    """Pairs of label arrays of two effects of one operation that must agree."""
+    def _lock_unselected(self) -> None:
+        names = [name for _, _, name in self.label_space.producers]
+        for index in find_producers(self._exclude, self.graph, names, "exclude"):
+            self._lock_producer(index, "excluded by the caller")
+        if self._include is not None:
+            wanted = find_producers(self._include, self.graph, names, "include")
+            for index in set(range(len(names))) - set(wanted):
+                self._lock_producer(index, "not included by the caller")
+
+    def _lock_producer(self, index: int, reason: str) -> None:
+        start, stop, _ = self.label_space.producers[index]
+        self.label_space.lock(np.arange(start, stop), reason)
+
+    def _signatures(self) -> IntArray:
+        """A hash of all places in which each class of labels occurs: a uint64 array, one for each label."""
+        random = np.random.default_rng(0)
+        signatures = np.zeros(len(self._roots), np.uint64)
+        places = [labels.reshape(-1) for labels in self.labels if labels.size > 1]
+        places += [v for e in self.effects for axes in e.weights.values() for v in axes if v is not None]
+        for vector in places:
+            weight = random.integers(1, 2**63, dtype=np.uint64)
+            np.add.at(signatures, self._roots[vector], weight)
+        return signatures
+
+    def _with_normalizations(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with the names of what normalizes their units together."""
+        starts = [group.start for group in groups]
+        names: list[dict[str, None]] = [{} for _ in groups]
+        for labels, normalization in self.label_space.normalized:
+            units = np.unique(self.units_of(labels))
+            for number in np.unique(np.searchsorted(starts, units[units >= 0], "right") - 1).tolist():
+                names[number][normalization] = None
+        return [
+            dataclasses.replace(group, normalized_by=tuple(by))
+            for group, by in zip(groups, names, strict=True)
+        ]
+
+
+class _Labeling:
+    """Labels the tensors and weights of a graph, call by call.
+
+    Attributes:
+        labels, effects, unknown, probed: As in `LabeledModel`.
+    """
+
+    def __init__(self, graph: Graph, label_space: LabelSpace) -> None:
+        self._graph, self._label_space = graph, label_space
+        self._first_effects: dict[keras.Operation | Site, Effect] = {}
+        self.labels: list[IntArray] = [np.full((1,) * len(shape), FIXED) for shape in graph.shapes]
+        self.effects: list[Effect] = []
+        probed = {call.name for call in graph.calls if self._label_call(call)}
+        for tensors in graph.bindings.values():
+            for index in tensors[1:]:
+                self._unite(self.labels[tensors[0]], self.labels[index], "an input of a sub-model")
+        for index in graph.outputs:
+            label_space.lock(self.labels[index], "model output")
+        self.probed = sorted(probed)
+        self.unknown = sorted(
+            {c.name for c, e in zip(graph.calls, self.effects, strict=True) if not e.has_rule}
+        )
+
+    def _label_call(self, call: Call) -> bool:
+        """Applies the rule of a call; returns whether the rule was found by probing."""
+        shapes = self._graph.shapes
+        check_registered_rule(call, self.labels, shapes, self._label_space.exact)
+        inside = find_rule_by_rebuilding(call, shapes, LabeledModel)
+        probed = None if inside else find_rule_by_probing(call, self.labels, shapes)
+        effect = apply_rule(
+            self._label_space, call, self.labels, shapes, call.tensor_positions, inside or probed
+        )
+        for index, labels in zip(call.outputs, effect.outputs, strict=True):
+            self.labels[index] = labels
+        self.effects.append(effect)
+        self._unite_with_first(call, effect)
+        return bool(probed) or (call.closed is None and is_probed_activation(call.operation))
+
+    def _unite_with_first(self, call: Call, effect: Effect) -> None:
+        """Unites labels with those of an earlier call of the same operation: they have the same weights."""
+        first = self._first_effects.setdefault(call.operation, effect)
+        if first is not effect:
+            for before, now in _shared_labels(first, effect):
+                self._unite(before, now, call.name)
+        first = self._first_effects.setdefault(call.site, effect)
+        if first is not effect:
+            for before, now in zip(first.outputs, effect.outputs, strict=True):
+                self._unite(before, now, call.name)
+
+    def _unite(self, before: IntArray, now: IntArray, name: str) -> None:
+        fits = all(a == b or 1 in (a, b) for a, b in zip(before.shape, now.shape, strict=False))
+        if before.ndim == now.ndim and fits:
+            self._label_space.union(before, now, f"shared at several places ('{name}')")
+        else:
+            self._label_space.lock(before, f"shared at several places of different size ('{name}')")
+            self._label_space.lock(now, f"shared at several places of different size ('{name}')")
+
+
+def _shared_labels(first: Effect, second: Effect) -> Iterator[tuple[IntArray, IntArray]]:
+    """Pairs of label arrays that must agree in two effects of the same operation."""
     for name, axes in first.weights.items():
         for before, now in zip(axes, second.weights.get(name, axes), strict=True):
             if before is not None and now is not None:
                 yield before, now
-    for edits, others in ((first.config, second.config), (first.arguments, second.arguments)):
-        for key in edits.keys() & others.keys():
-            yield from zip(edits[key].labels, others[key].labels, strict=True)
+    for key in first.config.keys() & second.config.keys():
+        yield from zip(first.config[key].labels, second.config[key].labels, strict=True)
+    for position in first.arguments.keys() & second.arguments.keys():
+        yield from zip(first.arguments[position].labels, second.arguments[position].labels, strict=True)
 
 
-def _members(roots, producer_of):
-    """A function from a class to the producers of its labels, in order."""
+class _Grouping(NamedTuple):
+    """Groups in the order of their units, and the unit of each label (-1 for what stays)."""
+
+    groups: list[Group]
+    unit_of_label: IntArray
+
+
+def _group_units(
+    label_space: LabelSpace, roots: IntArray, locks: IntArray, signatures: IntArray
+) -> _Grouping:
+    """Makes a unit of each class of labels that is not locked, and groups units with equal signatures.
+
+    Args:
+        label_space: The labels.
+        roots, locks: As `LabelSpace.resolve` returns them.
+        signatures: A hash of the places of each class.
+    """
+    classes = np.flatnonzero(roots == np.arange(len(roots)))[1:]  # without FIXED
+    free = classes[locks[classes] < 0]
+    _, first, family = np.unique(signatures[free], return_index=True, return_inverse=True)
+    order = np.lexsort((free, first[family])) if free.size else np.zeros(0, np.int64)
+    unit_of_class = np.full(len(roots), -1)
+    unit_of_class[free[order]] = np.arange(free.size)
+    producers_of_class = _producers_by_class(label_space, roots)
+    starts = np.flatnonzero(np.diff(first[family][order], prepend=-1))
+    stops = np.append(starts[1:], free.size)[: starts.size]
+    groups: list[Group] = []
+    counts: dict[str, int] = {}
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        producers = producers_of_class(free[order[start]])
+        name = producers[0]
+        counts[name] = counts.get(name, 0) + 1
+        suffix = f"#{counts[name]}" if counts[name] > 1 else ""
+        groups.append(Group(name + suffix, stop - start, producers, start))
+    return _Grouping(groups, unit_of_class[roots])
+
+
+def _producers_by_class(label_space: LabelSpace, roots: IntArray) -> Callable[[int], tuple[str, ...]]:
+    """A function from the root of a class to the names of all producers of its labels, in order."""
+    producer_of_label = np.zeros(len(label_space), np.int64)
+    for index, (start, stop, _) in enumerate(label_space.producers):
+        producer_of_label[start:stop] = index
     order = np.argsort(roots, kind="stable")
     sorted_roots = roots[order]
 
-    def members(root):
+    def producers_of_class(root: int) -> tuple[str, ...]:
         start, stop = np.searchsorted(sorted_roots, [root, root + 1])
-        return np.unique(producer_of[order[start:stop]])
+        indices = np.unique(producer_of_label[order[start:stop]])
+        return tuple(dict.fromkeys(label_space.producers[index][2] for index in indices))
 
-    return members
+    return producers_of_class
 
 
-def find_producers(patterns, graph, names, argument):
-    """Indices of producers that names, regular expressions or layers stand for."""
+def find_producers(patterns: LayerPatterns, graph: Graph, names: Sequence[str], argument: str) -> list[int]:
+    """The producers that are meant by layer names, regular expressions or layers.
+
+    Args:
+        patterns: Layer names, regular expressions that match whole names, or layers of the model.
+        graph: The model.
+        names: Names of all producers.
+        argument: Name of the public argument that holds the patterns, for messages.
+
+    Returns:
+        Indices into `names`, for one pattern after the other.
+
+    Raises:
+        ValueError: if a pattern matches nothing.
+    """
     patterns = [patterns] if isinstance(patterns, (str, keras.Layer)) else list(patterns)
     layers = {layer: name for name, layer in graph.layers()}
     known = list(layers.values()) + [n for n in names if n not in layers.values()]
-    found = []
+    found: list[int] = []
     for pattern in patterns:
         if isinstance(pattern, str):
             hits = {n for n in known if re.fullmatch(pattern, n)} or {n for n in known if n == pattern}
@@ -282,16 +357,26 @@ def find_producers(patterns, graph, names, argument):
     return found
 
 
-def as_name_patterns(model, patterns):
-    """Patterns with layers of the model replaced by their names, which pruned models have too."""
+@overload
+def as_name_patterns(model: keras.Model, patterns: LayerPatterns) -> list[str | keras.Layer]: ...
+@overload
+def as_name_patterns(model: keras.Model, patterns: None) -> None: ...
+def as_name_patterns(model: keras.Model, patterns: LayerPatterns | None) -> list[str | keras.Layer] | None:
+    """Patterns with layers of the model replaced by their names, which the layers of pruned models keep."""
     if patterns is None:
         return None
-    names = {layer: name for name, layer in graphs.read_model(model).layers()}
+    names = {layer: name for name, layer in read_model(model).layers()}
     patterns = [patterns] if isinstance(patterns, (str, keras.Layer)) else patterns
     return [re.escape(names[p]) if p in names else p for p in patterns]
 
 
-def label_model(model, include=None, exclude=(), exact=True, grouped=()):
+def label_model(
+    model: keras.Model,
+    include: LayerPatterns | None = None,
+    exclude: LayerPatterns = (),
+    exact: bool = True,
+    grouped: Iterable[str] = (),
+) -> LabeledModel:
     """Reads a model and finds its groups.
 
     Args:
@@ -300,13 +385,9 @@ def label_model(model, include=None, exclude=(), exact=True, grouped=()):
             names, or layers. `None`: all. A unit that several layers make is pruned
             only if all of them are included.
         exclude: Never prune the channels that these layers make.
-        exact: `False`: channels that are normalized together may leave, too, although that
-            changes what the others become.
-        grouped: Names of convolutions that once had groups of several channels
-            (`LabeledModel.grouped_convolutions`):
-            of one channel each, whole groups would leave, which no plan for the original can say.
-
-    Returns:
-        `LabeledModel`.
+        exact: `False`: channels that are normalized together may leave, although the others change then.
+        grouped: Names of convolutions that have groups of several channels in the original
+            (`LabeledModel.grouped_convolutions`). With one channel left in each group they would be read
+            as depthwise, and whole groups would leave, which a plan for the original cannot express.
     """
-    return LabeledModel(graphs.read_model(model), include, exclude, exact, grouped)
+    return LabeledModel(read_model(model), include, exclude, exact, grouped)

@@ -8,9 +8,9 @@ import keras
 import numpy as np
 
 from keras_taylor.reading.groups import LabeledModel
-from keras_taylor.reading.tracing import compile_arguments
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.support.datasets import Feed
+from keras_taylor.support.keras_internals import compile_arguments
 from keras_taylor.support.types import FloatArray
 
 # Steps between two transfers of the float32 statistics to float64 on the host.
