@@ -664,7 +664,7 @@ def test_positions_are_no_constants():
     assert channels.groups == []
     assert channels.unknown == ["patches"]
     call = next(call for call in channels.graph.calls if call.name == "patches")
-    assert call.closed == "it calls 'places' on values that do not come from its inputs"
+    assert call.closed_reason == "it calls 'places' on values that do not come from its inputs"
     same = keras_taylor.prune(network, keras_taylor.Plan(exact=False))
     assert same.count_params() == network.count_params()
 

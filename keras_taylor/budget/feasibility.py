@@ -100,9 +100,7 @@ def _blocked_parameters(labeled: LabeledModel, smallest_mask: BoolArray) -> dict
                 size if along is None else int(kept[along].sum())
                 for size, along in zip(weight.shape, units, strict=True)
             )
-            locked = [
-                labels[along < 0] for labels, along in zip(axes, units, strict=True) if along is not None
-            ]
+            locked = [labels[labeled.units_of(labels) < 0] for labels in axes if labels is not None]
             for layer in set().union(*map(labeled.producers_of, locked)):
                 blocked[layer] = blocked.get(layer, 0) + num_left
     return blocked

@@ -12,7 +12,7 @@ from keras_taylor.reading.cloning import clone_operation
 from keras_taylor.reading.graph import Call
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.tracing import UnsupportedModelError
-from keras_taylor.rules.base import Effect, KeptLabels
+from keras_taylor.rules.base import Effect
 from keras_taylor.support.types import BoolArray, FloatArray, IntArray
 
 COARSEST_MULTIPLE = 16
@@ -75,7 +75,7 @@ class KernelCall:
     def isolate(self, kept: BoolArray) -> IsolatedLayer:
         """The layer alone with only some units kept."""
         call = self._call
-        kept_labels = KeptLabels(lambda labels: np.append(kept, True)[self._labeled.units_of(labels)])
+        kept_labels = self._labeled.kept_labels(kept)
         changes = kept_labels.changes(self._effect.config)
         layer = clone_operation(call.operation, call.name, changes)
         dtype = next(x.dtype for x in call.site.flat if isinstance(x, keras.KerasTensor))

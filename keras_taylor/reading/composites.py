@@ -107,7 +107,7 @@ def find_rule_by_rebuilding(
         `None` if nothing inside can leave, or if the layer is not closed.
     """
     has_unknown_size = any(None in shapes[index] for index in call.inputs)
-    if not call.closed or not has_unknown_size or not call.operation.weights:
+    if not call.closed_reason or not has_unknown_size or not call.operation.weights:
         return None
     try:
         key = _describe_layer(call, shapes)

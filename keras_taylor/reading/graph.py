@@ -81,7 +81,7 @@ class Call:
         args, kwargs: Call arguments, with a `TensorRef` in the place of each tensor.
         inputs: Indices of the tensors among the arguments, in flattened order.
         outputs: Indices of the tensors that the call returns, in flattened order.
-        closed: Why the layer could not be opened; `None` if nobody tried.
+        closed_reason: Why the layer could not be opened; `None` if nobody tried.
     """
 
     number: int
@@ -92,7 +92,7 @@ class Call:
     kwargs: Mapping[str, Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    closed: str | None = None
+    closed_reason: str | None = None
 
     @functools.cached_property
     def flat(self) -> tuple[Any, ...]:
@@ -364,7 +364,7 @@ class _Inliner:
             kwargs=kwargs,
             inputs=inputs,
             outputs=outputs,
-            closed=self._openings.reason_at(site),
+            closed_reason=self._openings.reason_at(site),
         )
         self._calls.append(call)
         return outputs

@@ -235,7 +235,7 @@ class _Labeling:
             self.labels[index] = labels
         self.effects.append(effect)
         self._unite_with_first(call, effect)
-        return bool(probed) or (call.closed is None and is_probed_activation(call.operation))
+        return bool(probed) or (call.closed_reason is None and is_probed_activation(call.operation))
 
     def _unite_with_first(self, call: Call, effect: Effect) -> None:
         """Unites labels with those of an earlier call of the same operation: they have the same weights."""

@@ -202,7 +202,7 @@ class RecordedCall(Protocol):
         """Index of each output tensor."""
 
     @property
-    def closed(self) -> str | None:
+    def closed_reason(self) -> str | None:
         """Why the operations inside a custom layer could not be read; `None` if they need not be."""
 
 
@@ -234,7 +234,7 @@ def apply_rule(
         args=call.args,
         kwargs=call.kwargs,
         output_shapes=[shapes[i] for i in call.outputs],
-        closed_reason=call.closed,
+        closed_reason=call.closed_reason,
     )
     return (rule or rule_for(call.operation))(context)
 
