@@ -1,55 +1,71 @@
 """Criteria: formulas that turn gate statistics and weights into the importance of each channel unit.
 
-Every unit has a gate, a factor that multiplies its channels. It is 1; with 0 the unit is gone. Let g be
-the derivative of one example's loss by a gate. Removing the unit changes that loss by -g, to first order.
-With means over examples:
+Every unit has a gate: a factor that multiplies its channels, 1 at first. With 0 the unit is gone. Let g be
+the derivative of one example's loss by a gate. Without the unit that loss changes by -g, to first order. The
+table says for each criterion what it computes, with means over examples, and where that comes from:
 
-| name | formula | source |
-|---|---|---|
-| `taylor` | mean(g^2) | Molchanov et al., Importance estimation for neural network pruning, CVPR 2019 \
-(arXiv 1906.10771), eq. 8, with a gate |
-| `taylor_batch` | mean over batches of (mean over the batch of g)^2 | the same paper's published code |
-| `taylor_abs` | mean(abs(g)) | Molchanov et al., Pruning convolutional neural networks for resource \
-efficient inference, ICLR 2017 (arXiv 1611.06440), eq. 7 |
-| `taylor2` | -mean(g) + mean(g^2) / 2 | the CVPR 2019 paper's second order (eq. 5), the Hessian's \
-diagonal taken from the Fisher information; Hassibi and Stork, Optimal brain surgeon, NIPS 1992 |
-| `log_odds` | mean of the loss change if the log-odds of the true class are linear in the gate, plus \
-the effect of wrong classes that spread | this project, `log_odds.OddsModel` |
-| `log_odds_probed` | the same, with a curvature that four probes an example measure | this project |
-| `fisher` | rank in a greedy removal that considers pairs of units | this project, after optimal brain \
-surgeon; `fisher.removal_ranks` |
-| `magnitude` | norm of the unit's filters / mean of its group | Han et al., Learning both weights and \
-connections, NIPS 2015 (weights); Li et al., Pruning filters, ICLR 2017 (filters) |
-| `batchnorm` | mean(abs(gamma)) | Liu et al., Network slimming, ICCV 2017 (arXiv 1708.06519) |
-| `random` | uniform | baseline |
-| `sensitivity` | measured divergence of the predictions for each parameter (or FLOP) saved | this project, \
-`sensitivity.SensitivityCurve` |
-| `oracle` | measured change of the mean loss without the unit | Molchanov et al. 2017, sec. 2.2 |
+    taylor            mean(g^2)
+                      Molchanov et al., Importance estimation for neural network pruning, CVPR 2019
+                      (arXiv 1906.10771), eq. 8, with a gate
+    taylor_batch      mean over batches of (mean of g over the batch)^2
+                      published code of the same paper
+    taylor_abs        mean(abs(g))
+                      Molchanov et al., Pruning convolutional neural networks for resource efficient
+                      inference, ICLR 2017 (arXiv 1611.06440), eq. 7
+    taylor2           -mean(g) + mean(g^2) / 2
+                      second order of the CVPR 2019 paper, with the Fisher information in place of the
+                      Hessian's diagonal; Hassibi and Stork, Optimal brain surgeon, NIPS 1992
+    log_odds          mean(log(p + q exp(-g / q)) + (1 - s) / (1 + s) g^2 / q / 2)
+                      this project: exact if the log-odds of the true class are linear in the gate, see
+                      `log_odds.OddsModel`
+    log_odds_probed   the same with a curvature that four probes an example measure
+                      this project
+    fisher            rank in a greedy removal by s^T F s / 2, with F = mean(g g^T), for what is saved
+                      this project, after optimal brain surgeon, see `fisher.removal_ranks`
+    magnitude         L2 norm of the unit's filters / mean of its group
+                      Li et al., Pruning filters for efficient ConvNets, ICLR 2017 (with the L1 norm)
+    batchnorm         mean(abs(gamma))
+                      Liu et al., Learning efficient convolutional networks through network slimming,
+                      ICCV 2017 (arXiv 1708.06519)
+    random            uniform
+                      baseline
+    sensitivity       measured divergence of the predictions for each parameter (or FLOP) saved
+                      this project, see `sensitivity.SensitivityCurve`
+    oracle            measured change of the mean loss without the unit
+                      "oracle pruning" of Molchanov et al., ICLR 2017: the judge of all others
 
 A criterion is a function of a `GroupStatistics`, which holds the statistics of one group of units. It
 returns an array `(num_units,)`: the higher, the more important. `None` means that it cannot judge this
 group, whose units then all stay.
 
-To use one of your own, pass the function. A signal-to-noise ratio of the derivatives, for example:
+To use a criterion of your own, pass the function. For example, the signal-to-noise ratio of the derivatives:
 
->>> def signal(statistics):
+>>> def signal_to_noise(statistics):
 ...     variance = statistics.mean_square - statistics.mean**2
 ...     return abs(statistics.mean) / np.sqrt(variance + 1e-12)
->>> scores = keras_taylor.score(model, (x, y), criterion=signal)
+>>> scores = keras_taylor.score(model, (x, y), criterion=signal_to_noise)
 >>> plan = keras_taylor.make_plan(model, scores, 0.3)
 
-To give it a name in the package:
+To make it a criterion of this package, with a name:
 
-1. Write the function below, with its formula and its source.
-2. List it: in `DATA_CRITERIA` if it needs the loss on data, else in `LABEL_FREE_CRITERIA`.
-3. If its scores are estimates of how much the loss grows, so that sums of scores can be compared with sums
-   of saved parameters, list its name in `LOSS_CHANGE_CRITERIA`: `make_plan` then ranks by score for cost.
-   If its scores are already relative to what a unit saves, list it in `COST_AWARE_CRITERIA`.
-4. Add a row to the table above.
+1. Write the function below. Its docstring has the formula and the source. Read statistics that only data
+   gives through `_required`, which refuses statistics that were not gathered:
 
-If it needs another statistic, add that to `gates.GATE_STATISTICS` and `gates.batch_statistics`, or write a
-subclass of `gates.Gates` (as `fisher.FisherGates` is), and fill in a new attribute of `GroupStatistics` in
-`group_statistics`.
+       def signal_to_noise(statistics: GroupStatistics) -> FloatArray:
+           mean = _required(statistics.mean, statistics)
+           variance = _required(statistics.mean_square, statistics) - np.square(mean)
+           return np.abs(mean) / np.sqrt(variance + 1e-12)
+
+2. List it: in `DATA_CRITERIA` if it needs the loss on data (as this one does), else in `LABEL_FREE_CRITERIA`.
+3. Say how `make_plan` ranks units by it. If its scores estimate how much the loss grows, so that sums of
+   scores can be compared with sums of saved parameters, list its name in `LOSS_CHANGE_CRITERIA`: units are
+   ranked by score for cost. If its scores are already relative to what a unit saves, list it in
+   `COST_AWARE_CRITERIA`. Otherwise (as here) list it in neither: units are ranked by score.
+4. Add it to the table above, and to the criteria that `tests/test_scoring.py` computes by hand.
+
+If it needs a statistic that is not there, add that to `gates.GATE_STATISTICS` and `gates.batch_statistics`,
+or write a subclass of `gates.Gates` (as `fisher.FisherGates` is) and choose it in `scoring.make_gated_model`.
+Then fill in a new attribute of `GroupStatistics` in `group_statistics.statistics_by_group`.
 """
 
 import dataclasses
@@ -103,10 +119,10 @@ class GroupStatistics:
 
     Example:
 
-    >>> def show(statistics):
-    ...     print(statistics.name, statistics.num_units, statistics.num_examples)
-    ...     return statistics.mean_square
-    >>> scores = keras_taylor.score(model, (x, y), criterion=show)
+    >>> def standard_error(statistics):
+    ...     variance = statistics.mean_square - statistics.mean**2
+    ...     return np.sqrt(variance / statistics.num_examples)
+    >>> errors = keras_taylor.score(model, (x, y), criterion=standard_error)
     """
 
     name: str
@@ -277,7 +293,7 @@ def taylor_abs(statistics: GroupStatistics) -> FloatArray:
 def taylor_abs_normalized(statistics: GroupStatistics) -> FloatArray:
     """`taylor_abs` divided by its L2 norm over the group; has no name, pass the function.
 
-    Molchanov et al., ICLR 2017, eq. 8.
+    The layer-wise normalization of Molchanov et al., ICLR 2017.
 
     Args:
         statistics: Statistics of one group, with data.
@@ -298,8 +314,8 @@ def taylor2(statistics: GroupStatistics) -> FloatArray:
     """Loss change without the unit to second order, -mean(g) + mean(g^2) / 2.
 
     With H the second derivative of the mean loss by the gate, the change is -mean(g) + H / 2. For a
-    likelihood H is close to the Fisher information mean(g^2). Molchanov et al., CVPR 2019, eq. 5; Hassibi and
-    Stork, Optimal brain surgeon, NIPS 1992.
+    likelihood H is close to the Fisher information mean(g^2). Second order of Molchanov et al., CVPR 2019;
+    Hassibi and Stork, Optimal brain surgeon, NIPS 1992.
 
     Args:
         statistics: Statistics of one group, with data.
@@ -452,7 +468,7 @@ def fisher(statistics: GroupStatistics) -> FloatArray:
 def oracle(statistics: GroupStatistics) -> FloatArray:
     """Measured change of the mean loss when the unit alone is removed.
 
-    It takes one evaluation of the data a unit. Molchanov et al., ICLR 2017, sec. 2.2.
+    It takes one evaluation of the data a unit: "oracle pruning" of Molchanov et al., ICLR 2017.
 
     Args:
         statistics: Statistics of one group, gathered for this criterion.

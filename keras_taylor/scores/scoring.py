@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import keras
 import numpy as np
@@ -23,7 +22,7 @@ from keras_taylor.scores.scoring_passes import gate_statistics, loss_changes, re
 from keras_taylor.scores.sensitivity import measure_sensitivity
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.replicas import strategy_scope
-from keras_taylor.support.types import Array, Data, FloatArray
+from keras_taylor.support.types import Array, Data, FloatArray, LayerPatterns
 
 # Examples whose labels are sampled, at most: they are held in memory.
 MAX_SAMPLED_LABELS = 10_000
@@ -78,8 +77,8 @@ def score(
     criterion: Criterion = "taylor",
     num_examples: int | None = None,
     labels: str | None = None,
-    include: Sequence[Any] | str | None = None,
-    exclude: Sequence[Any] | str = (),
+    include: LayerPatterns | None = None,
+    exclude: LayerPatterns = (),
     batch_size: int | None = None,
     steps_per_epoch: int | None = None,
     class_weight: Mapping[int, float] | None = None,

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class SensitivityCurve:
         return slopes_by_unit
 
 
-def _lower_hull(points: Any) -> list[_CurvePoint]:
+def _lower_hull(points: Iterable[_CurvePoint]) -> list[_CurvePoint]:
     """The points of a curve, in order, that lie on its lower convex hull."""
     hull: list[_CurvePoint] = []
     for point in points:
