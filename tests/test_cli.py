@@ -258,8 +258,8 @@ def test_arguments_that_cannot_be_used(run):
     assert "Received: goal={'params': 2.5}" in refused(run, *COMPRESS[:-1], "2.5")
     assert "as in params=200000, or a fraction of" in refused(run, *COMPRESS[:-1], "2")
     assert "Received: params=few" in refused(run, *COMPRESS[:-1], "params=few")
-    assert "is about another cost. Received: 0.4 params=9" in refused(run, *COMPRESS, "--goal", "params=9")
-    assert "has a value for each of them. Received: 0.2,0.4 flops=0.5" in refused(
+    assert "are about the same cost. Received: 0.4 params=9" in refused(run, *COMPRESS, "--goal", "params=9")
+    assert "each part has one value for each goal. Received: 0.2,0.4 flops=0.5" in refused(
         run, *COMPRESS[:-1], "0.2,0.4", "--goal", "flops=0.5"
     )
     assert "whole number of bytes, or a text with a unit" in refused(run, *COMPRESS[:-1], "bytes=small")

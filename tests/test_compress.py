@@ -477,7 +477,7 @@ def test_goals_that_are_none(goal):
 def test_goal_out_of_reach():
     words = (
         r"The goal is out of reach: at most \d\d\.\d% of the 1,\d+ params can be removed, which leaves \d+\. "
-        r"What stays: 'head' \(3 channels: model output; \d+ parameters\)\. "
+        r"It is blocked by 'head' \(3 channels: model output; \d+ parameters\)\. "
         r"Lower the goal.*Received: goal=0\.999$"
     )
     refused(ValueError, words, goal=0.999)

@@ -257,7 +257,7 @@ def test_auto_needs_times(goal):
     with pytest.raises(ValueError) as error:
         keras_taylor.compress(model, np.zeros((4, 6, 6, 3)), goal, round_to="auto", epochs=0)
     assert str(error.value) == (
-        "`round_to='auto'` takes the multiple of channels that measured times say is worth keeping to. "
+        "With `round_to='auto'` the measured times of layers decide which multiple of channels to keep. "
         "Expected a goal for a 'latency', or a whole number. Received: round_to='auto'"
     )
 

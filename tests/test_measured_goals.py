@@ -73,7 +73,7 @@ def test_a_key_says_what_is_measured():
     assert measured_cost_of("params") is measured_cost_of(None) is None
     goal = parse_goal({"params": 0.5, "bytes": 900, "latency:onnx": 3}, measurable=True)
     assert goal.measured == ("bytes", "latency:onnx")
-    goal.check({"params": 10, "bytes": 10, "latency:onnx": 10})
+    goal.check_countable({"params": 10, "bytes": 10, "latency:onnx": 10})
 
 
 def test_amounts_are_shown_with_their_units():
@@ -223,7 +223,7 @@ def test_a_goal_out_of_reach_is_refused_with_what_was_measured():
     reached = Invented.law(least.count_params())
     assert text.startswith(
         f"The goal is out of reach: at most {1 - reached / before:.1%} of the {before / 1e6:.4g} ms latency "
-        f"can be removed, which leaves {reached / 1e6:.4g} ms. What stays: "
+        f"can be removed, which leaves {reached / 1e6:.4g} ms. It is blocked by "
     )
     assert text.endswith("Received: goal={'latency': '1 us'}")
 

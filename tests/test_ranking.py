@@ -92,7 +92,7 @@ def test_a_multiple_and_a_floor_come_before_ratios():
 def test_what_is_no_ratio_is_refused(ratio):
     assert message_of(plan_for, stack(4, 4), ratios={"conv0": ratio}) == (
         "A ratio is the fraction of a layer's channels to remove. Expected a number from 0 on and below 1, "
-        f"or two such, at least and at most. Received: ratios={{'conv0': {ratio!r}}}"
+        f"or two numbers, at least and at most. Received: ratios={{'conv0': {ratio!r}}}"
     )
 
 
@@ -106,13 +106,13 @@ def test_what_is_no_ratio_is_refused(ratio):
         ),
         (
             {"head": 0.5},
-            "Channels are to go that cannot (head: model output). Expected layers with channels that can "
-            "leave, or a ratio from 0 on. Received: ratios={'head': 0.5}",
+            "A ratio removes channels that cannot leave (head: model output). Expected layers with channels "
+            "that can leave, or a ratio from 0 on. Received: ratios={'head': 0.5}",
         ),
         (
             {"stem": 0.5, "block0_b": (0.6, 0.9)},
             "Ratios contradict each other for the channels of 'stem', which are made by stem, block0_b, "
-            "block1_b and go together: 0.5 to 0.5 by 'stem'. Expected ranges that overlap. "
+            "block1_b and leave together: 0.5 to 0.5 by 'stem'. Expected ranges that overlap. "
             "Received: ratios={'block0_b': (0.6, 0.9)}",
         ),
     ],

@@ -60,10 +60,10 @@ def unreachable_goal_error(
                 f"at most {1 - least / before:.1%} of the {format_amount(cost, before)} can be "
                 f"removed, which leaves {format_amount(cost, least, named=False)}"
             )
+    blockers = describe_blockers(labeled, smallest_mask)
     return ValueError(
-        f"The goal is out of reach: {'; '.join(parts)}. What stays: "
-        f"{describe_blockers(labeled, smallest_mask)}. Lower the goal, or widen what may go (`include`, "
-        f"`exclude`, {'`ratios`, ' * has_ratios}`round_to`, `min_channels`). "
+        f"The goal is out of reach: {'; '.join(parts)}. It is blocked by {blockers}. Lower the goal, or let "
+        f"more channels leave (`include`, `exclude`, {'`ratios`, ' * has_ratios}`round_to`, `min_channels`). "
         f"Received: goal={goal!r}"
     )
 

@@ -121,7 +121,7 @@ def parse_goals(
     goals = [parse_goal(one, measurable) for one in goal]
     if not goals or any(set(one.targets) != set(goals[0].targets) for one in goals):
         raise ValueError(
-            "Several goals are stops on one way down. Expected one or more, about the same costs. "
+            "Several goals are reached one after the other. Expected one or more, about the same costs. "
             f"Received: goal={goal!r}"
         )
     return goals
@@ -143,14 +143,14 @@ def goals_from_texts(texts: Sequence[str]) -> GoalLike | list[GoalLike]:
     """
     parts = [text.rpartition("=") for text in texts]
     if len({cost or "params" for cost, _, _ in parts}) < len(parts):
-        raise ValueError(f"Each part of a goal is about another cost. Received: {' '.join(texts)}")
+        raise ValueError(f"Two parts of the goal are about the same cost. Received: {' '.join(texts)}")
     values = {
         cost or "params": [_parse_value(cost, value, text) for value in listed.split(",")]
         for (cost, _, listed), text in zip(parts, texts, strict=True)
     }
     if len({len(listed) for listed in values.values()}) > 1:
         raise ValueError(
-            f"Every part of several goals has a value for each of them. Received: {' '.join(texts)}"
+            f"With several goals, each part has one value for each goal. Received: {' '.join(texts)}"
         )
     goals: list[GoalLike] = [
         dict(zip(values, stop, strict=True)) for stop in zip(*values.values(), strict=True)

@@ -59,8 +59,8 @@ def schedule_rounds(goals: Sequence[Goal], original: Costs, increment: Increment
     for first, then in itertools.pairwise(fractions):
         if then[lead] <= first[lead] or any(then[cost] < first[cost] for cost in then):
             raise ValueError(
-                "Several goals are stops on one way down. Expected each to ask for more than the one before "
-                f"it. Received: goal={[dict(goal.targets) for goal in goals]!r}"
+                "Several goals are reached one after the other. Expected each to ask for more than the one "
+                f"before it. Received: goal={[dict(goal.targets) for goal in goals]!r}"
             )
     start = _Waypoint(0.0, {cost: float(known_cost(original, cost)) for cost in goals[0].targets})
     stops = [
@@ -118,7 +118,7 @@ def removed_fractions(goal: float, increment: Increment) -> list[float]:
     is_number = isinstance(increment, (int, float)) and not isinstance(increment, bool)
     if not is_number or not 0 < increment <= 1:
         raise ValueError(
-            "`increment` is the fraction of the original removed a round. Expected a number above 0 "
+            "`increment` is the fraction of the original that a round removes. Expected a number above 0 "
             f"and at most 1, or a function of the round's number. Received: increment={increment!r}"
         )
     num_rounds = math.ceil(goal / increment - 1e-9)

@@ -84,7 +84,7 @@ def check_round_to(round_to: int | str, measured: Iterable[str]) -> None:
     kinds = [one.kind for one in map(measured_cost_of, measured) if one is not None]
     if round_to == AUTO and "latency" not in kinds:
         raise ValueError(
-            "`round_to='auto'` takes the multiple of channels that measured times say is worth keeping to. "
+            "With `round_to='auto'` the measured times of layers decide which multiple of channels to keep. "
             "Expected a goal for a 'latency', or a whole number. Received: round_to='auto'"
         )
 
@@ -113,11 +113,10 @@ def ratio_limits(
         matched = {names[index] for index in find_producers([pattern], labeled.graph, names, "ratios")}
         hit = [group for group in labeled.groups if matched.intersection(group.producers)]
         if low > 0 and not hit:
-            reasons = [
-                f"{g.name}: {g.reason}" for g in labeled.locked_groups if matched.intersection(g.producers)
-            ]
+            locked = [one for one in labeled.locked_groups if matched.intersection(one.producers)]
+            reasons = "; ".join(f"{one.name}: {one.reason}" for one in locked[:3])
             raise ValueError(
-                f"Channels are to go that cannot ({'; '.join(reasons[:3]) or 'the layer makes none'}). "
+                f"A ratio removes channels that cannot leave ({reasons or 'the layer makes none'}). "
                 f"Expected layers with channels that can leave, or a ratio from 0 on. "
                 f"Received: ratios={{{pattern!r}: {ratio!r}}}"
             )
@@ -127,7 +126,7 @@ def ratio_limits(
             if limits[group.name][0] > limits[group.name][1]:
                 raise ValueError(
                     f"Ratios contradict each other for the channels of '{group.name}', which are made by "
-                    f"{', '.join(group.producers)} and go together: {before[0]:.4g} to {before[1]:.4g} by "
+                    f"{', '.join(group.producers)} and leave together: {before[0]:.4g} to {before[1]:.4g} by "
                     f"{origin[group.name]!r}. Expected ranges that overlap. "
                     f"Received: ratios={{{pattern!r}: {ratio!r}}}"
                 )

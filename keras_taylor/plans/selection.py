@@ -102,10 +102,10 @@ class Selection:
 def ratio_range(pattern: str | keras.Layer, ratio: object) -> tuple[float, float]:
     """The least and the largest share that a ratio allows to leave; refuses a value that is no ratio."""
     low, high = ratio if isinstance(ratio, (tuple, list)) and len(ratio) == 2 else (ratio, ratio)
-    if not (_is_number(low) and _is_number(high) and 0 <= low <= high <= 1 and low < 1):
+    if not (_is_real_number(low) and _is_real_number(high) and 0 <= low <= high <= 1 and low < 1):
         raise ValueError(
             "A ratio is the fraction of a layer's channels to remove. Expected a number from 0 on and below "
-            f"1, or two such, at least and at most. Received: ratios={{{pattern!r}: {ratio!r}}}"
+            f"1, or two numbers, at least and at most. Received: ratios={{{pattern!r}: {ratio!r}}}"
         )
     return float(low), float(high)
 
@@ -147,5 +147,5 @@ def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"Expected one of {', '.join(map(repr, known))}. Received: {name}={value!r}")
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def _is_real_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
