@@ -20,7 +20,7 @@ from keras_taylor.reports.info import Info
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
 from keras_taylor.reports.run_record import Round
 from keras_taylor.rules.registry import register_rule
-from keras_taylor.scores.scoring import score
+from keras_taylor.scores.scoring import Scoring, score
 
 __all__ = [
     "Analysis",
@@ -33,6 +33,7 @@ __all__ = [
     "Plan",
     "PrunableModel",
     "Round",
+    "Scoring",
     "Selection",
     "Sensitivity",
     "TaylorPruning",

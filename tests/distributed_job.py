@@ -310,7 +310,8 @@ def compress(job, callbacks=(), **arguments):
     data, size = job.data()
     np.random.seed(job.process)  # what is drawn from here on may differ
     small, info = keras_taylor.compress(
-        model, data, 0.4, increment=0.2, round_to=2, batch_size=size, epochs=1, shuffle=False,
+        model, data, 0.4, increment=0.2, selection=keras_taylor.Selection(round_to=2),
+        batch_size=size, epochs=1, shuffle=False,
         callbacks=list(callbacks), return_info=True, validation_data=data, **{"verbose": 0, **arguments},
     )  # fmt: skip
     return {

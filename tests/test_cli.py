@@ -286,7 +286,7 @@ def test_defaults_are_those_of_compress():
     in_python = {name: given[name] for name in shared}
     in_python["goal"] = parse_goal_texts(given["goal"])["params"]
     in_python["exclude"] = given["exclude"] or ()
-    in_python["round_to"] = PruningOptions(round_to=given["round_to"]).multiple
+    assert PruningOptions(round_to=given["round_to"]).multiple == keras_taylor.Selection().round_to
     assert in_python == {name: arguments[name].default for name in shared}
     assert given["inexact"] is not arguments["exact"].default
     assert (given["resume"] or None) is arguments["backup_dir"].default

@@ -122,7 +122,7 @@ def test_what_was_repaired_is_fine_tuned_at_a_tenth_of_the_learning_rate(argumen
     [
         ("sparse_categorical_crossentropy", {}, "log_odds"),
         ("sparse_categorical_crossentropy", {"repair": False}, "taylor"),
-        ("sparse_categorical_crossentropy", {"labels": "model"}, "taylor"),
+        ("sparse_categorical_crossentropy", {"criterion": keras_taylor.Scoring(labels="model")}, "taylor"),
         ("sparse_categorical_crossentropy", {"criterion": "magnitude"}, "magnitude"),
         ("mse", {}, "taylor"),
     ],
@@ -137,7 +137,9 @@ def test_the_default_criterion(loss, arguments, criterion):
 def test_scores_from_other_data_than_the_training():
     model, (x, y) = small_model(), stripes()
     arguments = {"goal": 0.3, "epochs": 0, "repair": False, "verbose": 0, "return_info": True}
-    _, other = keras_taylor.compress(model, (np.zeros_like(x), y), score_ds=(x, y), **arguments)
+    _, other = keras_taylor.compress(
+        model, (np.zeros_like(x), y), criterion=keras_taylor.Scoring(ds=(x, y)), **arguments
+    )
     _, same = keras_taylor.compress(model, (x, y), **arguments)
     _, nothing = keras_taylor.compress(model, (np.zeros_like(x), y), **arguments)
     assert other.plan == same.plan != nothing.plan
@@ -146,7 +148,8 @@ def test_scores_from_other_data_than_the_training():
 def test_other_data_for_scores_that_do_not_fit():
     words = r"^The data does not fit the model.s inputs\. .*Received: ds with x of shapes \[\(2, 5, 5, 1\)\]$"
     with pytest.raises(ValueError, match=words):
-        keras_taylor.compress(small_model(), stripes(), score_ds=(np.zeros((4, 5, 5, 1)), np.zeros(4)))
+        scoring = keras_taylor.Scoring(ds=(np.zeros((4, 5, 5, 1)), np.zeros(4)))
+        keras_taylor.compress(small_model(), stripes(), criterion=scoring)
 
 
 def test_a_learning_rate_beside_a_schedule_is_refused():
@@ -260,7 +263,8 @@ def test_excluded_layers_keep_their_channels_in_every_round():
 
 def test_round_to_holds_in_every_round():
     model, data = small_model(), stripes()
-    small = keras_taylor.compress(model, data, goal=0.3, increment=0.1, round_to=4, verbose=0)
+    selection = keras_taylor.Selection(round_to=4)
+    small = keras_taylor.compress(model, data, goal=0.3, increment=0.1, selection=selection, verbose=0)
     assert small.get_layer("first").filters % 4 == small.get_layer("second").filters % 4 == 0
 
 
@@ -441,7 +445,8 @@ def test_lines_in_a_pipe(capsys):
 def test_first_line_says_where_scores_come_from(capsys):
     keras_taylor.compress(small_model(), stripes(), increment=0.3, criterion="magnitude", epochs=0)
     assert "in each: 'magnitude' scores without data, then" in capsys.readouterr().out
-    keras_taylor.compress(small_model(), stripes(), increment=0.3, score_examples=32, epochs=0)
+    scoring = keras_taylor.Scoring(num_examples=32)
+    keras_taylor.compress(small_model(), stripes(), increment=0.3, criterion=scoring, epochs=0)
     assert "in each: 'log_odds' scores from at most 32 examples, then" in capsys.readouterr().out
 
 
@@ -457,6 +462,66 @@ def test_live_bar_in_a_terminal():
         small_model().fit(*stripes(), verbose=0, callbacks=[callback])
         reporter.say("done")
     assert "scoring" in console.file.getvalue() and "done" in console.file.getvalue()
+
+
+def called(command, monkeypatch, **names):
+    """The arguments that the text of a call passes to `compress`, beside the model and the data."""
+    calls = []
+    monkeypatch.setattr(keras_taylor, "compress", lambda model, ds, **arguments: calls.append(arguments))
+    eval(command, {"keras_taylor": keras_taylor, "model": None, "ds": None, **names})
+    return calls[0]
+
+
+def test_the_command_repeats_the_run(monkeypatch):
+    model, (x, y) = small_model(), stripes()
+    arguments = {
+        "goal": [0.1, {"params": 0.2}],
+        "increment": 0.2,
+        "exclude": ["first"],
+        "selection": keras_taylor.Selection(scope="layer", ratios={"sec.*": (0.1, 0.5)}, round_to=2),
+        "learning_rate": 0.01,
+        "max_drop": keras_taylor.MetricLimit(1.0, "accuracy"),
+        "epochs": 1,
+        "class_weight": {0: 1.0, 1: 2.0, 2: 0.5},
+    }
+    _, info = keras_taylor.compress(
+        model,
+        (x, y),
+        criterion=keras_taylor.Scoring("taylor", num_examples=16),
+        validation_data=(x, y),
+        callbacks=[keras.callbacks.TerminateOnNaN()],
+        verbose=0,
+        return_info=True,
+        **arguments,
+    )
+    repeated = called(info.command, monkeypatch)
+    scoring = repeated.pop("criterion")
+    assert isinstance(scoring, keras_taylor.Scoring)
+    assert (scoring.criterion, scoring.ds, scoring.num_examples, scoring.labels) == ("taylor", None, 16, None)
+    assert (repeated.pop("validation_data"), repeated.pop("callbacks")) == ((..., ...), [...])
+    assert info.command.endswith(")  # ... in validation_data, callbacks: not shown")
+    assert repeated == arguments
+
+
+def smallest_first(statistics):
+    return np.arange(statistics.num_units)
+
+
+def test_the_command_names_functions_and_layers(monkeypatch):
+    model = small_model()
+    _, info = keras_taylor.compress(
+        model, stripes(), 0.2, increment=lambda number: 0.2, criterion=smallest_first,
+        exclude=[model.get_layer("first")], epochs=0, return_info=True, verbose=0,
+    )  # fmt: skip
+    repeated = called(info.command, monkeypatch, smallest_first=smallest_first)
+    assert repeated == {
+        "goal": 0.2,
+        "increment": ...,
+        "criterion": smallest_first,
+        "exclude": ["first"],
+        "epochs": 0,
+    }
+    assert info.command.endswith("  # ... in increment: not shown")
 
 
 # --- refusals: before any work, by their words ---------------------------------------------
@@ -517,6 +582,33 @@ def test_unknown_keyword():
     refused(TypeError, words, epoch=3)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "spelling"),
+    [
+        ({"round_to": 8, "scope": "layer"}, "selection=keras_taylor.Selection(round_to=8, scope='layer')"),
+        ({"score_examples": 64}, "criterion=keras_taylor.Scoring(num_examples=64)"),
+        (
+            {"criterion": "taylor", "score_ds": np.zeros(3), "labels": "model"},
+            "criterion=keras_taylor.Scoring(criterion='taylor', ds=..., labels='model')",
+        ),
+        (
+            {"max_drop": 0.02, "monitor": "accuracy", "rank": "cost"},
+            "max_drop=keras_taylor.MetricLimit(max_drop=0.02, monitor='accuracy'), "
+            "selection=keras_taylor.Selection(rank='cost')",
+        ),
+        ({"max_drop": 0, "baseline": 0.9}, "keras_taylor.MetricLimit(max_drop=0, baseline=0.9)"),
+    ],
+)
+def test_arguments_that_moved_are_refused_with_their_new_spelling(arguments, spelling):
+    words = r"part of another argument now\. Write keras_taylor\.compress\(\.\.\., .*"
+    refused(TypeError, words + re.escape(spelling) + r"\)$", **arguments)
+
+
+def test_a_selection_of_another_type_is_refused():
+    words = r"Expected a `keras_taylor\.Selection`\. Received: selection=\{'scope': 'layer'\}$"
+    refused(TypeError, words, selection={"scope": "layer"})
+
+
 def test_unknown_criterion():
     refused(ValueError, r"Unknown criterion\. .*Received: criterion='tailor'$", criterion="tailor")
 
@@ -534,7 +626,8 @@ def test_schedule_that_does_not_rise():
 
 
 def test_rounding_to_nothing():
-    refused(ValueError, r"`round_to` is a number of channels\. .*Received: round_to=0$", round_to=0)
+    with pytest.raises(ValueError, match=r"`round_to` is a number of channels\. .*Received: round_to=0$"):
+        keras_taylor.Selection(round_to=0)
 
 
 def test_data_without_examples():

@@ -112,7 +112,8 @@ def test_as_far_as_the_metric_allows(trained):
 
 def test_a_goal_that_the_metric_does_not_allow_warns(trained):
     x, y = noise()
-    arguments = {"increment": 0.2, "repair": False, "monitor": "val_loss", "baseline": 0.5, "max_drop": 0}
+    limit = keras_taylor.MetricLimit(0, "val_loss", baseline=0.5)
+    arguments = {"increment": 0.2, "repair": False, "max_drop": limit}
     with pytest.warns(UserWarning, match=r"after round \d 'loss' is .*the round is undone"):
         models, info = run([0.2, 0.95], trained, validation_data=(x, y), **arguments)
     assert [stop["goal"] for stop in info.stops] == [{"params": 0.2}] and len(models) == len(info.stops) + (
@@ -193,14 +194,13 @@ def test_a_run_that_its_metric_ended_is_over(trained, tmp_path):
         (r"`goal` says how much to remove.*Received: goal=None", {"goal": None}),
         (r"Expected `validation_data`, in a form.*max_drop=0.1", {"max_drop": 0.1}),
         (r"`max_drop` is a number from 0 on.*-1", {"max_drop": -1, "validation_data": stripes()}),
-        (r"belong to `max_drop`, which is not there.*monitor='loss'", {"monitor": "loss"}),
         (
             r"There is no metric 'f1'.*'accuracy'.*monitor='f1'",
-            {"max_drop": 0, "monitor": "f1", "validation_data": stripes()},
+            {"max_drop": keras_taylor.MetricLimit(0, "f1"), "validation_data": stripes()},
         ),
         (
             r"The model itself does not reach the baseline: its 'accuracy' .*baseline=0.99",
-            {"max_drop": 0, "baseline": 0.99, "validation_data": stripes()},
+            {"max_drop": keras_taylor.MetricLimit(0, baseline=0.99), "validation_data": stripes()},
         ),
     ],
 )
@@ -243,11 +243,10 @@ def test_a_file_that_cannot_be_so_small_is_refused():
 )
 def test_choices_reach_every_round(arguments):
     model = small_model()
-    _, info = run({"params": 0.5}, model, increment=0.25, **arguments)
+    selection = keras_taylor.Selection(**arguments)
+    _, info = run({"params": 0.5}, model, increment=0.25, selection=selection)
     scores = keras_taylor.score(model, criterion="magnitude")
-    plan = keras_taylor.make_plan(
-        model, scores, {"params": 0.5}, selection=keras_taylor.Selection(**arguments)
-    )
+    plan = keras_taylor.make_plan(model, scores, {"params": 0.5}, selection=selection)
     assert {n: len(p.kept) for n, p in info.plan.layers.items()} == {
         n: len(p.kept) for n, p in plan.layers.items()
     }
@@ -257,7 +256,7 @@ def test_what_is_measured_is_measured_after_the_checks(monkeypatch):
     def measure(*args, **kwargs):
         raise AssertionError("measured before the data was looked at")
 
-    monkeypatch.setattr("keras_taylor.loop.compression_run.Measurements", measure)
+    monkeypatch.setattr("keras_taylor.loop.preparation.Measurements", measure)
     refused(ValueError, "Received: max_drop=0.1", goal={"bytes": 5000}, max_drop=0.1)
     refused(ValueError, "Unknown criterion", goal={"bytes": 5000}, criterion="best")
 

@@ -16,7 +16,7 @@ from keras_taylor.budget.layer_times import LayerTimes
 from keras_taylor.budget.measuring import Measurements
 from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.exports import timing
-from keras_taylor.loop.measured_search import check_reachable, fitting_units
+from keras_taylor.loop.measured_search import check_reachable, search_measured
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest
 from keras_taylor.reading.groups import label_model
 
@@ -239,7 +239,12 @@ def test_auto_keeps_to_the_multiple_that_pays(clock, monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_HOME", clock.folder)
     model, x = net(40, 48, 64), np.random.default_rng(0).random((32, 6, 6, 3), "float32")
     model.compile("sgd", "sparse_categorical_crossentropy")
-    arguments = {"round_to": "auto", "epochs": 0, "verbose": 0, "return_info": True}
+    arguments = {
+        "selection": keras_taylor.Selection(round_to="auto"),
+        "epochs": 0,
+        "verbose": 0,
+        "return_info": True,
+    }
     arguments |= {"backup_dir": str(tmp_path / "state")}
     small, info = keras_taylor.compress(model, x, {"latency": 0.3}, **arguments)
     assert info.round_to == 8
@@ -255,7 +260,8 @@ def test_auto_needs_times(goal):
     model = net(24)
     model.compile("sgd", "sparse_categorical_crossentropy")
     with pytest.raises(ValueError) as error:
-        keras_taylor.compress(model, np.zeros((4, 6, 6, 3)), goal, round_to="auto", epochs=0)
+        selection = keras_taylor.Selection(round_to="auto")
+        keras_taylor.compress(model, np.zeros((4, 6, 6, 3)), goal, selection=selection, epochs=0)
     assert str(error.value) == (
         "With `round_to='auto'` the measured times of layers decide which multiple of channels to keep. "
         "Expected a goal for a 'latency', or a whole number. Received: round_to='auto'"
@@ -276,7 +282,7 @@ def test_a_latency_is_met_by_measuring(clock):
         *(measurements, lambda kept: build_smaller(channels, kept)[0]),
     )
     check_reachable(*arguments)
-    kept, found = fitting_units(*arguments)
+    kept, found = search_measured(*arguments)
     assert found == {"latency": 10 * build_smaller(channels, kept)[0].count_params()}
     assert (
         0.93 * 0.6 * measurements.before["latency"]

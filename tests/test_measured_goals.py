@@ -16,7 +16,7 @@ from keras_taylor.budget.measuring import Measurements
 from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.exports.artifacts import ExportError
 from keras_taylor.exports.formats import VARIANTS
-from keras_taylor.loop.measured_search import TRIES, check_reachable, fitting_units
+from keras_taylor.loop.measured_search import MAX_TRIES, check_reachable, search_measured
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest, flatten_scores
 from keras_taylor.reading.groups import label_model
 
@@ -152,7 +152,7 @@ def law_of(channels, kept):
 
 
 def setting(goal, measured=Invented):
-    """A model, and the arguments of `fitting_units` for a goal."""
+    """A model, and the arguments of `search_measured` for a goal."""
     keras.utils.set_random_seed(0)
     x = inputs = keras.Input((8, 8, 3))
     for width in (24, 32, 40):
@@ -182,14 +182,14 @@ def test_what_was_measured_holds_and_hardly_more_goes(goal):
     check_reachable(*arguments)
     channels, removal_order_for = arguments[:2]
     ((what, ceiling),) = arguments[2].ceilings.items()
-    kept, found = fitting_units(*arguments)
+    kept, found = search_measured(*arguments)
     assert found == {what: law_of(channels, kept)}
     removal_order = removal_order_for(CostModel(channels))
     values = [law_of(channels, removal_order.mask_after(num)) for num in range(channels.num_units)]
     best = max(value for value in values if value <= ceiling)
     aimed = max(value for value in values if value <= {"bytes": 1.0, "latency": 0.97}[what] * ceiling)
     assert min(aimed, {"bytes": 0.99, "latency": 0.93}[what] * ceiling) <= found[what] <= best
-    assert len(built) <= 1 + TRIES
+    assert len(built) <= 1 + MAX_TRIES
 
 
 def test_predictions_are_exact_for_the_whole_model():
@@ -201,7 +201,7 @@ def test_predictions_are_exact_for_the_whole_model():
 
 def test_a_counted_part_that_asks_for_more_decides():
     built, arguments = setting({"bytes": 0.1, "params": 0.6})
-    kept, found = fitting_units(*arguments)
+    kept, found = search_measured(*arguments)
     channels, removal_order_for, request = arguments[:3]
     ceilings = request.ceilings
     order = removal_order_for(CostModel(channels))
@@ -212,7 +212,7 @@ def test_a_counted_part_that_asks_for_more_decides():
 
 def test_a_goal_that_is_met_keeps_all():
     _, arguments = setting({"bytes": "1 GiB"})
-    kept, _ = fitting_units(*arguments)
+    kept, _ = search_measured(*arguments)
     assert kept.all()
 
 
@@ -240,7 +240,7 @@ class Fragile(Invented):
 def test_a_smallest_model_that_does_not_run_is_no_failure():
     _, arguments = setting({"bytes": 0.3}, Fragile)
     check_reachable(*arguments)
-    _, found = fitting_units(*arguments)
+    _, found = search_measured(*arguments)
     assert 0.97 * arguments[2].ceilings["bytes"] <= found["bytes"] <= arguments[2].ceilings["bytes"]
 
 
@@ -255,12 +255,12 @@ class Stubborn(Invented):
 def test_what_does_not_come_down_is_refused():
     built, arguments = setting({"latency": "9.9 ms"}, Stubborn)
     check_reachable(*arguments)
-    assert message_of(fitting_units, *arguments) == (
-        f"No widths were found that keep to the goal, in {TRIES} tries, each built and measured. The last "
-        "time 10 ms latency were measured, at most 9.9 ms latency asked. Lower the goal, or leave the "
+    assert message_of(search_measured, *arguments) == (
+        f"No widths were found that keep to the goal, in {MAX_TRIES} tries, each built and measured. The "
+        "last time 10 ms latency were measured, at most 9.9 ms latency asked. Lower the goal, or leave the "
         "machine to this process where times are measured. Received: goal={'latency': '9.9 ms'}"
     )
-    assert len(built) == 1 + TRIES
+    assert len(built) == 1 + MAX_TRIES
 
 
 @pytest.mark.parametrize("goal", [{"bytes": 0.4}, {"bytes:litert-int8": "18 kB"}, {"bytes:keras": 0.5}])
@@ -270,7 +270,7 @@ def test_the_file_that_is_exported_is_under_its_goal(tmp_path, goal):
         pytest.importorskip("tensorflow")
     _, arguments = setting(goal, Measurements)
     check_reachable(*arguments)
-    kept, found = fitting_units(*arguments)
+    kept, found = search_measured(*arguments)
     variant = VARIANTS[measured_cost_of(what).variant]
     calibration = np.random.default_rng(1).random((20, 8, 8, 3)) if variant.quantize == "int8" else None
     small = build_smaller(arguments[0], kept)[0]

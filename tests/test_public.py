@@ -18,6 +18,7 @@ def test_public_names():
         "Plan",
         "PrunableModel",
         "Round",
+        "Scoring",
         "Selection",
         "Sensitivity",
         "TaylorPruning",

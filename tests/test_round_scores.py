@@ -99,7 +99,13 @@ def test_scores_take_an_eighth_of_what_is_trained_on(trained, examples):
 
 @pytest.mark.parametrize(
     "epochs, options, scored",
-    [(1, {}, 512), (5, {}, 1024), (1, {"score_examples": 700}, 700), (0, {}, 1600), (50, {}, 1600)],
+    [
+        (1, {}, 512),
+        (5, {}, 1024),
+        (1, {"criterion": keras_taylor.Scoring(num_examples=700)}, 700),
+        (0, {}, 1600),
+        (50, {}, 1600),
+    ],
 )
 def test_how_many_examples_are_scored(capsys, epochs, options, scored):
     keras_taylor.compress(small_model(), data(1600), 0.1, increment=0.1, epochs=epochs, verbose=2, **options)

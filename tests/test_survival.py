@@ -117,6 +117,8 @@ def _without_times(info):
     content = json.loads(info.to_json())
     for one in content["rounds"]:
         del one["seconds"]
+    # the runs differ in callbacks that fail, which the command shows at its end
+    content["command"] = content["command"].split("callbacks=")[0].rstrip(", )")
     return content
 
 
@@ -385,9 +387,12 @@ def test_an_error_in_a_round_says_what_is_kept(tmp_path):
         ({"criterion": "taylor"}, "criterion: 'magnitude' there, 'taylor' here"),
         ({"include": ["first", "second"]}, r"include: None there, \['first', 'second'\] here"),
         ({"exclude": "first"}, r"exclude: \[\] there, \['first'\] here"),
-        ({"round_to": 2}, "round_to: 1 there, 2 here"),
-        ({"min_channels": 2}, "min_channels: 1 there, 2 here"),
-        ({"score_examples": 32}, "score_examples: 40 there, 32 here"),
+        ({"selection": keras_taylor.Selection(round_to=2)}, "round_to: 1 there, 2 here"),
+        ({"selection": keras_taylor.Selection(min_channels=2)}, "min_channels: 1 there, 2 here"),
+        (
+            {"criterion": keras_taylor.Scoring("magnitude", num_examples=32)},
+            "score_examples: 40 there, 32 here",
+        ),
         ({"epochs": 3, "batch_size": 8}, "epochs: 2 there, 3 here; batch_size: 16 there, 8 here"),
         (
             {"validation_split": 0.1},

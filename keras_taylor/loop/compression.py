@@ -1,128 +1,141 @@
-"""The whole loop (`compress`)."""
+"""The public verb `compress`."""
 
+import dataclasses
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+
+from keras_taylor.budget.goals import GoalLike
+from keras_taylor.budget.schedule import Increment
 from keras_taylor.loop import messages
-from keras_taylor.loop.compression_run import CompressionRun
-from keras_taylor.loop.fine_tuning import check_fit_arguments
+from keras_taylor.loop.compression_run import complete_run
+from keras_taylor.loop.fine_tuning import Distill
+from keras_taylor.loop.metric_limit import MetricLimit, parse_metric_limit
+from keras_taylor.loop.preparation import CompressionSettings, LayerPatterns, PreparedRun, prepare_run
+from keras_taylor.plans.selection import Selection
+from keras_taylor.scores.criteria import Criterion
+from keras_taylor.scores.scoring import Scoring
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.replicas import is_first_process, strategy_scope
+from keras_taylor.support.types import Data
 
 
 def compress(
-    model,
-    ds,
-    goal=0.3,
+    model: keras.Model,
+    ds: Data,
+    goal: GoalLike | Sequence[GoalLike] | None = 0.3,
     *,
-    increment=0.05,
-    criterion=None,
-    score_ds=None,
-    score_examples=None,
-    include=None,
-    exclude=(),
-    exact=True,
-    ratios=None,
-    scope="global",
-    rank=None,
-    balance=0.5,
-    round_to=1,
-    min_channels=1,
-    repair=True,
-    labels=None,
-    distill=False,
-    learning_rate=None,
-    max_drop=None,
-    monitor=None,
-    baseline=None,
-    backup_dir=None,
-    return_info=False,
-    verbose="auto",
-    **fit_kwargs,
-):
-    """Makes a trained model smaller: score every channel, prune the least important, fine-tune; again.
+    increment: Increment = 0.05,
+    criterion: Criterion | Scoring | None = None,
+    include: LayerPatterns | None = None,
+    exclude: LayerPatterns = (),
+    exact: bool = True,
+    selection: Selection | None = None,
+    repair: bool = True,
+    distill: Distill = False,
+    learning_rate: float | None = None,
+    max_drop: float | MetricLimit | None = None,
+    backup_dir: str | os.PathLike[str] | None = None,
+    return_info: bool = False,
+    **fit_kwargs: Any,
+) -> Any:
+    """Makes a trained model smaller, round by round, and fine-tunes it in each round.
+
+    Every round scores the channels, removes the least important ones, refits the layers that read them,
+    and trains the smaller model. Iterative pruning with fine-tuning is from Molchanov et al., Pruning
+    Convolutional Neural Networks for Resource Efficient Inference, 2017 (arXiv 1611.06440); the default
+    scores extend Molchanov et al., Importance Estimation for Neural Network Pruning, 2019 (arXiv
+    1906.10771), see `keras_taylor.scores.criteria`.
 
     Args:
-        model: A built and compiled Sequential or Functional Keras model. It is not changed.
-        ds: Training data, whatever `model.fit` takes: `(x, y)` or `(x, y, sample_weight)`
-            arrays, a tf.data.Dataset, a PyDataset, a DataLoader, or an endless generator
-            with `steps_per_epoch`. With `epochs=0` inputs without labels will do.
-        goal: Fraction of the parameters to remove (0.3 is 30 % of `model.count_params()`,
-            frozen ones and BatchNorm statistics counted); or a dict of one or more costs, which must all
-            hold: "params", "flops" (one example's forward pass, a multiply-add counted as two),
-            "activation_memory" (bytes, see `costs.CostModel`); and what is measured of models that are
-            built on the way: "bytes" of the LiteRT file that `export` writes ("bytes:litert-int8",
-            "bytes:onnx", ...: of another one) and "latency" of one call for one example on this machine
-            ("latency:litert", ...: of an exported file). A float is the fraction to remove, an int what
-            may be left (of latencies in milliseconds); amounts that are measured may have a unit:
-            `{"params": 200_000, "flops": 0.5}`, `{"bytes:litert-int8": "256 KiB", "latency": "2.5 ms"}`.
-            A list of goals, each asking for more than the one before, makes stops on one way down.
-            `None`: as far as `max_drop` allows.
-        increment: Fraction of the original removed a round (of the cost of which most must go), or a
-            function from the round's number to the fraction gone after it.
-        criterion: What makes a channel important, see `keras_taylor.scores.criteria`. `None`: "log_odds" for
-            a classifier with one output, a cross-entropy and labels, where `repair` is on; else "taylor".
-        score_ds: Other data for the scores, in any form that `ds` may have: examples that the model
-            was not trained on, say, where those of `ds` are known by heart and tell little.
-        score_examples: Examples a scoring pass; `None`: an eighth of those that a round trains on (one
-            counted once an epoch), at least 512; of `score_ds`, and with `epochs=0`, all; at most 10,000.
-        include, exclude: Layer names, regular expressions that match whole names, or
-            layers: prune only the channels that these make / none of them.
-        exact: `False`: channels that are normalized together may leave, too, as the residual stream of
-            a transformer or a ConvNeXt (see `analyze`).
-        round_to: Every group of channels keeps a multiple of this many. With a goal for a latency also
-            "auto": 1, 4, 8 or 16, the least multiple that other widths of this network's layers are at most
-            5 % slower than, as measured on this machine; `info.round_to` says which.
-        min_channels: Every group keeps at least so many.
-        repair: Refit the layers that lost inputs by least squares after each cut (see
-            `keras_taylor.repair`): with `epochs=0` to the original, on at most 512 examples; else, before
-            fine-tuning, to the model of the round before, on one in 32 of those that a round trains on,
-            128 to 512, and with less care for what training does as well.
-        labels: What scores take for labels: "data" those of `ds`, "model" ones drawn from the model's
-            own predictions in each round, `None` those of `ds` if it has some.
-        distill: Fine-tune with the given model as the teacher (`keras.distillation.Distiller`): `True`
-            for its outputs, or a `keras.distillation.DistillationLoss` or a list of such (features).
-            Half of the loss is the compiled one on the labels, all of it the teacher's where `ds`
-            has none. Weights of examples and classes are then refused: the distiller ignores them.
-        learning_rate: A float: that of the fine-tuning. `None`: the compiled one where `repair` is off,
-            a tenth of it after a repair, which leaves less to learn and more to lose. A schedule that
-            the optimizer was compiled with is kept; callbacks of yours that set the rate (cycles,
-            rewinding) have the last word. The result is compiled as `model`.
-        max_drop: How much worse a metric on `validation_data` may become: after each round it is compared
-            with that of the given model. A round that goes too far is undone and ends the run.
-        monitor: Its name, "accuracy" or "val_accuracy"; `None`: the first metric that the model is compiled
-            with, else the loss. Accuracies, AUC, precision, recall and F-scores fall, others rise.
-        baseline: What to compare with instead: `max_drop=0, baseline=0.9` is a floor.
-        backup_dir: Directory, made if missing, that keeps the state of the run after each
-            round: the same call after a crash, a kill or Ctrl-C goes on with the round that
-            was not completed, and after the last one returns the finished model at once.
-            Each round then starts with `keras.utils.set_random_seed` of a number drawn at
-            the start of the run from NumPy's global state, so a run that was resumed takes
-            the same random numbers as one that was not: shuffling of arrays, dropout, what
-            callbacks draw from global generators. Not so generators of the caller's own,
-            the order in a data set that shuffles by itself, and the state of callbacks:
-            data and callbacks are not kept. One run at a time may use a directory; of several
-            processes of a run only the first one does. `None`: nothing is kept, nothing is seeded.
-        return_info: Also return an `Info`.
-        verbose: 0 is silent, 1 a live bar (in a notebook the table and plot of the rounds too), 2 lines
-            only, "auto" whichever suits the output.
-        **fit_kwargs: What `model.fit` takes: `epochs` (a round; 0: no fine-tuning),
-            `batch_size`, `validation_data`, `callbacks`, `class_weight`, ... Each round
-            starts with the same learning rate, and with the momentum and moments of the channels
-            that stayed. With a learning rate schedule both start anew: they count the same steps.
+        Start with these.
+
+        model: The trained model, a built and compiled Sequential or Functional `keras.Model`. It does not
+            change.
+        ds: The training data, whatever `model.fit` takes: `(x, y)` or `(x, y, sample_weight)` arrays, a
+            tf.data.Dataset, a PyDataset, a DataLoader, or an endless generator with `steps_per_epoch`. With
+            `distill` or `epochs=0` inputs without labels are enough.
+        goal: How much to remove. A float above 0 and below 1 is the fraction of the
+            parameters: 0.3 removes 30 % of `model.count_params()`, frozen parameters and BatchNorm
+            statistics included. A dict names one or more costs, and all must hold: "params", "flops" (one
+            example's forward pass, a multiply-add counts as two), "activation_memory" (bytes). Some costs
+            are measured, on models that are built on the way: "bytes" of the LiteRT file that `export`
+            writes ("bytes:litert-int8", "bytes:onnx", ...: of another variant), "latency" of one call with
+            one example on this machine ("latency:litert", ...: of an exported file). A float is the
+            fraction to remove, an int the most that may be left (latencies in milliseconds); measured
+            amounts may have a unit: `{"params": 200_000, "flops": 0.5}`, `{"bytes:litert-int8": "256 KiB",
+            "latency": "2.5 ms"}`. A list of goals makes stops on one way down; each must ask for more than
+            the one before. `None`: as far as `max_drop` allows. Default 0.3.
+        increment: The fraction of the original to remove in a round, of the cost that has most to lose, a
+            float above 0 and at most 1; or a function from the round's number (from 1 on) to the fraction
+            that is gone after it. Default 0.05.
+        repair: Whether to refit the layers that lost inputs, by least squares, after each cut (see
+            `keras_taylor.repair`). With `epochs=0` they are fitted to the original, on at most 512
+            examples. Otherwise they are fitted to the model of the round before, on one in 32 of the
+            examples that a round trains on, 128 to 512, and less thoroughly, since training does the rest.
+            Default `True`.
+        max_drop: How much worse a metric on `validation_data` may become, a float of 0 or more, or a
+            `MetricLimit`. After each round the metric is compared with that of the given model. A round
+            that goes too far is undone and ends the run. `None` (the default): no limit.
+        exclude: Layers whose channels stay: layer names, regular expressions that match whole names, or
+            layers. Default `()`.
+        backup_dir: Directory, made if it is missing, that keeps the state of the run after each round. The
+            same call after a crash, a kill or Ctrl-C goes on with the round that was not completed, and
+            after the last round it returns the finished model at once. Each round starts with
+            `keras.utils.set_random_seed` of a number that is drawn at the start of the run from NumPy's
+            global state. So a resumed run draws the same random numbers as one that was never stopped: for
+            shuffling arrays, dropout, callbacks that draw from global generators. That does not hold for
+            your own generators, for data sets that shuffle themselves, and for the state of callbacks: data
+            and callbacks are not kept. Only one run at a time may use a directory; of several processes of
+            a run only the first one uses it. `None` (the default): nothing is kept, nothing is seeded.
+        return_info: Whether to return an `Info` too. Default `False`.
+
+        Rarely needed.
+
+        criterion: What makes a channel important: a name of the table in
+            `keras_taylor.scores.criteria`, a function from a `GroupStatistics` to an array `(num_units,)`,
+            or a `Scoring`, which also says from which examples and labels. `None` (the default): "log_odds"
+            for a classifier with one output, a cross-entropy and labels, if `repair` is on; else "taylor".
+        selection: A `Selection`: how scores lead to a choice, what single layers lose, multiples of
+            channels. `selection=keras_taylor.Selection(round_to=8)` keeps a multiple of 8 channels in every
+            group. `None` (the default): `Selection()`.
+        include: Prune only the channels that these layers make, in the same form as `exclude`. `None` (the
+            default): all.
+        exact: `False`: channels that are normalized together may leave too, such as the residual stream of
+            a transformer or a ConvNeXt, although the others change then (see `analyze`). Default `True`.
+        distill: Fine-tune with the given model as the teacher (`keras.distillation.Distiller`). `True`: the
+            student imitates the outputs (Hinton et al., 2015, arXiv 1503.02531). A
+            `keras.distillation.DistillationLoss` or a list of them: it imitates what these say, features
+            for instance. The compiled loss on the labels makes up half of the loss, or none of it if `ds`
+            has no labels. Weights of examples and classes are refused, since the distiller ignores them.
+            Default `False`.
+        learning_rate: Learning rate of the fine-tuning, a float above 0. `None` (the default): the compiled
+            rate if `repair` is off, a tenth of it otherwise, since a repaired model has less to learn and
+            more to lose. A schedule that the optimizer was compiled with is kept. Your own callbacks that
+            set the rate (cycles, rewinding) have the last word. The result has the compiled rate again.
+        **fit_kwargs: Arguments of `model.fit`: `epochs` (a round, default 1; 0: no fine-tuning),
+            `batch_size`, `validation_data`, `callbacks`, `class_weight`, ... Each round starts with the
+            same learning rate, and with the momentum and moments of the channels that stayed. If the
+            optimizer follows a schedule, it starts again in each round, its momentum too: both count the
+            same steps. `verbose` is 0 (silent), 1 (a live bar; in a notebook also the table and plot of the
+            rounds), 2 (lines only) or "auto" (whichever suits the output, the default).
 
     Returns:
-        A plain, smaller Keras model, fine-tuned, compiled as `model`; with
-        `return_info=True` a tuple of it and an `Info`. For a list of goals a list of models: one for each
-        goal that was reached, and that of the last round if the run ended between two. If the loss,
-        or a weight, becomes NaN or infinite in fine-tuning, that round is undone, a warning says so, and
-        the model is that of the round before (an unpruned copy, if there is none); with
-        `backup_dir` the same call for a model that is compiled with a lower learning
-        rate goes on from there.
+        A plain, smaller `keras.Model`, fine-tuned and compiled as `model` is. With `return_info=True` a
+        tuple of it and an `Info`. For a list of goals a list of models instead: one for each goal that was
+        reached, and that of the last round if the run ended between two goals. If the loss or a weight
+        becomes NaN or infinite in fine-tuning, that round is undone, a warning says so, and the model is
+        that of the round before (an unpruned copy if there is none). With `backup_dir` the same call for a
+        model that is compiled with a lower learning rate goes on from there.
 
     Raises:
-        ValueError: before any work, for a goal that cannot be reached, data that does
-            not fit, a model that is not compiled, a `backup_dir` that cannot be written
-            to or holds the state of another call. The given model is untouched.
-        TypeError: for keyword arguments that neither `compress` nor `fit` has.
-        CompressionInterrupted: on Ctrl-C, with the last complete round's model.
+        ValueError: Before any work, for a goal that cannot be reached, data that does not fit, a model that
+            is not compiled, a `backup_dir` that cannot be written to or holds the state of another call.
+        TypeError: For keyword arguments that neither `compress` nor `fit` has.
+        CompressionInterrupted: On Ctrl-C, with the last complete round's model.
 
     Example:
 
@@ -130,20 +143,53 @@ def compress(
     >>> models = keras_taylor.compress(model, (x, y), goal=[0.2, 0.4, 0.6], epochs=2)
     >>> small = keras_taylor.compress(model, (x, y), None, max_drop=0.01, validation_data=(x_val, y_val))
     """
-    check_fit_arguments(fit_kwargs)
+    messages.refuse_moved_arguments(fit_kwargs, {"criterion": criterion, "max_drop": max_drop})
+    verbose = fit_kwargs.pop("verbose", "auto")
+    settings = CompressionSettings(
+        goal=goal,
+        increment=increment,
+        scoring=criterion if isinstance(criterion, Scoring) else Scoring(criterion),
+        include=include,
+        exclude=exclude,
+        exact=exact,
+        selection=Selection() if selection is None else selection,
+        repair=repair,
+        distill=distill,
+        learning_rate=learning_rate,
+        limit=parse_metric_limit(max_drop),
+        backup_dir=backup_dir,
+        fit_kwargs=fit_kwargs,
+    )
     with strategy_scope(model), Reporter(verbose if is_first_process() else 0) as reporter:
-        run = CompressionRun(
-            model, ds, goal, increment, criterion, score_ds, score_examples, include, exclude, exact,
-            ratios, scope, rank, balance, round_to, min_channels, repair, labels, distill, learning_rate,
-            max_drop, monitor, baseline, backup_dir, fit_kwargs, reporter,
-        )  # fmt: skip
-        run.info.command = messages.as_call(
-            goal=goal, increment=increment, criterion=run.info.criterion, include=include, exclude=exclude,
-            exact=exact, ratios=ratios, scope=scope, rank=rank, balance=balance, round_to=round_to,
-            min_channels=min_channels, repair=repair, distill=distill is not False,
-            learning_rate=learning_rate, max_drop=max_drop, monitor=monitor, baseline=baseline,
-            **fit_kwargs,
-        )  # fmt: skip
-        models = run.until_done()
-    result = models if isinstance(goal, (list, tuple)) else models[-1]
-    return (result, run.info) if return_info else result
+        run = prepare_run(model, ds, settings, reporter)
+        run.info.command = messages.format_call(_arguments_to_repeat(run, max_drop))
+        state = complete_run(run)
+    result = state.models if isinstance(goal, (list, tuple)) else state.models[-1]
+    return (result, state.info) if return_info else result
+
+
+def _arguments_to_repeat(run: PreparedRun, max_drop: float | MetricLimit | None) -> Mapping[str, Any]:
+    """The arguments of a call that repeats a run; those that have their default value are left out.
+
+    The criterion is the one that was chosen. Layers are written as name patterns. `backup_dir` and
+    `verbose` do not change the result.
+    """
+    settings = run.settings
+    scoring = settings.scoring
+    is_plain = scoring.ds is None and scoring.num_examples is None and scoring.labels is None
+    given = {
+        "increment": settings.increment,
+        "include": run.reader.include,
+        "exclude": run.reader.exclude,
+        "exact": settings.exact,
+        "selection": settings.selection,
+        "repair": settings.repair,
+        "distill": settings.distill,
+        "learning_rate": settings.learning_rate,
+        "max_drop": max_drop,
+    }
+    defaults = {name: one.default for name, one in inspect.signature(compress).parameters.items()}
+    defaults.update(exclude=[], selection=Selection())
+    changed = {name: value for name, value in given.items() if value != defaults[name]}
+    criterion = run.criterion if is_plain else dataclasses.replace(scoring, criterion=run.criterion)
+    return {"goal": settings.goal, "criterion": criterion, **changed, **settings.fit_kwargs}

@@ -1,62 +1,134 @@
-"""Fine-tunes a model that was cut, and sees when that goes wrong."""
+"""Trains the pruned model of a round, and notices when training diverges."""
 
 import contextlib
+import dataclasses
+import functools
 import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import keras
 import numpy as np
+from keras import ops
 
+from keras_taylor.cutting.surgery import copy_model
+from keras_taylor.reading.cloning import compile_settings
+from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, losses_by_output
+from keras_taylor.support.datasets import Feed
 from keras_taylor.support.optimizers import has_schedule
+from keras_taylor.support.types import Tensor
 
-# Learning rate after a repair, as a share of the compiled one.
-_REPAIRED = 0.1
+# Learning rate of a repaired model, as a share of the compiled one.
+_RATE_AFTER_REPAIR = 0.1
+TEMPERATURE = 3.0
+# Weight of the compiled loss if there are labels; the teacher's loss has the rest.
+_STUDENT_LOSS_WEIGHT = 0.5
+
+# Whether, and how, a model learns from a teacher: the argument `distill` of `compress`.
+Distill: TypeAlias = (
+    "bool | keras.distillation.DistillationLoss | Sequence[keras.distillation.DistillationLoss]"
+)
 
 
-class Diverged(Exception):
-    """Fine-tuning led to a loss, or to weights, that are not finite.
+class DivergenceError(Exception):
+    """Fine-tuning led to a loss or to weights that are not finite.
 
     Attributes:
-        what: What became what, "the loss became NaN".
-        where: "at fine-tuning step 17" (the first is 1), or "by the end of fine-tuning".
+        what: What happened: "the loss became NaN".
+        where: "at fine-tuning step 17" (the first one is 1), or "by the end of fine-tuning".
     """
 
-    def __init__(self, what, where):
+    def __init__(self, what: str, where: str) -> None:
         super().__init__(f"{what} {where}")
         self.what, self.where = what, where
 
 
-def fine_tune(model, origin, arguments, callbacks, trainer=None):
-    """Trains a model with `fit`, and stops at the first loss that is not finite.
+class FitResult(NamedTuple):
+    """What `fit` recorded: metrics by epoch, as `History.history`, and the loss of every step."""
 
-    Args:
-        model: The model to train, compiled.
-        origin: The model that it was cut from: what is not finite there already is no
-            fault of the training.
-        arguments: What `fit` is called with.
-        callbacks: Callbacks besides those in `arguments`.
-        trainer: The model whose `fit` trains `model`, if that is another one (a distiller).
+    history: dict[str, list[float]]
+    step_losses: list[float]
 
-    Returns:
-        A tuple of metrics by epoch (as `History.history`, floats), and the loss of every step.
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FineTuner:
+    """Trains the models of all rounds in the same way.
+
+    Attributes:
+        original: The model before pruning. It is the teacher if `distill` is set.
+        feed: The training data.
+        fit_kwargs: Arguments of `fit`, those of the data left out.
+        distill: As in `compress`.
+        learning_rate: Learning rate of each round; `None`: that of the optimizer.
 
     Raises:
-        Diverged: if the loss or a weight became NaN or infinite.
+        ValueError: If `fit` cannot train with this data.
     """
-    losses = _StepLosses()
-    callbacks = [*(arguments.get("callbacks") or []), *callbacks, losses]
-    history = (trainer or model).fit(**{**arguments, "callbacks": callbacks, "verbose": 0}).history
-    if losses.bad is not None:
-        raise Diverged(f"the loss became {_named(losses.bad)}", f"at fine-tuning step {len(losses.values)}")
-    for new, old in zip(model.weights, origin.weights, strict=False):
-        bad = _not_finite(new)
-        if bad is not None and _not_finite(old) is None:
-            raise Diverged(f"the weights '{new.path}' became {_named(bad)}", "by the end of fine-tuning")
-    return {key: [float(v) for v in values] for key, values in history.items()}, losses.values
+
+    original: keras.Model
+    feed: Feed
+    fit_kwargs: Mapping[str, Any]
+    distill: Distill = False
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.trains:
+            _check_trainable(self.feed, self.fit_kwargs, bool(self.distill))
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of a round."""
+        return self.fit_kwargs.get("epochs", 1)
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is any fine-tuning."""
+        return self.epochs != 0
+
+    @property
+    def current_rate(self) -> float:
+        """The learning rate that training begins with."""
+        return self.learning_rate or compiled_learning_rate(self.original.optimizer)
+
+    @functools.cached_property
+    def _teacher(self) -> keras.Model:
+        return copy_model(self.original)
+
+    def train(
+        self, model: keras.Model, origin: keras.Model, callbacks: Sequence[keras.callbacks.Callback]
+    ) -> FitResult:
+        """Trains a model.
+
+        Args:
+            model: The model, compiled.
+            origin: The model that it was cut from. Training is not to blame for weights that are not
+                finite there.
+            callbacks: Callbacks besides those of the user.
+
+        Raises:
+            DivergenceError: If the loss or a weight became NaN or infinite. Training stops at the first
+                such loss.
+        """
+        if not self.trains:
+            return FitResult({}, [])
+        losses = _StepLosses()
+        callbacks = [*(self.fit_kwargs.get("callbacks") or []), *callbacks, losses]
+        arguments = {**self.feed.fit_arguments(), **self.fit_kwargs, "callbacks": callbacks, "verbose": 0}
+        with temporary_learning_rate(model, self.learning_rate):
+            trainer = model
+            if self.distill:
+                trainer = make_distiller(model, self._teacher, self.distill, self.feed.has_targets)
+            history = trainer.fit(**arguments).history
+        if losses.first_not_finite is not None:
+            what = f"the loss became {_name_not_finite(losses.first_not_finite)}"
+            raise DivergenceError(what, f"at fine-tuning step {len(losses.values)}")
+        _check_weights_finite(model, origin)
+        return FitResult({key: [float(v) for v in values] for key, values in history.items()}, losses.values)
 
 
-def check_fit_arguments(fit_kwargs):
-    """Refuses arguments of `compress` that neither it nor `fit` has."""
-    known = set(inspect.signature(keras.Model.fit).parameters) - {"self", "x", "y", "verbose"}
+def check_fit_arguments(fit_kwargs: Mapping[str, Any]) -> None:
+    """Refuses arguments that neither `compress` nor `fit` has."""
+    known = set(inspect.signature(keras.Model.fit).parameters) - {"self", "x", "y"}
     unknown = sorted(set(fit_kwargs) - known)
     if unknown:
         raise TypeError(
@@ -66,17 +138,25 @@ def check_fit_arguments(fit_kwargs):
         )
 
 
-def fine_tuning_rate(optimizer, wanted, repaired):
-    """The learning rate of every round: what is wanted; else of a repaired model's a tenth of the compiled.
+def choose_learning_rate(
+    optimizer: keras.optimizers.Optimizer, wanted: float | None, repairs: bool
+) -> float | None:
+    """Returns the learning rate of every round; `None` if the optimizer keeps its own rate or schedule.
 
-    A model that was repaired is nearly trained, and the rate that its training began with leads it away.
+    Without a wish it is a tenth of the compiled rate for a repaired model. Such a model needs little
+    training, and the rate that its training began with would lead it away.
 
-    Returns:
-        A float; `None` where the optimizer keeps its own rate or schedule.
+    Args:
+        optimizer: The optimizer that the original is compiled with.
+        wanted: What the user asks for.
+        repairs: Whether models are repaired before training.
+
+    Raises:
+        ValueError: If `wanted` is not a number above 0, or the optimizer follows a schedule.
     """
     if wanted is not None:
-        number = isinstance(wanted, (int, float, np.floating)) and not isinstance(wanted, bool)
-        if not number or not 0 < wanted < np.inf:
+        is_number = isinstance(wanted, (int, float, np.floating)) and not isinstance(wanted, bool)
+        if not is_number or not 0 < wanted < np.inf:
             raise ValueError(f"Expected a learning rate above 0. Received: learning_rate={wanted!r}")
         if has_schedule(optimizer):
             raise ValueError(
@@ -84,18 +164,23 @@ def fine_tuning_rate(optimizer, wanted, repaired):
                 f"with a number, or leave `learning_rate` out. Received: learning_rate={wanted!r}"
             )
         return float(wanted)
-    if not repaired or has_schedule(optimizer):
+    if not repairs or has_schedule(optimizer):
         return None
-    return _REPAIRED * float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+    return _RATE_AFTER_REPAIR * compiled_learning_rate(optimizer)
+
+
+def compiled_learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
+    """Returns the current learning rate of an optimizer."""
+    return float(ops.convert_to_numpy(optimizer.learning_rate))
 
 
 @contextlib.contextmanager
-def learning_rate_of(model, rate):
-    """A context in which a compiled model trains at another learning rate; `None`: its own."""
+def temporary_learning_rate(model: keras.Model, rate: float | None) -> Iterator[None]:
+    """A context in which a compiled model trains at another learning rate; `None`: at its own."""
     if rate is None:
         yield
         return
-    before = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+    before = compiled_learning_rate(model.optimizer)
     model.optimizer.learning_rate = rate
     try:
         yield
@@ -103,38 +188,137 @@ def learning_rate_of(model, rate):
         model.optimizer.learning_rate = before
 
 
+def make_distiller(
+    student: keras.Model, teacher: keras.Model, distill: Distill = True, has_labels: bool = True
+) -> keras.Model:
+    """Returns a `keras.distillation.Distiller`, compiled as the student is: its `fit` trains the student.
+
+    Args:
+        student: The compiled model to train; its optimizer is used.
+        teacher: The model to imitate. It becomes untrainable.
+        distill: `True`: the student imitates the outputs (Hinton et al., Distilling the Knowledge in a
+            Neural Network, 2015, at temperature 3 for classes; squared differences for numbers). Else a
+            `keras.distillation.DistillationLoss`, or a list of them.
+        has_labels: Whether there are labels: half of the loss is the compiled one then.
+    """
+    settings = compile_settings(student) or {}
+    model = keras.distillation.Distiller(
+        teacher,
+        student,
+        imitation_loss(student) if distill is True else distill,
+        student_loss_weight=_STUDENT_LOSS_WEIGHT if has_labels else 0.0,
+    )
+    metrics = settings["metrics"] if has_labels and isinstance(settings["metrics"], (list, tuple)) else None
+    model.compile(
+        optimizer=student.optimizer,
+        loss=settings["loss"],
+        metrics=metrics,
+        run_eagerly=student.run_eagerly,
+        jit_compile=student.jit_compile,
+    )
+    return model
+
+
+def imitation_loss(
+    model: keras.Model, temperature: float = TEMPERATURE
+) -> keras.distillation.DistillationLoss:
+    """Returns a distillation loss that fits the loss of each output of a compiled model."""
+    outputs = getattr(model, "_outputs_struct", model.outputs[0])
+    flat = keras.tree.flatten(outputs)
+    losses = [_OutputImitation(loss, temperature) for loss in losses_by_output(model, len(flat))]
+    structure = keras.tree.pack_sequence_as(outputs, losses)
+    return keras.distillation.LogitsDistillation(temperature, structure)
+
+
+class _OutputImitation(keras.losses.Loss):
+    """How far one output is from the teacher's; both come divided by the temperature."""
+
+    def __init__(self, loss: Any, temperature: float) -> None:
+        super().__init__(name="imitation")
+        self._kind: str
+        self._from_logits: bool
+        self._kind, self._from_logits = kind_of(loss) if loss is not None else ("", False)
+        self._temperature = temperature
+
+    def call(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Returns a loss of shape `(batch, ...)`."""
+        t = self._temperature
+        if self._kind in CLASS_LOSSES | ONE_HOT_LOSSES and student.shape[-1] > 1:
+            if not self._from_logits:
+                teacher, student = (ops.log(ops.clip(y * t, 1e-7, 1.0)) / t for y in (teacher, student))
+            wanted = ops.log_softmax(teacher)
+            return t**2 * ops.sum(ops.exp(wanted) * (wanted - ops.log_softmax(student)), -1)
+        if self._kind in BINARY_LOSSES | {"crossentropy", "ce"}:
+            return ops.mean(ops.binary_crossentropy(teacher * t, student * t, self._from_logits), -1)
+        return t**2 * ops.mean(ops.square(teacher - student), -1)
+
+
 class _StepLosses(keras.callbacks.Callback):
-    """The loss of every training step, out of the running mean that Keras keeps.
+    """Records the loss of every training step, from the running mean that Keras keeps.
 
     Attributes:
         values: The losses.
-        bad: The first sum of losses that is not finite, with which training stops; or `None`.
+        first_not_finite: The first sum of losses that is not finite. Training stops with it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.values, self.bad = [], None
-
-    def on_epoch_begin(self, epoch, logs=None):
+        self.values: list[float] = []
+        self.first_not_finite: float | None = None
         self._total = self._count = 0.0
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._total = self._count = 0.0
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         tracker = self.model.metrics[0]
-        total, count = (float(keras.ops.convert_to_numpy(v)) for v in (tracker.total, tracker.count))
+        total, count = (float(ops.convert_to_numpy(v)) for v in (tracker.total, tracker.count))
         steps = count - self._count
         self.values.append((total - self._total) / steps if steps else float("nan"))
         self._total, self._count = total, count
-        if self.bad is None and not np.isfinite(total):
-            self.bad = total
+        if self.first_not_finite is None and not np.isfinite(total):
+            self.first_not_finite = total
             self.model.stop_training = True
 
 
-def _not_finite(variable):
-    """A value of a variable that is NaN or infinite, `None` where there is none."""
-    values = keras.ops.convert_to_numpy(variable.value)
-    bad = values[~np.isfinite(values)]
-    return bad[0] if bad.size else None
+def _check_trainable(feed: Feed, fit_kwargs: Mapping[str, Any], distills: bool) -> None:
+    """Refuses data without labels if there is no teacher, and weights if there is one.
+
+    Keras' distiller would ignore weights of examples and classes.
+    """
+    feed.check_devices(split=fit_kwargs.get("validation_split") or 0)
+    if not (feed.has_targets or distills):
+        raise ValueError(
+            "The data set yields no labels to fine-tune with. Expected `(x, y)` pairs, `distill=True` (the "
+            "given model is the teacher), or `epochs=0` (no fine-tuning). "
+            f"Received: ds without labels, epochs={fit_kwargs.get('epochs', 1)}"
+        )
+    for name, given in (
+        ("class_weight", fit_kwargs.get("class_weight")),
+        ("sample_weight", feed.has_weights),
+    ):
+        if given and distills:
+            raise ValueError(
+                f"`distill` and `{name}` do not go together: `keras.distillation.Distiller` ignores weights. "
+                f"Leave one of them out. Received: {name} and distill"
+            )
 
 
-def _named(value):
+def _check_weights_finite(model: keras.Model, origin: keras.Model) -> None:
+    """Refuses weights that are not finite, unless they were not finite before training."""
+    for new, old in zip(model.weights, origin.weights, strict=False):
+        value = _find_not_finite(new)
+        if value is not None and _find_not_finite(old) is None:
+            what = f"the weights '{new.path}' became {_name_not_finite(value)}"
+            raise DivergenceError(what, "by the end of fine-tuning")
+
+
+def _find_not_finite(variable: keras.Variable) -> float | None:
+    """Returns a value of a variable that is NaN or infinite; `None` if all are finite."""
+    values = ops.convert_to_numpy(variable.value)
+    not_finite = values[~np.isfinite(values)]
+    return float(not_finite[0]) if not_finite.size else None
+
+
+def _name_not_finite(value: float) -> str:
     return "NaN" if np.isnan(value) else "infinite"

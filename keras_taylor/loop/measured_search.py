@@ -1,86 +1,116 @@
-"""How many units go until what is measured holds, too."""
+"""How many units leave until what is measured holds, too."""
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import keras
 import numpy as np
 
+from keras_taylor.budget.costs import CostFunction, known_cost
 from keras_taylor.budget.measured_costs import format_amount, measured_cost_of
+from keras_taylor.budget.measuring import Measurements
 from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.exports.artifacts import ExportError
-from keras_taylor.plans.ranking import units_to_keep
+from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest, units_to_keep
+from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.support.types import BoolArray, Costs
 
-TRIES = 8
-_AIM = {"bytes": 1.0, "latency": 0.97}  # part of what may be left that is aimed at: times vary
-_NEAR = {"bytes": 0.99, "latency": 0.93}  # from here on up no larger model is looked for
+MAX_TRIES = 8
+# Part of a ceiling that predictions aim at. Times vary, so they aim lower.
+_AIMED_PART = {"bytes": 1.0, "latency": 0.97}
+# From this part of a ceiling on, no larger model is looked for.
+_SUFFICIENT_PART = {"bytes": 0.99, "latency": 0.93}
+
+# A function from costs to an order of removals.
+OrderFunction: TypeAlias = Callable[[CostFunction], RemovalOrder]
 
 
-def fitting_units(labeled, removal_order_for, request, measurements, build):
-    """The largest mask of kept units that is found whose model, built and measured, keeps to all ceilings.
+def search_measured(
+    labeled: LabeledModel,
+    orders: OrderFunction,
+    request: RemovalRequest,
+    measurements: Measurements,
+    build: Callable[[BoolArray], keras.Model] | None = None,
+) -> tuple[BoolArray, dict[str, int]]:
+    """Returns the largest mask of kept units that was found whose model keeps to all ceilings.
 
-    Widths are chosen by predictions, the model is built and measured, the predictions learn from
-    it, and so on until what was measured holds and little more would.
+    Predictions choose the widths, the model is built and measured, and the predictions learn from the
+    measurement. This repeats until the model keeps to the ceilings and is hardly smaller than it must be.
 
     Args:
-        labeled: `groups.LabeledModel`.
-        removal_order_for: A function of costs (called like a `CostModel`) to a `ranking.RemovalOrder`.
-        request: The `ranking.RemovalRequest`; its ceilings are of counted costs and of measured ones.
-        measurements: `measuring.Measurements`.
-        build: A function of a mask of kept units to the model that keeps them.
+        labeled: The model to cut.
+        orders: A function from costs to an order of removals.
+        request: What has to be reached; its ceilings are of counted and of measured costs.
+        measurements: Measures models, and predicts costs.
+        build: A function from a mask of kept units to the model to measure; `None`: `build_candidate`.
 
     Returns:
-        The mask, a bool array `(num_units,)`, and what was measured of its model: key -> int.
+        The mask, `(num_units,)`, and the measured costs of its model.
 
     Raises:
-        ValueError: if there is none, or none was found; it names `goal`, and what was reached.
+        ValueError: If no such mask was found; the message says what was reached.
     """
+    build = build or (lambda kept: build_candidate(labeled, kept))
     costs, ceilings = measurements.costs(labeled), request.ceilings
-    spare = dict.fromkeys(ceilings, 1.0)
-    tried, best = [], None
-    for _ in range(TRIES):
-        removal_order = removal_order_for(costs)
-        aims = _aims(ceilings, spare, costs(removal_order.smallest_mask()))
-        kept = units_to_keep(labeled, costs, removal_order, dataclasses.replace(request, ceilings=aims))
+    correction = dict.fromkeys(ceilings, 1.0)
+    tried: list[BoolArray] = []
+    found: dict[str, int] = {}
+    best: tuple[BoolArray, dict[str, int]] | None = None
+    for _ in range(MAX_TRIES):
+        order = orders(costs)
+        aims = _aim_below(ceilings, correction, costs(order.smallest_mask()))
+        kept = units_to_keep(labeled, costs, order, dataclasses.replace(request, ceilings=aims))
         if any(np.array_equal(kept, other) for other in tried):
             break  # nothing larger is left to try
         tried.append(kept)
         found = measurements.observe(labeled, kept, build(kept))
-        for key in measurements.keys:  # what came out too large once might come out too large again
-            spare[key] = spare[key] * ceilings[key] / found[key] if found[key] > ceilings[key] else 1.0
+        for key in measurements.keys:  # a model that came out too large once may do so again
+            is_too_large = found[key] > ceilings[key]
+            correction[key] = correction[key] * ceilings[key] / found[key] if is_too_large else 1.0
         if all(found[key] <= ceilings[key] for key in measurements.keys):
             if best is None or kept.sum() > best[0].sum():
                 best = kept, found
-            if any(found[key] >= _part(_NEAR, key) * ceilings[key] for key in measurements.keys):
+            if any(
+                found[key] >= _part_of(_SUFFICIENT_PART, key) * ceilings[key] for key in measurements.keys
+            ):
                 break
     if best is None:
-        raise _not_found(measurements.keys, found, ceilings, request.goal)
+        raise _search_failure(measurements.keys, found, ceilings, request.goal)
     return best
 
 
-def check_reachable(labeled, removal_order_for, request, measurements, build):
+def check_reachable(
+    labeled: LabeledModel,
+    orders: OrderFunction,
+    request: RemovalRequest,
+    measurements: Measurements,
+    build: Callable[[BoolArray], keras.Model] | None = None,
+) -> None:
     """Refuses a goal that no widths keep to: the smallest model is built and measured.
 
     Args:
-        labeled, removal_order_for, request, measurements, build: As in `fitting_units`.
+        labeled, orders, request, measurements, build: As in `search_measured`.
 
     Raises:
-        ValueError: if it is out of reach; it names `goal`, and how much can go.
+        ValueError: If the goal is out of reach; the message says how much can leave.
     """
+    build = build or (lambda kept: build_candidate(labeled, kept))
     costs = measurements.costs(labeled)
-    removal_order = removal_order_for(costs)
-    least = removal_order.smallest_mask()
-    if not least.all():
-        with contextlib.suppress(ExportError):  # a runtime may not take layers that are that narrow
-            measurements.observe(labeled, least, build(least))
-    units_to_keep(labeled, costs, removal_order, request)
+    order = orders(costs)
+    smallest = order.smallest_mask()
+    if not smallest.all():
+        with contextlib.suppress(ExportError):  # a runtime may refuse layers that are so narrow
+            measurements.observe(labeled, smallest, build(smallest))
+    units_to_keep(labeled, costs, order, request)
 
 
-def draft(labeled, kept):
-    """A model that keeps some units, to be measured only.
+def build_candidate(labeled: LabeledModel, kept: BoolArray) -> keras.Model:
+    """Returns a model that keeps some units, to be measured only.
 
-    Its weights are a little off, so that no two are equal: converters write equal ones, as biases
-    that are zero until they are repaired or trained, into a file once.
+    Its weights are a little off, so that no two are equal. Converters write equal weights into a file
+    once, and biases that are zero would be equal until they are repaired or trained.
     """
     small, _ = build_smaller(labeled, kept)
     random = np.random.default_rng(0)
@@ -91,20 +121,25 @@ def draft(labeled, kept):
     return small
 
 
-def _aims(ceilings, spare, least):
-    """What predictions have to keep to: less than what may be left, but no less than can be reached."""
+def _aim_below(
+    ceilings: Mapping[str, float], correction: Mapping[str, float], smallest: Costs
+) -> dict[str, float]:
+    """Returns the ceilings of predictions: lower than what may be left, but not below what is possible."""
+    aims = {cost: ceiling * _part_of(_AIMED_PART, cost) for cost, ceiling in ceilings.items()}
     return {
-        what: min(ceiling, max(ceiling * _part(_AIM, what) * spare[what], least[what]))
-        for what, ceiling in ceilings.items()
+        cost: min(ceiling, max(aims[cost] * correction[cost], known_cost(smallest, cost)))
+        for cost, ceiling in ceilings.items()
     }
 
 
-def _part(parts, what):
-    quantity = measured_cost_of(what)
-    return 1.0 if quantity is None else parts[quantity.kind]
+def _part_of(parts: Mapping[str, float], cost: str) -> float:
+    measured = measured_cost_of(cost)
+    return 1.0 if measured is None else parts[measured.kind]
 
 
-def _not_found(keys, found, ceilings, goal):
+def _search_failure(
+    keys: Sequence[str], found: Mapping[str, int], ceilings: Mapping[str, float], goal: object
+) -> ValueError:
     missed = [
         f"{format_amount(key, found[key])} were measured, "
         f"at most {format_amount(key, round(ceilings[key]))} asked"
@@ -112,7 +147,7 @@ def _not_found(keys, found, ceilings, goal):
         if found[key] > ceilings[key]
     ]
     return ValueError(
-        f"No widths were found that keep to the goal, in {TRIES} tries, each built and measured. The last "
-        f"time {'; '.join(missed)}. Lower the goal, or leave the machine to this process where times are "
-        f"measured. Received: goal={goal!r}"
+        f"No widths were found that keep to the goal, in {MAX_TRIES} tries, each built and measured. The "
+        f"last time {'; '.join(missed)}. Lower the goal, or leave the machine to this process where times "
+        f"are measured. Received: goal={goal!r}"
     )

@@ -1,90 +1,230 @@
-"""What `compress` says of itself."""
+"""What `compress` tells the user, and the call that repeats a run."""
 
+import ast
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
 import numpy as np
 
+from keras_taylor.budget.costs import known_cost
 from keras_taylor.budget.measured_costs import format_amount
+from keras_taylor.loop.fine_tuning import DivergenceError
+from keras_taylor.loop.metric_limit import MetricLimit
+from keras_taylor.plans.selection import Selection
+from keras_taylor.reports.info import Info
+from keras_taylor.reports.run_record import Round
+from keras_taylor.scores.scoring import Scoring
+from keras_taylor.support.types import Costs
 
-_UNITS = {"params": "parameters", "flops": "FLOPs", "activation_memory": "bytes of activations"}
+_UNIT_NAMES = {"params": "parameters", "flops": "FLOPs", "activation_memory": "bytes of activations"}
+_MAX_NAMES = 5  # layers named in a line
+_MAX_ENTRIES = 50  # of lists and dicts written into a call
+_SETTINGS = (Selection, Scoring, MetricLimit)
+_OMITTED = "..."
 
 
-def opening(model, info, num_rounds, scored, draws, repairs, carries, rate, epochs):
-    """Lines before the first round.
+@dataclasses.dataclass(frozen=True)
+class RoundOutline:
+    """What happens in every round.
+
+    Attributes:
+        num_rounds: How many rounds there are.
+        num_scored: Most examples of a scoring pass; `None`: scores need no data.
+        draws_labels: Whether labels are drawn from the model's own predictions.
+        repairs: Whether the layers that lose inputs are refitted.
+        carries_optimizer: Whether the optimizer's state goes on from round to round.
+        learning_rate: That of the fine-tuning; `None`: the compiled one.
+        epochs: Epochs of fine-tuning.
+    """
+
+    num_rounds: int
+    num_scored: int | None
+    draws_labels: bool
+    repairs: bool
+    carries_optimizer: bool
+    learning_rate: float | None
+    epochs: int
+
+
+def describe_run(model: keras.Model, info: Info, outline: RoundOutline) -> Iterator[str]:
+    """Yields the lines before the first round.
 
     Args:
         model: The model to prune.
-        info: The run's `Info`, goal and costs filled in.
-        num_rounds: How many rounds there will be.
-        scored: Examples a scoring pass, at most; `None`: scores need no data.
-        draws: Whether labels are drawn from the model's own predictions.
-        repairs: Whether the layers that lose inputs are refitted.
-        carries: Whether the optimizer's state goes on.
-        rate: The learning rate of the fine-tuning; `None`: the compiled one.
-        epochs: Epochs of fine-tuning a round.
+        info: The run's `Info` with its goal and costs.
+        outline: What happens in every round.
     """
     trainable = sum(int(np.prod(w.shape)) for w in model.trainable_weights)
     detail = f" ({trainable:,} trainable)" if list(info.goal) == ["params"] else ""
-    source = " without data" if scored is None else f" from at most {scored:,} examples"
-    steps = [
-        f"'{info.criterion}' scores{source}" + draws * " with labels drawn from the model's own predictions"
-    ]
-    steps += ["repair"] * bool(repairs)
-    if epochs:
-        how = "" if carries else " with a new optimizer"
-        how += "" if rate is None else f" at a learning rate of {rate:.3g}"
-        steps.append(f"fine-tuning{how}, epochs: {epochs}")
-    parts = [_asked(what, value, info.before[what]) for what, value in info.goal.items()]
-    yield f"{' and '.join(parts)}{detail}; rounds: {num_rounds}; in each: {', then '.join(steps)}"
+    goals = " and ".join(
+        _describe_goal(cost, value, known_cost(info.before, cost)) for cost, value in info.goal.items()
+    )
+    steps = ", then ".join(_describe_steps(info.criterion, outline))
+    yield f"{goals}{detail}; rounds: {outline.num_rounds}; in each: {steps}"
     if info.round_to > 1:
         yield f"every group of channels keeps a multiple of {info.round_to}"
     frozen = [layer.name for layer in model.layers if layer.weights and not layer.trainable]
     if frozen:
-        names = ", ".join(frozen[:5]) + (", ..." if len(frozen) > 5 else "")
-        yield f"frozen, so pruned but not fine-tuned: {len(frozen)} layers ({names})"
+        yield f"frozen, so pruned but not fine-tuned: {len(frozen)} layers ({_join_names(frozen)})"
     if info.inexact:
         num = sum(entry["channels"] for entry in info.inexact.values())
-        names = ", ".join(list(info.inexact)[:5]) + (", ..." if len(info.inexact) > 5 else "")
+        names = _join_names(list(info.inexact))
         yield f"open with exact=False only, as they are normalized together: {num:,} channel units ({names})"
     if info.unknown:
         yield f"without a rule, so what they read stays: {', '.join(info.unknown)}"
 
 
-def _asked(what, value, before):
-    unit = _UNITS.get(what, what)
-    before = f"{format_amount(what, before, named=False)} {unit}"
+def _describe_steps(criterion: str, outline: RoundOutline) -> Iterator[str]:
+    source = (
+        " without data" if outline.num_scored is None else f" from at most {outline.num_scored:,} examples"
+    )
+    drawn = " with labels drawn from the model's own predictions" if outline.draws_labels else ""
+    yield f"'{criterion}' scores{source}{drawn}"
+    if outline.repairs:
+        yield "repair"
+    if outline.epochs:
+        optimizer = "" if outline.carries_optimizer else " with a new optimizer"
+        rate = outline.learning_rate
+        at_rate = "" if rate is None else f" at a learning rate of {rate:.3g}"
+        yield f"fine-tuning{optimizer}{at_rate}, epochs: {outline.epochs}"
+
+
+def _describe_goal(cost: str, value: float | int, before: int) -> str:
+    total = f"{format_amount(cost, before, named=False)} {_UNIT_NAMES.get(cost, cost)}"
     if isinstance(value, float):
-        return f"remove {100 * value:.4g} % of {before}"
-    return f"leave at most {format_amount(what, value, named=False)} of {before}"
+        return f"remove {100 * value:.4g} % of {total}"
+    return f"leave at most {format_amount(cost, value, named=False)} of {total}"
 
 
-def described(done, before):
-    """One line about a round that is done: a `Round`, and the costs before the run."""
-    parts = [f"{done.params:,} parameters left ({1 - done.params / before['params']:.1%} gone)"]
+def _join_names(names: list[str]) -> str:
+    return ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
+
+
+def describe_round(done: Round, before: Costs) -> str:
+    """Returns a line about a completed round; `before` are the costs before the run."""
+    parts = [f"{done.params:,} parameters left ({_share_gone(done.costs, before, 'params')} gone)"]
     if done.flops is not None:
-        parts.append(f"{1 - done.flops / before['flops']:.1%} of FLOPs gone")
+        parts.append(f"{_share_gone(done.costs, before, 'flops')} of FLOPs gone")
     parts += [f"{name} {values[-1]:.4g}" for name, values in done.history.items() if values]
     return ", ".join(parts) + f", {sum(done.seconds.values()):.1f} s"
 
 
-def what_is_kept(num_done, num_rounds, backed_up):
-    """What a run that failed leaves behind."""
+def _share_gone(costs: Costs, before: Costs, cost: str) -> str:
+    return f"{1 - known_cost(costs, cost) / known_cost(before, cost):.1%}"
+
+
+def describe_kept_rounds(num_done: int, num_rounds: int, backed_up: bool) -> str:
+    """Returns what a run that failed leaves behind."""
     done = f"`compress` had completed {num_done} of {num_rounds} rounds"
     if not backed_up:
         return f"{done}. With `backup_dir` they would be kept, and the same call would go on from there."
     return f"{done}; the same call, with the same `backup_dir`, goes on from there."
 
 
-def undone(error, num_done, rate):
-    """Why a run stopped with a `Diverged`, what to change, and what the result is."""
+def explain_divergence(error: DivergenceError, num_done: int, learning_rate: float) -> str:
+    """Returns why fine-tuning ended the run, what to change, and which model the result is."""
     result = f"that of round {num_done}" if num_done else "an unpruned copy of the model"
     return (
-        f"{error.what} in round {num_done + 1} {error.where}: lower the learning rate ({rate:.4g} now); "
-        f"the result is {result}"
+        f"{error.what} in round {num_done + 1} {error.where}: lower the learning rate ({learning_rate:.4g} "
+        f"now); the result is {result}"
     )
 
 
-def as_call(**arguments):
-    """A call of `compress` as text, with those arguments that are short."""
-    short = {
-        k: v for k, v in arguments.items() if isinstance(v, (str, int, float, dict)) and len(repr(v)) < 80
-    }
-    return ", ".join(["keras_taylor.compress(model, ds", *(f"{k}={v!r}" for k, v in short.items())]) + ")"
+def format_call(arguments: Mapping[str, Any]) -> str:
+    """Returns a call of `compress` as Python code that repeats a run.
+
+    Layers are written as their names, functions as theirs. A value that has no such text, such as data or
+    a callback, is written as `...`, and a comment at the end says in which arguments that happened.
+
+    Args:
+        arguments: The arguments beside the model and the data.
+    """
+    texts = {name: format_value(value) for name, value in arguments.items()}
+    call = ", ".join(["model", "ds", *(f"{name}={text}" for name, text in texts.items())])
+    omitted = [name for name, text in texts.items() if _has_ellipsis(text)]
+    comment = f"  # {_OMITTED} in {', '.join(omitted)}: not shown" if omitted else ""
+    return f"keras_taylor.compress({call}){comment}"
+
+
+def format_value(value: Any) -> str:
+    """Returns a value as Python code, `...` in place of what cannot be written; see `format_call`."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return f'float("{value}")'
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
+    if isinstance(value, keras.Layer):
+        return repr(value.name)
+    if isinstance(value, _SETTINGS):
+        fields = {field.name: format_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        defaults = {field.name: format_value(field.default) for field in dataclasses.fields(value)}
+        inside = ", ".join(f"{name}={text}" for name, text in fields.items() if text != defaults[name])
+        return f"keras_taylor.{type(value).__name__}({inside})"
+    if isinstance(value, (list, tuple, dict)) and len(value) <= _MAX_ENTRIES:
+        return _format_collection(value)
+    name = getattr(value, "__name__", "") if callable(value) else ""
+    return name if name.isidentifier() else _OMITTED
+
+
+def _has_ellipsis(text: str) -> bool:
+    tree = ast.parse(text, mode="eval")
+    return any(isinstance(node, ast.Constant) and node.value is Ellipsis for node in ast.walk(tree))
+
+
+def _format_collection(value: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{format_value(k)}: {format_value(v)}' for k, v in value.items())}}}"
+    inside = ", ".join(format_value(one) for one in value)
+    if isinstance(value, list):
+        return f"[{inside}]"
+    return f"({inside},)" if len(value) == 1 else f"({inside})"
+
+
+# Arguments that `compress` had once -> the argument and the value that hold them now.
+_MOVED: dict[str, tuple[str, type, str]] = {
+    **{field.name: ("selection", Selection, field.name) for field in dataclasses.fields(Selection)},
+    "score_ds": ("criterion", Scoring, "ds"),
+    "score_examples": ("criterion", Scoring, "num_examples"),
+    "labels": ("criterion", Scoring, "labels"),
+    "monitor": ("max_drop", MetricLimit, "monitor"),
+    "baseline": ("max_drop", MetricLimit, "baseline"),
+}
+
+
+def refuse_moved_arguments(others: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses arguments that are part of `Selection`, `Scoring` or `MetricLimit`, and shows how to pass them.
+
+    Args:
+        others: The keyword arguments that the signature of `compress` does not name.
+        given: The values passed as "criterion" and "max_drop".
+
+    Raises:
+        TypeError: If there are such arguments.
+    """
+    moved = [name for name in others if name in _MOVED]
+    if not moved:
+        return
+    spelled = []
+    for argument in dict.fromkeys(_MOVED[name][0] for name in moved):
+        names = [name for name in moved if _MOVED[name][0] == argument]
+        kind = _MOVED[names[0]][1]
+        inside = {_MOVED[name][2]: others[name] for name in names}
+        first = given.get(argument)
+        if first is not None or kind is MetricLimit:
+            inside = {dataclasses.fields(kind)[0].name: first, **inside}
+        values = ", ".join(f"{name}={format_value(value)}" for name, value in inside.items())
+        spelled.append(f"{argument}=keras_taylor.{kind.__name__}({values})")
+    raise TypeError(
+        f"{_join_quoted(moved)} {'is' if len(moved) == 1 else 'are'} part of another argument now. Write "
+        f"keras_taylor.compress(..., {', '.join(spelled)})"
+    )
+
+
+def _join_quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

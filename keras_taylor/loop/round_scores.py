@@ -19,7 +19,7 @@ from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.log_odds import has_odds
 from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring import (
-    check_labels,
+    Scoring,
     compute_scores,
     is_single_pass,
     make_gated_model,
@@ -30,7 +30,7 @@ from keras_taylor.scores.scoring_passes import gate_statistics
 from keras_taylor.support.datasets import BATCH_SIZE, Feed
 from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.replicas import from_first_process
-from keras_taylor.support.types import Array, BoolArray, Data, FloatArray, Masks, Tensor
+from keras_taylor.support.types import Array, BoolArray, FloatArray, Masks, Tensor
 
 # Examples of a scoring pass, if the user does not say: a share of what a round trains on, within bounds.
 _SCORED_SHARE, _MIN_SCORED, _MAX_SCORED = 1 / 8, 512, 10_000
@@ -67,13 +67,7 @@ class ScoreData:
 
 
 def prepare_score_data(
-    model: keras.Model,
-    training: Feed,
-    fit_kwargs: Mapping[str, Any],
-    *,
-    score_ds: Data = None,
-    num_examples: int | None = None,
-    labels: str | None = None,
+    model: keras.Model, training: Feed, fit_kwargs: Mapping[str, Any], scoring: Scoring
 ) -> ScoreData:
     """Checks the data of the scores, and chooses how many examples a pass takes.
 
@@ -81,24 +75,22 @@ def prepare_score_data(
         model: The original model.
         training: The data of the training.
         fit_kwargs: Arguments of `fit`: "epochs" and "validation_split" count here.
-        score_ds: Other data for the scores; `None`: those of the training.
-        num_examples: Examples of a pass; `None`: an eighth of those that a round trains on, at least 512
-            and at most 10,000. Of `score_ds`, and without training, all, at most 10,000.
-        labels: As in `compress`.
+        scoring: As in `compress`.
 
     Raises:
         ValueError: If the data does not fit the model.
     """
+    labels, num_examples = scoring.labels, scoring.num_examples
     feed, num_trained, split = training, count_trained(training, fit_kwargs), _validation_split(fit_kwargs)
-    if score_ds is not None:
-        feed = Feed(score_ds, model, training.batch_size, targets=check_labels(labels) == "data")
+    if scoring.ds is not None:
+        feed = Feed(scoring.ds, model, training.batch_size, targets=labels == "data")
         num_trained, split = None, 0.0
-    if not num_examples:
+    if num_examples is None:
         available = min(_MAX_SCORED, int((feed.num_examples or _MAX_SCORED) * (1 - split)))
         wanted = share_of_trained(num_trained, _SCORED_SHARE, _MIN_SCORED, available)
         size = feed.batch_size or BATCH_SIZE  # whole batches: a smaller last one would be compiled apart
         num_examples = min(-(-wanted // size) * size, available)
-    return ScoreData(feed, num_examples, score_ds is not None, uses_model_labels(feed, labels))
+    return ScoreData(feed, num_examples, scoring.ds is not None, uses_model_labels(feed, labels))
 
 
 class RoundScorer:

@@ -1,0 +1,300 @@
+"""From the arguments of `compress` to everything that its rounds need: all is checked, nothing is trained."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import keras
+
+from keras_taylor.budget.goals import GoalLike
+from keras_taylor.budget.measured_costs import proxy_cost
+from keras_taylor.budget.measuring import Measurements
+from keras_taylor.budget.schedule import Increment
+from keras_taylor.loop.backups import Backups, describe_call, draw_seed
+from keras_taylor.loop.fine_tuning import Distill, FineTuner, check_fit_arguments, choose_learning_rate
+from keras_taylor.loop.metric_limit import MetricLimit, Validation
+from keras_taylor.loop.round_scores import (
+    RoundScorer,
+    ScoreData,
+    count_trained,
+    default_criterion,
+    prepare_score_data,
+    share_of_trained,
+)
+from keras_taylor.loop.route import Route, check_goals, plan_route, resume_route
+from keras_taylor.plans.plan import Plan
+from keras_taylor.plans.selection import Selection
+from keras_taylor.reading import graph as graphs
+from keras_taylor.reading.groups import LabeledModel, as_name_patterns, label_model
+from keras_taylor.reading.tracing import trainable_view
+from keras_taylor.reading.walk import sample_inputs
+from keras_taylor.reports.info import Info
+from keras_taylor.scores.criteria import Criterion
+from keras_taylor.scores.scoring import Scoring, check_compiled, needs_data, uses_model_labels
+from keras_taylor.support.console import Reporter
+from keras_taylor.support.datasets import Feed
+from keras_taylor.support.optimizers import has_schedule
+from keras_taylor.support.types import Data, Tree
+
+# Layer names, regular expressions that match whole names, or layers.
+LayerPatterns: TypeAlias = str | keras.Layer | Sequence[str | keras.Layer]
+
+# Examples of a repair before fine-tuning: share of what a round trains on, least, most.
+_REPAIR_EXAMPLES = 1 / 32, 128, 512
+_DATA_ARGUMENTS = ("batch_size", "steps_per_epoch", "sample_weight")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CompressionSettings:
+    """The arguments of a call of `compress`, beside the model and the data.
+
+    Attributes:
+        goal, increment, include, exclude, exact, repair, distill, learning_rate, backup_dir: As in
+            `compress`.
+        scoring: How channels are scored.
+        selection: How the channels that leave are selected.
+        limit: How much worse a metric may become; `None`: any amount.
+        fit_kwargs: Arguments of `fit`.
+
+    Raises:
+        TypeError: For arguments that `fit` does not have, values of another type.
+    """
+
+    goal: GoalLike | Sequence[GoalLike] | None
+    increment: Increment = 0.05
+    scoring: Scoring = dataclasses.field(default_factory=Scoring)
+    include: LayerPatterns | None = None
+    exclude: LayerPatterns = ()
+    exact: bool = True
+    selection: Selection = dataclasses.field(default_factory=Selection)
+    repair: bool = True
+    distill: Distill = False
+    learning_rate: float | None = None
+    limit: MetricLimit | None = None
+    backup_dir: str | os.PathLike[str] | None = None
+    fit_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fit_arguments(self.fit_kwargs)
+        if not isinstance(self.selection, Selection):
+            raise TypeError(
+                "`selection` says how channels are selected. Expected a `keras_taylor.Selection`. "
+                f"Received: selection={self.selection!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReader:
+    """Reads the model of each round in the same way; arguments as of `label_model`."""
+
+    include: Sequence[str | keras.Layer] | None
+    exclude: Sequence[str | keras.Layer]
+    exact: bool
+    grouped: Collection[str] = ()
+
+    def read(self, model: keras.Model) -> LabeledModel:
+        """Returns the labels of a model."""
+        return label_model(model, self.include, self.exclude, self.exact, self.grouped)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedRun:
+    """All that the rounds of a run need.
+
+    Attributes:
+        original: The model before pruning.
+        settings: The arguments of the call.
+        reader: Reads the model of each round.
+        route: What each round leaves.
+        criterion: What makes a channel important.
+        score_data: The data of the scores.
+        scores_need_data: Whether the criterion needs any.
+        scorer: Scores the model of each round.
+        tuner: Trains the model of each round.
+        validation: Evaluates the model of each round.
+        info: The `Info` of the run, as it begins or goes on.
+        plans: The plans of the rounds that are done already, by an earlier call.
+        backups: Keeps the state after each round; `None`: nothing is kept.
+        seed: The random seeds of all rounds come from it; `None`: nothing is seeded.
+        reporter: Tells the user.
+    """
+
+    original: keras.Model
+    settings: CompressionSettings
+    reader: ModelReader
+    route: Route
+    criterion: Criterion
+    score_data: ScoreData
+    scores_need_data: bool
+    scorer: RoundScorer
+    tuner: FineTuner
+    validation: Validation
+    info: Info
+    plans: Sequence[Plan]
+    backups: Backups | None
+    seed: int | None
+    reporter: Reporter
+
+    @property
+    def carries_optimizer(self) -> bool:
+        """Whether the optimizer's state goes on from round to round."""
+        return not has_schedule(self.original.optimizer)
+
+    @functools.cached_property
+    def repair_inputs(self) -> Tree:
+        """The inputs of all repairs, read from the data once."""
+        num_trained = count_trained(self.tuner.feed, self.tuner.fit_kwargs)
+        num_examples = share_of_trained(num_trained, *_REPAIR_EXAMPLES)
+        return sample_inputs(self.tuner.feed, graphs.read_model(self.original), num_examples)
+
+    def seed_round(self, number: int) -> None:
+        """Sets the random seed of a round to a function of its number, so that it can be repeated."""
+        if self.seed is not None:
+            keras.utils.set_random_seed(self.seed + number)
+
+
+def prepare_run(
+    model: keras.Model, ds: Data, settings: CompressionSettings, reporter: Reporter
+) -> PreparedRun:
+    """Checks a call of `compress` against its model and data, and prepares its rounds.
+
+    Costs are measured last, since that takes a while.
+
+    Args:
+        model: The model to prune.
+        ds: The training data.
+        settings: The other arguments.
+        reporter: Tells the user.
+
+    Raises:
+        ValueError: If anything in the call is wrong.
+    """
+    model = trainable_view(model)
+    check_compiled(model, "`compress`")
+    include, exclude = as_name_patterns(model, settings.include), as_name_patterns(model, settings.exclude)
+    labeled = label_model(model, include, exclude, settings.exact)
+    reader = ModelReader(include, exclude, settings.exact, labeled.grouped_convolutions)
+    limit = settings.limit
+    goals = check_goals(
+        labeled, settings.goal, settings.increment, settings.selection, has_limit=limit is not None
+    )
+    route = None if goals.measured else plan_route(goals)
+    feed, fit_kwargs = _split_fit_arguments(model, ds, settings)
+    criterion = settings.scoring.criterion or default_criterion(
+        labeled, settings.repair, uses_model_labels(feed, settings.scoring.labels)
+    )
+    tuner = _prepare_tuner(model, feed, fit_kwargs, settings)
+    validation = Validation(fit_kwargs, feed.batch_size, limit)
+    score_data = prepare_score_data(model, feed, fit_kwargs, settings.scoring)
+    scored = score_data if needs_data(criterion, score_data.feed) else None
+    cost = proxy_cost(next(iter(goals.last.targets)))
+    scorer = RoundScorer(model, reader.read, scored, criterion, cost, fit_kwargs.get("class_weight"))
+    if route is None:
+        route = plan_route(goals, Measurements(labeled, goals.measured, say=reporter.say))
+    route = route.for_criterion(criterion)
+    run = PreparedRun(
+        original=model,
+        settings=settings,
+        reader=reader,
+        route=route,
+        criterion=criterion,
+        score_data=score_data,
+        scores_need_data=scored is not None,
+        scorer=scorer,
+        tuner=tuner,
+        validation=validation,
+        info=Info.before_a_run(
+            labeled,
+            route.before,
+            settings.exact,
+            goal=dict(goals.last.targets),
+            criterion=criterion,
+            round_to=route.goals.limits.round_to,
+        ),
+        plans=(),
+        backups=None,
+        seed=None,
+        reporter=reporter,
+    )
+    return run if settings.backup_dir is None else _with_backups(run, settings.backup_dir)
+
+
+def _split_fit_arguments(
+    model: keras.Model, ds: Data, settings: CompressionSettings
+) -> tuple[Feed, dict[str, Any]]:
+    """The training data, and the arguments of `fit` that are not about the data."""
+    fit_kwargs = dict(settings.fit_kwargs)
+    batch_size, steps_per_epoch, weights = (fit_kwargs.pop(name, None) for name in _DATA_ARGUMENTS)
+    needs_targets = settings.scoring.labels == "data"
+    return Feed(ds, model, batch_size, steps_per_epoch, weights, targets=needs_targets), fit_kwargs
+
+
+def _prepare_tuner(
+    model: keras.Model, feed: Feed, fit_kwargs: Mapping[str, Any], settings: CompressionSettings
+) -> FineTuner:
+    rate = None
+    if fit_kwargs.get("epochs", 1) != 0:
+        rate = choose_learning_rate(model.optimizer, settings.learning_rate, settings.repair)
+    return FineTuner(model, feed, fit_kwargs, settings.distill, rate)
+
+
+def _with_backups(run: PreparedRun, directory: str | os.PathLike[str]) -> PreparedRun:
+    """The run with its backups, as an earlier call left it if there was one.
+
+    Raises:
+        ValueError: If the directory cannot be written to, or holds the state of another call.
+    """
+    route = run.route
+    stops = [number for number, target in enumerate(route.rounds, 1) if target.goal_index is not None]
+    backups = Backups(directory, _describe_run_settings(run), keep=stops)
+    state = backups.state
+    if state is None:
+        return dataclasses.replace(run, backups=backups, seed=draw_seed())
+    if route.measurements is not None:
+        route = resume_route(route, state.info.before, state.info.round_to)
+    return dataclasses.replace(
+        run, route=route, info=state.info, plans=tuple(state.plans), backups=backups, seed=state.seed
+    )
+
+
+def _describe_run_settings(run: PreparedRun) -> dict[str, Any]:
+    """What two calls must have in common so that one can go on where the other ended."""
+    settings, route, data, tuner = run.settings, run.route, run.score_data, run.tuner
+    goals = [dict(goal.targets) for goal in route.goals.stops]
+    is_measured = route.measurements is not None
+    furthest = max(route.goals.last.fractions_to_remove(route.before).values())
+    schedule = [round(target.progress * furthest, 9) for target in route.rounds]
+    selection = {
+        field.name: getattr(route.goals.selection, field.name)
+        for field in dataclasses.fields(Selection)
+        if field.name != "ratios"
+    }
+    limit = {
+        field.name: settings.limit and getattr(settings.limit, field.name)
+        for field in dataclasses.fields(MetricLimit)
+    }
+    return describe_call(
+        run.original,
+        goal=goals if goals[1:] else goals[0],
+        schedule=None if is_measured else schedule,
+        increment=settings.increment if is_measured else None,
+        criterion=run.info.criterion,
+        include=run.reader.include,
+        exclude=run.reader.exclude,
+        exact=settings.exact,
+        **selection,
+        ratios=dict(route.goals.limits.ratios),
+        **limit,
+        repair=settings.repair,
+        distill=settings.distill is not False,
+        labels="model" if run.scores_need_data and data.uses_model_labels else "data",
+        score_examples=data.num_examples,
+        scores_apart=data.is_separate,
+        epochs=tuner.epochs,
+        batch_size=tuner.feed.batch_size,
+        steps_per_epoch=tuner.feed.steps_per_epoch,
+        validation_split=tuner.fit_kwargs.get("validation_split"),
+        examples=tuner.feed.num_examples,
+    )

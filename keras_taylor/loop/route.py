@@ -1,0 +1,204 @@
+"""The way to the goals: what each round leaves, and which units stay."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from keras_taylor.budget.costs import CostFunction, CostModel
+from keras_taylor.budget.goals import Goal, GoalLike, parse_goals
+from keras_taylor.budget.measuring import Measurements
+from keras_taylor.budget.schedule import Increment, RoundTarget, schedule_rounds
+from keras_taylor.loop.measured_search import check_reachable, search_measured
+from keras_taylor.plans.limits import Limits, check_round_to
+from keras_taylor.plans.ranking import (
+    RemovalOrder,
+    RemovalRequest,
+    choose_kept,
+    order_removals,
+)
+from keras_taylor.plans.selection import AUTO, Selection
+from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.scores.criteria import Criterion
+from keras_taylor.support.types import BoolArray, Costs, FloatArray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CheckedGoals:
+    """The goals of a run, and what every group must lose or keep, checked for one model.
+
+    Attributes:
+        labeled: The original model.
+        stops: The goals, each asking for more than the one before.
+        given_goal: The goal as the user wrote it.
+        increment: As in `compress`.
+        selection: As in `compress`.
+        limits: The part of the selection that holds for every group. While a `round_to` of "auto" is not
+            measured, it counts as 1.
+    """
+
+    labeled: LabeledModel
+    stops: Sequence[Goal]
+    given_goal: object
+    increment: Increment
+    selection: Selection
+    limits: Limits
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The costs of the goals that are measured."""
+        return self.last.measured
+
+    @property
+    def last(self) -> Goal:
+        """The goal where the run ends."""
+        return self.stops[-1]
+
+    def smallest_mask(self, costs: CostFunction) -> BoolArray:
+        """Returns the units that stay if all units leave that may."""
+        return self.removals(costs).smallest_mask()
+
+    def removals(self, costs: CostFunction) -> RemovalOrder:
+        """Returns an order of all removals that the limits allow, for the number of units in it only."""
+        return RemovalOrder(self.labeled, costs, np.zeros(self.labeled.num_units), self.limits)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Route:
+    """The rounds that lead to the goals.
+
+    Attributes:
+        goals: What is asked for. The selection has a `rank` once the criterion is known.
+        before: Costs of the original, counted and measured.
+        smallest: Costs with all units gone that may leave, predicted if they are measured.
+        rounds: What each round has to reach; empty if the original meets the goals.
+        measurements: Measures and predicts costs; `None`: all costs of the goals are counted.
+    """
+
+    goals: CheckedGoals
+    before: Costs
+    smallest: Costs
+    rounds: Sequence[RoundTarget]
+    measurements: Measurements | None = None
+
+    @property
+    def num_rounds(self) -> int:
+        """How many rounds lead to the last goal."""
+        return len(self.rounds)
+
+    def for_criterion(self, criterion: Criterion) -> "Route":
+        """Returns the same route with the `rank` that suits scores by a criterion."""
+        selection = self.goals.selection.for_criterion(criterion)
+        return dataclasses.replace(self, goals=dataclasses.replace(self.goals, selection=selection))
+
+    def costs(self, labeled: LabeledModel) -> CostFunction:
+        """Returns the costs of a model at any widths, counted and predicted."""
+        return self.measurements.costs(labeled) if self.measurements else CostModel(labeled)
+
+    def request(self, target: RoundTarget) -> RemovalRequest:
+        """Returns what the removal of a round has to reach."""
+        return RemovalRequest(
+            target.ceilings,
+            self.goals.given_goal,
+            self.goals.limits,
+            self.goals.selection,
+            original_widths={group.name: group.num_units for group in self.goals.labeled.groups},
+            progress=target.progress,
+        )
+
+    def choose_units(self, labeled: LabeledModel, unit_scores: FloatArray, target: RoundTarget) -> BoolArray:
+        """Returns the mask of units `(num_units,)` that stay after a round.
+
+        A round that reaches a goal also keeps to the measured costs: its model is built and measured.
+
+        Args:
+            labeled: The model before the round.
+            unit_scores: Float64 `(num_units,)`, infinite for units that never leave.
+            target: What the round has to reach.
+
+        Raises:
+            ValueError: If the goal is out of reach.
+        """
+        request = self.request(target)
+        if self.measurements is None or target.goal_index is None:
+            return choose_kept(labeled, self.costs(labeled), unit_scores, request)
+        return search_measured(
+            labeled,
+            lambda costs: order_removals(labeled, costs, unit_scores, request),
+            request,
+            self.measurements,
+        )[0]
+
+
+def check_goals(
+    labeled: LabeledModel,
+    goal: GoalLike | Sequence[GoalLike] | None,
+    increment: Increment,
+    selection: Selection,
+    has_limit: bool,
+) -> CheckedGoals:
+    """Returns the goals of a run, checked.
+
+    Args:
+        labeled: The original model.
+        goal, increment, selection: As in `compress`.
+        has_limit: Whether a metric can end the run. Without it there must be a goal.
+
+    Raises:
+        ValueError: For goals or ratios that cannot hold, and goals whose cost is unknown.
+    """
+    counted = dataclasses.replace(selection, round_to=1) if selection.round_to == AUTO else selection
+    limits = Limits.from_selection(counted, labeled)
+    costs = CostModel(labeled)
+    smallest = RemovalOrder(labeled, costs, np.zeros(labeled.num_units), limits).smallest_mask()
+    goals = parse_goals(goal, measurable=True, smallest=costs(smallest) if has_limit else None)
+    for one in goals:
+        one.check_countable(costs())
+    check_round_to(selection.round_to, goals[-1].measured)
+    return CheckedGoals(labeled, goals, goal, increment, selection, limits)
+
+
+def plan_route(goals: CheckedGoals, measurements: Measurements | None = None) -> Route:
+    """Returns the route to the goals.
+
+    Args:
+        goals: What is asked for.
+        measurements: What was measured of the original; `None`: all costs of the goals are counted.
+
+    Raises:
+        ValueError: If a goal is out of reach; for an increment that is not one.
+    """
+    labeled, limits = goals.labeled, goals.limits
+    before: Costs = CostModel(labeled)()
+    if measurements is not None:
+        before = {**before, **measurements.before}
+        if goals.selection.round_to == AUTO:
+            limits = dataclasses.replace(limits, round_to=measurements.best_multiple())
+    goals = dataclasses.replace(goals, limits=limits)
+    if measurements is not None:
+        request = RemovalRequest(goals.last.ceilings(before), goals.given_goal, limits)
+        check_reachable(labeled, goals.removals, request, measurements)
+    route = _follow(goals, before, measurements)
+    last = RoundTarget(goals.last.ceilings(before), goal_index=len(goals.stops) - 1)
+    choose_kept(labeled, route.costs(labeled), np.zeros(labeled.num_units), route.request(last))
+    return route
+
+
+def resume_route(route: Route, before: Costs, round_to: int) -> Route:
+    """Returns the route of a run that goes on, with the costs and the rounding that it was begun with.
+
+    Times are never the same again, so that a new measurement would lead to other rounds.
+    """
+    limits = dataclasses.replace(route.goals.limits, round_to=round_to)
+    return _follow(dataclasses.replace(route.goals, limits=limits), before, route.measurements)
+
+
+def _follow(goals: CheckedGoals, before: Costs, measurements: Measurements | None) -> Route:
+    """The route from given costs of the original."""
+    labeled = goals.labeled
+    rounds = schedule_rounds(goals.stops, before, goals.increment)
+    if not rounds and goals.limits.bounds(labeled).least.any():  # ratios ask for more than the goals
+        rounds = [RoundTarget(goals.last.ceilings(before), goal_index=len(goals.stops) - 1)]
+    costs = measurements.costs(labeled) if measurements else CostModel(labeled)
+    smallest = costs(goals.smallest_mask(CostModel(labeled)))
+    return Route(goals, before, smallest, rounds, measurements)
