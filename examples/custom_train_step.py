@@ -1,7 +1,7 @@
-"""Prune a model with a training step of its own: a penalty on confident predictions (arXiv 1701.06548).
+"""Prune a model that has its own training step: a penalty on confident predictions (arXiv 1701.06548).
 
-Run with `KERAS_BACKEND=... python examples/custom_train_step.py`: `fit`, callbacks and
-pruning are the same on each backend, a `train_step` is written in its own idiom.
+Run with `KERAS_BACKEND=... python examples/custom_train_step.py`. `fit`, callbacks and
+pruning are the same on all backends. Only the body of `train_step` differs.
 """
 
 import keras
@@ -11,7 +11,7 @@ import keras_taylor
 
 
 class Penalized(keras_taylor.PrunableModel):
-    """Its loss is the compiled one, minus a tenth of the predictions' entropy."""
+    """The loss is the compiled loss minus a tenth of the entropy of the predictions."""
 
     def penalized_loss(self, y, logits):
         probabilities = keras.ops.softmax(logits)

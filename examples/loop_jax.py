@@ -28,7 +28,7 @@ def main(epochs=6, batch_size=64):
     def step(trainable, non_trainable, slots, x, y):
         differentiate = jax.value_and_grad(loss_and_updates, has_aux=True)
         (loss, non_trainable), gradients = differentiate(trainable, non_trainable, x, y)
-        trainable, slots = optimizer.stateless_apply(slots, gradients, trainable)  # the scores, too
+        trainable, slots = optimizer.stateless_apply(slots, gradients, trainable)  # updates the scores, too
         return loss, (trainable, non_trainable, slots)
 
     variables = prunable.trainable_variables, prunable.non_trainable_variables, optimizer.variables
@@ -43,7 +43,9 @@ def main(epochs=6, batch_size=64):
             for variable, value in zip(part, values, strict=True):
                 variable.assign(value)
         if epoch in (1, 2, 3):
-            prunable.prune(0.1 * epoch)  # reads the scores and writes the masks: variables, not `state`
+            prunable.prune(
+                0.1 * epoch
+            )  # reads scores from the variables and writes masks to them, not to `state`
         print(f"epoch {epoch + 1}: loss {float(loss):.4f}, {prunable.cost()['params']:,} parameters")
 
     small = prunable.strip(optimizer=optimizer)

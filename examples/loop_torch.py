@@ -3,7 +3,7 @@
 Run with `KERAS_BACKEND=torch python examples/loop_torch.py`.
 """
 
-import torch  # first: two frameworks in one process do not like every order of import
+import torch  # before keras: the other order can fail when two frameworks are installed
 
 # isort: split
 import keras
@@ -19,7 +19,7 @@ def main(epochs=6):
     batches = torch.utils.data.DataLoader(data, batch_size=64, shuffle=True)
 
     prunable = keras_taylor.PrunableModel(small_cnn())
-    weights = prunable.trainable_variables[:-1]  # the last one gathers the scores
+    weights = prunable.trainable_variables[:-1]  # the last variable accumulates the scores
     optimizer = torch.optim.Adam([v.value for v in weights], lr=2e-3)
 
     for epoch in range(epochs):

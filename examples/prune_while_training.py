@@ -1,7 +1,6 @@
 """Prune a network while `fit` trains it, on real handwritten digits.
 
-Run with `python examples/prune_while_training.py`; the backend is the one that
-KERAS_BACKEND names.
+Run with `python examples/prune_while_training.py`. KERAS_BACKEND chooses the backend.
 """
 
 import keras

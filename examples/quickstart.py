@@ -1,7 +1,7 @@
-"""Train a small network on real handwritten digits, make it 30 % smaller, compare.
+"""Train a small network on real handwritten digits, make it 30 % smaller, and compare the two.
 
-Run with `python examples/quickstart.py`; it needs scikit-learn for the digits. The
-backend is the one that KERAS_BACKEND names, TensorFlow by default.
+Run with `python examples/quickstart.py`. The digits need scikit-learn. KERAS_BACKEND
+chooses the backend; the default is TensorFlow.
 """
 
 import os
@@ -26,18 +26,18 @@ def digits():
 
 
 def measure(model, x, y):
-    """Accuracy, parameters, FLOPs, size of the file, and time of one batch of 64."""
+    """Accuracy, parameters, FLOPs and file size, as texts."""
     accuracy = model.evaluate(x, y, verbose=0, return_dict=True)["accuracy"]
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.keras")
-        keras.Model(model.inputs, model.outputs).save(path)  # without the optimizer's state
+        keras.Model(model.inputs, model.outputs).save(path)  # without the state of the optimizer
         size = os.path.getsize(path)
     costs = keras_taylor.analyze(model).costs
     return [f"{accuracy:.2%}", f"{costs['params']:,}", f"{costs['flops']:,}", f"{size / 1024:.0f} KiB"]
 
 
-def milliseconds(models, x, repetitions=30):
-    """Median time of `predict_on_batch`, the models in turn."""
+def measure_latencies(models, x, repetitions=30):
+    """Median time of `predict_on_batch` for each model. The models take turns."""
     times = np.zeros((len(models), repetitions))
     for repetition in range(-3, repetitions):
         for number, model in enumerate(models):
@@ -61,7 +61,7 @@ def main():
     print(info)
 
     rows = [measure(m, x_test, y_test) for m in (model, small)]
-    for row, latency in zip(rows, milliseconds((model, small), x_test[:64]), strict=True):
+    for row, latency in zip(rows, measure_latencies((model, small), x_test[:64]), strict=True):
         row.append(latency)
     table = Table(title="digits, 450 test images")
     names = ("", "accuracy", "parameters", "FLOPs", "file", "64 images")

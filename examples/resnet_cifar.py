@@ -1,11 +1,11 @@
-"""Make a trained CIFAR-10 ResNet smaller, and see what accuracy is left.
+"""Make a trained CIFAR-10 ResNet smaller, and measure the accuracy before and after.
 
     python examples/resnet_cifar.py --model resnet20_cifar10.keras --data cifar10_4k1k.npz
 
-With `--while-training` the pruning happens inside one `fit` of as many epochs in all.
+With `--while-training` the pruning happens inside one `fit` with the same number of epochs in total.
 
-The data file holds uint8 images and labels: x_train, y_train, x_test, y_test. The
-backend is the one that KERAS_BACKEND names.
+The data file holds uint8 images and labels: x_train, y_train, x_test, y_test. KERAS_BACKEND
+chooses the backend.
 """
 
 import argparse
@@ -58,22 +58,24 @@ def images_and_labels(path):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a .keras file, logits out")
+    parser.add_argument("--model", required=True, help="a .keras file of a model that outputs logits")
     parser.add_argument("--data", required=True, help="an .npz file")
     parser.add_argument("--goal", type=float, default=0.3)
     parser.add_argument("--increment", type=float, default=0.1)
-    parser.add_argument("--criterion", help="else log_odds, while training taylor")
-    parser.add_argument("--score-examples", type=int, help="else an eighth of those of a round's training")
+    parser.add_argument("--criterion", help="default: log_odds; with --while-training: taylor")
+    parser.add_argument(
+        "--score-examples", type=int, help="default: an eighth of the examples that a round trains on"
+    )
     parser.add_argument("--no-repair", action="store_true", help="fine-tune right after each cut")
-    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning, a round")
-    parser.add_argument("--learning-rate", type=float, default=0.001, help="falls to 0 in each round")
+    parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning in each round")
+    parser.add_argument("--learning-rate", type=float, default=0.001, help="it falls to 0 within each round")
     parser.add_argument("--while-training", action="store_true", help="prune inside one fit")
     parser.add_argument("--save", help="where to write the smaller model")
     return parser.parse_args()
 
 
 def by_rounds(model, train, options):
-    """`compress`: score, cut, fine-tune, again."""
+    """Prunes round by round with `compress`."""
     small, info = keras_taylor.compress(
         model,
         train,
@@ -89,7 +91,7 @@ def by_rounds(model, train, options):
 
 
 def while_training(model, train, options):
-    """One `fit` of a wrapped model, pruned every 10 steps in the first three quarters of it."""
+    """Prunes inside one `fit`: every 10 steps during the first three quarters of it."""
     prunable = keras_taylor.PrunableModel(model, criterion=options.criterion or "taylor")
     callback = keras_taylor.TaylorPruning(options.goal, frequency=10, momentum=0.9, verbose=1)
     prunable.fit(train, epochs=num_epochs(options), callbacks=[callback], verbose=2)
@@ -106,7 +108,7 @@ def main():
     x_train, y_train, x_test, y_test = images_and_labels(options.data)
     model = keras.models.load_model(options.model, compile=False)
     train = Augmented(x_train, y_train, batch_size=128)
-    # falls to zero within each round, whose optimizer is a new one, or within the one fit
+    # the rate falls to zero within each round, which gets a new optimizer, or within the one fit
     epochs = num_epochs(options) if options.while_training else options.epochs
     rate = keras.optimizers.schedules.CosineDecay(options.learning_rate, max(1, epochs * len(train)))
     optimizer = keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -123,7 +125,7 @@ def main():
         "backend": keras.backend.backend(),
         "criterion": options.criterion or "default",
         "accuracy": [round(before, 4), round(after, 4)],
-        "reduction": {what: round(1 - costs[1][what] / full, 4) for what, full in costs[0].items()},
+        "reduction": {cost: round(1 - costs[1][cost] / full, 4) for cost, full in costs[0].items()},
         "seconds": round(seconds),
     }
     print(json.dumps(result))

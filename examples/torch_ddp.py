@@ -1,9 +1,9 @@
-"""Prune in a PyTorch loop with DistributedDataParallel, one process a device.
+"""Prune in a PyTorch loop with DistributedDataParallel, one process per device.
 
 Run with `KERAS_BACKEND=torch torchrun --nproc-per-node 2 examples/torch_ddp.py`.
 """
 
-import torch  # first: two frameworks in one process do not like every order of import
+import torch  # before keras: the other order can fail when two frameworks are installed
 import torch.distributed as dist
 
 # isort: split
@@ -14,18 +14,18 @@ import keras_taylor
 
 
 def train_epoch(replica, optimizer, batches):
-    """Trains on this worker's part of the data; returns the last loss."""
+    """Trains on this worker's share of the data and returns the last loss."""
     for x, y in batches:
         loss = torch.nn.functional.cross_entropy(replica(x, training=True), y)
         optimizer.zero_grad()
-        loss.backward()  # DDP averages over workers: weights' gradients, and what batches add to scores
+        loss.backward()  # DDP averages the gradients and the sums for the scores over the workers
         optimizer.step()
-        replica.module.update_scores()  # so it is the same on all workers, and the same units go
+        replica.module.update_scores()  # so all workers have the same scores and prune the same units
     return loss
 
 
 def average_statistics(model):
-    """Moving statistics of BatchNormalization, which each worker has taken from its own part of the data."""
+    """Averages the statistics of BatchNormalization, which each worker computes from its share of the data."""
     for variable in model.non_trainable_variables:
         if variable.value.is_floating_point():
             dist.all_reduce(variable.value.data)
@@ -33,7 +33,9 @@ def average_statistics(model):
 
 
 def main(epochs=6):
-    dist.init_process_group("gloo")  # "nccl" on GPUs, and `with keras.device(f"cuda:{rank}")` around it all
+    dist.init_process_group(
+        "gloo"
+    )  # on GPUs: "nccl", and everything inside `with keras.device(f"cuda:{rank}")`
     keras.utils.set_random_seed(0)
     x_train, x_test, y_train, y_test = digits()
     data = torch.utils.data.TensorDataset(torch.tensor(x_train), torch.tensor(y_train))
@@ -42,7 +44,7 @@ def main(epochs=6):
 
     prunable = keras_taylor.PrunableModel(small_cnn())
     replica = torch.nn.parallel.DistributedDataParallel(prunable)
-    weights = prunable.trainable_variables[:-1]  # the last one gathers the scores
+    weights = prunable.trainable_variables[:-1]  # the last variable accumulates the scores
     optimizer = torch.optim.Adam([v.value for v in weights], lr=2e-3)
 
     for epoch in range(epochs):

@@ -9,14 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 import keras
 import typer
 
-from keras_taylor.budget.goals import goals_from_texts
+from keras_taylor.budget.goals import GoalLike, goals_from_texts
 from keras_taylor.cli.data_files import Examples, load_data
 from keras_taylor.cli.model_files import FileError, load_model
 from keras_taylor.cli.signatures import OptionGroup
 from keras_taylor.exports.formats import VARIANTS
 
-# What `compress` takes as its goal.
-GoalArgument: TypeAlias = Any
+# One goal, or several, in the form that `compress` takes.
+Goals: TypeAlias = GoalLike | list[GoalLike]
 
 RequiredData = Annotated[
     str,
@@ -275,7 +275,7 @@ def parse_numbers(text: str) -> list[float] | None:
         raise FileError(f"'{text}' is neither a number nor a list of numbers like 0.5,0.4,0.4.") from error
 
 
-def parse_goal_texts(texts: list[str] | None) -> GoalArgument:
+def parse_goal_texts(texts: list[str] | None) -> Goals:
     """The goal that `--goal` asks for, 0.3 by default."""
     return goals_from_texts(texts or ["0.3"])
 

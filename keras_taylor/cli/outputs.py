@@ -4,10 +4,9 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 from keras_taylor.cli.model_files import FileError
-from keras_taylor.cli.options import CompressOutputs, GoalArgument
+from keras_taylor.cli.options import CompressOutputs, Goals
 from keras_taylor.exports.formats import VARIANTS
 from keras_taylor.reports import plots
 from keras_taylor.support.atomic_files import AtomicFile
@@ -35,7 +34,7 @@ class OutputPaths:
         return self.result.with_suffix(".json")
 
 
-def compress_paths(outputs: CompressOutputs, goal: GoalArgument, force: bool) -> OutputPaths:
+def compress_paths(outputs: CompressOutputs, goal: Goals, force: bool) -> OutputPaths:
     """The paths of everything that `compress` writes; refuses one that it could not write."""
     result = check_output(outputs.output, force, ".keras")
     goals = goal if isinstance(goal, list) else [goal]
@@ -89,7 +88,7 @@ def check_plot(path: str, data: str, force: bool) -> pathlib.Path | None:
     return check_output(path, force)
 
 
-def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Writes a file with a function of a path. The file gets its name when it is complete."""
     with AtomicFile(path) as draft:
         write(draft.path)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 import typer
 
 
+@dataclasses.dataclass(frozen=True)
 class OptionGroup:
     """Base of the dataclasses of options. Each field is annotated with a typer option or argument.
 
@@ -49,11 +50,11 @@ def flat_options(command: Callable[..., None]) -> Callable[..., None]:
     return flat
 
 
-def _is_group(hint: Any) -> bool:
+def _is_group(hint: object) -> bool:
     return isinstance(hint, type) and issubclass(hint, OptionGroup)
 
 
-def _fields_as_parameters(group: Any) -> Iterator[inspect.Parameter]:
+def _fields_as_parameters(group: type[OptionGroup]) -> Iterator[inspect.Parameter]:
     """The fields of a group as keyword parameters; its options stand in its help panel."""
     hints = get_type_hints(group, include_extras=True)
     for field in dataclasses.fields(group):

@@ -4,8 +4,8 @@ from __future__ import annotations  # matplotlib is optional
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import keras
 import numpy as np
@@ -22,8 +22,9 @@ from keras_taylor.reports.sensitivity_scan import (
     SensitivityScan,
     cost_savings,
 )
+from keras_taylor.scores.criteria import Criterion
 from keras_taylor.support.console import Reporter, Verbose, render_table
-from keras_taylor.support.types import BoolArray, Costs, Data
+from keras_taylor.support.types import BoolArray, Costs, Data, LayerPatterns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,11 +123,11 @@ def analyze(
     model: keras.Model,
     ds: Data | None = None,
     *,
-    include: Iterable[str | keras.Layer] | None = None,
-    exclude: Iterable[str | keras.Layer] = (),
+    include: LayerPatterns | None = None,
+    exclude: LayerPatterns = (),
     exact: bool = True,
     fractions: Sequence[float] = SCAN_FRACTIONS,
-    criterion: str | Callable[..., Any] | None = None,
+    criterion: Criterion | None = None,
     num_examples: int | None = NUM_SCAN_EXAMPLES,
     batch_size: int | None = None,
     steps_per_epoch: int | None = None,

@@ -4,8 +4,7 @@ import dataclasses
 import importlib
 import json
 import platform
-from collections.abc import Callable
-from typing import Any, Self, TypedDict
+from typing import Self, TypedDict
 
 import keras
 import numpy as np
@@ -16,6 +15,7 @@ from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.exports.artifacts import Artifact
 from keras_taylor.plans.plan import Plan
 from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.scores.criteria import Criterion
 from keras_taylor.support.types import Costs
 
 
@@ -72,7 +72,15 @@ class Round:
             alone). Values are `None` where they do not apply. Empty without repair.
         metrics: Name -> float: the loss and the metrics on the validation data after the round. Empty
             unless `max_drop` is set or the round reached a goal.
-        held: A bool. `False` if a metric fell by more than `max_drop`: this round was undone.
+        held: A bool. `False` if a metric became worse by more than `max_drop`: the round was undone.
+
+    Example:
+
+    >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
+    >>> [one.number for one in info.rounds] == list(range(1, len(info.rounds) + 1))
+    True
+    >>> info.rounds[-1].params == small.count_params()
+    True
     """
 
     number: int
@@ -133,7 +141,7 @@ class RunRecord:
         costs: Costs,
         exact: bool,
         goal: dict[str, float | int],
-        criterion: str | Callable[..., Any],
+        criterion: Criterion,
         round_to: int,
     ) -> Self:
         """The record of a run that has not begun.
@@ -166,7 +174,14 @@ class RunRecord:
 
     @property
     def reduction(self) -> dict[str, float]:
-        """Cost -> the fraction of it that was removed, a float."""
+        """Cost -> the fraction of it that was removed, a float.
+
+        Example:
+
+        >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
+        >>> info.reduction["params"] >= 0.3
+        True
+        """
         return {
             cost: 1 - after / before
             for cost, before in self.before.items()
@@ -175,25 +190,56 @@ class RunRecord:
 
     @property
     def pruned_layers(self) -> list[str]:
-        """Names of the layers that lost channels."""
+        """Names of the layers that lost channels, a list of strings.
+
+        Example:
+
+        >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
+        >>> len(info.pruned_layers) > 0
+        True
+        """
         return list(self.plan.layers)
 
     def headline(self) -> str:
-        """One line that says how much was removed, and from how many layers."""
+        """One line that says how much was removed, and from how many layers.
+
+        Example:
+
+        >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
+        >>> info.headline().endswith("by 'log_odds'")
+        True
+        """
         shown = {"params", "flops", *self.goal}
         parts = [f"{share:.1%} of {cost}" for cost, share in self.reduction.items() if cost in shown]
         return f"{', '.join(parts)} removed from {len(self.pruned_layers)} layers by '{self.criterion}'"
 
     def measured(self) -> list[str]:
-        """The costs in the goal that were measured, such as "bytes:onnx" or "latency"."""
+        """Names of the measured costs in the goal, such as "bytes:onnx" or "latency", a list of strings.
+
+        Example:
+
+        >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
+        >>> info.measured()
+        []
+        """
         return [cost for cost in self.before if measured_cost_of(cost) is not None]
 
     def exported(self) -> list[tuple[Artifact, Artifact]]:
-        """A pair for each export format: the `Artifact` of the original, and that of the result."""
+        """A list of pairs, one for each exported variant: the `Artifact`s of the original and of the result.
+
+        Example:
+
+        >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
+        >>> files = [keras_taylor.export(m, f"{m.count_params()}.keras") for m in (model, small)]
+        >>> before, after = keras_taylor.measure_artifacts(files)
+        >>> info.artifacts = {"before": [before], "after": [after]}
+        >>> info.exported() == [(before, after)]
+        True
+        """
         return list(zip(self.artifacts.get("before", ()), self.artifacts.get("after", ()), strict=True))
 
     def to_json(self) -> str:
-        """Everything as a JSON string.
+        """Everything as a JSON string, with `reduction` and `pruned_layers`.
 
         Example:
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import keras
 import numpy as np
@@ -13,6 +13,7 @@ from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reading.groups import Group, LabeledModel
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
 from keras_taylor.scores import criteria
+from keras_taylor.scores.criteria import Criterion
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.losses import (
     BINARY_LOSSES,
@@ -56,7 +57,7 @@ class ScanSettings:
     """
 
     fractions: Sequence[float] = SCAN_FRACTIONS
-    criterion: str | Callable[..., Any] | None = None
+    criterion: Criterion | None = None
     num_examples: int | None = NUM_SCAN_EXAMPLES
 
     def __post_init__(self) -> None:
