@@ -25,7 +25,7 @@ def train_epoch(replica, optimizer, batches):
 
 
 def average_statistics(model):
-    """Averages the statistics of BatchNormalization, which each worker computes from its share of the data."""
+    """Averages the statistics of BatchNormalization, which each worker computes from its own data."""
     for variable in model.non_trainable_variables:
         if variable.value.is_floating_point():
             dist.all_reduce(variable.value.data)
