@@ -433,7 +433,7 @@ def test_groups_of_a_group_normalization_leave_as_a_whole():
         "conv2": 5,
     }
     locked = {(g.name, g.reason) for g in label_model(network, exact=False).locked_groups}
-    assert ("conv1", "of several groups that are normalized two stay ('norm')") in locked
+    assert ("conv1", "at least two groups of a group normalization stay ('norm')") in locked
 
 
 @keras.saving.register_keras_serializable("inexact")

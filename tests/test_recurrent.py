@@ -109,8 +109,8 @@ def test_states_that_are_given_leave_with_the_units_whose_past_they_are():
 @pytest.mark.parametrize(
     ("states", "reason"),
     [
-        (lambda x: [layers.Dense(3)(x), x], "meets values that are no channels in 'lstm'"),
-        (lambda x: [np.ones((4, 3), "float32")] * 2, "begins with values that are no channels ('lstm')"),
+        (lambda x: [layers.Dense(3)(x), x], "meets values that are not channels in 'lstm'"),
+        (lambda x: [np.ones((4, 3), "float32")] * 2, "its initial state is not made of channels ('lstm')"),
     ],
 )
 def test_units_stay_where_their_first_past_does(states, reason):

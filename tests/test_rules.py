@@ -80,7 +80,7 @@ def test_flops_of_dot():
     ("layer", "why"),
     [
         (lambda: layers.UnitNormalization(), "normalized together ('layer'); `exact=False` opens it"),
-        (lambda: layers.Masking(), "decides with others whether a step is masked ('layer')"),
+        (lambda: layers.Masking(), "decides together with other channels whether a step is masked ('layer')"),
     ],
 )
 def test_what_locks_says_why(layer, why):

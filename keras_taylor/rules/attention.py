@@ -49,7 +49,7 @@ def attention(ctx: Context) -> Effect:
     if not are_all_tensors or any(t.channel_axis not in (None, t.rank - 1) for t in tensors):
         return lock_inputs(ctx)
     for mask in masks:
-        ctx.lock(mask.labels, "masks what others attend to")
+        ctx.lock(mask.labels, "used as an attention mask")
     query, value, key = tensors[0], tensors[1], tensors[-1]
     read, channels = query.labels_along(-1), value.labels_along(-1)
     ctx.union(read, key.labels_along(-1))

@@ -223,7 +223,7 @@ class Context:
         tensor = self.inputs[index]
         axis %= tensor.rank
         if tensor.channel_axis not in (None, axis):
-            self.lock(tensor.labels, "summed together over an axis that is not the channels'")
+            self.lock(tensor.labels, "summed over an axis that is not the channel axis")
         return tensor.labels_along(axis)
 
     def output_labels(self, channels: IntArray, axis: int, output: int = 0) -> IntArray:
@@ -254,7 +254,7 @@ class Context:
 
     def union(self, first: IntArray, second: IntArray) -> None:
         """Makes channels that meet in this operation one unit. The arrays broadcast against each other."""
-        self.space.union(first, second, f"meets values that are no channels in '{self.name}'")
+        self.space.union(first, second, f"meets values that are not channels in '{self.name}'")
 
     def record_normalization(self, labels: IntArray) -> bool:
         """Records that these channels are normalized together.
@@ -287,7 +287,7 @@ class Context:
                 labels = first
                 varying.remove(axis)
         if not varying:
-            self.lock(labels, "stands alone on its axis")
+            self.lock(labels, "the only channel on its axis")
             return np.zeros_like(labels)
         axis = max(varying, key=lambda k: (labels.shape[k], k))
         for other in varying:

@@ -61,7 +61,7 @@ def conv_transpose(ctx: Context) -> Effect:
 
 
 def depthwise(ctx: Context) -> Effect:
-    """Each channel goes through alone, `depth_multiplier` times."""
+    """Channels go through one by one, each `depth_multiplier` times."""
     layer, tensor = ctx.operation, ctx.inputs[0]
     axis = layer_channel_axis(layer, tensor)
     read = ctx.input_labels(0, axis)
@@ -97,7 +97,7 @@ def separable(ctx: Context) -> Effect:
 
 
 def pool_or_resize(ctx: Context) -> Effect:
-    """Each channel goes through alone; the sizes of the spatial axes may change."""
+    """Channels go through one by one; the sizes of the spatial axes may change."""
     layer, tensor, shape = ctx.operation, ctx.inputs[0], ctx.output_shapes[0]
     axis = layer_channel_axis(layer, tensor)
     channels = ctx.input_labels(0, axis)

@@ -69,7 +69,7 @@ def reversible_embedding(ctx: Context) -> Effect:
 
 def _look_up(ctx: Context, reverse_weights: Sequence[str]) -> Effect:
     """The effect of an embedding that looks up one vector for each number."""
-    ctx.lock(ctx.inputs[0].labels, "read as numbers of an embedding")
+    ctx.lock(ctx.inputs[0].labels, "read as indices of an embedding")
     dimensions = ctx.new_labels(ctx.operation.output_dim)
     return Effect(
         outputs=[ctx.output_labels(dimensions, -1)],

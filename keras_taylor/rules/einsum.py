@@ -121,7 +121,7 @@ def dot_product_attention(ctx: Context) -> Effect:
         ctx.union(heads, shared)
         heads = np.maximum(heads, shared)
     if key.shape[head_axis] != query.shape[head_axis]:
-        ctx.lock(key_heads[:2], "several queries share a key, and a single one does not run everywhere")
+        ctx.lock(key_heads[:2], "several queries share a key, and a single key does not run on every backend")
     for mask in masks:
         if mask.rank != 4 or mask.channel_axis not in (None, 1):
             ctx.lock(mask.labels, "combined with channels on another axis")
@@ -129,7 +129,7 @@ def dot_product_attention(ctx: Context) -> Effect:
         elif mask.shape[1] != 1:
             ctx.union(heads, mask.labels_along(1))
     if any(np.ndim(a) == 4 and np.shape(a)[1] != 1 for a in ctx.constants if hasattr(a, "shape")):
-        ctx.lock(heads, "masked by a constant of its own for each head")
+        ctx.lock(heads, "masked by a constant that differs between heads")
     depths = size_product(query.shape[3:]) + size_product(value.shape[3:])
     factor = 2.0 * size_product((query.shape[1], key.shape[1])) * depths
     return Effect(outputs=[ctx.output_labels(heads, head_axis)], work=(Work(factor, (heads,)),))

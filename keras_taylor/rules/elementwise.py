@@ -56,7 +56,7 @@ def softmax(ctx: Context) -> Effect:
 
 def masking(ctx: Context) -> Effect:
     """Channels stay: all of them decide whether a step is masked."""
-    return lock_inputs(ctx, "decides with others whether a step is masked")
+    return lock_inputs(ctx, "decides together with other channels whether a step is masked")
 
 
 def merge(ctx: Context) -> Effect:

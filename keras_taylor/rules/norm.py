@@ -71,7 +71,7 @@ def group_normalization(ctx: Context) -> Effect:
         ctx.union(channels, np.repeat(channels[::group_size], group_size))
         if not ctx.space.exact:
             # A later plan would take single channels out of the last group.
-            ctx.lock(channels[: 2 * group_size], "of several groups that are normalized two stay")
+            ctx.lock(channels[: 2 * group_size], "at least two groups of a group normalization stay")
     config = {"groups": count_kept(channels[::group_size])}
     return _channelwise_effect(ctx, weights, config, work=_NORMALIZATION_WORK)
 

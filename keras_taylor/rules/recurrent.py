@@ -200,12 +200,12 @@ def _join_initial_states(ctx: Context, units: IntArray, axis: int) -> None:
     for state in states:
         number = input_numbers.pop(state, None)
         if number is None or ctx.inputs[number].shape[axis] != units.size:
-            ctx.lock(units, "begins with values that are no channels")
+            ctx.lock(units, "its initial state is not made of channels")
         else:
             ctx.union(ctx.input_labels(number, axis), units)
     for number in input_numbers.values():
         if number:
-            ctx.lock(ctx.inputs[number].labels, "read by a recurrent layer beside its sequence")
+            ctx.lock(ctx.inputs[number].labels, "read by a recurrent layer in addition to its sequence")
 
 
 def _cell_weights(

@@ -42,7 +42,7 @@ def time_distributed(ctx: Context) -> Effect:
 
 
 def spectral_normalization(ctx: Context) -> Effect:
-    """As the inner layer, which it is at inference."""
+    """As the inner layer, whose outputs it has at inference."""
     return recurrent.apply_to_inner_layer(ctx, rule_for(ctx.operation.layer))
 
 
@@ -322,7 +322,7 @@ def register_rule(
     ...         return x * keras.ops.sigmoid(x)
     >>> _ = keras_taylor.register_rule(Swish, like="elementwise")
     """
-    _check_arguments(layer_class, rule, like, weights, config)
+    _check_registration(layer_class, rule, like, weights, config)
     if rule is None and like is None and weights is None:
 
         def decorator(function: Rule) -> Rule:
@@ -399,7 +399,7 @@ def _kernel_work(
     return tuple(work)
 
 
-def _check_arguments(
+def _check_registration(
     layer_class: object,
     rule: object,
     like: object,

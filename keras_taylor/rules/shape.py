@@ -31,15 +31,15 @@ def concatenate(ctx: Context) -> Effect:
         return Effect(outputs=[broadcast_labels(ctx, ctx.inputs, rank)])
     for tensor in ctx.inputs:
         if tensor.channel_axis not in (None, axis):
-            ctx.lock(tensor.labels, "beside channels on another axis")
+            ctx.lock(tensor.labels, "concatenated with channels on another axis")
     if any(t.shape[axis] is None for t in ctx.inputs):
-        return lock_inputs(ctx, "beside an unknown number of channels")
+        return lock_inputs(ctx, "concatenated with an unknown number of channels")
     channels = np.concatenate([t.labels_along(axis) for t in ctx.inputs])
     return Effect(outputs=[ctx.output_labels(channels, axis)])
 
 
 def flatten(ctx: Context) -> Effect:
-    """Elements keep their order. With `channels_first`, channels move to the end before."""
+    """Elements keep their order. With `channels_first`, the channel axis moves to the end first."""
     tensor = ctx.inputs[0]
     if ctx.operation.data_format == "channels_first" and tensor.rank > 1:
         axes = (0, *range(2, tensor.rank), 1)
@@ -160,7 +160,7 @@ def split(ctx: Context) -> Effect:
     outputs = [ctx.merge_to_one_axis(ctx.output_labels(part, axis, k)) for k, part in enumerate(parts)]
     for part, labels in zip(parts, outputs, strict=True):
         if labels.size == 1:
-            ctx.lock(part, "stands alone on its axis")
+            ctx.lock(part, "the only channel on its axis")
     return Effect(outputs=outputs, config={"indices_or_sections": edit})
 
 
