@@ -119,7 +119,7 @@ def test_a_file_for_a_microcontroller(run):
     assert next(iter(artifact.inputs.values()))["dtype"] == "int8"
     os.remove("tiny.tflite")
     code, out, err = run(*words, "--max-arena-kib", "0.1")
-    assert code == 1 and "The tensor arena takes" in err and "accepted are 102" in err
+    assert code == 1 and "The tensor arena takes" in err and "the limit is 102" in err
     assert "tiny.tflite.rejected" in err and not os.path.exists("tiny.tflite")
 
 

@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
     keras_taylor.export(conv1d(), tmp_path / "first.tflite")  # starts the process
-    process = export_worker._pool["tensorflow"].process
+    process = export_worker._pool.worker_for("tensorflow").process
     before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     try:
         for name in ("model", "model.tflite", "model.onnx"):
@@ -342,7 +342,7 @@ def test_an_artifact_as_text(made):
     assert json.loads(artifact.to_json())["quantize"] == "int8"
     assert "integers.tflite" in str(artifact)
     assert "litert int8" in str(artifact)
-    with pytest.raises(ValueError, match="This is no `Artifact`"):
+    with pytest.raises(ValueError, match="is not an `Artifact`"):
         Artifact.from_json("{}")
 
 
@@ -445,7 +445,7 @@ def test_what_is_accepted():
     assert tolerance_violation(exact, 0.1, 0) != ""
     assert tolerance_violation(exact, 0.2, 0) == ""
     assert tolerance_violation(dataclasses.replace(exact, quantize="int8"), 0.1, 0) == ""
-    assert "50.0% of the predictions are others" in tolerance_violation(
+    assert "50.0% of the predictions differ" in tolerance_violation(
         dataclasses.replace(half, quantize="int8"), 0.1, 0
     )
     lost = dataclasses.replace(exact, quantize="int8", relative_difference=np.inf)

@@ -17,7 +17,8 @@ _MAX_SLOWDOWN = 1.05
 class LayerTimes:
     """Times of a network's layers with kernels, each alone, at any widths.
 
-    Each layer is timed at a grid of widths. Times at other widths are interpolated.
+    Each layer is timed at a grid of widths. Times at other widths are interpolated. NetAdapt (Yang et al.,
+    2018, arXiv:1804.03230) also predicts latencies by sums over look-up tables of single layers.
 
     Args:
         labeled: The whole model.

@@ -133,7 +133,8 @@ class Artifact:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"This is no `Artifact` that `Artifact.to_json` wrote ({type(error).__name__}: {error}). "
+                "The text is not an `Artifact` that `Artifact.to_json` wrote "
+                f"({type(error).__name__}: {error}). "
                 f"Received: text={text[:80]!r}"
             ) from error
 

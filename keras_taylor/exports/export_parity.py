@@ -86,7 +86,7 @@ def tolerance_violation(artifact: Artifact, tolerance: float, max_drop: float) -
         error = min(relative, 1 - agreement)
     # `not <=` in place of `>`, so that NaN is a violation
     if not error <= tolerance:
-        classes = "" if agreement is None else f", and {1 - agreement:.1%} of the predictions are others"
+        classes = "" if agreement is None else f", and {1 - agreement:.1%} of the predictions differ"
         return (
             f"{_DIFFERS}: the largest difference is {artifact.difference:.3g}, {relative:.3g} of the "
             f"output's largest value{classes}. The tolerance is {tolerance:.3g}. {_WAYS_OUT}"

@@ -187,7 +187,7 @@ class WorkerPool:
         self._workers: dict[tuple[int, str], Worker] = {}
         self._lock = threading.RLock()
 
-    def __getitem__(self, backend: str) -> Worker:
+    def worker_for(self, backend: str) -> Worker:
         """The worker for a backend, which is started if there is none."""
         key = os.getpid(), backend  # a fork of the user's process must not write to its pipes
         if key not in self._workers or not self._workers[key].is_alive():
@@ -197,7 +197,7 @@ class WorkerPool:
     def run(self, backend: str, request: JobRequest) -> JobAnswer:
         """Has the worker for a backend do a job."""
         with self._lock:
-            return self[backend].run(request)
+            return self.worker_for(backend).run(request)
 
     def close(self) -> None:
         """Ends all processes."""

@@ -95,7 +95,8 @@ class FlatModels:
     def __init__(self) -> None:
         self._models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
-    def __getitem__(self, model: keras.Model) -> keras.Model:
+    def model_for(self, model: keras.Model) -> keras.Model:
+        """The other model, which is made on the first call."""
         if model not in self._models:
             self._models[model] = keras.Model(model.inputs, model.outputs)
         return self._models[model]
@@ -146,7 +147,7 @@ class Reference:
 
 def _predict(model: keras.Model, arrays: Sequence[Array]) -> list[FloatArray]:
     """A model's flattened outputs on its own backend."""
-    flat = _flat_models[model]
+    flat = _flat_models.model_for(model)
     size = model.inputs[0].shape[0] or _NUM_SAMPLES
     return outputs_in_batches(lambda batch: as_float32(flat.predict_on_batch(batch)), arrays, size)
 

@@ -79,7 +79,9 @@ LAYER_LIMITS: Final = TimeLimits(patience=0.03, total=0.3)
 def time_in_turn(
     runners: Sequence[Runner], arrays: Sequence[Sequence[Array]], repetitions: int
 ) -> list[list[float]]:
-    """Seconds of each call of each runner; one call of each in turn, so that all share the machine's moods.
+    """Seconds of each call of each runner, one call of each in turn.
+
+    So a phase in which the machine is slow affects all of them.
 
     Args:
         runners: The models.
