@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import functools
+import html
 import importlib.util
 import inspect
 import json
@@ -265,6 +266,7 @@ def test_arguments_that_cannot_be_used(run):
     assert "whole number of bytes, or a text with a unit" in refused(run, *COMPRESS[:-1], "bytes=small")
     assert "Expected a goal for a 'latency'" in refused(run, *COMPRESS, "--round-to", "auto")
     assert "--round-to takes a whole number, 1 or larger" in refused(run, *COMPRESS, "--round-to", "x")
+    assert "--round-to takes a whole number, 1 or larger" in refused(run, *COMPRESS, "--round-to", "0")
     assert "Unknown criterion" in refused(run, *COMPRESS, "--criterion", "best")
     assert "There is no format 'gif'" in refused(run, *COMPRESS, "--export", "gif")
     assert "does not end in '.html'" in refused(run, *COMPRESS, "--report", "report.txt")
@@ -286,7 +288,7 @@ def test_defaults_are_those_of_compress():
     in_python = {name: given[name] for name in shared}
     in_python["goal"] = parse_goal_texts(given["goal"])["params"]
     in_python["exclude"] = given["exclude"] or ()
-    assert PruningOptions(round_to=given["round_to"]).multiple == keras_taylor.Selection().round_to
+    assert PruningOptions(round_to=given["round_to"]).selection() == keras_taylor.Selection()
     assert in_python == {name: arguments[name].default for name in shared}
     assert given["inexact"] is not arguments["exact"].default
     assert (given["resume"] or None) is arguments["backup_dir"].default
@@ -326,9 +328,12 @@ def test_the_command_in_the_report_can_be_pasted_into_a_shell(run):
     os.rename("data.npz", "my data.npz")
     words = list(COMPRESS)
     words[3] = "my data.npz"
-    assert run(*words, "--epochs", "0", "--export", "keras")[0] == 0
+    words += ["--epochs", "0", "--exclude", "head|first", "--report", "report.html"]
+    assert run(*words)[0] == 0
     info = keras_taylor.Info.from_json(pathlib.Path("small.json").read_text())
-    assert shlex.split(info.command) == ["keras-taylor", *words, "--epochs", "0", "--export", "keras"]
+    assert shlex.split(info.command) == ["keras-taylor", *words]
+    page = pathlib.Path("report.html").read_text()
+    assert f"<pre>{html.escape(info.command)}</pre>".replace("&#x27;", "&#39;") in page
 
 
 def test_extras_that_are_missing_are_named(run, monkeypatch):

@@ -119,7 +119,7 @@ def compress_command(
         criterion=pruning.criterion,
         exclude=channels.exclude or (),
         exact=not channels.inexact,
-        selection=keras_taylor.Selection(round_to=pruning.multiple),
+        selection=pruning.selection(),
         repair=pruning.repair,
         learning_rate=tuning.learning_rate,
         max_drop=pruning.max_drop,

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import keras
 import typer
@@ -14,6 +14,7 @@ from keras_taylor.cli.data_files import Examples, load_data
 from keras_taylor.cli.model_files import FileError, load_model
 from keras_taylor.cli.signatures import OptionGroup
 from keras_taylor.exports.formats import VARIANTS
+from keras_taylor.plans.selection import AUTO, Selection
 
 # One goal, or several, in the form that `compress` takes.
 Goals: TypeAlias = GoalLike | list[GoalLike]
@@ -161,16 +162,18 @@ class PruningOptions(OptionGroup):
     ] = None
 
     def __post_init__(self) -> None:
-        if self.round_to != "auto" and not self.round_to.isdecimal():
+        parse_goal_texts(self.goal)
+        self.selection()
+
+    def selection(self) -> Selection:
+        """How `compress` selects the channels that leave."""
+        if self.round_to == AUTO:
+            return Selection(round_to=AUTO)
+        if not self.round_to.isdecimal() or int(self.round_to) < 1:
             raise ValueError(
                 f"--round-to takes a whole number, 1 or larger, or auto. Received: {self.round_to}"
             )
-        parse_goal_texts(self.goal)
-
-    @property
-    def multiple(self) -> int | Literal["auto"]:
-        """`round_to` as `compress` takes it."""
-        return "auto" if self.round_to == "auto" else int(self.round_to)
+        return Selection(round_to=int(self.round_to))
 
 
 @dataclasses.dataclass(frozen=True)
