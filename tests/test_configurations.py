@@ -19,7 +19,7 @@ from keras_taylor.reading.cloning import clone_operation
 from keras_taylor.reading.configurations import configuration_of
 
 X = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
-LOADS = "The smaller model is saved with what the layer was made from, so that its file loads. "
+LOADS = "The smaller model is saved with the values that the layer was made from, so that its file loads. "
 
 MENDED = {
     "fails": (

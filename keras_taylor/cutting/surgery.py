@@ -17,7 +17,7 @@ from keras_taylor.reading.cloning import (
     initialized_from,
     zero_initialized,
 )
-from keras_taylor.reading.configurations import warn_of_file
+from keras_taylor.reading.configurations import warn_about_saving
 from keras_taylor.reading.graph import Site, SubmodelGraph
 from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.reading.tracing import is_functional, recursion_limit_raised
@@ -254,7 +254,7 @@ class _SmallerModelBuilder:
         if operation not in self._new_operations:
             changes = self._kept_labels.changes(self._effect_of_operation[operation].config)
             new = clone_operation(operation, self._names[operation], changes)
-            warn_of_file(new)
+            warn_about_saving(new)
             self._new_operations[operation] = new
             self._origins[new] = _Origin(operation)
         return self._new_operations[operation]

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_taylor.reading.configurations import completed, keep_configuration
+from keras_taylor.reading.configurations import complete_configuration, override_get_config
 from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.rules.base import is_from_keras, override_attributes
@@ -37,7 +37,7 @@ def clone_operation(
     try:
         if type(operation) is keras.layers.Lambda:
             return _copy_lambda(operation)
-        config, fault = completed(operation)
+        config, fault = complete_configuration(operation)
         if is_from_keras(type(operation)):
             config = _without_build_config(config)
         if _is_user_function(getattr(operation, "activation", None)) and "activation" in config:
@@ -45,7 +45,7 @@ def clone_operation(
         for path, value in (changes or {}).items():
             config = _with_value(config, path.split("."), value)
         new = type(operation).from_config(config)
-        keep_configuration(new, config, fault)
+        override_get_config(new, config, fault)
         wanted = (changes or {}).get("name", operation.name)
         if isinstance(new, keras.Layer) and new.name != wanted:
             new.name = wanted  # a class may forget it

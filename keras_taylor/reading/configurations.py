@@ -1,237 +1,248 @@
-"""Configurations that layers can be made again from, also where their own `get_config` gives none.
+"""Configurations from which layers can be made again, even if their own `get_config` is wrong.
 
-Keras makes a layer again, and loads it, with `from_config` out of what its `get_config` gave. Where that is
-not what `__init__` takes, a layer that is made here gets a `get_config` of its own, which gives what it was
-made from. So a file of it loads with the class as it is.
+Keras copies and loads a layer with `from_config`, from what its `get_config` returned. If that is not what
+`__init__` takes, a layer that is made here gets a `get_config` of its own, which returns the values that it
+was made from. Its file then loads with the class as it is.
 """
 
 import inspect
 import json
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_taylor.rules.base import is_from_keras
+from keras_taylor.support.keras_internals import recorded_arguments
 
-_PLAIN = (int, float, str, bool, type(None))
-_DESCRIBED = (keras.Initializer, keras.Regularizer, keras.constraints.Constraint)
+_PLAIN_TYPES = (int, float, str, bool, type(None))
+_CONFIGURABLE_TYPES = (keras.Initializer, keras.Regularizer, keras.constraints.Constraint)
 
 
-class _MadeFrom:
-    """The `get_config` of one layer: what it was made from.
+class Configuration(NamedTuple):
+    """Values from which an operation can be made again.
 
     Attributes:
-        config: Configuration values.
-        fault: What is wrong with the `get_config` of its class, a verb and what follows.
+        values: Arguments of `from_config`, by name.
+        fault: What is wrong with the operation's own `get_config`, as a verb and an object; `None` if
+            nothing is.
     """
 
-    def __init__(self, layer, config, fault):
-        self._layer, self.config, self.fault = layer, config, fault
-
-    def __call__(self):
-        now = _of_every_layer(self._layer)
-        return {key: now.get(key, value) for key, value in self.config.items()}
+    values: dict[str, Any]
+    fault: str | None
 
 
-def configuration_of(operation):
-    """Values that the operation's class makes it from, a dict."""
-    return completed(operation)[0]
+class _GetConfig:
+    """A `get_config` for one layer, which returns the values that the layer was made from.
+
+    Args:
+        layer: The layer.
+        values: The values. The name, the trainable flag and the dtype are read from the layer again.
+        fault: What is wrong with the `get_config` of its class.
+    """
+
+    def __init__(self, layer: keras.Layer, values: Mapping[str, Any], fault: str) -> None:
+        self._layer, self._values, self.fault = layer, values, fault
+
+    def __call__(self) -> dict[str, Any]:
+        current = _base_configuration(self._layer)
+        return {key: current.get(key, value) for key, value in self._values.items()}
 
 
-def completed(operation):
-    """An operation's configuration, made up for where its own is not what its class takes.
+def configuration_of(operation: keras.Operation) -> dict[str, Any]:
+    """Values from which `from_config` makes the operation again; errors as in `complete_configuration`."""
+    return complete_configuration(operation).values
 
-    What `get_config` leaves out, or all where it fails, is taken from the arguments that Keras has on
-    record, or else from attributes of the same names; what `__init__` does not take is left out.
-    An argument that may be left out counts as missing if it matters: if Keras has another value than the
-    default on record, or if the attribute is another one in a layer that is made without it.
+
+def complete_configuration(operation: keras.Operation) -> Configuration:
+    """An operation's configuration, completed where its own `get_config` is not what its class takes.
+
+    If `get_config` leaves out an argument, or fails, the argument is taken from those that Keras recorded,
+    or else from an attribute of the same name. Values that `__init__` does not take are left out. An argument
+    with a default is missing if it matters: if Keras recorded another value than the default, or if the
+    attribute differs in a layer that is made without the argument.
 
     Args:
         operation: A layer or a `keras.ops` operation.
 
-    Returns:
-        Values for `from_config`, a dict, and what is wrong with the operation's own: a verb and what
-        follows, `None` if nothing is.
-
     Raises:
-        Exception: whatever `get_config` raised, if nothing else tells.
+        Exception: whatever `get_config` raised, if an argument is found nowhere else.
     """
-    made_from = vars(operation).get("get_config")
-    if isinstance(made_from, _MadeFrom):
-        return made_from(), made_from.fault
+    get_config = vars(operation).get("get_config")
+    if isinstance(get_config, _GetConfig):
+        return Configuration(get_config(), get_config.fault)
     if not isinstance(operation, keras.Layer) or is_from_keras(type(operation)):
-        return operation.get_config(), None
+        return Configuration(operation.get_config(), None)
     try:
-        config = operation.get_config()
+        values = operation.get_config()
     except Exception as error:
-        return _without_its_own(operation, error), f"fails ({_said(error)})"
-    return _mended(operation, config)
+        return Configuration(_collect_arguments(operation, error), f"fails ({_describe_error(error)})")
+    return _complete_values(operation, values)
 
 
-def keep_configuration(layer, config, fault):
-    """Lets a layer be saved with what it was made from, if `completed` found fault with its class."""
+def override_get_config(layer: keras.Layer, values: Mapping[str, Any], fault: str | None) -> None:
+    """Makes a layer save the values that it was made from, if the `get_config` of its class has a fault."""
     if fault is not None:
-        vars(layer)["get_config"] = _MadeFrom(layer, config, fault)
+        vars(layer)["get_config"] = _GetConfig(layer, values, fault)
 
 
-def warn_of_file(layer):
-    """Says what it means for files that a layer's class does not tell what the layer is made from."""
-    made_from = vars(layer).get("get_config")
-    if not isinstance(made_from, _MadeFrom):
+def warn_about_saving(layer: keras.Layer) -> None:
+    """Warns if a layer's class has a wrong `get_config`, and says what this means for saved models."""
+    get_config = vars(layer).get("get_config")
+    if not isinstance(get_config, _GetConfig):
         return
-    trouble = _trouble_when_loaded(layer, made_from())
-    if trouble is None:
-        what = (
-            "The smaller model is saved with what the layer was made from, so that its file loads. What was "
-            "loaded from it has the `get_config` of the class: before that is saved again, prune it with an "
-            "empty plan (`keras_taylor.prune(model, keras_taylor.Plan())`), or mend the class."
+    problem = _find_loading_problem(layer, get_config())
+    if problem is None:
+        consequence = (
+            "The smaller model is saved with the values that the layer was made from, so that its file "
+            "loads. A model loaded from it has the `get_config` of the class again: before you save that "
+            "model, prune it with an empty plan (`keras_taylor.prune(model, keras_taylor.Plan())`), or fix "
+            "the class."
         )
     else:
-        what = (
-            f"The smaller model can be used and trained, but not loaded from a file: {trouble}. Give the "
+        consequence = (
+            f"The smaller model can be used and trained, but not loaded from a file: {problem}. Give the "
             "class a `get_config` that returns all arguments of `__init__`, as values that a file can hold."
         )
     name = type(layer).__name__
-    warnings.warn(f"The `get_config` of class `{name}` {made_from.fault}. {what}", stacklevel=2)
+    warnings.warn(f"The `get_config` of class `{name}` {get_config.fault}. {consequence}", stacklevel=2)
 
 
-def _without_its_own(operation, error):
-    """Configuration values of a layer whose `get_config` raised an error."""
-    taken = _taken(type(operation))
-    config = {key: value for key, value in _of_every_layer(operation).items() if key in taken}
-    missing = [p for p in _parameters(type(operation)) if p.name not in config]
-    found = _held(operation, missing)
+def _collect_arguments(layer: keras.Layer, error: Exception) -> dict[str, Any]:
+    """The arguments of a layer whose `get_config` raised an error; raises it if one is found nowhere."""
+    accepted = _accepted_names(type(layer))
+    values = {key: value for key, value in _base_configuration(layer).items() if key in accepted}
+    missing = [p for p in _init_parameters(type(layer)) if p.name not in values]
+    found = _argument_values(layer, missing)
     if len(found) < len(missing):
         raise error
-    return {**config, **found}
+    return {**values, **found}
 
 
-def _mended(operation, config):
-    """A configuration, completed, and what was wrong with it."""
-    cls = type(operation)
-    missing = [p for p in _parameters(cls) if p.name not in config]
-    if not missing and _taken(cls).issuperset(config):
-        return config, None
-    needed = _held(operation, [p for p in missing if p.default is p.empty])
-    faults, copy = [], _made(cls, config)
-    if copy is None and needed:
-        config, faults = {**config, **needed}, [f"leaves out {_listed(needed)}"]
-        copy = _made(cls, config)
-    # first what no parent takes either: those that a class hands on to them, it may set itself
-    for taken in (_taken(cls, its_parents=True), _taken(cls)):
-        part = {key: value for key, value in config.items() if key in taken}
-        if copy is None and (copy := _made(cls, part)) is not None:
-            faults.append(f"gives {_listed(config.keys() - taken)}, which `__init__` does not take")
-            config = part
-    if copy is not None and _is_inherited(cls.from_config):
+def _complete_values(layer: keras.Layer, values: dict[str, Any]) -> Configuration:
+    """Completes what a layer's `get_config` returned."""
+    cls = type(layer)
+    missing = [p for p in _init_parameters(cls) if p.name not in values]
+    if not missing and _accepted_names(cls).issuperset(values):
+        return Configuration(values, None)
+    required = _argument_values(layer, [p for p in missing if p.default is p.empty])
+    faults, copy = [], _make_layer(cls, values)
+    if copy is None and required:
+        values, faults = {**values, **required}, [f"leaves out {_quote_names(required)}"]
+        copy = _make_layer(cls, values)
+    # First leave out only what no parent class takes either: a class may pass the rest on, or set it itself.
+    for accepted in (_accepted_names(cls, with_parents=True), _accepted_names(cls)):
+        part = {key: value for key, value in values.items() if key in accepted}
+        if copy is None and (copy := _make_layer(cls, part)) is not None:
+            surplus = values.keys() - accepted
+            faults.append(f"gives {_quote_names(surplus)}, which `__init__` does not take")
+            values = part
+    if copy is not None and _has_default_from_config(cls):
         optional = [p for p in missing if p.default is not p.empty and p.name not in ("name", "trainable")]
-        mattering = _mattering(operation, copy, optional)
-        if mattering and _made(cls, {**config, **mattering}) is not None:
-            config = {**config, **mattering}
-            faults.append(f"leaves out {_listed(mattering)}")
-    return config, " and ".join(faults) or None
+        differing = _differing_arguments(layer, copy, optional)
+        if differing and _make_layer(cls, {**values, **differing}) is not None:
+            values = {**values, **differing}
+            faults.append(f"leaves out {_quote_names(differing)}")
+    return Configuration(values, " and ".join(faults) or None)
 
 
-def _mattering(operation, copy, optional):
-    """Arguments that a copy was made without, and that make a difference, by name."""
-    recorded = _recorded(operation)
-    return {
-        p.name: value
-        for p in optional
-        for value in _held(operation, [p]).values()
-        if (
-            value != p.default
-            if p.name in recorded
-            else _is_setting(value) and hasattr(copy, p.name) and not _alike(value, getattr(copy, p.name))
-        )
-    }
+def _differing_arguments(
+    layer: keras.Layer, copy: keras.Layer, optional: Sequence[inspect.Parameter]
+) -> dict[str, Any]:
+    """Arguments with defaults whose values in a layer differ from those in a copy made without them."""
+    recorded = recorded_arguments(layer)
+
+    def differs(parameter: inspect.Parameter, value: Any) -> bool:
+        name = parameter.name
+        if name in recorded:
+            return bool(value != parameter.default)
+        is_comparable = _is_comparable(value) and hasattr(copy, name)
+        return is_comparable and not _is_same_value(value, getattr(copy, name))
+
+    values = _argument_values(layer, optional)
+    return {p.name: values[p.name] for p in optional if p.name in values and differs(p, values[p.name])}
 
 
-def _held(operation, parameters):
-    """Values of arguments, by name: those on record, or attributes that can be given to another layer."""
-    values = {p.name: getattr(operation, p.name) for p in parameters if hasattr(operation, p.name)}
-    values = {name: _untracked(value) for name, value in values.items() if not _is_its_own(value)}
-    recorded = _recorded(operation)
+def _argument_values(layer: keras.Layer, parameters: Sequence[inspect.Parameter]) -> dict[str, Any]:
+    """Values of arguments, by name: those that Keras recorded, or else attributes that need no sharing."""
+    attributes = {p.name: getattr(layer, p.name) for p in parameters if hasattr(layer, p.name)}
+    values = {name: _untrack(value) for name, value in attributes.items() if not _holds_state(value)}
+    recorded = recorded_arguments(layer)
     return {**values, **{p.name: recorded[p.name] for p in parameters if p.name in recorded}}
 
 
-def _recorded(operation):
-    """The arguments that a layer was made with, where all are plain values: Keras keeps them.
-
-    There is no public way to ask for them once the class has a `get_config`.
-    """
-    recorded = getattr(operation, "_auto_config", None)
-    return {} if recorded is None else dict(recorded.config)
-
-
-def _is_its_own(value):
-    """Whether something in it would be shared if another layer got it: layers, weights, tensors."""
+def _holds_state(value: object) -> bool:
+    """Whether a value holds layers, weights or tensors, which two layers would share."""
     return any(
         isinstance(x, (keras.Layer, keras.Variable, keras.KerasTensor)) or keras.ops.is_tensor(x)
         for x in keras.tree.flatten(value)
     )
 
 
-def _untracked(value):
-    """Lists and dicts as they were before Keras wrapped them."""
+def _untrack(value: Any) -> Any:
+    """A value with plain lists and dicts instead of those in which Keras tracks layers and weights."""
     if isinstance(value, dict):
-        return {key: _untracked(each) for key, each in value.items()}
+        return {key: _untrack(each) for key, each in value.items()}
     if type(value) is tuple or isinstance(value, list):
-        return (tuple if isinstance(value, tuple) else list)(map(_untracked, value))
+        return (tuple if isinstance(value, tuple) else list)(map(_untrack, value))
     return value
 
 
-def _is_setting(value):
-    """Whether it is something that can be compared with what another layer has."""
+def _is_comparable(value: object) -> bool:
+    """Whether `_is_same_value` can tell a value from that of another layer."""
     flat = keras.tree.flatten(value)
-    return all(isinstance(x, (*_PLAIN, *_DESCRIBED)) or inspect.isfunction(x) for x in flat)
+    return all(isinstance(x, (*_PLAIN_TYPES, *_CONFIGURABLE_TYPES)) or inspect.isfunction(x) for x in flat)
 
 
-def _alike(first, second):
-    """Whether two attributes say the same; of things that have no configuration, whether they are alike."""
+def _is_same_value(first: Any, second: Any) -> bool:
+    """Whether two attributes are equal. Objects without a configuration are equal if their types are."""
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
-        return len(first) == len(second) and all(map(_alike, first, second))
-    if isinstance(first, _DESCRIBED):
+        return len(first) == len(second) and all(map(_is_same_value, first, second))
+    if isinstance(first, _CONFIGURABLE_TYPES):
         return type(first) is type(second) and first.get_config() == second.get_config()
     if inspect.isfunction(first) and inspect.isfunction(second):
         return first is second or _is_same_activation(first, second)
-    return first == second if isinstance(first, _PLAIN) else type(first) is type(second)
+    return bool(first == second) if isinstance(first, _PLAIN_TYPES) else type(first) is type(second)
 
 
-def _is_same_activation(first, second):
-    """Whether two functions of Keras' own are one: `keras.ops` and `keras.activations` have most twice."""
+def _is_same_activation(first: Any, second: Any) -> bool:
+    """Whether two functions of Keras compute the same; `keras.ops` and `keras.activations` share many."""
     if first.__name__ != second.__name__ or not (is_from_keras(first) and is_from_keras(second)):
         return False
     x = keras.ops.linspace(-8.0, 8.0, 65)
     try:
-        found = [keras.ops.convert_to_numpy(function(x)) for function in (first, second)]
+        y, z = (keras.ops.convert_to_numpy(function(x)) for function in (first, second))
     except Exception:
         return False
-    return np.allclose(*found, rtol=1e-6, atol=1e-7)
+    return np.allclose(y, z, rtol=1e-6, atol=1e-7)
 
 
-def _trouble_when_loaded(layer, config):
-    """Why a layer cannot be made again from what a file holds of a configuration, `None` if it can."""
+def _find_loading_problem(layer: keras.Layer, values: Mapping[str, Any]) -> str | None:
+    """Why a layer cannot be made from these values after a file held them; `None` if it can."""
     try:
-        loaded = json.loads(json.dumps(keras.saving.serialize_keras_object(config)))
-        again = type(layer).from_config(loaded)
+        loaded = json.loads(json.dumps(keras.saving.serialize_keras_object(values)))
+        copy = type(layer).from_config(loaded)
     except Exception as error:
-        return _said(error)
-    names = [p.name for p in _parameters(type(layer)) if hasattr(layer, p.name) and hasattr(again, p.name)]
-    changed = [name for name in names if not _alike(getattr(layer, name), getattr(again, name))]
-    return f"`{changed[0]}` would be {getattr(again, changed[0])!r}" if changed else None
+        return _describe_error(error)
+    names = [
+        p.name for p in _init_parameters(type(layer)) if hasattr(layer, p.name) and hasattr(copy, p.name)
+    ]
+    changed = [name for name in names if not _is_same_value(getattr(layer, name), getattr(copy, name))]
+    return f"`{changed[0]}` would be {getattr(copy, changed[0])!r}" if changed else None
 
 
-def _made(cls, config):
+def _make_layer(cls: type[keras.Layer], values: Mapping[str, Any]) -> keras.Layer | None:
     """A layer, `None` if it cannot be made from these values."""
     try:
-        return cls.from_config(dict(config))
+        return cls.from_config(dict(values))
     except Exception:
         return None
 
 
-def _of_every_layer(layer):
+def _base_configuration(layer: keras.Layer) -> dict[str, Any]:
+    """The configuration values that every layer has."""
     return {
         "name": layer.name,
         "trainable": layer.trainable,
@@ -239,33 +250,39 @@ def _of_every_layer(layer):
     }
 
 
-def _parameters(cls):
-    """The arguments of `__init__` that have names."""
+def _init_parameters(cls: type[keras.Layer]) -> list[inspect.Parameter]:
+    """The named arguments of `__init__`."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [p for p in list(inspect.signature(cls.__init__).parameters.values())[1:] if p.kind in named]
 
 
-def _taken(cls, its_parents=False):
-    """Names that `__init__` takes: its own arguments, and Keras' (or all) of those that it hands on."""
-    names: set = set()
+def _accepted_names(cls: type, with_parents: bool = False) -> set[str]:
+    """Names of the arguments that `__init__` takes.
+
+    Where it passes `**kwargs` on, these include the arguments of Keras' base classes, and with `with_parents`
+    also those of other parent classes.
+    """
+    names: set[str] = set()
     for each in cls.__mro__:
-        if "__init__" not in vars(each) or (names and not its_parents and not is_from_keras(each)):
+        if "__init__" not in vars(each) or (names and not with_parents and not is_from_keras(each)):
             continue
-        parameters = inspect.signature(each.__init__).parameters.values()
+        parameters = inspect.signature(vars(each)["__init__"]).parameters.values()
         names.update(p.name for p in parameters)
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
     return names
 
 
-def _is_inherited(from_config):
-    """Whether a class has Keras' own `from_config`, which hands all values to `__init__`."""
-    return from_config.__func__ is keras.Layer.from_config.__func__
+def _has_default_from_config(cls: type[keras.Layer]) -> bool:
+    """Whether a class has the `from_config` of `keras.Layer`, which passes all values to `__init__`."""
+    return cls.from_config.__func__ is keras.Layer.from_config.__func__
 
 
-def _listed(names):
+def _quote_names(names: Iterable[str]) -> str:
+    """Names in backticks, sorted."""
     return ", ".join(f"`{name}`" for name in sorted(names))
 
 
-def _said(error):
+def _describe_error(error: Exception) -> str:
+    """The class of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -113,3 +113,12 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
 def mask_of_tensor(tensor: Tensor) -> Tensor | None:
     """The mask that a layer attached to a tensor, `None` if it has none; a call reads it from there."""
     return getattr(tensor, "_keras_mask", None)
+
+
+def recorded_arguments(operation: keras.Operation) -> dict[str, Any]:
+    """The arguments that an operation was made with, if all are plain values; else an empty dict.
+
+    `get_config` returns them only for a class that does not define its own.
+    """
+    recorded = getattr(operation, "_auto_config", None)
+    return {} if recorded is None else dict(recorded.config)
