@@ -211,7 +211,7 @@ def test_what_has_passed_is_not_tried_again(monkeypatch):
     keras_taylor.register_rule(Scale, weights={"scale": ("channels",)})
     model = model_with(Scale())
     label_model(model)
-    monkeypatch.setattr(rule_checks, "_Trial", None)
+    monkeypatch.setattr(rule_checks, "_RuleCheck", None)
     label_model(model)
 
 

@@ -21,17 +21,15 @@ from keras_taylor.reading.closed_layers import (
 )
 from keras_taylor.reading.configurations import configuration_of
 from keras_taylor.reading.graph import Call
-from keras_taylor.reading.rule_checks import random_input, run_like_call, tensor_dtype
+from keras_taylor.reading.rule_checks import equivalence_tolerance, random_input, run_like_call, tensor_dtype
 from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.support.types import Array, BoolArray, Shape
 
 _MAX_KEYS = 3  # configuration values that count one group
 _MAX_TRIALS = 64  # combinations of configuration values that are tried for one group
 
-# Largest differences, relative to the largest value, for layers that compute in a float type.
-_EQUIVALENCE_TOLERANCES = {"float32": 1e-4, "float64": 1e-4}
-_LOW_PRECISION_TOLERANCE = 3e-2  # for other types
-_COPY_TOLERANCE = 1e-5  # for a copy with the same configuration and weights
+# The largest difference of a copy with the same configuration and weights, relative to the largest value.
+_COPY_TOLERANCE = 1e-5
 
 
 class ConfigCount(NamedTuple):
@@ -281,7 +279,7 @@ def _is_equivalent_for_seed(structure: InnerStructure, rebuilder: LayerRebuilder
     copy_weights(whole, small, structure.weight_masks(kept))
     gates = {number: _gate_of(kept_entries(units, kept)) for number, units in structure.reads.items()}
     closed, cut = rebuilder.run(whole, seed, gates), rebuilder.run(small, seed)
-    tolerance = _EQUIVALENCE_TOLERANCES.get(layer.compute_dtype, _LOW_PRECISION_TOLERANCE)
+    tolerance = equivalence_tolerance(layer.compute_dtype)
     # closed gates must make a difference, or else the comparison shows nothing
     has_effect = _largest_difference(rebuilder.run(whole, seed), closed) > tolerance
     return _largest_difference(cut, closed) <= tolerance and has_effect

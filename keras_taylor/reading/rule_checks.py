@@ -1,37 +1,70 @@
-"""Layers tried out on random numbers: registered rules, and layers without one."""
+"""Operations run on random inputs: checks of registered rules, and rules for operations without one."""
 
 import inspect
 import json
 import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
-from keras_taylor.reading.graph import TensorRef
+from keras_taylor.reading.graph import Call, TensorRef
 from keras_taylor.rules import elementwise
-from keras_taylor.rules.base import KeptLabels, LabeledTensor, unknown_operation
+from keras_taylor.rules.base import KeptLabels, LabeledTensor, Rule, is_from_keras, unknown_operation
 from keras_taylor.rules.labels import FIXED, LabelSpace
 from keras_taylor.rules.probing import is_channelwise
 from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
+from keras_taylor.support.types import Array, BoolArray, IntArray, Shape
 
-_BATCH, _UNKNOWN_SIZE = 2, 5  # of random inputs: examples, and axes of unknown size
-_NUM_DRAWS, _NUM_TRIES = 2, 20
-_TOLERANCE = {"float32": 1e-4, "float64": 1e-4}  # relative; other types are less exact
-_passed: set = set()
-_probed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_NUM_EXAMPLES = 2  # of random inputs
+_UNKNOWN_SIZE = 5  # of random inputs along axes of unknown size
+_NUM_CHECKS = 2  # of a registered rule, with different random numbers
+_NUM_DRAWS = 20  # of channels that leave, until some stay along every axis
+_LEAVING_FRACTION = 0.4  # of the channels
+_TINY = 1e-30  # in the place of a largest value of zero
 
 
-def check_registered_rule(call, labels, shapes, exact=True):
+class _CheckedRule(NamedTuple):
+    """A registered rule with everything that the check of a layer depends on."""
+
+    layer_class: type
+    wrapped_class: type
+    rule: Rule | None
+    wrapped_rule: Rule | None
+    exact: bool
+    layer: str  # configuration and shapes as JSON
+
+
+class _ProbedInput(NamedTuple):
+    """The input on which an operation was probed."""
+
+    shape: Shape
+    channel_axis: int
+
+
+# Registered rules that hold, so that they are not checked again.
+_rules_that_hold: set[_CheckedRule] = set()
+
+# Whether an operation handles each channel alone.
+_probe_results: weakref.WeakKeyDictionary[keras.Operation, dict[_ProbedInput, bool]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def check_registered_rule(
+    call: Call, labels: Sequence[IntArray], shapes: Sequence[Shape], exact: bool = True
+) -> None:
     """Refuses a registered rule that does not hold for this layer.
 
-    Gates at zero must equal the layer without these channels: some channels are closed
-    where the rule says that they are read, the layer is cut, and both run on the same
-    random inputs. What has passed once is not tried again.
+    A layer with closed gates must equal the layer without these channels. So some channels are closed
+    where the rule says that they are read, the layer is built without them, and both run on the same
+    random inputs. A rule that has passed once is not checked again.
 
     Args:
-        call: A `graph.Call`.
+        call: The call of the layer.
         labels: Label array of every tensor seen so far, by index.
         shapes: Shape of every tensor.
         exact: Whether channels that are normalized together stay.
@@ -39,212 +72,228 @@ def check_registered_rule(call, labels, shapes, exact=True):
     Raises:
         ValueError: if the rule does not hold.
     """
-    classes = [type(call.operation), type(getattr(call.operation, "layer", None))]  # of a wrapper
-    registered = tuple(REGISTERED.get(one) for one in classes)
-    if registered == (None, None):
+    layer_class, wrapped_class = type(call.operation), type(getattr(call.operation, "layer", None))
+    rules = REGISTERED.get(layer_class), REGISTERED.get(wrapped_class)
+    if rules == (None, None):
         return
-    rule = rule_for(call.operation)
     axes = {index: LabeledTensor(labels[index], shapes[index]).channel_axis for index in call.inputs}
     config = {k: v for k, v in call.operation.get_config().items() if k != "name"}
     sizes = [(shapes[index], axes[index]) for index in (*call.inputs, *call.outputs) if index in axes]
-    key = (*classes, *registered, exact, json.dumps([config, sizes], sort_keys=True, default=repr))
-    if key in _passed:
+    layer = json.dumps([config, sizes], sort_keys=True, default=repr)
+    checked = _CheckedRule(layer_class, wrapped_class, *rules, exact, layer)
+    if checked in _rules_that_hold:
         return
     try:
-        for seed in range(_NUM_DRAWS):
-            _Trial(call, shapes, axes, rule, seed, exact).run()
-    except _NotHeldError as error:
+        for seed in range(_NUM_CHECKS):
+            _RuleCheck(call, shapes, axes, seed, exact).run()
+    except _RuleFailsError as error:
+        registered = wrapped_class if rules[0] is None else layer_class
         raise ValueError(
-            f"The rule that was registered for `{classes[registered[0] is None].__name__}` does not hold "
+            f"The rule that was registered for `{registered.__name__}` does not hold "
             f"for layer '{call.name}': {error}. Register another one (`register_rule`), or none. "
             f"Received: {call.name}={call.operation!r}"
         ) from error.__cause__
-    _passed.add(key)
+    _rules_that_hold.add(checked)
 
 
-def find_rule_by_probing(call, labels, shapes):
-    """The rule of an operation that has none and no weights, found by running it; `None` if it has one.
+def find_rule_by_probing(call: Call, labels: Sequence[IntArray], shapes: Sequence[Shape]) -> Rule | None:
+    """A rule that lets channels through, for an operation without a rule and without weights.
 
-    Where each channel stands for itself, also with fewer channels, it is let through.
+    The operation runs on random inputs. Each channel of the output must depend on the same channel of the
+    input only, also if there are fewer channels.
 
     Args:
-        call: A `graph.Call`.
+        call: The call of the operation.
         labels: Label array of every tensor seen so far, by index.
         shapes: Shape of every tensor.
+
+    Returns:
+        `None` if the operation has a rule, or if channels cannot be let through.
     """
     operation = call.operation
-    if rule_for(operation) is not unknown_operation or not _is_probed(operation):
+    if rule_for(operation) is not unknown_operation or not _may_be_probed(operation):
         return None
     if len(call.inputs) != 1 or len(call.outputs) != 1:
         return None
-    (index,) = call.inputs
-    axis = LabeledTensor(labels[index], shapes[index]).channel_axis
-    if (
-        axis in (None, 0)
-        or shapes[index] != shapes[call.outputs[0]]
-        or "float" not in tensor_dtype(call, index)
-    ):
+    (index,), shape = call.inputs, shapes[call.inputs[0]]
+    axis = LabeledTensor(labels[index], shape).channel_axis
+    if not axis or shape != shapes[call.outputs[0]] or "float" not in tensor_dtype(call, index):
         return None
-    found = _probed.setdefault(operation, {})
-    if (shapes[index], axis) not in found:
-        found[shapes[index], axis] = _stands_for_itself(call, shapes[index], axis)
-    return elementwise.unary if found[shapes[index], axis] else None
+    results = _probe_results.setdefault(operation, {})
+    probed = _ProbedInput(shape, axis)
+    if probed not in results:
+        results[probed] = _handles_channels_alone(call, shape, axis)
+    return elementwise.unary if results[probed] else None
 
 
-def _is_probed(operation):
-    """Keras' own layers without a rule lock on purpose; what has weights is never guessed."""
+def _may_be_probed(operation: keras.Operation) -> bool:
+    """Whether a rule may be guessed: not for layers of Keras, which lock on purpose, nor with weights."""
     if not isinstance(operation, keras.Layer):
         return True
-    own = type(operation).__module__.split(".")[0] == "keras" and type(operation) is not keras.layers.Lambda
-    return not own and not operation.weights and not hasattr(operation, "reset_state")
+    is_own = is_from_keras(type(operation)) and type(operation) is not keras.layers.Lambda
+    return not is_own and not operation.weights and not hasattr(operation, "reset_state")
 
 
-def _stands_for_itself(call, shape, axis):
+def _handles_channels_alone(call: Call, shape: Shape, axis: int) -> bool:
     (index,), operation = call.inputs, call.operation
 
-    def run_anew(x):
-        return run_like_call(call, clone_operation(operation, call.name), {index: x})[0]
-
-    def run(x):
+    def run(x: Array) -> Array:
         return run_like_call(call, copy, {index: x})[0]
+
+    def run_smaller(x: Array) -> Array:
+        return run_like_call(call, clone_operation(operation, call.name), {index: x})[0]
 
     try:
         copy = clone_operation(operation, call.name)
     except ValueError:
         return False
-    shape = (_BATCH, *(_UNKNOWN_SIZE if d is None else d for d in shape[1:]))
-    return is_channelwise(run, run_anew, shape, axis, getattr(operation, "compute_dtype", "float32"))
+    dtype = getattr(operation, "compute_dtype", "float32")
+    return is_channelwise(run, run_smaller, _known_shape(shape), axis, dtype)
 
 
-class _NotHeldError(Exception):
-    """What was found, as the end of a sentence."""
+class _RuleFailsError(Exception):
+    """A registered rule does not hold. The message is the end of a sentence."""
 
 
-class _Trial:
-    """One layer with labels of its own, some of which leave."""
+class _RuleCheck:
+    """One check of a layer's rule: the layer gets labels of its own, and some of its channels leave."""
 
-    def __init__(self, call, shapes, axes, rule, seed, exact):
+    def __init__(
+        self, call: Call, shapes: Sequence[Shape], axes: Mapping[int, int | None], seed: int, exact: bool
+    ) -> None:
         self._call, self._random = call, np.random.default_rng(seed)
-        self._space, self._labels = LabelSpace(exact), {}
+        self._space = LabelSpace(exact)
+        self._labels: dict[int, IntArray] = {}
         for index in dict.fromkeys(call.inputs):
             rank = len(shapes[index])
             self._labels[index] = np.full((1,) * rank, FIXED)
-            axis = rank - 1 if axes[index] is None else axes[index]
-            if axis and (shapes[index][axis] or 0) > 1:
-                vector = self._space.new_labels(shapes[index][axis], call.name)
+            axis = axes[index]
+            axis = rank - 1 if axis is None else axis
+            size = shapes[index][axis] or 0
+            if axis and size > 1:
+                vector = self._space.new_labels(size, call.name)
                 self._labels[index] = np.expand_dims(vector, [k for k in range(rank) if k != axis])
-        positions = call.tensor_positions
         try:
-            self._effect = apply_rule(self._space, call, self._labels, shapes, positions, rule)
+            self._effect = apply_rule(self._space, call, self._labels, shapes, call.tensor_positions)
         except Exception as error:
-            raise _NotHeldError(f"it failed with {type(error).__name__}: {error}") from error
-        self._inputs = {index: self._random_input(index, shapes[index]) for index in self._labels}
+            raise _RuleFailsError(f"it failed with {type(error).__name__}: {error}") from error
+        self._inputs = {
+            index: random_input(self._random, shapes[index], tensor_dtype(call, index))
+            for index in self._labels
+        }
 
-    def run(self):
-        kept = self._draw()
+    def run(self) -> None:
+        """Raises an error if the layer without some channels differs from the layer with closed gates."""
+        kept = self._draw_kept()
         if kept is None:
             return
-        self._kept, self._kept_labels = kept, KeptLabels(kept.__getitem__)
-        whole = clone_operation(self._call.operation, self._call.name)
-        build_like(whole, self._call.operation, self._call.name)
+        name, operation = self._call.name, self._call.operation
+        whole = clone_operation(operation, name)
+        build_like(whole, operation, name)
         try:
-            self._outputs(whole, self._inputs)
+            run_like_call(self._call, whole, self._inputs)
         except Exception as error:
-            raise _NotHeldError(f"the layer failed on random numbers ({_said(error)})") from error
+            raise _RuleFailsError(f"the layer failed on random numbers ({_summarize(error)})") from error
         for weight in whole.weights:
             if "float" in weight.dtype:
                 weight.assign(self._random.uniform(0.5, 1.5, weight.shape).astype("float32"))
-        wanted = self._closed(whole)
+        expected = self._run_gated(whole, kept)
         try:
-            given = self._outputs(self._cut(whole), {i: self._short(i) for i in self._inputs}, cut=True)
-        except _NotHeldError:
-            raise
+            found = self._run_smaller(whole, kept)
         except Exception as error:
-            raise _NotHeldError(f"without some channels the layer failed ({_said(error)})") from error
-        for y, z, labels in zip(wanted, given, self._effect.outputs, strict=True):
-            if (
-                any(a not in (1, b) for a, b in zip(labels.shape, y.shape, strict=False))
-                or labels.ndim != y.ndim
-            ):
-                raise _NotHeldError(f"it says {labels.shape} of an output with the shape {y.shape}")
-            self._compare(self._compressed(y, labels), z)
+            raise _RuleFailsError(f"without some channels the layer failed ({_summarize(error)})") from error
+        for y, y_small, labels in zip(expected, found, self._effect.outputs, strict=True):
+            fits = all(a in (1, b) for a, b in zip(labels.shape, y.shape, strict=False))
+            if labels.ndim != y.ndim or not fits:
+                raise _RuleFailsError(f"it says {labels.shape} of an output with the shape {y.shape}")
+            self._compare(_remove_channels(y, labels, kept), y_small)
 
-    def _compare(self, wanted, given):
-        if wanted.shape != given.shape:
-            raise _NotHeldError(
-                f"without some channels it puts out the shape {given.shape}, and should {wanted.shape}"
+    def _compare(self, expected: Array, found: Array) -> None:
+        if expected.shape != found.shape:
+            raise _RuleFailsError(
+                f"without some channels it puts out the shape {found.shape}, and should {expected.shape}"
             )
-        difference = np.abs(wanted - given).max() / max(np.abs(wanted).max(), 1e-30) if wanted.size else 0.0
+        difference = 0.0
+        if expected.size:
+            difference = np.abs(expected - found).max() / max(np.abs(expected).max(), _TINY)
         dtype = getattr(self._call.operation, "compute_dtype", "float32")
-        if not difference <= _TOLERANCE.get(dtype, 3e-2):
-            raise _NotHeldError(
+        if not difference <= equivalence_tolerance(dtype):
+            raise _RuleFailsError(
                 "without some channels, those that stay come out otherwise than with these closed: they "
                 f"differ by {difference:.2g} of the largest value"
             )
 
-    def _draw(self):
-        """Which labels stay: bool array; some of each axis do. `None` where none can leave."""
+    def _draw_kept(self) -> BoolArray | None:
+        """A mask over labels that keeps some along every axis; `None` if no channel can leave."""
         roots, locks = self._space.resolve()
         free = (locks < 0) & (roots != FIXED)
         if not free.any():
             return None
         vectors = [*self._labels.values(), *self._effect.outputs]
         vectors += [v for axes in self._effect.weights.values() for v in axes if v is not None]
-        for _ in range(_NUM_TRIES):
-            leaving = free & (self._random.random(len(roots)) < 0.4)[roots]
+        for _ in range(_NUM_DRAWS):
+            leaving = free & (self._random.random(len(roots)) < _LEAVING_FRACTION)[roots]
             if leaving.any() and all((~leaving[v]).any() for v in vectors):
                 return ~leaving
         return None
 
-    def _random_input(self, index, shape):
-        return random_input(self._random, shape, tensor_dtype(self._call, index))
-
-    def _closed(self, whole):
-        """What the layer puts out while what leaves is closed."""
+    def _run_gated(self, whole: keras.Layer, kept: BoolArray) -> list[Array]:
+        """Outputs of the whole layer with closed gates, where the rule says that channels are read."""
         if self._effect.call_with_gate is None:
-            return self._outputs(whole, {i: self._gated(i) for i in self._inputs})
-        (index,) = self._inputs
-        gate = ops.convert_to_tensor(self._kept[self._labels[index]].astype("float32"))
-        y = self._effect.call_with_gate(whole, ops.convert_to_tensor(self._inputs[index]), gate)
+            read = {self._call.inputs[number] for number in self._effect.reads}
+            inputs = {
+                index: x * kept[self._labels[index]] if index in read else x
+                for index, x in self._inputs.items()
+            }
+            return run_like_call(self._call, whole, inputs)
+        ((index, x),) = self._inputs.items()
+        gate = ops.convert_to_tensor(kept[self._labels[index]].astype("float32"))
+        y = self._effect.call_with_gate(whole, ops.convert_to_tensor(x), gate)
         return [np.asarray(ops.convert_to_numpy(ops.cast(y, "float32")))]
 
-    def _gated(self, index):
-        """An input with what leaves closed, where the rule says that the channels are read."""
-        read = {self._call.inputs[number] for number in self._effect.reads}
-        return self._inputs[index] * self._kept[self._labels[index]] if index in read else self._inputs[index]
-
-    def _short(self, index):
-        return self._compressed(self._inputs[index], self._labels[index])
-
-    def _compressed(self, value, labels):
-        axis = next((k for k, size in enumerate(labels.shape) if size > 1), None)
-        return value if axis is None else np.compress(self._kept[labels.reshape(-1)], value, axis)
-
-    def _cut(self, whole):
-        changes = self._kept_labels.changes(self._effect.config)
+    def _run_smaller(self, whole: keras.Layer, kept: BoolArray) -> list[Array]:
+        """Outputs of the layer without the channels that leave, with the weights of the whole one."""
+        kept_labels = KeptLabels(kept.__getitem__)
+        inputs = {i: _remove_channels(x, self._labels[i], kept) for i, x in self._inputs.items()}
+        arguments = kept_labels.changes(self._effect.arguments)
+        changes = kept_labels.changes(self._effect.config)
         small = clone_operation(self._call.operation, self._call.name, changes)
-        self._outputs(small, {i: self._short(i) for i in self._inputs}, cut=True)  # builds it
-        copy_weights(whole, small, self._kept_labels.weight_masks(whole, self._effect))
-        return small
-
-    def _outputs(self, layer, inputs, cut=False):
-        return run_like_call(self._call, layer, inputs, self._arguments() if cut else {})
-
-    def _arguments(self):
-        return self._kept_labels.changes(self._effect.arguments)
+        run_like_call(self._call, small, inputs, arguments)  # builds it
+        copy_weights(whole, small, kept_labels.weight_masks(whole, self._effect))
+        return run_like_call(self._call, small, inputs, arguments)
 
 
-def run_like_call(call, operation, inputs, arguments=None):
-    """Runs an operation as a call does, at inference.
+def _remove_channels(value: Array, labels: IntArray, kept: BoolArray) -> Array:
+    """An array without the channels that leave, given its labels."""
+    axis = next((k for k, size in enumerate(labels.shape) if size > 1), None)
+    return value if axis is None else np.compress(kept[labels.reshape(-1)], value, axis)
+
+
+def equivalence_tolerance(dtype: str) -> float:
+    """The largest difference between a gated and a smaller layer, relative to the largest value.
 
     Args:
-        call: A `graph.Call`.
-        operation: What runs in the place of the call's operation.
+        dtype: Name of the type in which the layer computes.
+    """
+    return 1e-4 if dtype in ("float32", "float64") else 3e-2
+
+
+def run_like_call(
+    call: Call,
+    operation: keras.Operation,
+    inputs: Mapping[int, Array],
+    arguments: Mapping[int, Any] | None = None,
+) -> list[Array]:
+    """Runs an operation with the arguments of a call, at inference.
+
+    Args:
+        call: The call.
+        operation: The operation that runs instead of the call's.
         inputs: An array for each of the call's tensors, by index.
         arguments: Other values of arguments, by position in the flattened call.
 
     Returns:
-        Its flattened outputs as a list of arrays.
+        The flattened outputs, float32.
     """
     flat = [ops.convert_to_tensor(inputs[x.index]) if isinstance(x, TensorRef) else x for x in call.flat]
     for position, value in (arguments or {}).items():
@@ -256,19 +305,24 @@ def run_like_call(call, operation, inputs, arguments=None):
     return [np.asarray(ops.convert_to_numpy(ops.cast(y, "float32"))) for y in outputs]
 
 
-def random_input(random, shape, dtype):
-    """Random values for a tensor of this shape, unknown sizes being small."""
-    shape = (_BATCH, *(_UNKNOWN_SIZE if d is None else d for d in shape[1:]))
+def random_input(random: np.random.Generator, shape: Shape, dtype: str) -> Array:
+    """Random values for a tensor of this shape: a few examples, and a small size where none is known."""
+    known_shape = _known_shape(shape)
     if "float" in dtype:
-        return random.normal(size=shape).astype("float32")
-    return random.integers(0, 2, shape).astype(dtype)
+        return random.normal(size=known_shape).astype("float32")
+    return random.integers(0, 2, known_shape).astype(dtype)
 
 
-def tensor_dtype(call, index):
-    """The type of one of a call's tensors."""
+def _known_shape(shape: Shape) -> tuple[int, ...]:
+    return (_NUM_EXAMPLES, *(_UNKNOWN_SIZE if size is None else size for size in shape[1:]))
+
+
+def tensor_dtype(call: Call, index: int) -> str:
+    """The type of one of a call's input tensors."""
     tensors = [x for x in call.site.flat if isinstance(x, keras.KerasTensor)]
     return keras.backend.standardize_dtype(tensors[call.inputs.index(index)].dtype)
 
 
-def _said(error):
+def _summarize(error: Exception) -> str:
+    """The type and the first line of an error."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
