@@ -14,7 +14,7 @@ class Doubled(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("exported_layers")
 class Crashing(Doubled):
-    """Loads in the process that it was made in; ends any other as a crash of native code would."""
+    """Loads in the process that made it, and ends any other like a crash of native code."""
 
     @classmethod
     def from_config(cls, config):

@@ -43,7 +43,7 @@ def bilinear(point):
 
 @pytest.fixture
 def clock(monkeypatch, tmp_path):
-    """What was timed, one list a job; times follow a law that tests may change."""
+    """What was timed, one list for each job. Times follow a law that tests may change."""
     calls = []
 
     def time_layers(variant, layers, batch_size):
@@ -104,7 +104,7 @@ def test_less_never_takes_longer(clock, name):
     "name", ["nested_three_deep", "composite_layers", "attending", "siamese", "grouped", "encoder_decoder"]
 )
 def test_what_was_cut_is_the_same_network(clock, name):
-    """Tables of the whole model hold for what is left of it."""
+    """The table of the whole model holds for the smaller one."""
     channels = label_model(case(name).model)
     times = LayerTimes(channels, "keras", cache_dir=clock.folder)
     kept = some_kept(channels)
@@ -187,7 +187,7 @@ def test_what_cannot_be_timed_is_left_to_the_whole(clock):
     assert times(kept) == pytest.approx(law_of(small) - head)
 
 
-def test_a_network_of_which_nothing_can_be_timed_is_refused(clock):
+def test_a_network_without_a_layer_that_can_be_timed_is_refused(clock):
     clock.law = lambda point: None
     with pytest.raises(ValueError, match=r"None of the layers can be timed alone.*Ask for FLOPs") as error:
         LayerTimes(label_model(net(8)), "keras", cache_dir=clock.folder)
@@ -213,7 +213,7 @@ def test_the_multiple_that_pays_is_found(clock, multiple):
 
 
 def eights(point):
-    """As a processor that takes eight channels at a time."""
+    """The law of a processor that takes eight channels at a time."""
     read, made = (-(-number // 8) * 8 for number in numbers(point))
     return 700 + 5 * read * made
 
@@ -291,7 +291,7 @@ def test_a_latency_is_met_by_measuring(clock):
     )
 
 
-def test_a_time_that_is_doubted_is_taken_again(clock, monkeypatch):
+def test_a_suspicious_time_is_measured_again(clock, monkeypatch):
     channels = label_model(net(24, 40))
     measurements = Measurements(channels, ["latency"], cache_dir=clock.folder)
     predicted = measurements.before["latency"]
@@ -318,14 +318,14 @@ class ScriptedRunner:
         self.now += next(self.durations, 10**8)
 
 
-def test_the_time_of_a_call_is_that_of_its_calmest_block(monkeypatch):
+def test_the_time_of_a_call_is_the_median_of_the_fastest_block(monkeypatch):
     warm_up, slow, calm = [10**9] * 2, [5 * 10**8] * 9, [10**8, 9 * 10**8, 10**8]
     runner = ScriptedRunner(monkeypatch, warm_up + slow + calm + [3 * 10**8] * 60)
     assert timing.min_block_median(runner, [], timing.TimeLimits(patience=3, total=60)) == 10**8
     assert runner.calls == 2 + 9 + 3 + 3 * timing.MIN_BLOCKS  # which take longer than the patience
 
 
-def test_a_busy_machine_is_not_waited_for_for_ever(monkeypatch):
+def test_timing_on_a_busy_machine_ends(monkeypatch):
     faster = (10**9 * 0.98 ** (k // 3) for k in range(1000))
     runner = ScriptedRunner(monkeypatch, faster)
     timing.min_block_median(runner, [], timing.TimeLimits(patience=100, total=30))

@@ -37,7 +37,7 @@ class WeightBytes:
         ]
 
     def __call__(self, kept: BoolArray) -> int:
-        """Bytes with only some units kept, of `kept` `(num_units,)`."""
+        """Bytes if only the units in the mask `kept` `(num_units,)` stay."""
         kept = np.append(kept, True)  # -1, the unit of positions that always stay, finds this
         total = 0
         for is_matrix, factor, axes in self._weights:

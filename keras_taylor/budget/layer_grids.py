@@ -44,7 +44,7 @@ class KernelCall:
     Args:
         labeled: The model.
         call: The call.
-        effect: What the call does to labels.
+        effect: The call's effect on labels.
 
     Attributes:
         num_units: Number of units of the model.
@@ -68,12 +68,12 @@ class KernelCall:
         return np.repeat(units, size or 1) if units.size == 1 else units
 
     def widths(self, kept: BoolArray) -> Widths:
-        """Widths with only some units kept, of `kept` `(num_units,)`."""
+        """Widths if only the units in the mask `kept` `(num_units,)` stay."""
         kept = np.append(kept, True)  # -1, the unit of channels that always stay, finds this
         return Widths(int(kept[self.input_units].sum()), int(kept[self.output_units].sum()))
 
     def isolate(self, kept: BoolArray) -> IsolatedLayer:
-        """The layer alone with only some units kept."""
+        """The layer alone, with only the units in the mask `kept` `(num_units,)`."""
         call = self._call
         kept_labels = self._labeled.kept_labels(kept)
         changes = kept_labels.changes(self._effect.config)
@@ -195,7 +195,7 @@ def _can_be_cloned(call: Call) -> bool:
 
 
 def _serialize_for_timing(layer: keras.Layer) -> dict[str, Any]:
-    """A serialized layer without what does not change its speed. Its weights begin as zeros."""
+    """A serialized layer without settings that do not change its speed. Its weights begin as zeros."""
     content: dict[str, Any] = keras.saving.serialize_keras_object(layer)
     content.pop("build_config", None)
     config: Mapping[str, Any] = content["config"]

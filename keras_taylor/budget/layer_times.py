@@ -86,7 +86,7 @@ class LayerTimes:
         return grid.interpolate(known) if len(known) == len(times) else None
 
     def _slowdown(self, offset: int) -> float:
-        """Measured over interpolated time of all wide layers, so many channels below half their widths."""
+        """Ratio of measured to interpolated time of all wide layers, `offset` channels below half width."""
         masks = {key: grid.mask_below_half(offset) for key, grid in self._grids.items()}
         layers = {key: self._grids[key].call.isolate(kept) for key, kept in masks.items() if not kept.all()}
         self.table.fill(layers.values())

@@ -103,7 +103,7 @@ def format_amount(cost: str, value: int, named: bool = True) -> str:
 
     Args:
         cost: The cost.
-        value: The amount, of latencies in nanoseconds.
+        value: The amount. Latencies are in nanoseconds.
         named: Whether the cost's name follows.
     """
     measured = measured_cost_of(cost)

@@ -25,11 +25,11 @@ _SUSPICIOUS_RATIO = 1.05  # a time that is longer than predicted by this factor 
 
 
 class Measurements:
-    """The measured costs that goals ask for, of one network at several widths.
+    """Measures the costs that a goal asks for, for one network at several widths.
 
-    Every measurement improves the predictions. These are piecewise linear functions through all
-    measurements, of the bytes of the weights (`WeightBytes`) or of the sum of the layers' own times
-    (`LayerTimes`).
+    Every measurement improves the predictions. A prediction is a piecewise linear function through all
+    measurements. Its argument is the number of bytes of all weights (`WeightBytes`), or the sum of the
+    layers' own times (`LayerTimes`).
 
     Args:
         labeled: The whole model.

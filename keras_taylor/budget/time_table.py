@@ -114,7 +114,7 @@ def _content_key(content: Mapping[str, Any]) -> str:
 
 
 def _describe_machine(variant: str) -> dict[str, Any]:
-    """What the times of a layer depend on, besides the layer."""
+    """Hardware and versions that the time of a layer depends on."""
     found: dict[str, Any] = {"processor": _processor_name(), "cores": os.cpu_count()}
     for name in _PACKAGES:
         try:

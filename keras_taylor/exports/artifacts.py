@@ -46,7 +46,7 @@ class Artifact:
         format: "saved_model", "litert", "onnx" or "keras".
         quantize: `None` (float32), "float16", "dynamic" or "int8".
         batch_size: Number of examples that a call takes; `None` for any number.
-        num_bytes: Size on disk in bytes, of all files for a SavedModel.
+        num_bytes: Size on disk in bytes. For a SavedModel, all files in the directory count.
         inputs: Name -> details, in the order of the model's flattened inputs. Details are a dict of
             "shape" (batch axis first, `None` where free) and "dtype". If an int8 input stands for reals,
             they also hold "scale" and "zero_point": real = scale x (integer - zero_point).

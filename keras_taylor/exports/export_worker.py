@@ -43,7 +43,7 @@ class JobError(Exception):
 
 
 class JobRequest(TypedDict):
-    """What the user's process writes.
+    """A request that the user's process writes.
 
     Attributes:
         job: Key of `JOBS`.
@@ -59,7 +59,7 @@ class JobRequest(TypedDict):
 
 
 class JobAnswer(TypedDict, total=False):
-    """What the worker process writes: a result, or the name and message of an error."""
+    """The answer of the worker process: a result, or the name and message of an error."""
 
     result: Any
     error: str
@@ -76,7 +76,7 @@ def run_job(backend: str, job: str, modules: Iterable[str] = (), **arguments: An
         **arguments: Arguments of the job's function, as JSON can hold them.
 
     Returns:
-        What the job's function returns.
+        The result of the job's function.
 
     Raises:
         JobError: if the job fails, or its process dies.

@@ -14,7 +14,7 @@ class Variant:
     """A format with the precision of its numbers.
 
     Attributes:
-        name: What users call it: "litert-int8".
+        name: Its name for users, such as "litert-int8".
         format: Key of `SUFFIXES`.
         quantize: One of `QUANTIZATIONS`.
     """
@@ -35,7 +35,7 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
-    """What a file is to be like, as users ask for it by the arguments of `export`.
+    """The format of a file and its options, from the arguments of `export`.
 
     Attributes:
         format: Key of `SUFFIXES`.

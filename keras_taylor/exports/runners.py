@@ -32,14 +32,14 @@ class Runner(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, arrays: Sequence[Array]) -> Any:
-        """Arrays, one for each input, in the form that `run` takes."""
+        """Converts arrays, one for each input, to the form that `run` takes."""
 
     @abc.abstractmethod
     def run(self, prepared: Any) -> Any:
         """Outputs of the model, in the runtime's own form."""
 
     def finish(self, outputs: Any) -> list[Array]:
-        """What `run` returned as a list of arrays, with reals in place of integers that stand for them."""
+        """Converts outputs of `run` to a list of arrays, and integers to the reals that they stand for."""
         return list(outputs)
 
 

@@ -81,7 +81,7 @@ def time_in_turn(
 ) -> list[list[float]]:
     """Seconds of each call of each runner, one call of each in turn.
 
-    So a phase in which the machine is slow affects all of them.
+    A phase in which the machine is slow affects all of them alike.
 
     Args:
         runners: The models.
@@ -104,7 +104,7 @@ def time_in_turn(
 
 
 def summarize_latency(seconds: Sequence[float], batch_size: int) -> Latency:
-    """Percentiles of the times of calls with so many examples."""
+    """Percentiles of the times of calls with `batch_size` examples each."""
     median, p90 = np.percentile(seconds, (50, 90)) * 1000
     return {"latency_ms": float(median), "latency_p90_ms": float(p90), "latency_batch": batch_size}
 
@@ -135,8 +135,8 @@ def min_block_median(runner: Runner, arrays: Sequence[Array], limits: TimeLimits
     Args:
         runner: The model.
         arrays: Its inputs.
-        limits: When to stop. At least `MIN_BLOCKS` blocks are timed, and so many after the fastest one
-            unless `limits.total` has passed.
+        limits: When to stop. At least `MIN_BLOCKS` blocks are timed. Unless `limits.total` has
+            passed, at least `MIN_BLOCKS` blocks follow the fastest one.
     """
     prepared = runner.prepare(arrays)
     for _ in range(2):  # compiles, allocates
@@ -165,7 +165,7 @@ def _block_median(runner: Runner, prepared: Any) -> float:
 
 
 def time_model(model: keras.Model, batch_size: int) -> int:
-    """Nanoseconds of one call of a model on this process's backend, with so many examples."""
+    """Nanoseconds of one call with `batch_size` examples, on this process's backend."""
     runner = KerasRunner(model)
     return min_block_median(runner, random_examples(runner, batch_size), MODEL_LIMITS)
 
