@@ -19,6 +19,7 @@ from keras_taylor.plans.planning import plan_of
 from keras_taylor.reading.groups import label_model
 from keras_taylor.reports import plots, sensitivity_scan
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
+from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.losses import divergence
 from keras_taylor.support.console import Reporter, describe_duration
 from keras_taylor.support.datasets import Feed
@@ -149,11 +150,13 @@ def test_fractions_are_rounded_and_one_channel_stays():
     assert curves["second"].num_gone.tolist() == [0, 2, 4]
 
 
-def test_the_time_is_said_before_the_work_and_nothing_is_measured_twice(monkeypatch):
+def test_the_time_is_announced_before_the_work_and_nothing_is_measured_twice(monkeypatch):
     """Ten fractions of five channels come to four counts."""
     model, data = trained()
-    events, evaluate = [], sensitivity_scan._evaluate
-    monkeypatch.setattr(sensitivity_scan, "_evaluate", lambda *a: events.append("measured") or evaluate(*a))
+    events, evaluate = [], GatedModel.evaluate
+    monkeypatch.setattr(
+        GatedModel, "evaluate", lambda *a, **k: events.append("measured") or evaluate(*a, **k)
+    )
     monkeypatch.setattr(Reporter, "say", lambda self, text: events.append(text))
     score_channels = sensitivity_scan.score_channels
     monkeypatch.setattr(
@@ -171,7 +174,7 @@ def test_times_in_words():
     assert words == ["about 1 s", "about 45 s", "about 119 s", "about 2 min", "about 83 min", "about 2.5 h"]
 
 
-def test_nothing_is_said_in_silence(capsys):
+def test_verbose_0_prints_nothing(capsys):
     model, data = trained()
     keras_taylor.analyze(model, data, fractions=(0.5,), verbose=0)
     assert capsys.readouterr().out == ""
@@ -266,7 +269,7 @@ def test_data_that_is_refused():
             keras_taylor.analyze(model, data, verbose=0)
 
 
-def made(num_groups=3, losses=(0.31, 0.2, 0.36, np.nan), measure="loss"):
+def example_sensitivity(num_groups=3, losses=(0.31, 0.2, 0.36, np.nan), measure="loss"):
     """Curves of ten units each, four fractions; the loss of the whole model is 0.3."""
     curve = LossCurve(
         order=np.arange(10),
@@ -280,24 +283,24 @@ def made(num_groups=3, losses=(0.31, 0.2, 0.36, np.nan), measure="loss"):
 
 
 def test_what_can_go_costs_little_at_every_smaller_fraction_too():
-    assert made(1).num_dispensable() == {"layer0": 3}
-    assert made(1).num_dispensable(0.1) == {"layer0": 5}
-    assert made(1).num_dispensable(0.001) == {"layer0": 0}
-    assert made(1, losses=(0.3, 0.3, 0.3, 0.3)).num_dispensable() == {"layer0": 7}
-    np.testing.assert_allclose(made(1).increase("layer0")[:3], [0.01, -0.1, 0.06])
+    assert example_sensitivity(1).num_dispensable() == {"layer0": 3}
+    assert example_sensitivity(1).num_dispensable(0.1) == {"layer0": 5}
+    assert example_sensitivity(1).num_dispensable(0.001) == {"layer0": 0}
+    assert example_sensitivity(1, losses=(0.3, 0.3, 0.3, 0.3)).num_dispensable() == {"layer0": 7}
+    np.testing.assert_allclose(example_sensitivity(1).increase("layer0")[:3], [0.01, -0.1, 0.06])
 
 
 def test_the_table():
-    text = " ".join(str(made()).split())
+    text = " ".join(str(example_sensitivity()).split())
     assert "loss on 64 examples when a share of one group is removed" in text
     assert "the least important units by 'taylor' first" in text
     assert "whole model: 0.3; can go: loss grows by at most 0.05" in text
     assert "│ layer1 │ 0.31 │ 0.2 │ 0.36 │ nan │ 3 of 10 │ 3,000 │" in text
     assert "│ layer1 │ 0.9 │ 0.8 │ 0.7 │ 0.6 │ 3 of 10 │ 3,000 │" in " ".join(
-        made().table("accuracy").split()
+        example_sensitivity().table("accuracy").split()
     )
     with pytest.raises(ValueError, match=r"'loss', 'accuracy'. Received: metric='auc'"):
-        made().table("auc")
+        example_sensitivity().table("auc")
 
 
 def test_the_table_is_a_part_of_the_analysis():
@@ -311,7 +314,7 @@ def test_the_table_is_a_part_of_the_analysis():
 
 def test_a_line_for_each_of_few_groups():
     pytest.importorskip("matplotlib")
-    (axes,) = plots.plot_sensitivity(made(3)).axes
+    (axes,) = plots.plot_sensitivity(example_sensitivity(3)).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         *("layer0", "layer1", "layer2"),
         "an increase of 0.05",
@@ -320,19 +323,19 @@ def test_a_line_for_each_of_few_groups():
     np.testing.assert_allclose(x, [0, 0.1, 0.3, 0.5, 0.7])
     np.testing.assert_allclose(y, [0, 0.01, -0.1, 0.06, np.nan], atol=1e-12)
     assert axes.get_ylim()[0] < -0.1 and axes.get_yscale() == "symlog"
-    (axes,) = plots.plot_sensitivity(made(3), metric="accuracy").axes
+    (axes,) = plots.plot_sensitivity(example_sensitivity(3), metric="accuracy").axes
     np.testing.assert_allclose(axes.lines[0].get_data()[1], [0.95, 0.9, 0.8, 0.7, 0.6])
 
 
 def test_a_heat_map_of_many_groups(tmp_path):
     pytest.importorskip("matplotlib")
-    figure = plots.plot_sensitivity(made(60), tmp_path / "many.png")
+    figure = plots.plot_sensitivity(example_sensitivity(60), tmp_path / "many.png")
     axes = figure.axes[0]
     assert axes.images[0].get_array().shape == (60, 4)
     assert [text.get_text() for text in axes.get_yticklabels()] == [f"layer{k}" for k in range(60)]
     assert [line.get_xdata()[0] for line in axes.lines] == [1.5] * 60  # after the second fraction
     assert figure.get_size_inches()[1] > 12 and (tmp_path / "many.png").stat().st_size > 10_000
-    plots.plot_sensitivity(made(60), metric="accuracy")
+    plots.plot_sensitivity(example_sensitivity(60), metric="accuracy")
 
 
 def test_on_the_command_line(run):  # noqa: F811

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import keras_taylor
 from keras_taylor.cli.data_files import Examples
+from keras_taylor.cli.demo import compress_digits_network
 from keras_taylor.cli.model_files import FileError, compile_for_targets
 from keras_taylor.cli.options import (
     Backend,
@@ -219,8 +220,6 @@ def demo_command(
     backend: Backend = "",
 ) -> None:
     """Train a small network on real handwritten digits and make it smaller. This takes about a minute."""
-    from keras_taylor.cli.demo import compress_digits_network
-
     page = check_output(report, force, ".html") if report else None
     info = compress_digits_network(parse_goal_texts(goal))
     info.command = _command_line()
@@ -275,7 +274,10 @@ def main() -> None:
 
 
 def _restart_on_backend() -> None:
-    """Starts the process again if another backend is asked for: Keras chose its own at import."""
+    """Starts the process again with the backend that `--backend` names, if Keras runs on another one.
+
+    Keras chooses its backend when it is imported, and that has happened already.
+    """
     wanted = _value_of_option("--backend")
     if not wanted or wanted == keras.backend.backend():
         return
