@@ -373,7 +373,16 @@ def test_arguments_that_moved_into_the_selection_are_refused(arguments, message)
     with pytest.raises(TypeError) as error:
         keras_taylor.make_plan(model, random_scores(model), 0.2, **arguments)
     assert str(error.value) == message
-    assert keras_taylor.plans.selection.refuse_old_arguments("compress", {"epochs": 2}, True) is None
+
+
+def test_a_selection_of_another_type_is_refused():
+    model = case("chain").model
+    with pytest.raises(TypeError) as error:
+        keras_taylor.make_plan(model, random_scores(model), 0.2, selection={"round_to": 8})
+    assert str(error.value) == (
+        "`selection` says how channels are selected. Expected a `keras_taylor.Selection`. "
+        "Received: selection={'round_to': 8}"
+    )
 
 
 def test_auto_needs_times():

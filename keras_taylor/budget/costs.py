@@ -198,7 +198,7 @@ def unit_savings(labeled: LabeledModel, cost: str) -> FloatArray:
 
 
 def known_cost(costs: Costs, cost: str) -> int:
-    """The amount of a cost of which `check_countable` made sure that it is known."""
+    """The amount of a cost that is known; `check_countable` refuses unknown ones before."""
     amount = costs[cost]
     assert amount is not None, f"{cost} is unknown"
     return amount

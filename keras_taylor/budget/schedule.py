@@ -40,8 +40,8 @@ class _Waypoint(NamedTuple):
 def schedule_rounds(goals: Sequence[Goal], original: Costs, increment: Increment) -> list[RoundTarget]:
     """The targets of the rounds that lead to one goal after the other.
 
-    The leading cost is the one of which the last goal removes the largest fraction. It falls by one
-    increment in each round; the others fall in proportion between two goals.
+    The last goal removes a larger fraction of the leading cost than of any other. The leading cost falls
+    by one increment in each round; the others fall in proportion between two goals.
 
     Args:
         goals: Goals about the same costs, each asking for more than the one before.

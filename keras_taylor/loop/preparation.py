@@ -25,7 +25,7 @@ from keras_taylor.loop.round_scores import (
 )
 from keras_taylor.loop.route import Route, check_goals, plan_route, resume_route
 from keras_taylor.plans.plan import Plan
-from keras_taylor.plans.selection import Selection
+from keras_taylor.plans.selection import Selection, parse_selection
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.groups import LabeledModel, as_name_patterns, label_model
 from keras_taylor.reading.tracing import trainable_view
@@ -78,11 +78,7 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         check_fit_arguments(self.fit_kwargs)
-        if not isinstance(self.selection, Selection):
-            raise TypeError(
-                "`selection` says how channels are selected. Expected a `keras_taylor.Selection`. "
-                f"Received: selection={self.selection!r}"
-            )
+        parse_selection(self.selection)  # refuses another value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from keras_taylor.plans.limits import Limits
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import plan_of
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest, choose_kept, flatten_scores
-from keras_taylor.plans.selection import Selection, refuse_old_arguments
+from keras_taylor.plans.selection import Selection, parse_selection, refuse_old_arguments
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reading.groups import LabeledModel, as_name_patterns, label_model
 from keras_taylor.reading.tracing import functional_view, overridden_training_method
@@ -97,7 +97,7 @@ class PrunableModel(GatedModel):
     ) -> None:
         refuse_old_arguments("PrunableModel", others)
         _check_arguments(model, criterion, loss_reduction)
-        selection = selection or Selection()
+        selection = parse_selection(selection)
         with strategy_scope(model):
             model = functional_view(model)
             original = label_model(model)

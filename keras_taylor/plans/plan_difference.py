@@ -39,7 +39,7 @@ class PlanDifference:
     It prints as a table. It is false if the plans keep the same channels.
 
     Attributes:
-        layers: Layer name -> `LayerDifference`, for the layers of which the plans keep different channels.
+        layers: Layer name -> `LayerDifference`, for layers that keep different channels.
         costs: Cost -> how much the first plan leaves minus how much the second leaves, an int (parameters,
             FLOPs, bytes), for each cost that both plans know.
 

@@ -10,7 +10,7 @@ from keras_taylor.budget.goals import parse_goal
 from keras_taylor.plans.limits import Limits
 from keras_taylor.plans.plan import LayerPlan, Plan, layer_plans
 from keras_taylor.plans.ranking import RemovalRequest, choose_kept, flatten_scores
-from keras_taylor.plans.selection import Selection, refuse_old_arguments
+from keras_taylor.plans.selection import Selection, parse_selection, refuse_old_arguments
 from keras_taylor.plans.structure import PlanStructure
 from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.scores.criteria import warn_without_criterion
@@ -56,7 +56,7 @@ def make_plan(
     Raises:
         ValueError: for a value that is no goal, and for a goal that cannot be reached; the message says how
             much can.
-        TypeError: for other keyword arguments.
+        TypeError: for a `selection` that is not a `Selection`, and for other keyword arguments.
 
     Example:
 
@@ -69,7 +69,7 @@ def make_plan(
     """
     refuse_old_arguments("make_plan", old_arguments)
     wanted = parse_goal(goal)
-    selection = selection or Selection()
+    selection = parse_selection(selection)
     if selection.rank is None and selection.scope == "global":
         warn_without_criterion(scores)
     selection = selection.for_criterion(getattr(scores, "criterion", None))

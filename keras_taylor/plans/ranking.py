@@ -272,7 +272,7 @@ class _RelaxedKnapsack:
         return places
 
     def _excess(self, counts: IntArray) -> dict[str, float]:
-        """By how much each cost is above its ceiling, for those that are, with so many units left."""
+        """How far costs are above their ceilings with these numbers of units left; others are left out."""
         now = self._costs(counts)
         excess = {cost: known_cost(now, cost) - ceiling for cost, ceiling in self._ceilings.items()}
         return {cost: amount for cost, amount in excess.items() if amount > 0}

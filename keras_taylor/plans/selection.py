@@ -118,16 +118,27 @@ def check_num_channels(name: str, value: object) -> None:
         )
 
 
-def refuse_old_arguments(verb: str, arguments: Mapping[str, object], takes_others: bool = False) -> None:
-    """Refuses keyword arguments that belong to `Selection`, and shows the new spelling.
+def parse_selection(selection: object) -> Selection:
+    """The `Selection` that a user passed, or the default one for `None`; refuses anything else."""
+    if selection is None:
+        return Selection()
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            "`selection` says how channels are selected. Expected a `keras_taylor.Selection`. "
+            f"Received: selection={selection!r}"
+        )
+    return selection
+
+
+def refuse_old_arguments(verb: str, arguments: Mapping[str, object]) -> None:
+    """Refuses keyword arguments that a signature does not name; for fields of `Selection` it shows how.
 
     Args:
-        verb: Name of the public function that was called: "make_plan".
+        verb: Name of the public function or class that was called: "make_plan".
         arguments: The keyword arguments that its signature does not name.
-        takes_others: Whether the function takes other keyword arguments: `compress` takes those of `fit`.
 
     Raises:
-        TypeError: if there are such arguments, or others that are not taken.
+        TypeError: if there are any.
     """
     fields = [field.name for field in dataclasses.fields(Selection)]
     old = {name: value for name, value in arguments.items() if name in fields}
@@ -138,7 +149,7 @@ def refuse_old_arguments(verb: str, arguments: Mapping[str, object], takes_other
             f"{names} {'is' if len(old) == 1 else 'are'} part of `selection` now: "
             f"keras_taylor.{verb}(..., selection=keras_taylor.Selection({spelled}))"
         )
-    if arguments and not takes_others:
+    if arguments:
         raise TypeError(f"{verb}() got an unexpected keyword argument {next(iter(arguments))!r}")
 
 
