@@ -15,7 +15,7 @@ PACKAGES = {name: re.findall(r"`(\w+)`", modules) for name, _, modules in ROWS}
 ORDER = [*PACKAGES, "__main__"]
 MODULES = [(package, module) for package, modules in PACKAGES.items() for module in modules]
 FILES = sorted(HOUSE.rglob("*.py"))
-MOST_ENTRIES, MOST_MODULES, MOST_PARAMETERS, MOST_PUBLIC_PARAMETERS = 14, 19, 8, 15
+MOST_ENTRIES, MOST_MODULES, MOST_PARAMETERS, MOST_PUBLIC_PARAMETERS = 14, 13, 8, 15
 
 
 def tree_of(path):

@@ -12,7 +12,7 @@ from keras_taylor.support.types import Array, BoolArray, Tensor
 _INPUT_SCALES = (0.1, 1.0, 10.0)  # of random inputs, each with its own seed
 _NUM_SUBSETS = 6
 _PROBE_TOLERANCE = {"float32": 1e-5, "float64": 1e-5}  # relative to the largest value
-_LOW_PRECISION_TOLERANCE = 1e-2  # for all other types
+_LOW_PRECISION_PROBE_TOLERANCE = 1e-2  # for all other types
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def is_channelwise(
         axis: The channel axis.
         dtype: Name of the type in which the function computes.
     """
-    tolerance = _PROBE_TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE)
+    tolerance = _PROBE_TOLERANCE.get(dtype, _LOW_PRECISION_PROBE_TOLERANCE)
     return _passes(lambda: _check_channels(run, run_smaller, shape, axis, tolerance))
 
 

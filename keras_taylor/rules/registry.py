@@ -28,6 +28,8 @@ from keras_taylor.rules.base import (
 from keras_taylor.rules.labels import LabelSpace
 from keras_taylor.support.types import IntArray, Shape
 
+LayerClass = TypeVar("LayerClass", bound=type[keras.Layer])
+
 # Rules of the user's own layer classes.
 REGISTERED: dict[type[keras.Layer], Rule] = {}
 
@@ -237,9 +239,6 @@ def apply_rule(
         closed_reason=call.closed_reason,
     )
     return (rule or rule_for(call.operation))(context)
-
-
-LayerClass = TypeVar("LayerClass", bound=type[keras.Layer])
 
 
 def register_rule(
