@@ -12,7 +12,7 @@ from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import fisher
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.gates import GATE_ROWS
-from keras_taylor.scores.scoring_passes import gate_statistics
+from keras_taylor.scores.scoring_passes import gather_statistics
 from keras_taylor.support.datasets import Feed
 
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -73,7 +73,7 @@ def test_more_examples_than_rows_keep_the_products_in_the_mean(monkeypatch):
     x, y = images(4000), labels(3, 4000)
     channels = label_model(model)
     gated = GatedModel(channels, gates=fisher.FisherGates(channels.num_units, name="gates"))
-    totals = gate_statistics(gated, channels, Feed((x, y), model, 100))
+    totals = gather_statistics(gated, channels, Feed((x, y), model, 100))
     assert totals.shape[0] == len(GATE_ROWS) + 512
     rows, g = totals[len(GATE_ROWS) :], derivatives(model, x, y)
     exact, ours = g.T @ g / 4000, rows.T @ rows / 4000

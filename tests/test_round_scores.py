@@ -14,7 +14,7 @@ from keras_taylor.scores import scoring_passes
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.log_odds import ODDS_ROWS
 from keras_taylor.scores.scoring import make_gated_model
-from keras_taylor.scores.scoring_passes import gate_statistics
+from keras_taylor.scores.scoring_passes import gather_statistics
 from keras_taylor.support.datasets import Feed
 
 NAMES = [
@@ -35,7 +35,7 @@ def test_a_mask_scores_the_smaller_model_that_was_trained_since(name):
         value = keras.ops.convert_to_numpy(weight)
         weight.assign(value * random.uniform(0.8, 1.2, value.shape).astype(value.dtype))
     channels, feed = label_model(small), Feed((x, helpers.targets_of(small, x)), small)
-    wanted = gate_statistics(GatedModel(channels), channels, feed)
+    wanted = gather_statistics(GatedModel(channels), channels, feed)
     whole = label_model(model)
     scorer = MaskedScorer(whole, GatedModel(whole))
     first = scorer.statistics(whole, None, feed, None, None, ())

@@ -26,7 +26,7 @@ from keras_taylor.scores.scoring import (
     score_channels,
     uses_model_labels,
 )
-from keras_taylor.scores.scoring_passes import gate_statistics
+from keras_taylor.scores.scoring_passes import gather_statistics
 from keras_taylor.support.datasets import BATCH_SIZE, Feed
 from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.replicas import from_first_process
@@ -200,12 +200,12 @@ class MaskedScorer:
         class_weight: Mapping[int, float] | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
     ) -> FloatArray | None:
-        """Returns what `gate_statistics` returns for a smaller model.
+        """Returns what `gather_statistics` returns for a smaller model.
 
         Args:
             small: The smaller model, trained since the cut or not.
             plan: The plan that led to it; `None`: nothing was cut.
-            feed, num_examples, class_weight, callbacks: As in `gate_statistics`.
+            feed, num_examples, class_weight, callbacks: As in `gather_statistics`.
 
         Returns:
             A float64 array `(num_rows, small.num_units)`; `None` if the units of the smaller model are
@@ -221,7 +221,7 @@ class MaskedScorer:
             variable.assign(value)
         self._gated.mask = kept
         arguments = self._labeled, feed, num_examples, class_weight, callbacks
-        return gate_statistics(self._gated, *arguments)[:, kept]
+        return gather_statistics(self._gated, *arguments)[:, kept]
 
     def _can_represent(self, small: LabeledModel, kept: BoolArray) -> bool:
         """Whether the small model has the same calls, and the groups that the kept units form."""

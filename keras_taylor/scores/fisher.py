@@ -35,9 +35,9 @@ class FisherGates(Gates):
         self._num_sketch_rows = num_sketch_rows
         self._seed = keras.random.SeedGenerator(0)
 
-    def draw(self, num_rows: Any) -> tuple[Tensor, ...]:
+    def draw(self, batch_size: int | Tensor) -> tuple[Tensor, ...]:
         """A random sign for each example, `(batch, 1)`."""
-        return (ops.where(keras.random.uniform((num_rows, 1), seed=self._seed) < 0.5, -1.0, 1.0),)
+        return (ops.where(keras.random.uniform((batch_size, 1), seed=self._seed) < 0.5, -1.0, 1.0),)
 
     def batch_rows(self, derivative: Tensor, statistics: Tensor, *draws: Tensor) -> Tensor:
         """The rows of `GATE_STATISTICS`, then the derivatives of the examples, each in its row."""

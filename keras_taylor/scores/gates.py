@@ -73,7 +73,7 @@ class Gates(keras.layers.Layer):
 
     def call(self, like: Tensor) -> Tensor:
         """The carrier for a batch as large as `like`."""
-        num_rows = ops.shape(like)[0]
+        batch_size = ops.shape(like)[0]
         mask, statistics = ops.convert_to_tensor(self.mask), ops.convert_to_tensor(self.statistics)
 
         @ops.custom_gradient
@@ -83,18 +83,18 @@ class Gates(keras.layers.Layer):
                 updated = statistics + self.batch_rows(derivative, statistics, *draws)
                 return ops.zeros_like(mask), updated, *(ops.zeros_like(draw) for draw in draws)
 
-            return self.carrier_values(mask, num_rows, *draws), backward
+            return self.carrier_values(mask, batch_size, *draws), backward
 
-        carrier = carry(mask, statistics, *self.draw(num_rows))
-        return ops.concatenate([carrier, ops.ones((num_rows, 1), carrier.dtype)], axis=1)
+        carrier = carry(mask, statistics, *self.draw(batch_size))
+        return ops.concatenate([carrier, ops.ones((batch_size, 1), carrier.dtype)], axis=1)
 
-    def draw(self, num_rows: Any) -> tuple[Tensor, ...]:
+    def draw(self, batch_size: int | Tensor) -> tuple[Tensor, ...]:
         """Random tensors for one batch, which `carrier_values` and `batch_rows` receive: none here."""
         return ()
 
-    def carrier_values(self, mask: Tensor, num_rows: Any, *draws: Tensor) -> Tensor:
-        """The carrier without its last column, shape `(num_rows, num_units)`."""
-        return ops.broadcast_to(mask, (num_rows, self.num_units))
+    def carrier_values(self, mask: Tensor, batch_size: int | Tensor, *draws: Tensor) -> Tensor:
+        """The carrier without its last column, shape `(batch, num_units)`."""
+        return ops.broadcast_to(mask, (batch_size, self.num_units))
 
     def batch_rows(self, derivative: Tensor, statistics: Tensor, *draws: Tensor) -> Tensor:
         """All rows for one batch, from the derivatives that arrived at the carrier."""

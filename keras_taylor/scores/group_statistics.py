@@ -23,7 +23,7 @@ def statistics_by_group(
 
     Args:
         labeled: The labels of the model.
-        totals: Statistics as `scoring_passes.gate_statistics` gives them; `None`: none.
+        totals: Statistics as `scoring_passes.gather_statistics` gives them; `None`: none.
         extra: What single criteria need, by attribute of `GroupStatistics`: arrays `(num_units,)`.
     """
     norms, gammas = _filter_norms(labeled), _mean_gammas(labeled)

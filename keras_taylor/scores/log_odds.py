@@ -101,20 +101,20 @@ class OddsGates(Gates):
         slots, self._slots = self._slots, None
         return slots
 
-    def draw(self, num_rows: Any) -> tuple[Tensor, ...]:
+    def draw(self, batch_size: int | Tensor) -> tuple[Tensor, ...]:
         """How each gate moves, `(rows, num_units)`: 0 for an example, -1 or 1 for a probe."""
-        num_examples = num_rows // self._copies
+        num_examples = batch_size // self._copies
         signs = ops.zeros((num_examples, 1, self.num_units))
         if self._copies > 1:
             shape = (self._copies - 1, num_examples, self.num_units)
             draws = keras.random.uniform(shape, seed=self._seed)
             draws = ops.transpose(ops.where(draws < 0.5, -1.0, 1.0), (1, 0, 2))
             signs = ops.concatenate([signs, draws], axis=1)
-        return (ops.reshape(signs, (num_rows, self.num_units)),)
+        return (ops.reshape(signs, (batch_size, self.num_units)),)
 
-    def carrier_values(self, mask: Tensor, num_rows: Any, *draws: Tensor) -> Tensor:
+    def carrier_values(self, mask: Tensor, batch_size: int | Tensor, *draws: Tensor) -> Tensor:
         """The mask, moved for probes, and the columns for the loss, `(rows, num_units + 3)`."""
-        return ops.concatenate([mask + _PROBE_STEP * draws[0], ops.zeros((num_rows, _NUM_SLOTS))], axis=1)
+        return ops.concatenate([mask + _PROBE_STEP * draws[0], ops.zeros((batch_size, _NUM_SLOTS))], axis=1)
 
     def batch_rows(self, derivative: Tensor, statistics: Tensor, *draws: Tensor) -> Tensor:
         """The rows of `ODDS_ROWS`, from derivatives of examples and probes and the columns of the loss."""

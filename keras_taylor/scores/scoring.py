@@ -18,7 +18,7 @@ from keras_taylor.scores.gates import GATE_ROWS
 from keras_taylor.scores.group_statistics import statistics_by_group
 from keras_taylor.scores.log_odds import NUM_PROBES, OddsModel
 from keras_taylor.scores.sampling import sample_labels
-from keras_taylor.scores.scoring_passes import gate_statistics, loss_changes, refuse_class_weight
+from keras_taylor.scores.scoring_passes import gather_statistics, measure_loss_changes, refuse_class_weight
 from keras_taylor.scores.sensitivity import measure_sensitivity
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.replicas import strategy_scope
@@ -222,11 +222,11 @@ def score_channels(
             check_countable(CostModel(labeled)(), cost, f"cost={cost!r}")
         gated = make_gated_model(labeled, criterion)
         gather = functools.partial(
-            gate_statistics, gated, labeled, feed, num_examples, class_weight, callbacks
+            gather_statistics, gated, labeled, feed, num_examples, class_weight, callbacks
         )
         if criterion == "oracle":
             refuse_class_weight(class_weight)
-            extra["loss_changes"] = loss_changes(gated, labeled, feed, num_examples)
+            extra["loss_changes"] = measure_loss_changes(gated, labeled, feed, num_examples)
         elif criterion == "sensitivity":
             extra["slopes"] = _slopes(gated, labeled, feed, gather, cost)
         else:
@@ -262,7 +262,7 @@ def compute_scores(
     Args:
         labeled: The labels of the model.
         criterion: As in `score`.
-        totals: Statistics as `gate_statistics` gives them; `None`: none.
+        totals: Statistics as `gather_statistics` gives them; `None`: none.
         extra: Statistics of single criteria, by attribute of `GroupStatistics`: arrays `(num_units,)`.
     """
     function, scores = criteria.get(criterion), Scores({}, criterion)

@@ -17,7 +17,7 @@ from keras_taylor.support.types import FloatArray
 _STEPS_PER_TRANSFER = 256
 
 
-def gate_statistics(
+def gather_statistics(
     gated: GatedModel,
     labeled: LabeledModel,
     feed: Feed,
@@ -90,7 +90,7 @@ def refuse_class_weight(class_weight: Mapping[int, float] | None) -> None:
         )
 
 
-def loss_changes(
+def measure_loss_changes(
     gated: GatedModel, labeled: LabeledModel, feed: Feed, num_examples: int | None
 ) -> FloatArray:
     """Change of the mean loss when one unit's gate is closed, measured unit by unit, `(num_units,)`."""
