@@ -15,6 +15,7 @@ from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, losses_by_output
 from keras_taylor.support.datasets import Feed
+from keras_taylor.support.keras_internals import output_structure
 from keras_taylor.support.optimizers import has_schedule
 from keras_taylor.support.types import Tensor
 
@@ -223,11 +224,11 @@ def imitation_loss(
     model: keras.Model, temperature: float = TEMPERATURE
 ) -> keras.distillation.DistillationLoss:
     """Returns a distillation loss that fits the loss of each output of a compiled model."""
-    outputs = getattr(model, "_outputs_struct", model.outputs[0])
+    structure = output_structure(model)
+    outputs = model.outputs[0] if structure is None else structure
     flat = keras.tree.flatten(outputs)
     losses = [_OutputImitation(loss, temperature) for loss in losses_by_output(model, len(flat))]
-    structure = keras.tree.pack_sequence_as(outputs, losses)
-    return keras.distillation.LogitsDistillation(temperature, structure)
+    return keras.distillation.LogitsDistillation(temperature, keras.tree.pack_sequence_as(outputs, losses))
 
 
 class _OutputImitation(keras.losses.Loss):

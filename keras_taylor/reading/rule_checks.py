@@ -20,7 +20,7 @@ from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
 from keras_taylor.support.types import Array, BoolArray, IntArray, Shape
 
 _NUM_EXAMPLES = 2  # of random inputs
-_UNKNOWN_SIZE = 5  # of random inputs along axes of unknown size
+_SIZE_IF_UNKNOWN = 5  # of random inputs along axes of unknown size
 _NUM_CHECKS = 2  # of a registered rule, with different random numbers
 _NUM_DRAWS = 20  # of channels that leave, until some stay along every axis
 _LEAVING_FRACTION = 0.4  # of the channels
@@ -314,7 +314,7 @@ def random_input(random: np.random.Generator, shape: Shape, dtype: str) -> Array
 
 
 def _known_shape(shape: Shape) -> tuple[int, ...]:
-    return (_NUM_EXAMPLES, *(_UNKNOWN_SIZE if size is None else size for size in shape[1:]))
+    return (_NUM_EXAMPLES, *(_SIZE_IF_UNKNOWN if size is None else size for size in shape[1:]))
 
 
 def tensor_dtype(call: Call, index: int) -> str:

@@ -29,8 +29,8 @@ from keras_taylor.support.types import Shape, Tree
 
 # Methods of training that a model's class may override. Another model would not run them.
 _TRAINING_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
-_PLAIN_TYPES = (int, float, str, bool, slice, type(None))
-_SETTING_TYPES = (*_PLAIN_TYPES, tuple, list)
+_COMPARED_TYPES = (int, float, str, bool, slice, type(None))
+_SETTING_TYPES = (*_COMPARED_TYPES, tuple, list)
 
 
 class UnsupportedModelError(ValueError):
@@ -394,7 +394,7 @@ def call_sequence(function: keras.Function) -> CallSequence:
     def describe(x: Any) -> Any:
         if isinstance(x, keras.KerasTensor):
             return "tensor", numbers.setdefault(x, len(numbers))
-        return repr(x) if isinstance(x, _PLAIN_TYPES) else type(x).__name__
+        return repr(x) if isinstance(x, _COMPARED_TYPES) else type(x).__name__
 
     for x in keras.tree.flatten(input_structure(function)):
         describe(x)

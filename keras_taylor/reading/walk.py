@@ -12,6 +12,7 @@ from keras import ops
 from keras_taylor.reading.graph import Call, Graph, TensorRef
 from keras_taylor.support.datasets import Feed, flat_inputs
 from keras_taylor.support.identity import IdentitySet
+from keras_taylor.support.keras_internals import copy_mask
 from keras_taylor.support.replicas import from_first_process
 from keras_taylor.support.types import Array, Tensor
 
@@ -164,11 +165,7 @@ def _peak_bytes(graph: Graph, inputs: Sequence[Array]) -> int:
 
 def _detach(y: Tensor) -> Tensor:
     """A tensor without the autograd history, which PyTorch would keep in memory; its Keras mask stays."""
-    detached = ops.stop_gradient(y)
-    mask = getattr(y, "_keras_mask", None)
-    if mask is not None:
-        detached._keras_mask = mask
-    return detached
+    return copy_mask(y, ops.stop_gradient(y))
 
 
 def _item_size(x: Tensor) -> int:

@@ -16,6 +16,7 @@ from keras_taylor.rules.base import InternalRead
 from keras_taylor.scores.gates import Gates
 from keras_taylor.scores.losses import example_losses
 from keras_taylor.support.arrays import as_float32, outputs_in_batches
+from keras_taylor.support.keras_internals import copy_mask
 from keras_taylor.support.types import Array, FloatArray, IntArray, Tensor, Tree
 
 _PREDICTED_AT_ONCE = 128  # examples
@@ -197,7 +198,7 @@ class _EdgeGates:
 
     def multiply(self, x: Tensor, carrier: Tensor) -> Tensor:
         """`x` times the gate of each of its channels."""
-        return _copy_keras_mask(x, x * ops.cast(self.gate(carrier), x.dtype))
+        return copy_mask(x, x * ops.cast(self.gate(carrier), x.dtype))
 
     def gate(self, carrier: Tensor) -> Tensor:
         """The gates of all channels, in the rank of the tensor."""
@@ -219,7 +220,7 @@ class _GatedNormalization(NamedTuple):
 
     def run(self, layer: keras.Layer, x: Tensor, carrier: Tensor) -> Tensor:
         """The layer's output without the channels whose gates are closed."""
-        return _copy_keras_mask(x, self.gated_call(layer, x, self.edge.gate(carrier)))
+        return copy_mask(x, self.gated_call(layer, x, self.edge.gate(carrier)))
 
 
 class _GateWiring:
@@ -278,13 +279,6 @@ class _GateWiring:
             for read, edge in self._internal.get(call, ()):
                 stack.enter_context(read.apply_gate(self.operations[call.operation], edge.gate(carrier)))
             yield
-
-
-def _copy_keras_mask(source: Tensor, target: Tensor) -> Tensor:
-    mask = getattr(source, "_keras_mask", None)
-    if mask is not None:
-        target._keras_mask = mask
-    return target
 
 
 def _period(units: IntArray) -> int:

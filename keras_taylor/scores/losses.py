@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.support.keras_internals import mask_of_tensor, output_structure
 from keras_taylor.support.replicas import num_replicas
 from keras_taylor.support.types import Array, FloatArray, Tensor, Tree
 
@@ -54,7 +55,7 @@ class ExampleLoss(keras.losses.Loss):
 
     def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The sum (or mean) over examples of each one's weighted loss, a float32 scalar."""
-        mask = getattr(y_pred, "_keras_mask", None)
+        mask = mask_of_tensor(y_pred)
         y_pred = ops.convert_to_tensor(y_pred, dtype="float32")
         values = self._values(ops.convert_to_tensor(y_true, dtype="float32"), y_pred)
         for weight in (mask, sample_weight):
@@ -155,7 +156,7 @@ def losses_by_output(model: keras.Model, num_outputs: int) -> list[OutputLoss | 
     """The compiled loss of each flattened output, `None` where there is none."""
     loss = getattr(model, "loss", None)
     if isinstance(loss, dict):
-        structure = getattr(model, "_outputs_struct", None)
+        structure = output_structure(model)
         names = sorted(structure) if isinstance(structure, dict) else model.output_names
         return [loss.get(name) for name in names]
     flat = list(loss) if isinstance(loss, (list, tuple)) else [loss]

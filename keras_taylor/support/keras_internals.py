@@ -111,8 +111,24 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
 
 
 def mask_of_tensor(tensor: Tensor) -> Tensor | None:
-    """The mask that a layer attached to a tensor, `None` if it has none; a call reads it from there."""
+    """The mask that a layer attached to a tensor, `None` if it has none.
+
+    Layers hand masks on to each other in this attribute, with no public way to it.
+    """
     return getattr(tensor, "_keras_mask", None)
+
+
+def copy_mask(source: Tensor, target: Tensor) -> Tensor:
+    """The target, with the mask that a layer attached to the source."""
+    mask = mask_of_tensor(source)
+    if mask is not None:
+        target._keras_mask = mask
+    return target
+
+
+def learning_rate_setting(optimizer: keras.optimizers.Optimizer) -> Any:
+    """The schedule, function or variable behind `learning_rate`, which only gives its present value."""
+    return getattr(optimizer, "_learning_rate", None)
 
 
 def recorded_arguments(operation: keras.Operation) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import keras
 
 from keras_taylor.support.copies import copy_kept
 from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.keras_internals import learning_rate_setting
 from keras_taylor.support.types import Masks
 
 
@@ -35,7 +36,7 @@ def has_schedule(optimizer: keras.optimizers.Optimizer) -> bool:
 def fresh_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """A new optimizer of the same class and configuration; its schedule's class need not be registered."""
     inner = getattr(optimizer, "inner_optimizer", optimizer)
-    rate = getattr(inner, "_learning_rate", None)  # the public property gives its present value
+    rate = learning_rate_setting(inner)
     maker = rate if inspect.isfunction(rate) else type(rate)
     with keras.saving.custom_object_scope({maker.__name__: maker}):
         return type(optimizer).from_config(optimizer.get_config())
