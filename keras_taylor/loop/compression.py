@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
@@ -16,11 +16,15 @@ from keras_taylor.loop.fine_tuning import Distill
 from keras_taylor.loop.metric_limit import MetricLimit, parse_metric_limit
 from keras_taylor.loop.preparation import CompressionSettings, LayerPatterns, PreparedRun, prepare_run
 from keras_taylor.plans.selection import Selection
+from keras_taylor.reports.info import Info
 from keras_taylor.scores.criteria import Criterion
 from keras_taylor.scores.scoring import Scoring
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.replicas import is_first_process, strategy_scope
 from keras_taylor.support.types import Data
+
+# A model, or a list of them for a list of goals; with `return_info` a tuple of that and the `Info`.
+CompressionResult: TypeAlias = keras.Model | list[keras.Model] | tuple[keras.Model | list[keras.Model], Info]
 
 
 def compress(
@@ -41,7 +45,7 @@ def compress(
     backup_dir: str | os.PathLike[str] | None = None,
     return_info: bool = False,
     **fit_kwargs: Any,
-) -> Any:
+) -> CompressionResult:
     """Makes a trained model smaller, round by round, and fine-tunes it in each round.
 
     Every round scores the channels, removes the least important ones, refits the layers that read them,
@@ -191,5 +195,7 @@ def _arguments_to_repeat(run: PreparedRun, max_drop: float | MetricLimit | None)
     defaults = {name: one.default for name, one in inspect.signature(compress).parameters.items()}
     defaults.update(exclude=[], selection=Selection())
     changed = {name: value for name, value in given.items() if value != defaults[name]}
-    criterion = run.criterion if is_plain else dataclasses.replace(scoring, criterion=run.criterion)
+    criterion = (
+        run.scorer.criterion if is_plain else dataclasses.replace(scoring, criterion=run.scorer.criterion)
+    )
     return {"goal": settings.goal, "criterion": criterion, **changed, **settings.fit_kwargs}

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import keras
 
@@ -93,6 +94,14 @@ class PrunedModel:
     total_plan: Plan
 
 
+class Judgment(NamedTuple):
+    """The costs and the metrics after a round, and whether its model is good enough to go on with."""
+
+    costs: dict[str, int | None]
+    metrics: dict[str, float]
+    is_good_enough: bool
+
+
 def complete_run(run: PreparedRun) -> RunState:
     """Runs all rounds that are left.
 
@@ -109,7 +118,10 @@ def complete_run(run: PreparedRun) -> RunState:
     num_rounds = run.route.num_rounds
     try:
         while len(state.plans) < num_rounds and not state.info.stop_reason:
-            run_round(run, state, watched)
+            done = run_round(run, state, watched)
+            if watched is not None and not done.held:
+                reason = watched.explain_undo(done.metrics, done.number)
+                stop_run(run, state, reason, is_expected=run.settings.goal is None)
             back_up(run, state)
     except DivergenceError as error:
         reason = messages.explain_divergence(error, len(state.plans), run.tuner.current_rate)
@@ -125,13 +137,16 @@ def complete_run(run: PreparedRun) -> RunState:
     return state
 
 
-def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) -> None:
-    """Runs one round: score, prune, repair, fine-tune, judge; then the state is that after the round.
+def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) -> Round:
+    """Runs one round: score, prune, repair, fine-tune, judge. The state is then that after the round.
 
     Args:
         run: The run.
         state: Its state, which changes. A round that is undone leaves the model as it was.
         watched: The metric that must keep to its limit, if there is one.
+
+    Returns:
+        What happened in the round.
 
     Raises:
         DivergenceError: If fine-tuning diverges; nothing has changed then.
@@ -149,28 +164,25 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) 
         repairs = repair_round(run, pruned)
     with clock.phase("fit"):
         fitted = run.tuner.train(pruned.model, state.model, run.reporter.callback(f"{name}: fine-tuning"))
-    costs = {**pruned.plan.after, **measure_round(run, pruned.model, target)}
-    metrics = evaluate_round(run, pruned.model, target, watched)
+    judgment = judge_round(run, pruned, target, watched)
     done = Round(
         number=number,
-        costs=costs,
+        costs=judgment.costs,
         layers={name: [layer.width, len(layer.kept)] for name, layer in pruned.plan.layers.items()},
         history=fitted.history,
         step_losses=fitted.step_losses,
         seconds=clock.seconds,
         repairs=[repair_record(one) for one in repairs],
-        metrics=metrics,
-        held=watched is None or watched.allows(metrics),
+        metrics=judgment.metrics,
+        held=judgment.is_good_enough,
     )
     run.reporter.say(f"{name}: {messages.describe_round(done, run.route.before)}")
     state.info.rounds.append(done)
     if done.held:
         accept_round(run, state, pruned, done)
-    elif watched is not None:
-        reason = watched.explain_undo(metrics, number)
-        stop_run(run, state, reason, is_expected=run.settings.goal is None)
     gc.collect()  # models are full of cycles: their weights and compiled functions would stay for long
     run.reporter.show(state.info)
+    return done
 
 
 def score_round(run: PreparedRun, state: RunState, phase: str) -> tuple[LabeledModel, FloatArray]:
@@ -205,17 +217,17 @@ def repair_round(run: PreparedRun, pruned: PrunedModel) -> list[LayerRepair]:
     return refit(pruned.source, pruned.kept, pruned.model, run.repair_inputs, thorough=thorough)
 
 
-def measure_round(run: PreparedRun, model: keras.Model, target: RoundTarget) -> dict[str, int]:
-    """Returns the measured costs of a model that completes a goal about such costs."""
-    measurements = run.route.measurements
-    return {} if measurements is None or target.goal_index is None else measurements.measure(model)
-
-
-def evaluate_round(
-    run: PreparedRun, model: keras.Model, target: RoundTarget, watched: WatchedMetric | None
-) -> dict[str, float]:
-    """Returns the metrics on the validation data if they are needed: for a limit, or if a goal is reached."""
-    return {} if watched is None and target.goal_index is None else run.validation.evaluate(model)
+def judge_round(
+    run: PreparedRun, pruned: PrunedModel, target: RoundTarget, watched: WatchedMetric | None
+) -> Judgment:
+    """Measures and evaluates a model where that is needed: at a goal, and for a metric with a limit."""
+    costs, metrics = dict(pruned.plan.after), {}
+    reaches_goal = target.goal_index is not None
+    if reaches_goal and run.route.measurements is not None:
+        costs.update(run.route.measurements.measure(pruned.model))
+    if reaches_goal or watched is not None:
+        metrics = run.validation.evaluate(pruned.model)
+    return Judgment(costs, metrics, watched is None or watched.allows(metrics))
 
 
 def accept_round(run: PreparedRun, state: RunState, pruned: PrunedModel, done: Round) -> None:
@@ -243,8 +255,8 @@ def announce_run(run: PreparedRun) -> None:
     data = run.score_data
     outline = messages.RoundOutline(
         num_rounds=run.route.num_rounds,
-        num_scored=data.num_examples if run.scores_need_data else None,
-        draws_labels=run.scores_need_data and data.uses_model_labels,
+        num_scored=data.num_examples if run.scorer.needs_data else None,
+        draws_labels=run.scorer.needs_data and data.uses_model_labels,
         repairs=run.settings.repair,
         carries_optimizer=run.carries_optimizer,
         learning_rate=run.tuner.learning_rate,
@@ -295,7 +307,7 @@ def stop_run(run: PreparedRun, state: RunState, reason: str, is_expected: bool =
     """Ends the run before its goal; warns if there was a goal to reach."""
     state.info.stop_reason = reason
     if not is_expected:
-        warnings.warn(reason, stacklevel=5)
+        warnings.warn(reason, stacklevel=4)
     run.reporter.say(f"stopped: {reason}")
 
 

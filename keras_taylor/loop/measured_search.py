@@ -1,4 +1,4 @@
-"""How many units leave until what is measured holds, too."""
+"""Searches for the largest model whose measured costs keep to a goal."""
 
 import contextlib
 import dataclasses

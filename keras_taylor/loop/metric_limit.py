@@ -153,7 +153,7 @@ class WatchedMetric:
         return self.limit.allows(self.name, metrics[self.name], self.reference)
 
     def describe(self, before: Mapping[str, float]) -> str:
-        """Returns a line that says what is watched; `before` are the metrics of the model before pruning."""
+        """Returns a line about the watched metric; `before` are the metrics of the model before pruning."""
         worst = self.limit.worst_allowed(self.name, self.reference)
         return (
             f"as long as '{self.name}' is {worst:.4g} or better on the validation data "

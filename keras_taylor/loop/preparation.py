@@ -31,7 +31,6 @@ from keras_taylor.reading.groups import LabeledModel, as_name_patterns, label_mo
 from keras_taylor.reading.tracing import trainable_view
 from keras_taylor.reading.walk import sample_inputs
 from keras_taylor.reports.info import Info
-from keras_taylor.scores.criteria import Criterion
 from keras_taylor.scores.scoring import Scoring, check_compiled, needs_data, uses_model_labels
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.datasets import Feed
@@ -104,9 +103,7 @@ class PreparedRun:
         settings: The arguments of the call.
         reader: Reads the model of each round.
         route: What each round leaves.
-        criterion: What makes a channel important.
         score_data: The data of the scores.
-        scores_need_data: Whether the criterion needs any.
         scorer: Scores the model of each round.
         tuner: Trains the model of each round.
         validation: Evaluates the model of each round.
@@ -121,9 +118,7 @@ class PreparedRun:
     settings: CompressionSettings
     reader: ModelReader
     route: Route
-    criterion: Criterion
     score_data: ScoreData
-    scores_need_data: bool
     scorer: RoundScorer
     tuner: FineTuner
     validation: Validation
@@ -195,9 +190,7 @@ def prepare_run(
         settings=settings,
         reader=reader,
         route=route,
-        criterion=criterion,
         score_data=score_data,
-        scores_need_data=scored is not None,
         scorer=scorer,
         tuner=tuner,
         validation=validation,
@@ -285,7 +278,7 @@ def _describe_run_settings(run: PreparedRun) -> dict[str, Any]:
         **limit,
         repair=settings.repair,
         distill=settings.distill is not False,
-        labels="model" if run.scores_need_data and data.uses_model_labels else "data",
+        labels="model" if run.scorer.needs_data and data.uses_model_labels else "data",
         score_examples=data.num_examples,
         scores_apart=data.is_separate,
         epochs=tuner.epochs,

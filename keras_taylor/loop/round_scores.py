@@ -106,6 +106,9 @@ class RoundScorer:
         criterion: As in `compress`, not `None`.
         cost: The cost that the goal is about, "params" or "flops".
         class_weight: As in `fit`.
+
+    Attributes:
+        criterion: As passed.
     """
 
     def __init__(
@@ -113,17 +116,22 @@ class RoundScorer:
         model: keras.Model,
         read: Callable[[keras.Model], LabeledModel],
         data: ScoreData | None,
-        criterion: str | Callable[..., Any],
+        criterion: criteria.Criterion,
         cost: str = "params",
         class_weight: Mapping[int, float] | None = None,
     ) -> None:
         criteria.get(criterion)
         self._model, self._read, self._data = model, read, data
-        self._criterion, self._cost, self._class_weight = criterion, cost, class_weight
+        self.criterion, self._cost, self._class_weight = criterion, cost, class_weight
         self._num_examples = None if data is None else data.num_examples
         self._masked: tuple[int, MaskedScorer] | None = None  # after how many plans; the scorer
         if data is not None:
             data.feed.check_devices(data.num_examples)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the criterion needs data."""
+        return self._data is not None
 
     def score(
         self, labeled: LabeledModel, plans: Sequence[Plan], callbacks: Sequence[keras.callbacks.Callback]
@@ -140,12 +148,12 @@ class RoundScorer:
             feed = self._data.feed
             if self._data.uses_model_labels:
                 feed = sample_labels(feed, labeled.graph, self._data.num_examples, len(plans))
-            if is_single_pass(self._criterion):
+            if is_single_pass(self.criterion):
                 totals = self._masked_statistics(labeled, plans, feed, callbacks)
         if totals is not None:
-            scores = compute_scores(labeled, self._criterion, totals)
+            scores = compute_scores(labeled, self.criterion, totals)
         else:
-            arguments = self._criterion, self._num_examples, self._class_weight, callbacks, self._cost
+            arguments = self.criterion, self._num_examples, self._class_weight, callbacks, self._cost
             scores = score_channels(labeled, feed, *arguments)
         scores.update({name: from_first_process(values) for name, values in scores.items()})
         return scores
@@ -161,7 +169,7 @@ class RoundScorer:
         num_plans = _num_plans_of_scorer(plans)
         if self._masked is None or self._masked[0] != num_plans:
             base = labeled if num_plans == len(plans) else self._read_after(plans[:num_plans])
-            self._masked = num_plans, MaskedScorer(base, make_gated_model(base, self._criterion))
+            self._masked = num_plans, MaskedScorer(base, make_gated_model(base, self.criterion))
         arguments = feed, self._num_examples, self._class_weight, callbacks
         return self._masked[1].statistics(labeled, _compose(plans[num_plans:]), *arguments)
 

@@ -68,7 +68,7 @@ class Route:
     """The rounds that lead to the goals.
 
     Attributes:
-        goals: What is asked for. The selection has a `rank` once the criterion is known.
+        goals: The goals. Their selection has a `rank` once the criterion is known.
         before: Costs of the original, counted and measured.
         smallest: Costs with all units gone that may leave, predicted if they are measured.
         rounds: What each round has to reach; empty if the original meets the goals.
@@ -162,8 +162,8 @@ def plan_route(goals: CheckedGoals, measurements: Measurements | None = None) ->
     """Returns the route to the goals.
 
     Args:
-        goals: What is asked for.
-        measurements: What was measured of the original; `None`: all costs of the goals are counted.
+        goals: The goals.
+        measurements: Measurements of the original; `None`: all costs of the goals are counted.
 
     Raises:
         ValueError: If a goal is out of reach; for an increment that is not one.
