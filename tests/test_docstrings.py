@@ -1,0 +1,94 @@
+"""The examples in docstrings run, and print what they say."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import keras
+import numpy as np
+import pytest
+
+import keras_taylor
+
+
+def examples():
+    """Every docstring example of the package, by the name of what it belongs to."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for found in pkgutil.walk_packages(keras_taylor.__path__, "keras_taylor."):
+        if not found.name.endswith("__main__"):
+            module = importlib.import_module(found.name)
+            yield from (test for test in finder.find(module, found.name) if test.examples)
+
+
+EXAMPLES = {test.name: test for test in examples()}
+
+
+class Checker(doctest.OutputChecker):
+    """An example that shows no output may print lines, as `compress` does while it runs."""
+
+    def check_output(self, want, got, optionflags):
+        return not want or super().check_output(want, got, optionflags)
+
+
+def small_classifier():
+    """A compiled CNN for 8x8 images in three classes."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(8, 3, padding="same", activation="relu", name="conv1"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Conv2D(12, 3, padding="same", activation="relu", name="conv2"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3, activation="softmax", name="classes"),
+        ],
+        name="small",
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(64, 8, 8, 1)).astype("float32"), random.integers(0, 3, 64)
+    test = EXAMPLES[name]
+    test.globs = {
+        **test.globs, "keras": keras, "np": np, "keras_taylor": keras_taylor, "model": small_classifier(),
+        "x": x, "y": y, "x_val": x[:16], "y_val": y[:16],
+    }  # fmt: skip
+    failures = []
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    doctest.DocTestRunner(Checker(), verbose=False, optionflags=options).run(test, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+def public_members():
+    for name in keras_taylor.__all__:
+        value = getattr(keras_taylor, name)
+        yield name, value
+        if inspect.isclass(value):
+            for member, function in vars(value).items():
+                if not member.startswith("_") and (
+                    inspect.isfunction(function) or isinstance(function, property | classmethod)
+                ):
+                    yield f"{name}.{member}", function
+
+
+MEMBERS = dict(public_members())
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_everything_public_has_a_docstring(name):
+    assert inspect.getdoc(MEMBERS[name]), name
+
+
+@pytest.mark.parametrize("name", [name for name in keras_taylor.__all__ if name[0].islower()])
+def test_verbs_document_every_argument(name):
+    function = getattr(keras_taylor, name)
+    arguments = inspect.getdoc(function).partition("Args:")[2].partition("Returns:")[0]
+    for parameter in inspect.signature(function).parameters:
+        assert f"{parameter}:" in arguments or f"{parameter}, " in arguments, parameter
+    for section in ("Args:", "Returns:", "Raises:", "Example:"):
+        assert section in function.__doc__, section
