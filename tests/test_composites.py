@@ -1,4 +1,4 @@
-"""Layers that stay closed over sequences of any length, and lose units inside."""
+"""Layers that stay closed for sequences of any length, and lose units inside."""
 
 import functools
 import os
@@ -48,35 +48,35 @@ class Derived(zoo.Decoder):
 
 
 class Scaled(zoo.Decoder):
-    """What comes out depends on the number of heads in another way, too."""
+    """Its outputs also depend on the number of heads in another way."""
 
     def call(self, x, padding_mask=None):
         return super().call(x) * (1 + self.num_heads)
 
 
 class Forgetful(zoo.Decoder):
-    """Its `get_config` is wrong, as those of some layers of KerasHub."""
+    """Its `get_config` is wrong, like those of some layers of KerasHub."""
 
     def get_config(self):
         return {**super().get_config(), "rate": self.rate}
 
 
 class Incomplete(zoo.Decoder):
-    """Its `get_config` says less than `__init__` needs."""
+    """Its `get_config` leaves out an argument that `__init__` needs."""
 
     def get_config(self):
         return {k: v for k, v in super().get_config().items() if k != "num_groups"}
 
 
 class Rounded(zoo.Decoder):
-    """Its hidden layers have a size that only some values of the configuration give."""
+    """Only some configuration values give its hidden layers the size that they have."""
 
     def __init__(self, num_heads, num_groups, size, width, **kwargs):
         super().__init__(num_heads, num_groups, size, -(-width // 8) * 8, **kwargs)
 
 
 class Counting(zoo.Decoder):
-    """Does other things at other lengths."""
+    """It computes something else for each sequence length."""
 
     def call(self, x, padding_mask=None):
         y = super().call(x)
@@ -95,14 +95,14 @@ def test_the_smaller_model_has_the_same_layers_and_takes_any_length():
     assert first.num_heads < 3 and first.width < 20 and first.width == 2 * first.up[0].units
     assert (first.num_groups, first.size) == (1, 4)
     assert [x.shape for x in small.inputs] == [x.shape for x in model.inputs] == [(None, None)] * 2
-    channels = label_model(model)
-    gated = GatedModel(channels)
-    gated.mask = kept_units(channels, case("open_decoder").plan)
+    labeled = label_model(model)
+    gated = GatedModel(labeled)
+    gated.mask = kept_units(labeled, case("open_decoder").plan)
     x = {"tokens": tokens(11), "mask": np.ones((4, 11), "int32")}
     assert relative_difference(predict(small, x), predict(gated, x)) <= 1e-5
 
 
-def test_gates_inside_are_there_while_it_runs_only():
+def test_gates_inside_exist_only_while_the_model_runs():
     model = case("open_decoder").model
     gated = GatedModel(label_model(model))
     x = case("open_decoder").x
@@ -121,17 +121,17 @@ def test_scores_are_the_derivatives_of_the_gates_inside():
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     x = tokens(5, num=8)
     scores = keras_taylor.score(model, (x, x), criterion=lambda s: s.mean * s.num_examples)
-    channels = label_model(model)
-    gated = GatedModel(channels)
+    labeled = label_model(model)
+    gated = GatedModel(labeled)
 
     def loss(mask):
         gated.mask = mask
         each = keras.losses.sparse_categorical_crossentropy(x, predict(gated, x)[0], from_logits=True)
         return float(keras.ops.sum(keras.ops.mean(each, axis=-1)))
 
-    for group in channels.groups:
+    for group in labeled.groups:
         for unit in range(group.num_units):
-            mask, step = np.ones(channels.num_units), 1e-2
+            mask, step = np.ones(labeled.num_units), 1e-2
             mask[group.start + unit] = 1 + step
             above = loss(mask)
             mask[group.start + unit] = 1 - step
@@ -142,13 +142,13 @@ def test_scores_are_the_derivatives_of_the_gates_inside():
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (Derived(3, 20, name="block"), "no values of the configuration make fewer of these alone"),
-        (Scaled(3, 1, 4, 20, name="block"), "made again with fewer of these, it puts out something else"),
-        (zoo.Decoder(4, 2, 4, 20, name="block"), "the last one of those that share would be divided other"),
+        (Derived(3, 20, name="block"), "no configuration values count these alone"),
+        (Scaled(3, 1, 4, 20, name="block"), "its outputs change when it is built with fewer of these"),
+        (zoo.Decoder(4, 2, 4, 20, name="block"), "units that share it would be divided differently without"),
     ],
     ids=["derived", "scaled", "shared"],
 )
-def test_heads_that_cannot_leave_stay_and_say_why(block, reason):
+def test_heads_that_cannot_leave_have_a_reason(block, reason):
     groups = {group.name: group for group in keras_taylor.analyze(around(block)).groups}
     assert groups["block/up0"].prunable and groups["block/up0"].num_units == 10
     assert groups["block/query"].reason.startswith(reason)
@@ -156,7 +156,7 @@ def test_heads_that_cannot_leave_stay_and_say_why(block, reason):
 
 
 @pytest.mark.parametrize("cls", [Rounded, Counting])
-def test_what_is_not_the_same_when_made_again_stays_closed(cls):
+def test_a_layer_that_differs_when_built_again_stays_closed(cls):
     model = around(cls(1, 1, 4, 16, name="block"))
     analysis = keras_taylor.analyze(model)
     assert analysis.unknown == ("block",) and analysis.reachable["params"] == 0
@@ -165,7 +165,7 @@ def test_what_is_not_the_same_when_made_again_stays_closed(cls):
 
 
 @pytest.mark.parametrize(("cls", "said"), [(Forgetful, "fails "), (Incomplete, "leaves out `num_groups`. ")])
-def test_a_layer_whose_configuration_is_incomplete_is_made_from_its_attributes(cls, said):
+def test_a_layer_with_an_incomplete_configuration_is_made_from_its_attributes(cls, said):
     model = around(cls(3, 1, 4, 20, name="block"))
     with pytest.warns(UserWarning, match=f"The `get_config` of class `{cls.__name__}` {said}"):
         small = helpers.check_law_two(model, tokens(6))
@@ -204,7 +204,7 @@ def test_a_wrapper_trains_and_prunes_inside():
     assert relative_difference(predict(small, tokens(9)), predict(prunable, tokens(9))) <= 1e-5
 
 
-def test_compress_makes_a_decoder_smaller_and_its_file_loads_with_its_class(tmp_path):
+def test_compress_shrinks_a_decoder_and_its_file_loads_with_its_class(tmp_path):
     model = around(zoo.Decoder(3, 1, 4, 40, name="block"))
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     x = tokens(6, num=64)
@@ -222,7 +222,7 @@ def test_compress_makes_a_decoder_smaller_and_its_file_loads_with_its_class(tmp_
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
 
 
-def test_what_a_unit_inside_did_is_taken_over_by_those_that_stay():
+def test_kept_units_inside_take_over_from_a_removed_unit():
     model = around(zoo.Decoder(3, 1, 4, 20, name="block"))
     block = model.get_layer("block")
     for part, factor in zip(block.up, (1, 2), strict=True):
@@ -240,13 +240,13 @@ def test_what_a_unit_inside_did_is_taken_over_by_those_that_stay():
     assert [type(layer) for layer in repaired.layers] == [type(layer) for layer in model.layers]
 
 
-def test_projections_inside_that_lost_heads_are_refitted():
+def test_inner_projections_that_lost_heads_are_refitted():
     model = around(zoo.Decoder(3, 1, 4, 20, name="block"))
-    channels = label_model(model)
-    kept = np.ones(channels.num_units, bool)
+    labeled = label_model(model)
+    kept = np.ones(labeled.num_units, bool)
     kept[[0, 4]] = False
     x = tokens(7, num=64)
-    small = build_smaller_compiled(channels, kept)
-    repairs = {one.name: one for one in refit(channels, kept, small, [x])}
+    small = build_smaller_compiled(labeled, kept)
+    repairs = {one.name: one for one in refit(labeled, kept, small, [x])}
     assert repairs["block/merge"].error_after < repairs["block/merge"].error_before
     assert repairs["block/down"].reason is None or "held-out" in repairs["block/down"].reason

@@ -1,4 +1,4 @@
-"""Layers that their own `get_config` does not make again: copies, files, and what is said of them."""
+"""Layers whose `get_config` does not suffice to copy them: copies, files, and warnings."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from keras_taylor.reading.configurations import configuration_of
 X = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
 LOADS = "The smaller model is saved with the values that the layer was made from, so that its file loads. "
 
-MENDED = {
+FAULTY = {
     "fails": (
         lambda: faulty.Failing(3.0, "tanh", "zeros"),
         r"`Failing` fails \(AttributeError: 'Failing' object has no attribute 'rate'\)\. ",
@@ -58,9 +58,9 @@ def without_half(model):
     return keras_taylor.prune(model, plan)
 
 
-@pytest.mark.parametrize("case", MENDED)
-def test_what_is_made_from_mended_values_is_the_same_and_says_so(case):
-    make, fault = MENDED[case]
+@pytest.mark.parametrize("case", FAULTY)
+def test_a_copy_from_completed_values_is_the_same_and_warns(case):
+    make, fault = FAULTY[case]
     model = around(make())
     with pytest.warns(UserWarning, match=f"The `get_config` of class {fault}{LOADS}"):
         same = keras_taylor.prune(model, keras_taylor.Plan())
@@ -68,9 +68,9 @@ def test_what_is_made_from_mended_values_is_the_same_and_says_so(case):
 
 
 @pytest.mark.filterwarnings("ignore:The `get_config` of class")
-def test_the_file_loads_where_this_package_is_not_and_can_be_saved_after_an_empty_plan(tmp_path):
+def test_the_file_loads_without_this_package_and_can_be_saved_after_an_empty_plan(tmp_path):
     wanted = {}
-    for number, (make, _) in enumerate(MENDED.values()):
+    for number, (make, _) in enumerate(FAULTY.values()):
         small = without_half(around(make()))
         wanted[str(number)] = predict(small, X)[0]
         small.save(tmp_path / f"{number}.keras")
@@ -103,7 +103,7 @@ def test_a_smaller_model_of_a_smaller_one_keeps_the_configuration():
     assert small.get_layer("telling").get_config()["trainable"] is False
 
 
-def test_what_cannot_be_loaded_says_why():
+def test_a_layer_that_cannot_be_loaded_says_why():
     model = around(faulty.Holding(3.0, lambda x: 2 * x))
     with pytest.warns(UserWarning) as caught:
         same = keras_taylor.prune(model, keras_taylor.Plan())
@@ -137,7 +137,7 @@ def test_a_layer_inside_is_not_shared_with_the_copy():
     ],
     ids=["own from_config", "function of two names", "sound"],
 )
-def test_what_is_sound_is_left_as_it_is(layer):
+def test_a_correct_configuration_is_not_changed(layer):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         clone = clone_operation(layer, layer.name)

@@ -1,4 +1,4 @@
-"""Mixing layers as matrices: rows times matrix is what the layer puts out."""
+"""Linear layers as matrix products: rows times matrix is the output of the layer."""
 
 import keras
 import numpy as np
@@ -71,7 +71,7 @@ def test_a_matrix_put_back_is_the_kernel(kind, arguments, options, shape):
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(view.kernel), 2 * kernel)
 
 
-def test_what_does_not_mix_channels_has_no_view():
+def test_a_layer_that_does_not_mix_channels_has_no_view():
     assert matmul_view(layers.DepthwiseConv2D(3)) is None
     assert matmul_view(layers.BatchNormalization()) is None
 
@@ -91,7 +91,7 @@ def test_what_does_not_mix_channels_has_no_view():
     ],
     ids=["each position its own matrix", "nothing summed over", "a bias for each position", "no shared axis"],
 )
-def test_an_einsum_that_is_no_matrix_product_has_no_view(equation, shape, options):
+def test_an_einsum_that_is_not_a_matrix_product_has_no_view(equation, shape, options):
     layer = layers.EinsumDense(equation, shape, **options)
     layer.build((2, 6, 4) if "abc," in equation else (2, 4))
     assert matmul_view(layer) is None

@@ -1,4 +1,4 @@
-"""Repair: what can be made up for is, nothing gets worse, and nothing else changes."""
+"""Repair: it makes up for removed channels where it can, nothing gets worse, nothing else changes."""
 
 import keras
 import numpy as np
@@ -31,7 +31,7 @@ def set_kernel(layer, kernel):
 
 
 def redundant(final="dense"):
-    """The last two of eight filters are linear mixtures of the others, and nothing bends them."""
+    """The last two of eight filters are linear combinations of the others, without an activation."""
     x = inputs = keras.Input((8, 8, 2))
     x = layers.Conv2D(8, 3, name="conv1")(x)
     if final == "dense":
@@ -48,7 +48,7 @@ def redundant(final="dense"):
     conv1 = model.get_layer("conv1")
     kernel = keras.ops.convert_to_numpy(conv1.kernel).copy()
     kernel[..., 6:] = kernel[..., :6] @ random.normal(size=(6, 2))
-    set_kernel(conv1, kernel)  # the biases are no mixtures: a constant is needed too
+    set_kernel(conv1, kernel)  # the biases are not combinations, so that a constant is needed, too
     return model
 
 
@@ -58,7 +58,7 @@ def cut_of(model):
 
 
 @pytest.mark.parametrize("final", ["dense", "normalization"])
-def test_linear_mixtures_are_made_up_for(final):
+def test_linear_combinations_are_restored(final):
     model = redundant(final)
     plan, small = cut_of(model)
     x = inputs_for(model)
@@ -75,7 +75,7 @@ def test_linear_mixtures_are_made_up_for(final):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_repair_is_never_worse_over_the_zoo(name):
+def test_repair_makes_no_model_of_the_zoo_worse(name):
     model, plan, small = case(name).model, case(name).plan, case(name).small
     x = inputs_for(model, 64)
     wanted = predict(model, x)
@@ -85,7 +85,7 @@ def test_repair_is_never_worse_over_the_zoo(name):
     assert repaired.to_json() == small.to_json()
     lost = len({one.name for one in repairs})
     assert lost == len(repairs)
-    # a quarter of these examples was held out; on those it is no worse, and the rest were fitted
+    # the model is not worse on the quarter that was held out, and the remaining examples were fitted
     tolerance = 1.02 if name != "mixed_dtype" else 1.2
     assert distance(predict(repaired, x), wanted) <= tolerance * distance(predict(small, x), wanted)
     fitted = [one for one in repairs if one.ridge is not None]
@@ -94,15 +94,15 @@ def test_repair_is_never_worse_over_the_zoo(name):
 
 
 def without_units(model, group, gone):
-    """The plan that takes some units of the one group of this name."""
-    channels = label_model(model)
-    (start,) = [g.start for g in channels.groups if g.name == group]
-    kept = np.ones(channels.num_units, bool)
+    """A plan that removes some units of the group with this name."""
+    labeled = label_model(model)
+    (start,) = [g.start for g in labeled.groups if g.name == group]
+    kept = np.ones(labeled.num_units, bool)
     kept[start + np.array(gone)] = False
-    return plan_of(channels, CostModel(channels), kept)
+    return plan_of(labeled, CostModel(labeled), kept)
 
 
-def test_a_head_that_another_can_stand_for_is_made_up_for():
+def test_a_head_that_equals_another_one_is_restored():
     inputs = keras.Input((6, 8))
     outputs = layers.MultiHeadAttention(4, 3, name="attention")(inputs, inputs)
     model = keras.Model(inputs, layers.GlobalAveragePooling1D()(outputs))
@@ -123,7 +123,7 @@ def test_a_head_that_another_can_stand_for_is_made_up_for():
 
 
 def residual_with_pruned_branch():
-    """Two blocks; the second can make up for what the first one's stream has lost."""
+    """Two residual blocks; the second can make up for what the first one has lost."""
     x = inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(8, 3, padding="same", name="stem")(x)
     for name in ("a", "b"):
@@ -134,7 +134,7 @@ def residual_with_pruned_branch():
     return keras.Model(inputs, x)
 
 
-def test_a_block_makes_up_for_what_the_stream_has_lost(monkeypatch):
+def test_a_block_makes_up_for_losses_of_the_residual_stream(monkeypatch):
     model = residual_with_pruned_branch()
     random = np.random.default_rng(0)
     for weight in model.weights:
@@ -143,24 +143,26 @@ def test_a_block_makes_up_for_what_the_stream_has_lost(monkeypatch):
     plan = Plan({"a1": LayerPlan(12, kept), "b1": LayerPlan(12, kept)})
     small, x = keras_taylor.prune(model, plan), inputs_for(model)
     wanted = predict(model, x)
-    monkeypatch.setattr("keras_taylor.cutting.layer_fits.NUM_RELAXATIONS", 0)  # which sees the stream as well
+    monkeypatch.setattr(
+        "keras_taylor.cutting.layer_fits.NUM_RELAXATIONS", 0
+    )  # relaxed targets also depend on the stream
     ours = keras_taylor.repair(small, model, plan, x)
     monkeypatch.setattr("keras_taylor.reading.downstream.has_no_activation", lambda layer: False)
     apart = keras_taylor.repair(small, model, plan, x)
     assert distance(predict(ours, x), wanted) < 0.97 * distance(predict(apart, x), wanted)
 
 
-def test_a_layer_used_twice_is_left_alone():
+def test_a_layer_used_twice_is_left_unchanged():
     model = build("shared_layer")
     plan = random_plan(model)
     _, repairs = keras_taylor.repair(
         keras_taylor.prune(model, plan), model, plan, inputs_for(model, 64), return_repairs=True
     )
-    assert any(one.reason == "it is used at several places" and one.ridge is None for one in repairs)
+    assert any(one.reason == "it is used in several places" and one.ridge is None for one in repairs)
 
 
-def test_a_trained_small_model_goes_on_from_its_weights():
-    """The ridge pulls towards the kernel that is there, not towards the original's."""
+def test_the_repair_of_a_trained_small_model_starts_from_its_weights():
+    """The ridge pulls towards the kernel of the small model, not towards the original one."""
     model = redundant()
     plan, small = cut_of(model)
     x = inputs_for(model)
@@ -186,7 +188,7 @@ def test_models_that_do_not_belong_together_are_refused():
         keras_taylor.repair(small, model, plan, np.full((4, 8, 8, 2), np.nan))
 
 
-def test_targets_and_forms_of_data():
+def test_targets_are_ignored_in_every_form_of_data():
     model = redundant()
     plan, small = cut_of(model)
     x = inputs_for(model, 96)
@@ -197,7 +199,7 @@ def test_targets_and_forms_of_data():
 
 
 def normalized():
-    """Statistics that are far from those of the data."""
+    """A model whose statistics are far from those of the data."""
     x = inputs = keras.Input((6, 6, 3))
     for name in ("a", "b"):
         x = layers.Conv2D(5, 3, name=name)(x)
@@ -230,13 +232,13 @@ def test_one_example_is_enough_to_run():
 def test_layers_that_lost_inputs_are_refitted():
     model = case("residual").model
     plan, small = case("residual").plan, case("residual").small
-    channels = label_model(model)
-    gone = ~kept_units(channels, plan)
+    labeled = label_model(model)
+    gone = ~kept_units(labeled, plan)
     readers = {
         call.name
-        for call, effect in zip(channels.graph.calls, channels.effects, strict=True)
+        for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True)
         for number in effect.reads
-        if gone[channels.units_of(channels.labels[call.inputs[number]]).clip(0)].any()
+        if gone[labeled.units_of(labeled.labels[call.inputs[number]]).clip(0)].any()
     }
     _, repairs = keras_taylor.repair(small, model, plan, inputs_for(model, 32), return_repairs=True)
     assert readers <= {one.name for one in repairs}
@@ -244,7 +246,7 @@ def test_layers_that_lost_inputs_are_refitted():
 
 @pytest.mark.parametrize("num", [1, 5, 63, 128, 130, 300, 512, 1000])
 def test_walked_batches(num):
-    """At most eight batches, of one size wherever that leaves out a few examples only, and in order."""
+    """At most eight batches, in order, of one size where this leaves out only a few examples."""
     (batches,) = zip(*split_into_batches([np.arange(num)]), strict=True)
     sizes = {len(one) for one in batches}
     assert len(batches) <= 8

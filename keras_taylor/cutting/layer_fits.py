@@ -112,7 +112,9 @@ class LayerFit:
         num_rows = rows_per_example(num_columns, options.num_examples, options.thorough)
         with limit_blas_threads(num_rows * options.num_examples, num_columns):
             if not self._is_matrix_product():
-                return LayerRepair(self._name, reason="its output is not its kernel times its input")
+                return LayerRepair(
+                    self._name, reason="its output is not the product of its input and its kernel"
+                )
             positions = [
                 sample_positions(len(x), self._view.num_positions(x), num_rows, options.random)
                 for x in self._inputs

@@ -65,7 +65,7 @@ def refit(
         return repairs
     for weight, value in zip(small.weights, weights, strict=True):
         weight.assign(value)
-    reason = "the model's held-out outputs were nearer to the original's without"
+    reason = "the model's held-out outputs were closer to the original's without the repair"
     return [LayerRepair(repair.name, reason=repair.reason or reason) for repair in repairs]
 
 
@@ -155,7 +155,7 @@ class _PairedWalks:
         """Refits a linear layer of the smaller model."""
         old_call, call = self._old.graph.calls[number], self._new.graph.calls[number]
         if not self._new.graph.is_used_once(call.operation):
-            return LayerRepair(call.name, reason="it is used at several places")
+            return LayerRepair(call.name, reason="it is used in several places")
         return LayerFit(self._old, self._new, old_call, call, masks.outputs, self._options).run()
 
     def _refit_inner_layer(self, number: int, layer_number: int) -> LayerRepair:
@@ -164,10 +164,10 @@ class _PairedWalks:
         inner = layers_inside(calls[0].operation)[layer_number]
         name = f"{calls[0].name}/{inner.name}"
         if not self._new.graph.is_used_once(calls[1].operation):
-            return LayerRepair(name, reason="it is used at several places")
+            return LayerRepair(name, reason="it is used in several places")
         view = matmul_view(inner)
         if view is None:
-            return LayerRepair(name, reason="it is not known as a matrix product")
+            return LayerRepair(name, reason="it is not a known matrix product")
         weights = calls[0].operation.weights
         kernel_number = next(k for k, weight in enumerate(weights) if weight is view.kernel)
         axes = self._labeled.effects[number].weights.get(f"weights.{kernel_number}", (None, None))

@@ -16,7 +16,7 @@ from keras_taylor.rules.labels import FIXED
 from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.types import Array, BoolArray, IntArray, Tensor
 
-Gate: TypeAlias = Callable[[Tensor], Tensor]  # from what a layer is called on to what it gets instead
+Gate: TypeAlias = Callable[[Tensor], Tensor]  # from the input of a layer to the input that it gets instead
 
 
 class InnerGroup(NamedTuple):
@@ -83,12 +83,15 @@ class InnerStructure:
     def make_effect(self, ctx: Context) -> Effect:
         """The rule of such a layer: channels of its inputs and outputs stay, units inside can leave."""
         for tensor in ctx.inputs:
-            ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, of which only insides can go")
+            ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, which loses only units inside")
         new_labels = [ctx.space.new_labels(num, f"{ctx.name}/{name}") for name, num in self.groups]
         label_of_unit = np.concatenate([*new_labels, [FIXED]])
         for number, labels_of_group in enumerate(new_labels):
             if self._is_shared(number):
-                ctx.lock(labels_of_group[:2], "the last one of those that share would be divided otherwise")
+                ctx.lock(
+                    labels_of_group[:2],
+                    "units that share it would be divided differently without one of these",
+                )
         for name, num, reason in self.locked:
             ctx.lock(ctx.space.new_labels(num, f"{ctx.name}/{name}"), reason)
 

@@ -166,11 +166,11 @@ def search_group(structure: InnerStructure, rebuilder: LayerRebuilder) -> GroupS
     """Searches the configuration values that count the units of a structure with one group."""
     counts = _search_counts(structure, rebuilder)
     if not counts:
-        return GroupSearch(reason="no values of the configuration make fewer of these alone")
+        return GroupSearch(reason="no configuration values count these alone")
     search = GroupSearch(counts)
     counted = _with_config(structure, {structure.groups[0].name: search})
     if not is_equivalent(counted, rebuilder, num_draws=1):
-        return GroupSearch(reason="made again with fewer of these, it puts out something else")
+        return GroupSearch(reason="its outputs change when it is built with fewer of these")
     return search
 
 

@@ -1,4 +1,4 @@
-"""Configurations from which layers can be made again, even if their own `get_config` is wrong.
+"""Configurations from which layers can be copied, even if their own `get_config` is wrong.
 
 Keras copies and loads a layer with `from_config`, from what its `get_config` returned. If that is not what
 `__init__` takes, a layer that is made here gets a `get_config` of its own, which returns the values that it
@@ -17,12 +17,12 @@ import numpy as np
 from keras_taylor.rules.base import is_from_keras
 from keras_taylor.support.keras_internals import recorded_arguments
 
-_PLAIN_TYPES = (int, float, str, bool, type(None))
+_PLAIN_VALUE_TYPES = (int, float, str, bool, type(None))
 _CONFIGURABLE_TYPES = (keras.Initializer, keras.Regularizer, keras.constraints.Constraint)
 
 
 class Configuration(NamedTuple):
-    """Values from which an operation can be made again.
+    """Values from which an operation can be copied.
 
     Attributes:
         values: Arguments of `from_config`, by name.
@@ -52,7 +52,7 @@ class _GetConfig:
 
 
 def configuration_of(operation: keras.Operation) -> dict[str, Any]:
-    """Values from which `from_config` makes the operation again; errors as in `complete_configuration`."""
+    """Values from which `from_config` copies the operation; errors as in `complete_configuration`."""
     return complete_configuration(operation).values
 
 
@@ -193,7 +193,9 @@ def _untrack(value: Any) -> Any:
 def _is_comparable(value: object) -> bool:
     """Whether `_is_same_value` can tell a value from that of another layer."""
     flat = keras.tree.flatten(value)
-    return all(isinstance(x, (*_PLAIN_TYPES, *_CONFIGURABLE_TYPES)) or inspect.isfunction(x) for x in flat)
+    return all(
+        isinstance(x, (*_PLAIN_VALUE_TYPES, *_CONFIGURABLE_TYPES)) or inspect.isfunction(x) for x in flat
+    )
 
 
 def _is_same_value(first: Any, second: Any) -> bool:
@@ -204,7 +206,7 @@ def _is_same_value(first: Any, second: Any) -> bool:
         return type(first) is type(second) and first.get_config() == second.get_config()
     if inspect.isfunction(first) and inspect.isfunction(second):
         return first is second or _is_same_activation(first, second)
-    return bool(first == second) if isinstance(first, _PLAIN_TYPES) else type(first) is type(second)
+    return bool(first == second) if isinstance(first, _PLAIN_VALUE_TYPES) else type(first) is type(second)
 
 
 def _is_same_activation(first: Any, second: Any) -> bool:
