@@ -418,7 +418,7 @@ def test_the_state_of_another_call_is_refused(started, changes, words):
 def test_other_names_of_layers_are_refused_with_the_way_out(started):
     model = tiny_model()
     model.get_layer("second").name = "second_1"
-    words = r": names of layers: 'second' there, 'second_1' here \(`keras\.utils\.clear_session\(\)` before"
+    words = r": names of layers: 'second' there, 'second_1' here \(call `keras\.utils\.clear_session\(\)` "
     with pytest.raises(ValueError, match=words):
         run(model, backup_dir=started)
 
