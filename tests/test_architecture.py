@@ -1,6 +1,7 @@
 """The packages and modules of DESIGN.md, held against the code."""
 
 import ast
+import collections
 import pathlib
 import re
 
@@ -83,3 +84,41 @@ def test_the_first_docstring_line_of_a_package_is_its_caption(package):
 def test_no_package_or_module_bears_the_name_of_a_public_function():
     names = {*PACKAGES, *(module for _, module in MODULES)}
     assert names.isdisjoint(keras_taylor.__all__)
+
+
+def parameters_of(function):
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return [argument for argument in named if argument.arg not in ("self", "cls")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_functions_take_few_parameters_and_all_have_types(path):
+    for function in functions_in(tree_of(path)):
+        most = MOST_PUBLIC_PARAMETERS if function.name in keras_taylor.__all__ else MOST_PARAMETERS
+        parameters = parameters_of(function)
+        assert len(parameters) <= most, function.name
+        assert all(parameter.annotation for parameter in parameters), function.name
+        assert function.returns is not None, function.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_nothing_is_found_by_its_address(path):
+    """`id(...)` of an object that is gone may be that of another; see `support.identity`."""
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    assert not any(isinstance(call.func, ast.Name) and call.func.id == "id" for call in calls)
+
+
+def test_a_top_level_name_is_defined_in_one_module():
+    modules = collections.defaultdict(set)
+    for path in FILES:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                modules[node.name].add(path.name)
+            elif isinstance(node, ast.Assign):
+                for target in node.targets:
+                    if isinstance(target, ast.Name):
+                        modules[target.id].add(path.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                modules[node.target.id].add(path.name)
+    assert {name: found for name, found in modules.items() if len(found) > 1} == {}

@@ -278,7 +278,7 @@ def test_refusals():
     refused("from 0 on. Received: max_drop=-1$", new, max_drop=-1)
     refused(
         r"`monitor`, `mode` are part of `max_drop` now.*TaylorPruning\(..., "
-        r"max_drop=keras_taylor.MetricLimit\(0.1, monitor='val_f1', mode='max'\)\)$",
+        r"max_drop=keras_taylor.MetricLimit\(max_drop=0.1, monitor='val_f1', mode='max'\)\)$",
         new, max_drop=0.1, monitor="val_f1", mode="max", error=TypeError,
     )  # fmt: skip
     refused("unexpected keyword argument 'epochs'$", new, epochs=3, error=TypeError)

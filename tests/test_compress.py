@@ -600,7 +600,7 @@ def test_unknown_keyword():
     ],
 )
 def test_arguments_that_moved_are_refused_with_their_new_spelling(arguments, spelling):
-    words = r"part of another argument now\. Write keras_taylor\.compress\(\.\.\., .*"
+    words = r"part of `.*` now: keras_taylor\.compress\(\.\.\., .*"
     refused(TypeError, words + re.escape(spelling) + r"\)$", **arguments)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.budget.schedule import removal_schedule
-from keras_taylor.loop.metric_limit import MetricLimit, parse_metric_limit, refuse_old_limit_arguments
+from keras_taylor.loop.metric_limit import MOVED_TO_LIMIT, MetricLimit, parse_metric_limit
 from keras_taylor.loop.wrapper import PrunableModel, check_momentum
+from keras_taylor.support.arguments import refuse_moved_arguments
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.types import Array
 
@@ -77,7 +78,7 @@ class TaylorPruning(keras.callbacks.Callback):
         **others: Any,
     ) -> None:
         super().__init__()
-        refuse_old_limit_arguments("TaylorPruning", max_drop, others)
+        refuse_moved_arguments("TaylorPruning", others, MOVED_TO_LIMIT, {"max_drop": max_drop})
         self._goal = parse_goal(goal)
         removal_schedule(schedule, 1.0)  # refuses an unknown schedule
         check_momentum(momentum)

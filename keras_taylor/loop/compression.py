@@ -13,18 +13,28 @@ from keras_taylor.budget.schedule import Increment
 from keras_taylor.loop import messages
 from keras_taylor.loop.compression_run import complete_run
 from keras_taylor.loop.fine_tuning import Distill
-from keras_taylor.loop.metric_limit import MetricLimit, parse_metric_limit
-from keras_taylor.loop.preparation import CompressionSettings, LayerPatterns, PreparedRun, prepare_run
-from keras_taylor.plans.selection import Selection
+from keras_taylor.loop.metric_limit import MOVED_TO_LIMIT, MetricLimit, parse_metric_limit
+from keras_taylor.loop.preparation import CompressionSettings, PreparedRun, prepare_run
+from keras_taylor.plans.selection import MOVED_TO_SELECTION, Selection
 from keras_taylor.reports.info import Info
 from keras_taylor.scores.criteria import Criterion
 from keras_taylor.scores.scoring import Scoring
+from keras_taylor.support.arguments import MovedArgument, refuse_moved_arguments
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.replicas import is_first_process, strategy_scope
-from keras_taylor.support.types import Data
+from keras_taylor.support.types import Data, LayerPatterns
 
 # A model, or a list of them for a list of goals; with `return_info` a tuple of that and the `Info`.
 CompressionResult: TypeAlias = keras.Model | list[keras.Model] | tuple[keras.Model | list[keras.Model], Info]
+
+# Arguments of earlier versions that are fields of a `Selection`, a `Scoring` or a `MetricLimit` now.
+_MOVED = {
+    **MOVED_TO_SELECTION,
+    **MOVED_TO_LIMIT,
+    "score_ds": MovedArgument("criterion", Scoring, "ds"),
+    "score_examples": MovedArgument("criterion", Scoring, "num_examples"),
+    "labels": MovedArgument("criterion", Scoring, "labels"),
+}
 
 
 def compress(
@@ -147,7 +157,8 @@ def compress(
     >>> models = keras_taylor.compress(model, (x, y), goal=[0.2, 0.4, 0.6], epochs=2)
     >>> small = keras_taylor.compress(model, (x, y), None, max_drop=0.01, validation_data=(x_val, y_val))
     """
-    messages.refuse_moved_arguments(fit_kwargs, {"criterion": criterion, "max_drop": max_drop})
+    given = {"criterion": criterion, "max_drop": max_drop}
+    refuse_moved_arguments("compress", fit_kwargs, _MOVED, given, takes_others=True)
     verbose = fit_kwargs.pop("verbose", "auto")
     settings = CompressionSettings(
         goal=goal,

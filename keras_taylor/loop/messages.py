@@ -2,8 +2,7 @@
 
 import ast
 import dataclasses
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -12,18 +11,13 @@ import numpy as np
 from keras_taylor.budget.costs import known_cost
 from keras_taylor.budget.measured_costs import format_amount
 from keras_taylor.loop.fine_tuning import DivergenceError
-from keras_taylor.loop.metric_limit import MetricLimit
-from keras_taylor.plans.selection import Selection
 from keras_taylor.reports.info import Info
 from keras_taylor.reports.run_record import Round
-from keras_taylor.scores.scoring import Scoring
+from keras_taylor.support.arguments import OMITTED, format_value
 from keras_taylor.support.types import Costs
 
 _UNIT_NAMES = {"params": "parameters", "flops": "FLOPs", "activation_memory": "bytes of activations"}
 _MAX_NAMES = 5  # layers named in a line
-_MAX_ENTRIES = 50  # of lists and dicts written into a call
-_SETTINGS = (Selection, Scoring, MetricLimit)
-_OMITTED = "..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,86 +139,10 @@ def format_call(arguments: Mapping[str, Any]) -> str:
     texts = {name: format_value(value) for name, value in arguments.items()}
     call = ", ".join(["model", "ds", *(f"{name}={text}" for name, text in texts.items())])
     omitted = [name for name, text in texts.items() if _has_ellipsis(text)]
-    comment = f"  # {_OMITTED} in {', '.join(omitted)}: not shown" if omitted else ""
+    comment = f"  # {OMITTED} in {', '.join(omitted)}: not shown" if omitted else ""
     return f"keras_taylor.compress({call}){comment}"
-
-
-def format_value(value: Any) -> str:
-    """Returns a value as Python code, `...` in place of what cannot be written; see `format_call`."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return f'float("{value}")'
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return repr(value)
-    if isinstance(value, os.PathLike):
-        return repr(os.fspath(value))
-    if isinstance(value, keras.Layer):
-        return repr(value.name)
-    if isinstance(value, _SETTINGS):
-        fields = {field.name: format_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        defaults = {field.name: format_value(field.default) for field in dataclasses.fields(value)}
-        inside = ", ".join(f"{name}={text}" for name, text in fields.items() if text != defaults[name])
-        return f"keras_taylor.{type(value).__name__}({inside})"
-    if isinstance(value, (list, tuple, dict)) and len(value) <= _MAX_ENTRIES:
-        return _format_collection(value)
-    name = getattr(value, "__name__", "") if callable(value) else ""
-    return name if name.isidentifier() else _OMITTED
 
 
 def _has_ellipsis(text: str) -> bool:
     tree = ast.parse(text, mode="eval")
     return any(isinstance(node, ast.Constant) and node.value is Ellipsis for node in ast.walk(tree))
-
-
-def _format_collection(value: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> str:
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{format_value(k)}: {format_value(v)}' for k, v in value.items())}}}"
-    inside = ", ".join(format_value(one) for one in value)
-    if isinstance(value, list):
-        return f"[{inside}]"
-    return f"({inside},)" if len(value) == 1 else f"({inside})"
-
-
-# Arguments that `compress` had once -> the argument and the value that hold them now.
-_MOVED: dict[str, tuple[str, type, str]] = {
-    **{field.name: ("selection", Selection, field.name) for field in dataclasses.fields(Selection)},
-    "score_ds": ("criterion", Scoring, "ds"),
-    "score_examples": ("criterion", Scoring, "num_examples"),
-    "labels": ("criterion", Scoring, "labels"),
-    "monitor": ("max_drop", MetricLimit, "monitor"),
-    "baseline": ("max_drop", MetricLimit, "baseline"),
-}
-
-
-def refuse_moved_arguments(others: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuses arguments that are part of `Selection`, `Scoring` or `MetricLimit`, and shows how to pass them.
-
-    Args:
-        others: The keyword arguments that the signature of `compress` does not name.
-        given: The values passed as "criterion" and "max_drop".
-
-    Raises:
-        TypeError: If there are such arguments.
-    """
-    moved = [name for name in others if name in _MOVED]
-    if not moved:
-        return
-    spelled = []
-    for argument in dict.fromkeys(_MOVED[name][0] for name in moved):
-        names = [name for name in moved if _MOVED[name][0] == argument]
-        kind = _MOVED[names[0]][1]
-        inside = {_MOVED[name][2]: others[name] for name in names}
-        first = given.get(argument)
-        if first is not None or kind is MetricLimit:
-            inside = {dataclasses.fields(kind)[0].name: first, **inside}
-        values = ", ".join(f"{name}={format_value(value)}" for name, value in inside.items())
-        spelled.append(f"{argument}=keras_taylor.{kind.__name__}({values})")
-    raise TypeError(
-        f"{_join_quoted(moved)} {'is' if len(moved) == 1 else 'are'} part of another argument now. Write "
-        f"keras_taylor.compress(..., {', '.join(spelled)})"
-    )
-
-
-def _join_quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_taylor.support.arguments import MovedArgument
 from keras_taylor.support.datasets import BATCH_SIZE
 from keras_taylor.support.replicas import check_batches
 from keras_taylor.support.types import Data
@@ -107,31 +108,11 @@ def parse_metric_limit(max_drop: float | MetricLimit | None) -> MetricLimit | No
     return max_drop if max_drop is None or isinstance(max_drop, MetricLimit) else MetricLimit(max_drop)
 
 
-def refuse_old_limit_arguments(
-    verb: str, max_drop: object, arguments: Mapping[str, object], takes_others: bool = False
-) -> None:
-    """Refuses keyword arguments that belong to `MetricLimit`, and shows the new spelling.
-
-    Args:
-        verb: Name of the public class or function that was called.
-        max_drop: The value passed as `max_drop`.
-        arguments: The keyword arguments that its signature does not name.
-        takes_others: Whether it takes other keyword arguments: `compress` takes those of `fit`.
-
-    Raises:
-        TypeError: if there are such arguments, or others that are not taken.
-    """
-    fields = [field.name for field in dataclasses.fields(MetricLimit)[1:]]
-    old = {name: value for name, value in arguments.items() if name in fields}
-    if old:
-        names = ", ".join(f"`{name}`" for name in old)
-        spelled = ", ".join([repr(max_drop or 0.0), *(f"{name}={value!r}" for name, value in old.items())])
-        raise TypeError(
-            f"{names} {'is' if len(old) == 1 else 'are'} part of `max_drop` now: "
-            f"keras_taylor.{verb}(..., max_drop=keras_taylor.MetricLimit({spelled}))"
-        )
-    if arguments and not takes_others:
-        raise TypeError(f"{verb}() got an unexpected keyword argument {next(iter(arguments))!r}")
+# Arguments of earlier versions that are fields of a `MetricLimit` now.
+MOVED_TO_LIMIT = {
+    field.name: MovedArgument("max_drop", MetricLimit, field.name)
+    for field in dataclasses.fields(MetricLimit)[1:]
+}
 
 
 @dataclasses.dataclass(frozen=True)

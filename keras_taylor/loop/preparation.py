@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import keras
 
@@ -35,10 +35,9 @@ from keras_taylor.scores.scoring import Scoring, check_compiled, needs_data, use
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.optimizers import has_schedule
-from keras_taylor.support.types import Data, Tree
+from keras_taylor.support.types import Data, LayerPatterns, Tree
 
 # Layer names, regular expressions that match whole names, or layers.
-LayerPatterns: TypeAlias = str | keras.Layer | Sequence[str | keras.Layer]
 
 # Examples of a repair before fine-tuning: share of what a round trains on, least, most.
 _REPAIR_EXAMPLES = 1 / 32, 128, 512

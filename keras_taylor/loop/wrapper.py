@@ -16,7 +16,7 @@ from keras_taylor.plans.limits import Limits
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import plan_of
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest, choose_kept, flatten_scores
-from keras_taylor.plans.selection import Selection, parse_selection, refuse_old_arguments
+from keras_taylor.plans.selection import MOVED_TO_SELECTION, Selection, parse_selection
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reading.groups import LabeledModel, as_name_patterns, label_model
 from keras_taylor.reading.tracing import functional_view, overridden_training_method
@@ -26,6 +26,7 @@ from keras_taylor.scores.gates import GATE_ROWS
 from keras_taylor.scores.losses import averages_examples
 from keras_taylor.scores.scoring import compute_scores
 from keras_taylor.scores.statistics_optimizer import StatisticsOptimizer, add_batch
+from keras_taylor.support.arguments import refuse_moved_arguments
 from keras_taylor.support.optimizers import carry_state, fresh_optimizer
 from keras_taylor.support.replicas import strategy_scope
 from keras_taylor.support.types import BoolArray, FloatArray, LayerPatterns, Tensor
@@ -95,7 +96,7 @@ class PrunableModel(GatedModel):
         name: str | None = None,
         **others: Any,
     ) -> None:
-        refuse_old_arguments("PrunableModel", others)
+        refuse_moved_arguments("PrunableModel", others, MOVED_TO_SELECTION)
         _check_arguments(model, criterion, loss_reduction)
         selection = parse_selection(selection)
         with strategy_scope(model):

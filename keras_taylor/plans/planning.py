@@ -10,10 +10,11 @@ from keras_taylor.budget.goals import parse_goal
 from keras_taylor.plans.limits import Limits
 from keras_taylor.plans.plan import LayerPlan, Plan, layer_plans
 from keras_taylor.plans.ranking import RemovalRequest, choose_kept, flatten_scores
-from keras_taylor.plans.selection import Selection, parse_selection, refuse_old_arguments
+from keras_taylor.plans.selection import MOVED_TO_SELECTION, Selection, parse_selection
 from keras_taylor.plans.structure import PlanStructure
 from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.scores.criteria import warn_without_criterion
+from keras_taylor.support.arguments import refuse_moved_arguments
 from keras_taylor.support.types import BoolArray, FloatArray, IntArray, LayerPatterns
 
 
@@ -67,7 +68,7 @@ def make_plan(
     >>> plan = keras_taylor.make_plan(model, scores, 0.3, selection=selection)
     >>> small = keras_taylor.prune(model, plan)
     """
-    refuse_old_arguments("make_plan", old_arguments)
+    refuse_moved_arguments("make_plan", old_arguments, MOVED_TO_SELECTION)
     wanted = parse_goal(goal)
     selection = parse_selection(selection)
     if selection.rank is None and selection.scope == "global":

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_taylor.scores.criteria import rank_for
+from keras_taylor.support.arguments import MovedArgument
 
 SCOPES = ("global", "layer")
 RANKS = ("score", "cost")
@@ -130,27 +131,10 @@ def parse_selection(selection: object) -> Selection:
     return selection
 
 
-def refuse_old_arguments(verb: str, arguments: Mapping[str, object]) -> None:
-    """Refuses keyword arguments that a signature does not name; for fields of `Selection` it shows how.
-
-    Args:
-        verb: Name of the public function or class that was called: "make_plan".
-        arguments: The keyword arguments that its signature does not name.
-
-    Raises:
-        TypeError: if there are any.
-    """
-    fields = [field.name for field in dataclasses.fields(Selection)]
-    old = {name: value for name, value in arguments.items() if name in fields}
-    if old:
-        names = ", ".join(f"`{name}`" for name in old)
-        spelled = ", ".join(f"{name}={value!r}" for name, value in old.items())
-        raise TypeError(
-            f"{names} {'is' if len(old) == 1 else 'are'} part of `selection` now: "
-            f"keras_taylor.{verb}(..., selection=keras_taylor.Selection({spelled}))"
-        )
-    if arguments:
-        raise TypeError(f"{verb}() got an unexpected keyword argument {next(iter(arguments))!r}")
+# Arguments of earlier versions that are fields of a `Selection` now.
+MOVED_TO_SELECTION = {
+    field.name: MovedArgument("selection", Selection, field.name) for field in dataclasses.fields(Selection)
+}
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias, overload
+from typing import NamedTuple, overload
 
 import keras
 import numpy as np
@@ -16,10 +16,9 @@ from keras_taylor.rules.base import Effect, KeptLabels
 from keras_taylor.rules.elementwise import is_probed_activation
 from keras_taylor.rules.labels import FIXED, LabelSpace
 from keras_taylor.rules.registry import apply_rule
-from keras_taylor.support.types import BoolArray, IntArray
+from keras_taylor.support.types import BoolArray, IntArray, LayerPatterns
 
 # Layer names, regular expressions that match whole names, or layers; or one of these.
-LayerPatterns: TypeAlias = str | keras.Layer | Iterable[str | keras.Layer]
 
 _INEXACT_HINT = "; `exact=False` opens it"
 

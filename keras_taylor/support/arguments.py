@@ -1,0 +1,102 @@
+"""Arguments as Python code, and arguments that moved into a value."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+OMITTED = "..."
+_MAX_ENTRIES = 50  # of lists and dicts that are written out
+
+
+class MovedArgument(NamedTuple):
+    """Where an argument of earlier versions is now.
+
+    Attributes:
+        argument: The argument that takes its place.
+        kind: The frozen dataclass that this argument takes.
+        field: The field of that dataclass.
+    """
+
+    argument: str
+    kind: type[Any]
+    field: str
+
+
+def refuse_moved_arguments(
+    verb: str,
+    others: Mapping[str, Any],
+    moved: Mapping[str, MovedArgument],
+    given: Mapping[str, Any] | None = None,
+    takes_others: bool = False,
+) -> None:
+    """Refuses arguments that moved into a value, and shows the new spelling with the values passed.
+
+    Args:
+        verb: Name of the public function or class that was called.
+        others: The keyword arguments that its signature does not name.
+        moved: Where arguments of earlier versions are now.
+        given: Values passed for arguments that take such a value and also a plain one: `max_drop=0.01`. They
+            become the first field.
+        takes_others: Whether it takes other keyword arguments: `compress` takes those of `fit`.
+
+    Raises:
+        TypeError: if there are such arguments, or others that are not taken.
+    """
+    old = {name: value for name, value in others.items() if name in moved}
+    if old:
+        fields: dict[str, dict[str, Any]] = {}
+        for name, value in old.items():
+            fields.setdefault(moved[name].argument, {})[moved[name].field] = value
+        kinds = {one.argument: one.kind for one in moved.values()}
+        spelled = []
+        for argument, values in fields.items():
+            if (given or {}).get(argument) is not None:
+                values = {dataclasses.fields(kinds[argument])[0].name: (given or {})[argument], **values}
+            inside = ", ".join(f"{name}={format_value(value)}" for name, value in values.items())
+            spelled.append(f"{argument}=keras_taylor.{kinds[argument].__name__}({inside})")
+        raise TypeError(
+            f"{_join_quoted(old)} {'is' if len(old) == 1 else 'are'} part of {_join_quoted(fields)} now: "
+            f"keras_taylor.{verb}(..., {', '.join(spelled)})"
+        )
+    if others and not takes_others:
+        raise TypeError(f"{verb}() got an unexpected keyword argument {next(iter(others))!r}")
+
+
+def format_value(value: Any) -> str:
+    """Returns a value as Python code; `...` stands for a part without such a text, such as an array."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return f'float("{value}")'
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, os.PathLike):
+        return repr(os.fspath(value))
+    if isinstance(value, keras.Layer):
+        return repr(value.name)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: format_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        defaults = {field.name: format_value(field.default) for field in dataclasses.fields(value)}
+        inside = ", ".join(f"{name}={text}" for name, text in fields.items() if text != defaults[name])
+        return f"keras_taylor.{type(value).__name__}({inside})"
+    if isinstance(value, (list, tuple, dict)) and len(value) <= _MAX_ENTRIES:
+        return _format_collection(value)
+    name = getattr(value, "__name__", "") if callable(value) else ""
+    return name if name.isidentifier() else OMITTED
+
+
+def _format_collection(value: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{format_value(k)}: {format_value(v)}' for k, v in value.items())}}}"
+    inside = ", ".join(format_value(one) for one in value)
+    if isinstance(value, list):
+        return f"[{inside}]"
+    return f"({inside},)" if len(value) == 1 else f"({inside})"
+
+
+def _join_quoted(names: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
