@@ -3,16 +3,23 @@
 These are the counted costs: they follow from the widths of layers alone, so a plan knows them without a
 model. To add another one, "reads" for example:
 
-1. Add its name to `COSTS`: goals accept it then, and plans, reports and JSON files show it.
-2. Count it. A sum of products of widths needs a method like `CostModel._flop_terms` and an entry in the
-   `terms` of `CostModel.__init__`; `GroupCosts` then evaluates, differentiates and saves it. A cost of
-   another form needs what `activation_memory` has: a field of `GroupCosts`, and a branch in its `__call__`,
-   `with_one_group_cut`, `gradient`, `to_dict` and `from_dict`.
+1. Add its name at the end of `COSTS`, whose order is that of printed lines. Goals accept it then, and
+   plans, JSON files and the headlines of reports show it. Older files still load: a plan shows the costs that
+   it has. Tables have fixed columns for parameters and FLOPs: a further column goes into
+   `keras_taylor.reports.run_tables`, a card into `keras_taylor.reports.pages`.
+2. Count it. A sum of products of widths needs a method that returns terms and an entry in the `terms` of
+   `CostModel.__init__`; `GroupCosts` then evaluates, differentiates and saves it. `_flop_terms` sums over the
+   work of all calls, `_parameter_terms` over all weights, each once however often its layer is called (select
+   them by `weight.name`: "kernel", "bias", ...). A cost of another form needs what `activation_memory` has: a
+   field of `GroupCosts`, and a branch in its `__call__`, `with_one_group_cut`, `gradient`, `to_dict` and
+   `from_dict`.
 3. If inputs of unknown size make it unknown, give it a subject in `_UNKNOWN_COSTS`, for the message.
-4. Give it a unit in `keras_taylor.loop.messages`, for the printed lines of `compress`, and name it in the
-   message of `measured_costs.refuse_measured`.
-5. Hold it against a count by hand in `tests/test_costs.py`, and add it to
-   `test_the_gradient_is_the_derivative_of_the_cost` in `tests/test_ranking.py`.
+4. Give it a unit in `_UNIT_NAMES` of `keras_taylor.loop.messages` (for "remove 30 % of ...") and name it in
+   the message of `measured_costs.refuse_measured`, which cannot import `COSTS`.
+5. Hold it against a count by hand in `tests/test_costs.py`, add it to
+   `test_the_gradient_is_the_derivative_of_the_cost` in `tests/test_ranking.py`, and to the words and sets
+   that `tests/test_plan.py` and `tests/test_measured_goals.py` hold.
+6. `grep -rn activation_memory` finds what is left: the docstrings and pages that list all costs.
 
 A cost that has to be measured on a model that was built, like a latency, is a
 `measured_costs.MeasuredCost` instead.
