@@ -679,13 +679,15 @@ def test_targets_that_do_not_suit_the_loss():
     )
 
 
-def test_an_unknown_criterion():
+@pytest.mark.parametrize("criterion", ["tailor", {}])
+def test_an_unknown_criterion(criterion):
+    names = {*criteria.DATA_CRITERIA, *criteria.LABEL_FREE_CRITERIA}
+    assert {"taylor", "log_odds", "magnitude"} <= names
     refused(
-        "Unknown criterion. Expected one of batchnorm, fisher, log_odds, log_odds_probed, magnitude, oracle, "
-        "random, sensitivity, taylor, taylor2, taylor_abs, taylor_batch, or a callable that takes a "
-        "`GroupStatistics` and returns an array `(num_units,)`. Received: criterion='tailor'",
+        f"Unknown criterion. Expected one of {', '.join(sorted(names))}, or a callable that takes a "
+        f"`GroupStatistics` and returns an array `(num_units,)`. Received: criterion={criterion!r}",
         Net().model,
-        criterion="tailor",
+        criterion=criterion,
     )
 
 

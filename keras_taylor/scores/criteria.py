@@ -35,37 +35,46 @@ table says for each criterion what it computes, with means over examples, and wh
                       "oracle pruning" of Molchanov et al., ICLR 2017: the judge of all others
 
 A criterion is a function of a `GroupStatistics`, which holds the statistics of one group of units. It
-returns an array `(num_units,)`: the higher, the more important. `None` means that it cannot judge this
-group, whose units then all stay.
+returns an array `(num_units,)`: the higher, the more important. All scores must be finite, also those of dead
+units, whose g are all zero. `None` means that it cannot judge this group, whose units then all stay.
+Statistics are sums in float32, so a difference of two may come out slightly negative.
 
 To use a criterion of your own, pass the function. For example, the signal-to-noise ratio of the derivatives:
 
 >>> def signal_to_noise(statistics):
-...     variance = statistics.mean_square - statistics.mean**2
+...     variance = np.maximum(statistics.mean_square - statistics.mean**2, 0)
 ...     return abs(statistics.mean) / np.sqrt(variance + 1e-12)
 >>> scores = keras_taylor.score(model, (x, y), criterion=signal_to_noise)
 >>> plan = keras_taylor.make_plan(model, scores, 0.3)
 
 To make it a criterion of this package, with a name:
 
-1. Write the function below. Its docstring has the formula and the source. Read statistics that only data
-   gives through `_required`, which refuses statistics that were not gathered:
+1. Write the function below. Its docstring has the formula and the source ("this project" if it is new).
+   Read statistics that only data gives through `_required`, which refuses statistics that were not gathered:
 
        def signal_to_noise(statistics: GroupStatistics) -> FloatArray:
            mean = _required(statistics.mean, statistics)
            variance = _required(statistics.mean_square, statistics) - np.square(mean)
-           return np.abs(mean) / np.sqrt(variance + 1e-12)
+           return np.abs(mean) / np.sqrt(np.maximum(variance, 0) + 1e-12)
 
 2. List it: in `DATA_CRITERIA` if it needs the loss on data (as this one does), else in `LABEL_FREE_CRITERIA`.
 3. Say how `make_plan` ranks units by it. If its scores estimate how much the loss grows, so that sums of
    scores can be compared with sums of saved parameters, list its name in `LOSS_CHANGE_CRITERIA`: units are
    ranked by score for cost. If its scores are already relative to what a unit saves, list it in
    `COST_AWARE_CRITERIA`. Otherwise (as here) list it in neither: units are ranked by score.
-4. Add it to the table above, and to the criteria that `tests/test_scoring.py` computes by hand.
+4. Add it to the table above, and its formula to `FORMULAS` in `tests/test_scoring.py`, which computes it by
+   hand. `score`, `compress`, `PrunableModel` and the command line know it then.
 
-If it needs a statistic that is not there, add that to `gates.GATE_STATISTICS` and `gates.batch_statistics`,
-or write a subclass of `gates.Gates` (as `fisher.FisherGates` is) and choose it in `scoring.make_gated_model`.
-Then fill in a new attribute of `GroupStatistics` in `group_statistics.statistics_by_group`.
+If it needs a statistic that is not there, fill in a new attribute of `GroupStatistics`, `None` by default, in
+`group_statistics.statistics_by_group`. The values come from one of two places:
+
+- A sum over examples of a function of g is a row: add it to `gates.GATE_STATISTICS` (its `loss_power` says
+  how it grows with the loss, 4 for g^4) and to `gates.batch_statistics`. Every criterion has it then, also in
+  `PrunableModel`, and every pass pays for it. Saved `PrunableModel` files hold these rows, so files of
+  earlier versions no longer load.
+- Anything else needs a subclass of `gates.Gates`, as `fisher.FisherGates` is, chosen in
+  `scoring.make_gated_model`. `PrunableModel` does not use it, so list the criterion in `_NEED_OWN_PASS` of
+  `keras_taylor.loop.wrapper`; if one pass is not enough, exclude it in `scoring.is_single_pass`.
 """
 
 import dataclasses
@@ -120,7 +129,7 @@ class GroupStatistics:
     Example:
 
     >>> def standard_error(statistics):
-    ...     variance = statistics.mean_square - statistics.mean**2
+    ...     variance = np.maximum(statistics.mean_square - statistics.mean**2, 0)
     ...     return np.sqrt(variance / statistics.num_examples)
     >>> errors = keras_taylor.score(model, (x, y), criterion=standard_error)
     """
@@ -512,7 +521,7 @@ def get(criterion: Criterion) -> CriterionFunction:
     if callable(criterion):
         return criterion
     named = {**DATA_CRITERIA, **LABEL_FREE_CRITERIA}
-    if criterion not in named:
+    if not isinstance(criterion, str) or criterion not in named:
         raise ValueError(
             f"Unknown criterion. Expected one of {', '.join(sorted(named))}, or a callable that "
             "takes a `GroupStatistics` and returns an array `(num_units,)`. "

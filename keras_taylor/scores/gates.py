@@ -112,19 +112,14 @@ def batch_statistics(derivative: Tensor, num_units: int) -> Tensor:
         num_units: Number of gates.
     """
     ones = ops.ones((num_units,), derivative.dtype)
-    sums = [
-        ops.sum(derivative, 0),
-        ops.sum(ops.abs(derivative), 0),
-        ops.sum(ops.square(derivative), 0),
-        ones * ops.cast(ops.shape(derivative)[0], derivative.dtype),
-    ]
-    total, absolute, square, examples = ops.unstack(sum_over_replicas(ops.stack(sums)), 4)
-    rows = {
-        "sum": total,
-        "absolute": absolute,
-        "square": square,
-        "batch_square": ops.square(total / examples),
-        "examples": examples,
-        "batches": ones,
+    sums = {
+        "sum": ops.sum(derivative, 0),
+        "absolute": ops.sum(ops.abs(derivative), 0),
+        "square": ops.sum(ops.square(derivative), 0),
+        "examples": ones * ops.cast(ops.shape(derivative)[0], derivative.dtype),
     }
+    totals = ops.unstack(sum_over_replicas(ops.stack(list(sums.values()))), len(sums))
+    rows = dict(zip(sums, totals, strict=True))
+    rows["batch_square"] = ops.square(rows["sum"] / rows["examples"])
+    rows["batches"] = ones
     return ops.stack([rows[statistic.name] for statistic in GATE_STATISTICS])
