@@ -552,8 +552,8 @@ def test_no_prunable_layer():
     model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(3)])
     model.compile("sgd", "mse")
     words = (
-        r"The goal is out of reach: at most 0\.0% of the 195 params can be removed, which leaves 195\. What "
-        r"stays: .*Received: goal=0\.3$"
+        r"The goal is out of reach: at most 0\.0% of the 195 params can be removed, which leaves 195\. It is "
+        r"blocked by 'dense' .*Received: goal=0\.3$"
     )
     refused(ValueError, words, model=model)
 
