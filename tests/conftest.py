@@ -16,6 +16,18 @@ if keras.backend.backend() == "tensorflow":  # likewise Grappler's
     tensorflow.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 
+def pytest_addoption(parser):
+    text = "leave out tests marked `once`, which are about no backend: CI runs them on one"
+    parser.addoption("--skip-once", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--skip-once"):
+        left_out = [item for item in items if item.get_closest_marker("once")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("once")]
+
+
 def pytest_collection_finish():
     gc.freeze()  # libraries stay: what collects garbage need not look at them again and again
 

@@ -18,6 +18,8 @@ MODULES = [(package, module) for package, modules in PACKAGES.items() for module
 FILES = sorted(HOUSE.rglob("*.py"))
 MOST_ENTRIES, MOST_MODULES, MOST_PARAMETERS, MOST_PUBLIC_PARAMETERS = 14, 13, 8, 15
 
+pytestmark = pytest.mark.once
+
 
 def tree_of(path):
     return ast.parse(path.read_text())

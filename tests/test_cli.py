@@ -77,6 +77,7 @@ def test_compress_writes_model_state_and_report(run):
     assert code == 0 and pathlib.Path("again.html").read_text() == page
 
 
+@pytest.mark.once
 def test_several_goals_write_a_model_each(run):
     words = (*COMPRESS[:-1], "0.2,0.4", "--goal", "flops=0.1,0.3", "--epochs", "0", "--report", "report.html")
     code, out, _ = run(*words)
@@ -94,6 +95,7 @@ def test_several_goals_write_a_model_each(run):
     assert "'small-1.keras' already exists" in refused(run, *words[:-2])
 
 
+@pytest.mark.once
 def test_a_file_under_its_size_by_words(run):
     code, out, _ = run(*COMPRESS[:-1], "bytes=14KiB", "--epochs", "0", "--json")
     assert code == 0 and json.loads(out)["after"]["bytes"] <= 14 * 1024
@@ -111,6 +113,7 @@ def test_original_and_result_are_exported_and_measured_together(run):
     assert "litert dynamic, latency" in page and "small-litert-dynamic.tflite" in page
 
 
+@pytest.mark.once
 def test_a_file_for_a_microcontroller(run):
     words = ("export", "model.keras", "-o", "tiny.tflite", "--format", "litert-int8", "--data", "data.npz")
     words = (*words, "--batch-size", "1", "--int8-io")
@@ -124,6 +127,7 @@ def test_a_file_for_a_microcontroller(run):
     assert "tiny.tflite.rejected" in err and not os.path.exists("tiny.tflite")
 
 
+@pytest.mark.once
 def test_json_for_machines(run):
     code, out, _ = run(*COMPRESS, "--json", "--epochs", "0", "--goal", "flops=100000")
     assert code == 0 and json.loads(out)["goal"] == {"params": 0.4, "flops": 100000}
@@ -143,6 +147,7 @@ def test_a_metric_that_may_not_fall_ends_the_run(run):
     assert [one["held"] for one in info["rounds"]] == [info["after"] != info["before"]]
 
 
+@pytest.mark.once
 def test_inexact_opens_what_is_normalized_together(run):
     x = inputs = keras.Input((4, 4))
     x = keras.layers.LayerNormalization()(keras.layers.Dense(6, name="stem")(x))
@@ -168,6 +173,7 @@ def test_analyze_prints_a_table(run):
     assert code == 0 and "channels can leave" in out and "model output" in out
 
 
+@pytest.mark.once
 def test_distillation_without_repair(run):
     code, out, _ = run(*COMPRESS, "--json", "--epochs", "1", "--distill", "--no-repair")
     (one,) = {len(r["repairs"]) for r in json.loads(out)["rounds"]}
@@ -192,6 +198,7 @@ def test_a_killed_run_continues(run, monkeypatch):
     assert code == 0 and "resumed after round 1 of 2" in out
 
 
+@pytest.mark.once
 def test_outputs_are_not_overwritten_without_force(run):
     pathlib.Path("small.keras").write_text("precious")
     assert "'small.keras' already exists. Pass --force" in refused(run, *COMPRESS)
@@ -199,6 +206,7 @@ def test_outputs_are_not_overwritten_without_force(run):
     assert run(*COMPRESS, "--epochs", "0", "--force")[0] == 0
 
 
+@pytest.mark.once
 def test_a_disk_that_is_full_leaves_nothing_half_written(run, monkeypatch):
     def full(self, path, *args, **kwargs):
         pathlib.Path(path).write_text("half")
@@ -324,6 +332,7 @@ def test_help_names_every_option_and_its_default(run):
     assert [name for name in names.split() if name not in words] == []
 
 
+@pytest.mark.once
 def test_the_command_in_the_report_can_be_pasted_into_a_shell(run):
     os.rename("data.npz", "my data.npz")
     words = list(COMPRESS)
@@ -336,6 +345,7 @@ def test_the_command_in_the_report_can_be_pasted_into_a_shell(run):
     assert f"<pre>{html.escape(info.command)}</pre>".replace("&#x27;", "&#39;") in page
 
 
+@pytest.mark.once
 def test_extras_that_are_missing_are_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert run(*COMPRESS, "--epochs", "0")[0] == 0

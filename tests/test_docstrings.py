@@ -11,6 +11,8 @@ import pytest
 
 import keras_taylor
 
+pytestmark = pytest.mark.once
+
 
 def examples():
     """Every docstring example of the package, by the name of what it belongs to."""

@@ -155,7 +155,8 @@ def compress(
 
     >>> small = keras_taylor.compress(model, (x, y), goal=0.3, epochs=2)
     >>> models = keras_taylor.compress(model, (x, y), goal=[0.2, 0.4, 0.6], epochs=2)
-    >>> small = keras_taylor.compress(model, (x, y), None, max_drop=0.01, validation_data=(x_val, y_val))
+    >>> validation = {"max_drop": 0.01, "validation_data": (x_val, y_val)}
+    >>> small = keras_taylor.compress(model, (x, y), goal=None, increment=0.3, **validation)
     """
     given = {"criterion": criterion, "max_drop": max_drop}
     refuse_moved_arguments("compress", fit_kwargs, _MOVED, given, takes_others=True)

@@ -45,7 +45,8 @@ class MetricLimit:
     >>> limit = keras_taylor.MetricLimit(0.01, monitor="accuracy")
     >>> limit.allows("accuracy", 0.895, reference=0.9)
     True
-    >>> small = keras_taylor.compress(model, (x, y), None, max_drop=limit, validation_data=(x_val, y_val))
+    >>> validation = {"max_drop": limit, "validation_data": (x_val, y_val)}
+    >>> small = keras_taylor.compress(model, (x, y), goal=None, increment=0.3, **validation)
     """
 
     max_drop: float
