@@ -1,7 +1,10 @@
 """One process, one backend; every test starts from the same seed."""
 
 import gc
+import importlib.metadata
+import inspect
 import os
+import zlib
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 # XLA's optimizations cost more time in a test than they save: most functions run once
@@ -15,17 +18,61 @@ if keras.backend.backend() == "tensorflow":  # likewise Grappler's
 
     tensorflow.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
+NUM_LEFT_OUT = pytest.StashKey[int]()
+
 
 def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run everything, as CI does on each backend")
     text = "leave out tests marked `once`, which are about no backend: CI runs them on one"
     parser.addoption("--skip-once", action="store_true", help=text)
 
 
+def is_short(config):
+    """Whether this is `pytest` alone: neither `--all`, nor chosen files or tests."""
+    chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    return not (chosen or config.getoption("--all") or config.getoption("-k") or config.getoption("-m"))
+
+
+def is_about_an_error(item):
+    """Whether a test holds the words of an error: these are never sampled."""
+    source = inspect.getsource(item.function)
+    return "raises(" in source or "refused(" in source
+
+
+def is_left_out(item, config):
+    """Whether a test does not run: a slow one in the short run, or all but a share of a sweep."""
+    if config.getoption("--skip-once") and item.get_closest_marker("once"):
+        return True
+    if not is_short(config):
+        return False
+    sweep = item.get_closest_marker("sweep")
+    sampled_out = sweep is not None and zlib.crc32(item.nodeid.encode()) % sweep.args[0] != 0
+    is_slow = item.get_closest_marker("slow") is not None
+    return is_slow or (sampled_out and not is_about_an_error(item))
+
+
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--skip-once"):
-        left_out = [item for item in items if item.get_closest_marker("once")]
+    left_out = [item for item in items if is_left_out(item, config)]
+    if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("once")]
+        items[:] = [item for item in items if item not in set(left_out)]
+    config.stash[NUM_LEFT_OUT] = len(left_out)
+
+
+def pytest_report_header(config):
+    backend = keras.backend.backend()
+    version = importlib.metadata.version(backend)
+    kind = "the short run" if is_short(config) else "all that was asked for"
+    return f"Keras {keras.__version__} on {backend} {version}: {kind}"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    num = config.stash.get(NUM_LEFT_OUT, 0)
+    if num and is_short(config):
+        terminalreporter.write_line(
+            f"The short run left out {num} tests: slow ones, and all but a sample of sweeps. "
+            "`pytest --all` runs them too."
+        )
 
 
 def pytest_collection_finish():

@@ -13,6 +13,8 @@ from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gated_model import GatedModel
 
+pytestmark = pytest.mark.sweep(4)
+
 
 def groups_of(model):
     return {g.name: (g.num_units, set(g.producers)) for g in label_model(model).groups}

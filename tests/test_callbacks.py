@@ -12,6 +12,8 @@ from test_prunable import count_traces, refused
 import keras_taylor
 from keras_taylor.budget.schedule import removal_schedule
 
+pytestmark = pytest.mark.sweep(3)
+
 
 def wrapped(**arguments):
     keras.utils.set_random_seed(0)

@@ -23,6 +23,8 @@ from keras_taylor.cli import commands, data_files, model_files
 from keras_taylor.cli.options import PruningOptions, parse_goal_texts
 from keras_taylor.support.datasets import BATCH_SIZE
 
+pytestmark = pytest.mark.sweep(3)
+
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
@@ -77,6 +79,7 @@ def test_compress_writes_model_state_and_report(run):
     assert code == 0 and pathlib.Path("again.html").read_text() == page
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_several_goals_write_a_model_each(run):
     words = (*COMPRESS[:-1], "0.2,0.4", "--goal", "flops=0.1,0.3", "--epochs", "0", "--report", "report.html")
@@ -102,6 +105,7 @@ def test_a_file_under_its_size_by_words(run):
     assert run("export", "small.keras", "-o", "small.tflite", "--json", "--max-kib", "14")[0] == 0
 
 
+@pytest.mark.slow
 def test_original_and_result_are_exported_and_measured_together(run):
     code, out, _ = run(*COMPRESS, "--epochs", "0", "--export", "litert-dynamic", "--report", "report.html")
     assert code == 0 and "original-small-litert-dynamic.tflite" in out
@@ -147,6 +151,7 @@ def test_a_metric_that_may_not_fall_ends_the_run(run):
     assert [one["held"] for one in info["rounds"]] == [info["after"] != info["before"]]
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_inexact_opens_what_is_normalized_together(run):
     x = inputs = keras.Input((4, 4))

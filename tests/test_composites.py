@@ -23,6 +23,8 @@ from keras_taylor.reading.groups import label_model
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.scores.gated_model import GatedModel
 
+pytestmark = pytest.mark.sweep(4)
+
 
 def around(block, length=None):
     """A model with a decoder block between an embedding and a head."""
@@ -204,6 +206,7 @@ def test_a_wrapper_trains_and_prunes_inside():
     assert relative_difference(predict(small, tokens(9)), predict(prunable, tokens(9))) <= 1e-5
 
 
+@pytest.mark.slow
 def test_compress_shrinks_a_decoder_and_its_file_loads_with_its_class(tmp_path):
     model = around(zoo.Decoder(3, 1, 4, 40, name="block"))
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))

@@ -16,6 +16,8 @@ from rich.console import Console
 import keras_taylor
 from keras_taylor.support.console import Reporter
 
+pytestmark = pytest.mark.sweep(3)
+
 
 def small_model(frozen=False, **compile_arguments):
     layers = [
@@ -268,6 +270,7 @@ def test_round_to_holds_in_every_round():
     assert small.get_layer("first").filters % 4 == small.get_layer("second").filters % 4 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0.8, 0.95])
 def test_grouped_convolutions_go_down_to_one_channel_a_group_over_several_rounds(part):
     model = zoo.build("grouped")
@@ -308,6 +311,7 @@ class Halving(keras.optimizers.schedules.LearningRateSchedule):
         return {"rate": self.rate}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["float32", "mixed"])
 def test_a_learning_rate_schedule_of_the_users_own(policy):
     optimizer = keras.optimizers.SGD(Halving(0.125))

@@ -45,6 +45,8 @@ FAULTY = {
     ),
 }
 
+pytestmark = pytest.mark.sweep(2)
+
 
 def around(layer):
     inputs = keras.Input((4,))

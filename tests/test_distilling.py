@@ -11,6 +11,8 @@ from keras_taylor.loop.fine_tuning import imitation_loss, make_distiller
 
 layers = keras.layers
 
+pytestmark = pytest.mark.sweep(2)
+
 
 def softmax(z):
     e = np.exp(z - z.max(-1, keepdims=True))

@@ -11,7 +11,7 @@ import pytest
 
 import keras_taylor
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.sweep(10)]
 
 
 def examples():

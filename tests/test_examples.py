@@ -13,6 +13,7 @@ sys.path.insert(0, str(EXAMPLES))
 pytest.importorskip("sklearn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f"loop_{BACKEND}", "custom_train_step", "prune_while_training"])
 def test_pruned_while_training_on_digits(name, capsys):
     small, accuracy = importlib.import_module(name).main(epochs=5)
@@ -26,6 +27,7 @@ def test_a_loop_for_every_backend():
     assert {p.stem for p in EXAMPLES.glob("loop_*.py")} == {"loop_jax", "loop_tensorflow", "loop_torch"}
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(monkeypatch):
     pytest.importorskip("tensorflow")  # which `export` needs
     # small batches gain nothing from PyTorch's threads, and lose much where other tests run beside them

@@ -39,6 +39,8 @@ VARIANTS = {
     "same.keras": {},
 }
 
+pytestmark = pytest.mark.sweep(8)
+
 
 def two_headed():
     """Two inputs, two outputs by name, a residual sum; weights of more than 1024 values."""

@@ -16,6 +16,8 @@ from keras_taylor.scores.gated_model import GatedModel
 
 NUM, STEPS, UNITS, OUTPUTS = 6, 5, 4, 3
 
+pytestmark = pytest.mark.sweep(3)
+
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))

@@ -17,6 +17,8 @@ from keras_taylor.support.datasets import Feed
 
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
+pytestmark = pytest.mark.sweep(2)
+
 
 def derivatives(model, x, y):
     """Each example's gate derivatives of `linear(3)`, float64."""
@@ -99,6 +101,7 @@ def test_what_is_saved_counts():
     assert sums["params"]["early"] > sums["flops"]["early"]
 
 
+@pytest.mark.slow
 def test_compress_takes_it_with_and_without_labels():
     model = compiled(linear(3), CROSS_ENTROPY)
     for ds in ((images(), labels(3)), images()):

@@ -11,6 +11,8 @@ import keras_taylor
 from keras_taylor.budget.goals import Goal, parse_goals
 from keras_taylor.budget.schedule import schedule_rounds
 
+pytestmark = pytest.mark.sweep(4)
+
 
 def run(goal, model=None, ds=None, **arguments):
     """A run without training, unless it is asked for."""
@@ -60,6 +62,7 @@ def test_the_models_of_earlier_goals_are_left_alone():
         assert same(map(keras.ops.convert_to_numpy, model.weights), then)
 
 
+@pytest.mark.slow
 def test_goals_between_rounds_are_met_all_the_same():
     _, info = run([0.25, 0.3], increment=0.2)
     gone = [1 - one.params / info.before["params"] for one in info.rounds]
@@ -76,6 +79,7 @@ def test_steps_go_straight_from_goal_to_goal():
     assert flops == pytest.approx([3800, 3600, 3200, 2800, 2400, 2000])
 
 
+@pytest.mark.slow
 def test_a_ceiling_is_kept_to_and_said(capsys):
     model = small_model()
     small, info = run({"params": 700}, model, verbose=2)
@@ -173,6 +177,7 @@ def test_a_run_with_several_goals_goes_on(tmp_path):
         assert same(state(first), state(second))
 
 
+@pytest.mark.slow
 def test_a_run_that_its_metric_ended_is_over(trained, tmp_path):
     arguments = {"increment": 0.2, "repair": False, "max_drop": 0.1, "validation_data": noise()}
     arguments["backup_dir"] = tmp_path

@@ -26,6 +26,8 @@ BUILDERS = {
     name: zoo.BUILDERS[name] for name in ("layernorm", "causal_transformer", "mlp_mixer", "vit_parts")
 }
 
+pytestmark = pytest.mark.sweep(5)
+
 
 def model(builder):
     BUILDERS[builder.__name__] = builder

@@ -20,6 +20,8 @@ from keras_taylor.loop.measured_search import check_reachable, search_measured
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest
 from keras_taylor.reading.groups import label_model
 
+pytestmark = pytest.mark.sweep(5)
+
 
 def net(*widths):
     x = inputs = keras.Input((6, 6, 3))

@@ -12,6 +12,8 @@ from keras_taylor.scores.log_odds import OddsModel, shrink_to_noise
 CRITERIA = ["log_odds", "log_odds_probed"]
 NUM = 24
 
+pytestmark = pytest.mark.sweep(3)
+
 
 def linear(outputs, activation=None, squared=False):
     """Logits that are linear in the gates of 6 units."""

@@ -20,6 +20,8 @@ from keras_taylor.loop.measured_search import MAX_TRIES, check_reachable, search
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest, flatten_scores
 from keras_taylor.reading.groups import label_model
 
+pytestmark = pytest.mark.sweep(5)
+
 
 def message_of(function, *args, **kwargs):
     with pytest.raises(ValueError) as error:

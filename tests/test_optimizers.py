@@ -10,6 +10,8 @@ import keras_taylor
 
 SGD, Adam = keras.optimizers.SGD, keras.optimizers.Adam
 
+pytestmark = pytest.mark.sweep(5)
+
 
 def plain_net(policy=None, filters=(5, 4), **compile_arguments):
     """No dropout, and BatchNorm frozen: scores while training are those of a scoring pass."""

@@ -14,6 +14,8 @@ import keras_taylor
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
 
+pytestmark = pytest.mark.sweep(3)
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_masked_as_a_plan_says_it_is_the_pruned_model(name):

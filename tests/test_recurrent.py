@@ -12,6 +12,8 @@ from keras_taylor.reading.groups import label_model
 
 SEQUENCE, VIDEO = (4, 3), (3, 5, 5, 2)
 
+pytestmark = pytest.mark.sweep(2)
+
 
 def model_of(layer, shape=SEQUENCE):
     """The layer behind a dense one, and something that reads it."""

@@ -15,6 +15,8 @@ from keras_taylor.reading.walk import split_into_batches
 
 layers = keras.layers
 
+pytestmark = pytest.mark.sweep(4)
+
 
 def inputs_for(model, num=256, seed=3):
     return inputs_of(model, num, seed)

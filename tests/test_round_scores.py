@@ -23,6 +23,8 @@ NAMES = [
     *("composite_layers", "prelu", "transposed_unet"),
 ]
 
+pytestmark = pytest.mark.sweep(5)
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mask_scores_the_smaller_model_that_was_trained_since(name):
@@ -77,6 +79,7 @@ def test_rounds_compile_anew_only_where_the_model_has_become_much_smaller(monkey
     assert len(compiled) == 2 and compiled[0] == 48 > compiled[1]
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_units_that_it_would_take_without_masks(monkeypatch):
     plans = []
     for at in (0.7, 2.0):  # with 2.0 every round has a scoring model of its own

@@ -12,6 +12,8 @@ from keras_taylor.support.datasets import Feed
 
 layers = keras.layers
 
+pytestmark = pytest.mark.sweep(2)
+
 
 def constant_outputs(biases, activation=None, loss="mse"):
     """A model that puts out the same for every input."""

@@ -23,6 +23,8 @@ from keras_taylor.scores.scoring import Scoring
 REFERENCES = json.loads((pathlib.Path(__file__).parent / "data" / "scores.json").read_text())
 NUM = 20
 
+pytestmark = pytest.mark.sweep(3)
+
 
 def dyadic(random, *shape):
     """Multiples of 1/4: sums and products of a few of them are exact in float32."""

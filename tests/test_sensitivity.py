@@ -17,6 +17,8 @@ from keras_taylor.support.least_squares import Moments
 
 ORDERS = np.array([3, 0, 2, 1])
 
+pytestmark = pytest.mark.sweep(8)
+
 
 def test_slopes_follow_the_lower_convex_hull():
     curve = SensitivityCurve(

@@ -14,6 +14,8 @@ from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.groups import label_model
 from keras_taylor.support import copies
 
+pytestmark = pytest.mark.sweep(3)
+
 
 def residual_net(blocks):
     x = inputs = keras.Input((2, 2, 3))

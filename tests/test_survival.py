@@ -18,6 +18,8 @@ import pytest
 import keras_taylor
 from keras_taylor.loop.backups import _FILE_NAME
 
+pytestmark = pytest.mark.sweep(6)
+
 
 def tiny_model(units=6, weight_seed=0, activation="relu", compiled=True, **compile_arguments):
     """Names and weights are the same at each call, as if it were loaded from a file."""
@@ -223,6 +225,7 @@ def test_no_fine_tuning(tmp_path):
     assert_same(whole, run(epochs=0, backup_dir=tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16", "mixed_float16"])
 def test_other_precisions(tmp_path, policy):
     keras.config.set_dtype_policy(policy)
@@ -236,6 +239,7 @@ def test_other_precisions(tmp_path, policy):
     assert_same(whole, again)
 
 
+@pytest.mark.slow
 def test_functional_model_with_a_branch_and_an_input_without_name(tmp_path):
     def model():
         inputs = keras.Input((8,))
@@ -477,6 +481,7 @@ def test_a_refused_call_makes_no_directory(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.slow
 def test_info_goes_to_json_and_comes_back():
     _, info = run()
     again = keras_taylor.Info.from_json(info.to_json())

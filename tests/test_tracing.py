@@ -16,6 +16,8 @@ from keras_taylor.reading.groups import label_model
 
 IMAGES = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype("float32")
 
+pytestmark = pytest.mark.sweep(2)
+
 
 def around(layer):
     """A model with a layer between two convolutions."""
@@ -170,6 +172,7 @@ def trained(model):
     return model, labels
 
 
+@pytest.mark.slow
 def test_compress_a_subclassed_model():
     model, labels = trained(Classifier())
     weights = [np.array(w) for w in model.get_weights()]
