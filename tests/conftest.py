@@ -52,10 +52,12 @@ def is_left_out(item, config):
 
 
 def pytest_collection_modifyitems(config, items):
-    left_out = [item for item in items if is_left_out(item, config)]
+    left_out, kept = [], []
+    for item in items:
+        (left_out if is_left_out(item, config) else kept).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        items[:] = kept
     config.stash[NUM_LEFT_OUT] = len(left_out)
 
 

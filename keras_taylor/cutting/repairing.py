@@ -44,10 +44,10 @@ def repair(
     is left unchanged. If the outputs of the whole model on them do not come closer to those of `model`, all
     layers are left unchanged.
 
-    Related work: He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017,
-    section 3.1), reconstruct the output of each layer by least squares after they have selected its input
+    Related work: He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017),
+    reconstruct the output of each layer by least squares after they have selected its input
     channels. Luo, Wu and Lin, "ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression"
-    (ICCV 2017, section 3.2.3), scale the remaining channels by least squares.
+    (ICCV 2017), scale the remaining channels by least squares.
 
     Args:
         small: The smaller model, a `keras.Model`: the result of `prune(model, plan)`, which may have been
