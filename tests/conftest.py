@@ -18,6 +18,7 @@ if keras.backend.backend() == "tensorflow":  # likewise Grappler's
 
     tensorflow.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
+pytest_plugins = ["command_line"]  # its fixture types a command line
 NUM_LEFT_OUT = pytest.StashKey[int]()
 
 
@@ -25,6 +26,8 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run everything, as CI does on each backend")
     text = "leave out tests marked `once`, which are about no backend: CI runs them on one"
     parser.addoption("--skip-once", action="store_true", help=text)
+    text = "of sweeps, run a sample that SEED draws; with --all: CI does so on all backends but one"
+    parser.addoption("--sample", metavar="SEED", help=text)
 
 
 def is_short(config):
@@ -43,12 +46,13 @@ def is_left_out(item, config):
     """Whether a test does not run: a slow one in the short run, or all but a share of a sweep."""
     if config.getoption("--skip-once") and item.get_closest_marker("once"):
         return True
-    if not is_short(config):
-        return False
+    short, seed = is_short(config), config.getoption("--sample")
+    if short and item.get_closest_marker("slow"):
+        return True
     sweep = item.get_closest_marker("sweep")
-    sampled_out = sweep is not None and zlib.crc32(item.nodeid.encode()) % sweep.args[0] != 0
-    is_slow = item.get_closest_marker("slow") is not None
-    return is_slow or (sampled_out and not is_about_an_error(item))
+    if sweep is None or not (short or seed) or is_about_an_error(item):
+        return False
+    return zlib.crc32(f"{seed or ''}{item.nodeid}".encode()) % sweep.args[0] != 0
 
 
 def pytest_collection_modifyitems(config, items):

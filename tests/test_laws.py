@@ -163,7 +163,7 @@ def loaded(tmp_path_factory):
     names = [n for n in zoo.BUILDERS if n != "channels_first" or helpers.BACKEND != "tensorflow"]
     for name in names:
         case(name).small.save(folder / f"{name}.keras")
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(zoo.__file__)}
     subprocess.run(
         [sys.executable, "-c", LOADER, str(folder), json.dumps(names)], env=environment, check=True
     )

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from test_compress import same, small_model, state, stripes
+from stripes import same, small_model, state, stripes
 from test_prunable import count_traces, refused
 
 import keras_taylor

@@ -44,7 +44,7 @@ def free_ports(number=2):
 def launch(engine, tasks, folder, **environment):
     """Runs a job in processes of its own; returns their exit codes and what they said."""
     environment = {**os.environ, "KERAS_BACKEND": BACKEND, "PORTS": free_ports(), **environment}
-    environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "ignore", str(FOLDER / "distributed_job.py"), engine, tasks, str(folder)]
     started = [
         subprocess.Popen(

@@ -5,7 +5,8 @@ import re
 import keras
 import numpy as np
 import pytest
-from test_compress import refused, same, small_model, state, stripes
+from stripes import same, small_model, state, stripes
+from test_compress import refused
 
 import keras_taylor
 from keras_taylor.budget.goals import Goal, parse_goals

@@ -16,7 +16,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-from test_compress import small_model, stripes
+from command_line import COMPRESS, refused
+from stripes import small_model
 
 import keras_taylor
 from keras_taylor.cli import commands, data_files, model_files
@@ -24,39 +25,6 @@ from keras_taylor.cli.options import PruningOptions, parse_goal_texts
 from keras_taylor.support.datasets import BATCH_SIZE
 
 pytestmark = pytest.mark.sweep(3)
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Types a command in an empty directory with a model and data; gives exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    keras.utils.set_random_seed(0)
-    model, (x, y) = small_model(), stripes()
-    model.fit(x, y, epochs=2, batch_size=16, verbose=0)
-    model.save("model.keras")
-    np.savez("data.npz", x_train=x, y_train=y, x_test=x[:12], y_test=y[:12])
-
-    def typed(*words):
-        monkeypatch.setattr(sys, "argv", ["keras-taylor", *words])
-        with pytest.raises(SystemExit) as stopped:
-            commands.main()
-        captured = capsys.readouterr()
-        return stopped.value.code, captured.out, captured.err
-
-    return typed
-
-
-COMPRESS = ("compress", "model.keras", "--data", "data.npz", "-o", "small.keras", "--goal", "0.4")
-
-
-def refused(typed, *words, code=1):
-    """The one line that a command fails with."""
-    before = sorted(os.listdir())
-    received, out, err = typed(*words)
-    assert received == code and out == ""
-    assert err.startswith("keras-taylor: ") and err.count("\n") == 1, err
-    assert sorted(os.listdir()) == before  # nothing half-written
-    return err
 
 
 def test_compress_writes_model_state_and_report(run):

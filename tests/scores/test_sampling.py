@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from test_compress import small_model, stripes
+from stripes import small_model, stripes
 
 import keras_taylor
 from keras_taylor.reading.graph import read_model

@@ -234,7 +234,7 @@ assert "keras_taylor" not in sys.modules
 def test_a_saved_model_predicts_the_same_without_the_package(tmp_path):
     for name in NAMES:
         case(name).small.save(tmp_path / f"{name}.keras")
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(zoo.__file__)}
     subprocess.run(
         [sys.executable, "-c", LOADER, str(tmp_path), json.dumps(NAMES)], env=environment, check=True
     )

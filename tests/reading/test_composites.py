@@ -221,7 +221,7 @@ def test_compress_shrinks_a_decoder_and_its_file_loads_with_its_class(tmp_path):
         "np.testing.assert_allclose(y, data['y'], rtol=1e-5, atol=1e-5); "
         "assert 'keras_taylor' not in sys.modules"
     )
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(zoo.__file__)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
 
 

@@ -9,9 +9,9 @@ import re
 import keras
 import numpy as np
 import pytest
+from command_line import refused
 from helpers import NAMES, case, fingerprint, predict, targets_of
-from test_cli import refused, run  # noqa: F401
-from test_compress import stripes
+from stripes import stripes
 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
@@ -340,7 +340,7 @@ def test_a_heat_map_of_many_groups(tmp_path):
     plots.plot_sensitivity(example_sensitivity(60), metric="accuracy")
 
 
-def test_on_the_command_line(run):  # noqa: F811
+def test_on_the_command_line(run):
     words = ("analyze", "model.keras", "--data", "data.npz", "--num-examples", "20")
     code, out, _ = run(*words, "--plot", "picture.png")
     assert code == 0 and os.path.getsize("picture.png") > 10_000

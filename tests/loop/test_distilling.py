@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import fingerprint
-from test_compress import small_model, stripes
+from stripes import small_model, stripes
 
 import keras_taylor
 from keras_taylor.loop.fine_tuning import imitation_loss, make_distiller

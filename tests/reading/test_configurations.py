@@ -86,7 +86,7 @@ def test_the_file_loads_without_this_package_and_can_be_saved_after_an_empty_pla
         "    np.testing.assert_allclose(y, data[number], rtol=1e-5, atol=1e-6)\n"
         "assert 'keras_taylor' not in sys.modules"
     )
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(zoo.__file__)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
     for number, found in wanted.items():
         again = keras_taylor.prune(keras.models.load_model(tmp_path / f"{number}.keras"), keras_taylor.Plan())

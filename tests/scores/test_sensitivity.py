@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import NAMES, case, fingerprint, predict, targets_of
-from test_repair import inputs_for, redundant
+from redundant import inputs_for, redundant
 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from helpers import NAMES, case, fingerprint, predict, random_scores, reachable, relative_difference
-from test_compress import small_model, stripes
+from stripes import small_model, stripes
 
 import keras_taylor
 from keras_taylor.plans.planning import kept_units

@@ -214,7 +214,7 @@ def ddp(job):
     """As `loop`, in the loop of `examples/torch_ddp.py`, or one of a single process like it."""
     import torch
 
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
     import torch_ddp
 
     import keras_taylor
