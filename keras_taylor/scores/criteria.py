@@ -62,8 +62,8 @@ To make it a criterion of this package, with a name:
    scores can be compared with sums of saved parameters, list its name in `LOSS_CHANGE_CRITERIA`: units are
    ranked by score for cost. If its scores are already relative to what a unit saves, list it in
    `COST_AWARE_CRITERIA`. Otherwise (as here) list it in neither: units are ranked by score.
-4. Add it to the table above, and its formula to `FORMULAS` in `tests/scores/test_scoring.py`, which computes it
-   by hand. `score`, `compress`, `PrunableModel` and the command line know it then.
+4. Add it to the table above, and its formula to `FORMULAS` in `tests/scores/test_scoring.py`, which computes
+   it by hand. `score`, `compress`, `PrunableModel` and the command line know it then.
 
 If it needs a statistic that is not there, fill in a new attribute of `GroupStatistics`, `None` by default, in
 `group_statistics.statistics_by_group`. The values come from one of two places:

@@ -1,4 +1,4 @@
-"""All public layers of Keras are classified; `python tests/rules/test_layer_table.py` writes docs/layers.md."""
+"""All layers of Keras are classified; `python tests/rules/test_layer_table.py` writes docs/layers.md."""
 
 import pathlib
 
