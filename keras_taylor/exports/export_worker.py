@@ -82,7 +82,7 @@ def run_job(backend: str, job: str, modules: Iterable[str] = (), **arguments: An
         JobError: if the job fails, or its process dies.
     """
     request: JobRequest = {"job": job, "modules": sorted(modules), "path": sys.path, "arguments": arguments}
-    answer = _pool.run(backend, request)
+    answer = workers.run(backend, request)
     if "error" in answer:
         raise JobError(answer["error"], answer["message"])
     return answer["result"]
@@ -207,8 +207,8 @@ class WorkerPool:
             self._workers.clear()
 
 
-_pool = WorkerPool()
-atexit.register(_pool.close)
+workers = WorkerPool()
+atexit.register(workers.close)
 
 
 def serve_jobs() -> None:

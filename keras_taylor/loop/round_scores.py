@@ -35,7 +35,7 @@ from keras_taylor.support.types import Array, BoolArray, FloatArray, Masks, Tens
 # Examples of a scoring pass, if the user does not say: a share of what a round trains on, within bounds.
 _SCORED_SHARE, _MIN_SCORED, _MAX_SCORED = 1 / 8, 512, 10_000
 # A smaller model is scored through the mask of a larger one until it has less than this share of its FLOPs.
-_NEW_SCORER_AT = 0.7
+NEW_SCORER_AT = 0.7
 
 
 def default_criterion(labeled: LabeledModel, repairs: bool, draws: bool) -> str:
@@ -293,7 +293,7 @@ def _num_plans_of_scorer(plans: Sequence[Plan]) -> int:
     num_plans, largest = 0, plans[0].before[cost]
     for number, plan in enumerate(plans, 1):
         left = plan.after[cost]
-        if left is not None and largest is not None and left < _NEW_SCORER_AT * largest:
+        if left is not None and largest is not None and left < NEW_SCORER_AT * largest:
             num_plans, largest = number, left
     return num_plans
 

@@ -15,7 +15,7 @@ from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.support.types import BoolArray, FloatArray, IntArray
 
 _NUM_RECOUNTS = 30  # how often the savings of units are counted again on the way to the goal
-_MOST_VARIABLES = 1000  # of a linear program: beyond, one of several units stands for its neighbors in score
+MOST_VARIABLES = 1000  # of a linear program: beyond, one of several units stands for its neighbors in score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +315,7 @@ def _dual_variables(scores: FloatArray, savings: FloatArray) -> FloatArray:
     scale = np.abs(scores).mean()
     if len(savings) == 1 or scale == 0:
         return even
-    stride = -(-scores.size // _MOST_VARIABLES)
+    stride = -(-scores.size // MOST_VARIABLES)
     sample = np.lexsort((scores, *savings))[stride // 2 :: stride]
     values = np.maximum(scores[sample], 0) / scale
     solution = linprog(stride * values, -stride * savings[:, sample], -even, bounds=(0, 1), method="highs")

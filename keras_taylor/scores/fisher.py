@@ -11,7 +11,7 @@ from keras_taylor.support.replicas import num_examples_before, sum_over_replicas
 from keras_taylor.support.types import FloatArray, Tensor
 
 # Rows of derivatives that are kept, at most: one an example up to there, sums of several beyond.
-_MAX_SKETCH_ROWS = 2048
+MAX_SKETCH_ROWS = 2048
 # Numbers that these rows may hold (256 MiB in float32).
 _MAX_SKETCH_SIZE = 2**26
 # Steps of the greedy choice, at most: in larger networks several units go at a time.
@@ -30,7 +30,7 @@ class FisherGates(Gates):
     """
 
     def __init__(self, num_units: int, **kwargs: Any) -> None:
-        num_sketch_rows = min(_MAX_SKETCH_ROWS, max(_MAX_SKETCH_SIZE // max(num_units, 1), 1))
+        num_sketch_rows = min(MAX_SKETCH_ROWS, max(_MAX_SKETCH_SIZE // max(num_units, 1), 1))
         super().__init__(num_units, num_rows=len(GATE_ROWS) + num_sketch_rows, **kwargs)
         self._num_sketch_rows = num_sketch_rows
         self._seed = keras.random.SeedGenerator(0)

@@ -7,7 +7,7 @@ from keras import KerasTensor, Variable, ops
 
 from keras_taylor.support.types import Array, BoolArray, Masks, Tensor
 
-_BLOCK_BYTES = 4 * 2**20
+BLOCK_BYTES = 4 * 2**20
 _MOST_PARTS = 16  # JAX concatenates this many arrays at a time; more would take a third copy
 
 
@@ -28,10 +28,10 @@ def copy_kept(variable: Variable | KerasTensor, masks: Masks = ()) -> Array | Te
     """
     shape = tuple(variable.shape)
     masks = [None if mask is None or mask.all() else mask for mask in masks]
-    if math.prod(shape) * 4 <= _MOST_PARTS * _BLOCK_BYTES:
+    if math.prod(shape) * 4 <= _MOST_PARTS * BLOCK_BYTES:
         return _compress(ops.convert_to_numpy(variable), masks)
     axis = int(np.argmax(shape))
-    length = max(_BLOCK_BYTES * shape[axis] // (4 * math.prod(shape)), 1)
+    length = max(BLOCK_BYTES * shape[axis] // (4 * math.prod(shape)), 1)
     starts = range(0, shape[axis], length)
     blocks_a_part = -(-len(starts) // _MOST_PARTS)
     parts = [

@@ -107,7 +107,7 @@ def test_costs_of_each_group_alone(make):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
 def test_copies_in_blocks(monkeypatch, dtype):
-    monkeypatch.setattr(copies, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(copies, "BLOCK_BYTES", 64)
     random, taken = np.random.default_rng(0), []
     convert = copies.ops.convert_to_numpy
     monkeypatch.setattr(copies.ops, "convert_to_numpy", lambda x: taken.append(x.shape) or convert(x))

@@ -296,7 +296,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
     keras_taylor.export(conv1d(), tmp_path / "first.tflite")  # starts the process
-    process = export_worker._pool.worker_for("tensorflow").process
+    process = export_worker.workers.worker_for("tensorflow").process
     before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
     try:
         for name in ("model", "model.tflite", "model.onnx"):
@@ -479,9 +479,9 @@ def test_order_and_names():
 def test_a_process_without_work_ends(monkeypatch):
     """Without a fork too, as on systems that have none."""
     monkeypatch.setattr(export_worker, "IDLE_SECONDS", 0.1)
+    process = export_worker.workers.worker_for("numpy").process
     with pytest.raises(JobError, match="KeyError: 'no such job'"):
         run_job("numpy", "no such job")
-    process = export_worker._pool._workers[os.getpid(), "numpy"].process
     process.wait(timeout=20)
     answer = export_worker.execute_job({"path": sys.path, "modules": ["no_such_module"], "job": "convert"})
     assert answer["error"] == "ModuleNotFoundError"

@@ -83,7 +83,7 @@ def test_rounds_compile_anew_only_where_the_model_has_become_much_smaller(monkey
 def test_a_run_takes_the_units_that_it_would_take_without_masks(monkeypatch):
     plans = []
     for at in (0.7, 2.0):  # with 2.0 every round has a scoring model of its own
-        monkeypatch.setattr(round_scores, "_NEW_SCORER_AT", at)
+        monkeypatch.setattr(round_scores, "NEW_SCORER_AT", at)
         keras.utils.set_random_seed(0)
         _, info = keras_taylor.compress(
             small_model(), data(), 0.5, increment=0.1, verbose=0, return_info=True, shuffle=False

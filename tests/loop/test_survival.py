@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import keras_taylor
-from keras_taylor.loop.backups import _FILE_NAME
 
 pytestmark = pytest.mark.sweep(6)
+STATE = re.compile(r"round-(\d+)-[0-9a-f]+\.npz")  # the name of a file that holds a state
 
 
 def tiny_model(units=6, weight_seed=0, activation="relu", compiled=True, **compile_arguments):
@@ -93,7 +93,7 @@ def states(directory):
 
 
 def rounds_in(directory):
-    return [int(_FILE_NAME.fullmatch(name).group(1)) for name in states(directory)]
+    return [int(STATE.fullmatch(name).group(1)) for name in states(directory)]
 
 
 def values(variables):
@@ -696,4 +696,4 @@ def test_a_process_that_is_killed_three_times(tmp_path, whole):
 
 
 def rounds_in_states(directory):
-    return [int(m.group(1)) for m in map(_FILE_NAME.fullmatch, states(directory)) if m]
+    return [int(m.group(1)) for m in map(STATE.fullmatch, states(directory)) if m]

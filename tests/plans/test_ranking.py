@@ -320,7 +320,7 @@ def test_ranking_by_cost_loses_little_more_than_the_best_choice(goal, seed):
 def test_few_units_stand_for_many_in_the_linear_program(monkeypatch):
     model, goal = stack(9, 12, 7), {"params": 0.5, "flops": 0.5}
     scores = random_scores(model)
-    monkeypatch.setattr(ranking, "_MOST_VARIABLES", 7)
+    monkeypatch.setattr(ranking, "MOST_VARIABLES", 7)
     plan = plan_for(model, goal, scores, rank="cost")
     channels = label_model(model)
     lost = np.concatenate([scores[g.name] for g in channels.groups])[~kept_units(channels, plan)].sum()

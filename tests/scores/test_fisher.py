@@ -70,7 +70,7 @@ def test_what_a_removal_makes_worthless_goes_next():
 
 
 def test_more_examples_than_rows_keep_the_products_in_the_mean(monkeypatch):
-    monkeypatch.setattr(fisher, "_MAX_SKETCH_ROWS", 512)
+    monkeypatch.setattr(fisher, "MAX_SKETCH_ROWS", 512)
     model = compiled(linear(3), CROSS_ENTROPY)
     x, y = images(4000), labels(3, 4000)
     channels = label_model(model)
