@@ -10,7 +10,7 @@ from keras_taylor.exports.exporting import export, measure_artifacts
 from keras_taylor.loop.callbacks import TaylorPruning
 from keras_taylor.loop.compression import compress
 from keras_taylor.loop.compression_run import CompressionInterrupted
-from keras_taylor.loop.metric_limit import MetricLimit
+from keras_taylor.loop.judging import MetricLimit
 from keras_taylor.loop.wrapper import PrunableModel
 from keras_taylor.plans.plan import LayerPlan, Plan
 from keras_taylor.plans.plan_difference import PlanDifference

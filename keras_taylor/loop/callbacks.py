@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.budget.schedule import removal_schedule
-from keras_taylor.loop.metric_limit import MOVED_TO_LIMIT, MetricLimit, parse_metric_limit
+from keras_taylor.loop.judging import MOVED_TO_LIMIT, MetricLimit, parse_metric_limit
 from keras_taylor.loop.wrapper import PrunableModel, check_momentum
 from keras_taylor.support.arguments import refuse_moved_arguments
 from keras_taylor.support.console import Reporter

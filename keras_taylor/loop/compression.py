@@ -13,7 +13,7 @@ from keras_taylor.budget.schedule import Increment
 from keras_taylor.loop import messages
 from keras_taylor.loop.compression_run import complete_run
 from keras_taylor.loop.fine_tuning import Distill
-from keras_taylor.loop.metric_limit import MOVED_TO_LIMIT, MetricLimit, parse_metric_limit
+from keras_taylor.loop.judging import MOVED_TO_LIMIT, MetricLimit, parse_metric_limit
 from keras_taylor.loop.preparation import CompressionSettings, PreparedRun, prepare_run
 from keras_taylor.plans.selection import MOVED_TO_SELECTION, Selection
 from keras_taylor.reports.info import Info

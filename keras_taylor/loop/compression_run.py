@@ -17,7 +17,7 @@ from keras_taylor.cutting.surgery import build_smaller_compiled, copy_model
 from keras_taylor.loop import messages
 from keras_taylor.loop.backups import capture, restore_model
 from keras_taylor.loop.fine_tuning import DivergenceError
-from keras_taylor.loop.metric_limit import WatchedMetric
+from keras_taylor.loop.judging import WatchedMetric
 from keras_taylor.loop.preparation import PreparedRun
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units, plan_of

@@ -14,7 +14,7 @@ from keras_taylor.budget.measuring import Measurements
 from keras_taylor.budget.schedule import Increment
 from keras_taylor.loop.backups import Backups, describe_call, draw_seed
 from keras_taylor.loop.fine_tuning import Distill, FineTuner, check_fit_arguments, choose_learning_rate
-from keras_taylor.loop.metric_limit import MetricLimit, Validation
+from keras_taylor.loop.judging import MetricLimit, Validation
 from keras_taylor.loop.round_scores import (
     RoundScorer,
     ScoreData,

@@ -16,7 +16,7 @@ from keras_taylor.budget.layer_times import LayerTimes
 from keras_taylor.budget.measuring import Measurements
 from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.exports import timing
-from keras_taylor.loop.measured_search import check_reachable, search_measured
+from keras_taylor.loop.route import check_reachable, search_measured
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest
 from keras_taylor.reading.groups import label_model
 

@@ -16,7 +16,7 @@ from keras_taylor.budget.measuring import Measurements
 from keras_taylor.cutting.surgery import build_smaller
 from keras_taylor.exports.artifacts import ExportError
 from keras_taylor.exports.formats import VARIANTS
-from keras_taylor.loop.measured_search import MAX_TRIES, check_reachable, search_measured
+from keras_taylor.loop.route import MAX_TRIES, check_reachable, search_measured
 from keras_taylor.plans.ranking import RemovalOrder, RemovalRequest, flatten_scores
 from keras_taylor.reading.groups import label_model
 

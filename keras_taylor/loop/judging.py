@@ -1,4 +1,4 @@
-"""When to stop: how much worse a metric on validation data may become."""
+"""What a model is worth on validation data, and how much worse a metric may become."""
 
 import dataclasses
 import math
