@@ -41,3 +41,16 @@ def refused(typed, *words, code=1):
     assert err.startswith("keras-taylor: ") and err.count("\n") == 1, err
     assert sorted(os.listdir()) == before  # nothing half-written
     return err
+
+
+TRAPS = ("keras", "numpy", "jinja2", "matplotlib", "PIL", "sklearn", "tensorflow", "tf2onnx", "onnxruntime")
+
+
+@pytest.fixture
+def trapped_folder(tmp_path, monkeypatch):
+    """The working directory, with files that are called like libraries and leave a trace when they run."""
+    monkeypatch.chdir(tmp_path)
+    for name in TRAPS:
+        (tmp_path / f"{name}.py").write_text(f"open('ran-{name}', 'w').close(); raise SystemExit(7)")
+    yield tmp_path
+    assert list(tmp_path.glob("ran-*")) == []

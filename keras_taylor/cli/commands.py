@@ -37,6 +37,7 @@ from keras_taylor.cli.options import (
 )
 from keras_taylor.cli.outputs import check_output, check_plot, compress_paths, write_file, write_text
 from keras_taylor.cli.signatures import flat_options
+from keras_taylor.exports.export_worker import installed_first
 from keras_taylor.exports.formats import VARIANTS
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -264,6 +265,7 @@ def _export_variant(
 def main() -> None:
     """Runs the command. A failure that the user can fix prints one line, and the exit code is 1."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # hides what Keras says about old model files
+    _close_working_directory()
     _restart_on_backend()
     try:
         app(standalone_mode=True)
@@ -271,6 +273,20 @@ def main() -> None:
         _fail(f"{interrupt}. With --resume, the same command continues the run.", 130)
     except (ValueError, TypeError, ImportError, OSError, keras_taylor.ExportError) as error:
         _fail(" ".join(str(error).split()), 1)
+
+
+def _close_working_directory() -> None:
+    """Takes the working directory off `sys.path`: a file that lies there must not pass for a library.
+
+    `python -m` puts it there, and so does an empty entry of PYTHONPATH. `--import` appends it again. Where
+    this package itself lies there, in a checkout of its source, it stays, but last.
+    """
+    folder = os.getcwd()
+    path = installed_first(sys.path, folder)
+    own = os.path.dirname(os.path.dirname(keras_taylor.__file__))
+    if path[-1] == folder and not os.path.samefile(own, folder):
+        path.pop()
+    sys.path[:] = path
 
 
 def _restart_on_backend() -> None:
@@ -288,7 +304,7 @@ def _restart_on_backend() -> None:
     if os.environ.get("KERAS_BACKEND") == wanted:
         _fail(f"Keras runs on {keras.backend.backend()}, although KERAS_BACKEND says {wanted}.", 1)
     os.environ["KERAS_BACKEND"] = wanted
-    os.execv(sys.executable, [sys.executable, "-m", "keras_taylor", *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _value_of_option(name: str) -> str:

@@ -57,12 +57,18 @@ class ModelOptions(OptionGroup):
         bool, typer.Option("--trust", help="Load code that the model file holds (Lambda layers).")
     ] = False
     modules: Annotated[
-        list[str] | None, typer.Option("--import", help="A module that registers custom layers.")
+        list[str] | None,
+        typer.Option(
+            "--import",
+            help="A module of your own that registers custom layers. It may lie in the working directory, "
+            "whose files are not imported otherwise.",
+        ),
     ] = None
 
     def load(self) -> keras.Model:
         """The model, after the modules that register its layers."""
-        sys.path.insert(0, os.getcwd())
+        if self.modules:
+            sys.path.append(os.getcwd())
         for name in self.modules or ():
             try:
                 importlib.import_module(name)

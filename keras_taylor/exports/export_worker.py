@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypedDict
 
 from keras_taylor.exports import conversion, inspection, timing
@@ -27,6 +27,7 @@ from keras_taylor.exports.formats import ExportSettings
 IDLE_SECONDS = 60
 CAN_FORK = sys.platform == "linux"  # macOS' system libraries do not survive a fork, Windows has none
 _MAX_LOG_LINES = 8
+_START = "from keras_taylor.exports.export_worker import serve_jobs; serve_jobs()"
 
 
 class JobError(Exception):
@@ -49,12 +50,14 @@ class JobRequest(TypedDict):
         job: Key of `JOBS`.
         modules: Names of modules to import first.
         path: The user's `sys.path`.
+        folder: The user's working directory.
         arguments: Arguments of the job's function.
     """
 
     job: str
     modules: list[str]
     path: list[str]
+    folder: str
     arguments: dict[str, Any]
 
 
@@ -81,11 +84,24 @@ def run_job(backend: str, job: str, modules: Iterable[str] = (), **arguments: An
     Raises:
         JobError: if the job fails, or its process dies.
     """
-    request: JobRequest = {"job": job, "modules": sorted(modules), "path": sys.path, "arguments": arguments}
+    request: JobRequest = {
+        "job": job,
+        "modules": sorted(modules),
+        "path": [os.path.abspath(entry) for entry in sys.path],
+        "folder": os.getcwd(),
+        "arguments": arguments,
+    }
     answer = workers.run(backend, request)
     if "error" in answer:
         raise JobError(answer["error"], answer["message"])
     return answer["result"]
+
+
+def installed_first(path: Sequence[str], folder: str) -> list[str]:
+    """A `sys.path` on which a folder stands last: no file that lies there takes the place of a library."""
+    entries = [os.path.abspath(entry) for entry in path]
+    others = [entry for entry in entries if os.path.realpath(entry) != os.path.realpath(folder)]
+    return others if len(others) == len(entries) else [*others, folder]
 
 
 class Worker:
@@ -101,12 +117,12 @@ class Worker:
 
     def __init__(self, backend: str, lock: threading.RLock) -> None:
         hidden = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu"}
-        path = os.pathsep.join(filter(None, sys.path))
+        path = os.pathsep.join(installed_first(sys.path, os.getcwd()))
         environment = {**os.environ, **hidden, "KERAS_BACKEND": backend, "PYTHONPATH": path}
         self._lock = lock
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from keras_taylor.exports.export_worker import serve_jobs; serve_jobs()"],
+            [sys.executable, "-P", "-c", _START],  # -P: the working directory is not the first on the path
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -250,9 +266,10 @@ def _execute_in_fork(request: JobRequest) -> JobAnswer:
 def execute_job(request: JobRequest) -> JobAnswer:
     """Does a job in this process; returns its result or its error."""
     try:
-        sys.path[:] = request["path"]
+        sys.path[:] = request["path"]  # the user's modules are found as in the user's process
         for name in request["modules"]:
             importlib.import_module(name)
+        sys.path[:] = installed_first(request["path"], request["folder"])
         return {"result": JOBS[request["job"]](**request["arguments"])}
     except Exception as error:
         traceback.print_exc()

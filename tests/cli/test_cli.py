@@ -363,15 +363,43 @@ def test_a_model_that_is_not_compiled_gets_the_loss_that_its_outputs_want():
         model_files.compile_for_targets(fresh, np.zeros((3, 7)))
 
 
+def other_backend():
+    """A backend that is installed, and not the one of this process."""
+    for name in ("torch", "jax", "tensorflow"):
+        if name != keras.backend.backend() and importlib.util.find_spec(name):
+            return name
+    pytest.skip("only one backend is installed")
+
+
 def test_another_backend_starts_the_process_again(tmp_path):
-    installed = [name for name in ("torch", "jax", "tensorflow") if importlib.util.find_spec(name)]
-    other = next((name for name in installed if name != keras.backend.backend()), None)
-    if other is None:
-        pytest.skip("only one backend is installed")
     small_model().save(tmp_path / "model.keras")
     command = [sys.executable, "-m", "keras_taylor", "analyze", str(tmp_path / "model.keras")]
-    done = subprocess.run([*command, "--backend", other], capture_output=True, text=True, check=True)
+    command += ["--backend", other_backend()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "channels can leave" in done.stdout
+
+
+@pytest.mark.once
+def test_nothing_in_the_working_directory_is_imported(trapped_folder):
+    """Neither when the process starts again on another backend, nor for a library that is imported late."""
+    (trapped_folder / "own.py").write_text("import sys; print(sys.path[-1])")
+    model = trapped_folder / "model.keras"
+    small_model().save(model)
+    # -P: the command `keras-taylor` has its own folder on the path, not the working directory
+    start = "import sys; from keras_taylor.cli.commands import main; sys.exit(main())"
+    command = [sys.executable, "-P", "-c", start, "analyze", str(model), "--backend", other_backend()]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(keras_taylor.__file__).parent.parent)}
+    run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment)
+    assert "channels can leave" in run(command).stdout
+    assert run([*command, "--import", "own"]).stdout.startswith(f"{trapped_folder}\n")
+
+
+@pytest.mark.once
+def test_python_m_closes_the_working_directory_too(run, monkeypatch):
+    for entry in ("", os.getcwd()):
+        monkeypatch.syspath_prepend(entry)
+    assert run("analyze", "model.keras")[0] == 0
+    assert "" not in sys.path and os.getcwd() not in sys.path
 
 
 def test_a_backend_that_is_not_installed_is_refused(run, monkeypatch):

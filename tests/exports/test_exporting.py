@@ -483,8 +483,21 @@ def test_a_process_without_work_ends(monkeypatch):
     with pytest.raises(JobError, match="KeyError: 'no such job'"):
         run_job("numpy", "no such job")
     process.wait(timeout=20)
-    answer = export_worker.execute_job({"path": sys.path, "modules": ["no_such_module"], "job": "convert"})
-    assert answer["error"] == "ModuleNotFoundError"
+    request = {"path": sys.path, "folder": os.getcwd(), "modules": ["no_such_module"], "job": "convert"}
+    assert export_worker.execute_job(request)["error"] == "ModuleNotFoundError"
+
+
+def test_the_process_imports_nothing_of_the_working_directory(trapped_folder, monkeypatch):
+    monkeypatch.syspath_prepend("")  # as in an interactive Python
+    export_worker.workers.close()
+    with pytest.raises(JobError, match="KeyError: 'no such job'"):
+        run_job("numpy", "no such job")
+    (trapped_folder / "own.py").write_text("raise ValueError('found')")
+    with pytest.raises(JobError, match="ValueError: found"):
+        run_job("numpy", "no such job", ["own"])
+    path = ["", "lib", str(trapped_folder), "/usr/lib"]
+    expected = [str(trapped_folder / "lib"), "/usr/lib", str(trapped_folder)]
+    assert export_worker.installed_first(path, str(trapped_folder)) == expected
 
 
 def test_arguments_are_documented():
