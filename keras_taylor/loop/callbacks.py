@@ -28,6 +28,9 @@ class TaylorPruning(keras.callbacks.Callback):
     of each epoch, `logs` get "params", "flops" and "units" (what is left), for `History` and for all
     callbacks that come later, such as `CSVLogger` and `TensorBoard`. So put this callback first.
 
+    Whenever units leave, callbacks that remember the best epoch (`EarlyStopping`, `ModelCheckpoint`,
+    `ReduceLROnPlateau`) begin their comparison anew, so that no epoch before the goal is the best one.
+
     Args:
         goal: A float: the fraction of the parameters to remove, counted from the model before any pruning,
             0.3 by default. Or a dict of costs, as in `make_plan`.
@@ -168,8 +171,7 @@ class TaylorPruning(keras.callbacks.Callback):
             self.stop_reason = "goal reached"
         else:
             limited = f"`max_drop` on '{self._watch.monitor}' held it back"
-            early = "training ended early, or went back to earlier weights"
-            why = limited if self._paused or restored else early
+            why = limited if self._paused or restored else "training ended early"
             self.stop_reason = f"{'; '.join(missed)}: {why}"
             warnings.warn(f"TaylorPruning: {self.stop_reason}.", stacklevel=2)
         self._say(self.stop_reason)
@@ -202,10 +204,12 @@ class _GoodState:
 
     Attributes:
         rank: Minus the number of units, and the metric with the sign that makes larger values better.
-        weights: Values of all weights, masks among them.
+        mask: The gates that are open.
+        weights: Values of all weights.
     """
 
     rank: tuple[int, float]
+    mask: Array
     weights: list[Array]
 
 
@@ -255,12 +259,13 @@ class _MetricWatch:
         self.broken = not self._limit.allows(self.monitor, value, self._reference)
         rank = -units, self._limit.direction(self.monitor) * value
         if not self.broken and (self._best is None or rank >= self._best.rank):
-            self._best = _GoodState(rank, model.get_weights())
+            self._best = _GoodState(rank, model.mask, model.get_weights())
 
     def finish(self, model: PrunableModel) -> bool:
         """Restores the best of the smallest states that kept to the limit; returns whether there is one."""
         if self._best is None:
             return False
+        model.mask = self._best.mask  # opens gates, which weights alone do not
         model.set_weights(self._best.weights)
         return True
 

@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.cutting.surgery import copy_model
+from keras_taylor.loop.judging import BestEpochs
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, losses_by_output
 from keras_taylor.support.datasets import Feed
@@ -92,6 +93,10 @@ class FineTuner:
         return self.learning_rate or compiled_learning_rate(self.original.optimizer)
 
     @functools.cached_property
+    def _best_epochs(self) -> BestEpochs:
+        return BestEpochs(self.fit_kwargs.get("callbacks"))
+
+    @functools.cached_property
     def _teacher(self) -> keras.Model:
         return copy_model(self.original)
 
@@ -112,6 +117,7 @@ class FineTuner:
         """
         if not self.trains:
             return FitResult({}, [])
+        self._best_epochs.forget()  # of larger models
         losses = _StepLosses()
         callbacks = [*(self.fit_kwargs.get("callbacks") or []), *callbacks, losses]
         arguments = {**self.feed.fit_arguments(), **self.fit_kwargs, "callbacks": callbacks, "verbose": 0}

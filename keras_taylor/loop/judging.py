@@ -104,6 +104,28 @@ class MetricLimit:
         return bool(sign * value >= sign * reference - self.max_drop)
 
 
+class BestEpochs:
+    """Makes callbacks forget the best epoch so far.
+
+    Args:
+        callbacks: What `fit` takes. `EarlyStopping`, `ModelCheckpoint`, `ReduceLROnPlateau` and callbacks
+            with the same attributes remember a best epoch.
+    """
+
+    def __init__(self, callbacks: Any) -> None:
+        flat = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))  # a `CallbackList` has a list
+        self._monitoring = [one for one in flat if hasattr(one, "monitor") and hasattr(one, "best")]
+        # the best value of one that never ran is a threshold of the user's
+        self._thresholds = [one.best if one.params is None else None for one in self._monitoring]
+
+    def forget(self) -> None:
+        """Lets all of them begin anew."""
+        for callback, threshold in zip(self._monitoring, self._thresholds, strict=True):
+            begin = {"best": threshold, "best_weights": None, "wait": 0}
+            for name in begin.keys() & vars(callback).keys():
+                setattr(callback, name, begin[name])
+
+
 def parse_metric_limit(max_drop: float | MetricLimit | None) -> MetricLimit | None:
     """Returns the `MetricLimit` that a user passes as `max_drop`, a number or a limit; `None`: no limit."""
     return max_drop if max_drop is None or isinstance(max_drop, MetricLimit) else MetricLimit(max_drop)

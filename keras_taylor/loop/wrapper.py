@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, Self, TypeAlias
 
@@ -12,6 +13,7 @@ import numpy as np
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.cutting.surgery import build_smaller, build_smaller_compiled
+from keras_taylor.loop.judging import BestEpochs
 from keras_taylor.plans.limits import Limits
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import plan_of
@@ -47,6 +49,10 @@ class PrunableModel(GatedModel):
     units; nothing is compiled again. `strip` returns the plain smaller model. To change the training,
     override `train_step` or `compute_loss` in a subclass.
 
+    A unit that was pruned stays so, whatever restores weights (`set_weights`, `load_weights`, callbacks):
+    weights of an earlier, larger mask are restored without the units that have left since, and a warning
+    says so. Only an assignment to `mask` opens gates again.
+
     Args:
         model: A built Keras model. It is neither changed nor trained. If it is compiled, the wrapper is
             compiled alike, with a new optimizer that continues from the state of the model's own.
@@ -81,6 +87,7 @@ class PrunableModel(GatedModel):
     >>> small = prunable.strip()
     """
 
+    _best_epochs: BestEpochs | None = None  # of the callbacks, while `fit` runs
     optimizer: Any  # a Keras optimizer, or `None`; the trainers of all backends assign it
 
     def __init__(
@@ -139,6 +146,27 @@ class PrunableModel(GatedModel):
             if self.optimizer is not None:
                 gates = self.network.gates
                 self.optimizer = StatisticsOptimizer(self.optimizer, lambda v: v is gates.statistics)
+
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
+        """Trains the model as `keras.Model.fit` does.
+
+        Callbacks that remember the best epoch begin anew whenever the mask changes.
+
+        Args:
+            *args: As in `keras.Model.fit`.
+            **kwargs: As in `keras.Model.fit`.
+        """
+        arguments = inspect.signature(super().fit).bind(*args, **kwargs).arguments
+        self._best_epochs = BestEpochs(arguments.get("callbacks"))
+        try:
+            return super().fit(*args, **kwargs)
+        finally:
+            self._best_epochs = None
+
+    def _forget_best_epochs(self) -> None:
+        """Lets callbacks that remember the best epoch begin anew."""
+        if self._best_epochs is not None:
+            self._best_epochs.forget()
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles as a configuration says. Keras calls it when it loads a file."""

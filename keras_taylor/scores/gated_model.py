@@ -130,8 +130,23 @@ class GatedModel(keras.Model):
 
     @mask.setter
     def mask(self, value: Array) -> None:
-        _synchronize(self)
+        changed = not np.array_equal(self.mask, value)
         self.network.gates.mask.assign(np.asarray(value, np.float32))
+        if changed:
+            self._forget_best_epochs()
+
+    def _forget_best_epochs(self) -> None:
+        """Called when the mask has changed: epochs before and after it cannot be compared."""
+
+    def set_weights(self, weights: Sequence[Array]) -> None:
+        """As `keras.Model.set_weights`; gates that are closed stay closed."""
+        with self.network.gates.closed_gates_kept():
+            super().set_weights(weights)
+
+    def set_state_tree(self, state_tree: dict[str, Any]) -> None:
+        """As `keras.Model.set_state_tree`; gates that are closed stay closed."""
+        with self.network.gates.closed_gates_kept():
+            super().set_state_tree(state_tree)
 
     @property
     def statistics(self) -> FloatArray:

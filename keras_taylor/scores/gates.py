@@ -1,9 +1,13 @@
 """The gate layer, and the statistics that it gathers from the derivatives of its gates."""
 
+import contextlib
 import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_taylor.support.replicas import num_replicas, sum_over_replicas
@@ -87,6 +91,31 @@ class Gates(keras.layers.Layer):
 
         carrier = carry(mask, statistics, *self.draw(batch_size))
         return ops.concatenate([carrier, ops.ones((batch_size, 1), carrier.dtype)], axis=1)
+
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+        """Loads mask and statistics from a file; gates that are closed stay closed."""
+        with self.closed_gates_kept():
+            super().load_own_variables(store)
+
+    @contextlib.contextmanager
+    def closed_gates_kept(self) -> Iterator[None]:
+        """A context in which weights may be restored: the gates that are closed stay closed.
+
+        Restored weights hold the mask of the time when they were saved. Only an assignment to
+        `GatedModel.mask` opens gates.
+        """
+        closed = ops.convert_to_numpy(self.mask) == 0
+        yield
+        mask = ops.convert_to_numpy(self.mask)
+        num_opened = int((mask[closed] != 0).sum())
+        if num_opened:
+            self.mask.assign(np.where(closed, 0, mask))
+            warnings.warn(
+                f"The restored weights are from before {num_opened} of the pruned units left. These units "
+                "stay pruned, and the weights were not trained without them: train on, or evaluate first. "
+                "To have the units back, assign to `mask`.",
+                stacklevel=4,
+            )
 
     def draw(self, batch_size: int | Tensor) -> tuple[Tensor, ...]:
         """Random tensors for one batch, which `carrier_values` and `batch_rows` receive: none here."""

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.scores.gates import GATE_STATISTICS
+from keras_taylor.support.copies import copy_kept
 from keras_taylor.support.types import Tensor
 
 _LOSS_POWERS = np.array([[statistic.loss_power] for statistic in GATE_STATISTICS], np.float32)
@@ -92,7 +93,11 @@ class StatisticsOptimizer(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: list[keras.Variable]) -> None:
         """Ends training as the wrapped optimizer does (moving averages)."""
-        self.wrapped.finalize_variable_values([v for v in var_list if not self._is_statistics(v)])
+        trained = [v for v in var_list if not self._is_statistics(v)]
+        self.wrapped.finalize_variable_values(trained)
+        if getattr(self.inner_optimizer, "use_ema", False):
+            for variable in trained:  # Keras assigned the averages' own arrays, and JAX would donate them
+                variable.assign(copy_kept(variable))
 
     @property
     def learning_rate(self) -> Any:

@@ -6,6 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from helpers import predict, relative_difference
 from stripes import same, small_model, state, stripes
 from test_prunable import count_traces, refused
 
@@ -222,20 +223,124 @@ def test_beside_backup_and_restore(tmp_path):
     look = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(epoch))
     fit(prunable, keras.callbacks.BackupAndRestore(tmp_path), keras_taylor.TaylorPruning(0.4), look)
     assert seen == [2, 3]
-    assert prunable.cost()["params"] <= 0.6 * prunable.plan.before["params"]
+    check_pruned(prunable)
     full = wrapped()
     fit(full, keras_taylor.TaylorPruning(0.4))
     assert prunable.mask.sum() == full.mask.sum()
 
 
-def test_beside_early_stopping():
+class Falling(keras.callbacks.Callback):
+    """Writes an accuracy into the logs that falls from epoch to epoch, and remembers the masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["val_accuracy"] = 0.9 - 0.1 * epoch
+        self.masks.append(self.model.mask)
+
+
+def check_pruned(prunable, goal=0.4):
+    """The goal is kept in the mask, in what is stripped, and in what is predicted."""
+    params = prunable.cost()["params"]
+    assert params <= (1 - goal) * prunable.plan.before["params"]
+    small, (x, _) = prunable.strip(), stripes()
+    assert small.count_params() == params
+    assert relative_difference(predict(small, x), predict(prunable, x)) < 1e-5
+
+
+def test_beside_early_stopping_that_restores_the_best_weights():
+    prunable, falling = wrapped(), Falling()
+    stopping = keras.callbacks.EarlyStopping(
+        "val_accuracy", mode="max", patience=1, restore_best_weights=True
+    )
+    callback = keras_taylor.TaylorPruning(0.4, schedule="linear", recovery_epochs=4)
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        history = fit(prunable, callback, falling, stopping, epochs=7)
+    assert callback.stop_reason == "goal reached"
+    # every epoch was worse than the one before, and each of the first ones had more units
+    assert len(history["loss"]) == 5 and stopping.best_epoch == 3
+    assert falling.masks[2].sum() > falling.masks[3].sum() == falling.masks[4].sum()
+    assert history["params"][-1] == prunable.cost()["params"]
+    check_pruned(prunable)
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_beside_a_checkpoint_of_the_best_epoch(tmp_path, weights_only):
+    prunable, path = wrapped(), tmp_path / ("best.weights.h5" if weights_only else "best.keras")
+    arguments = {"mode": "max", "save_best_only": True, "save_weights_only": weights_only}
+    checkpoint = keras.callbacks.ModelCheckpoint(path, "val_accuracy", **arguments)
+    pruning = keras_taylor.TaylorPruning(0.4, schedule="linear", recovery_epochs=2)
+    fit(prunable, pruning, Falling(), checkpoint, epochs=5)
+    assert checkpoint.best == pytest.approx(0.6)  # of the fourth epoch, the first one at the goal
+    again = wrapped() if weights_only else keras.models.load_model(path)
+    if weights_only:
+        again.load_weights(path)
+    assert np.array_equal(again.mask, prunable.mask)
+    check_pruned(again)
+
+
+def test_a_threshold_of_a_checkpoint_holds_after_each_pruning(tmp_path):
+    arguments = {"mode": "max", "save_best_only": True, "initial_value_threshold": 0.95}
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", "val_accuracy", **arguments)
+    fit(wrapped(), keras_taylor.TaylorPruning(0.4), Falling(), checkpoint)
+    assert checkpoint.best == 0.95 and not list(tmp_path.iterdir())
+
+
+def test_the_smallest_state_that_held_is_not_taken_back_by_early_stopping():
+    prunable, script = wrapped(), Accuracies([0.9, 0.85, 0.82, 0.7, 0.75, 0.75])
+    callback = keras_taylor.TaylorPruning(0.6, schedule="linear", max_drop=0.1)
+    stopping = keras.callbacks.EarlyStopping(
+        "val_accuracy", mode="max", patience=9, restore_best_weights=True
+    )
+    with pytest.warns(UserWarning, match="held it back"):
+        fit(prunable, script, callback, stopping, epochs=6)
+    assert np.array_equal(prunable.mask, script.masks[2])
+
+
+def restore_by_list(prunable, tmp_path):
+    weights = prunable.get_weights()
+    return lambda: prunable.set_weights(weights)
+
+
+def restore_from_file(prunable, tmp_path):
+    prunable.save_weights(tmp_path / "all.weights.h5")
+    return lambda: keras.saving.load_weights(prunable, tmp_path / "all.weights.h5")
+
+
+def restore_state_tree(prunable, tmp_path):
+    tree = prunable.get_state_tree("numpy_array")
+    return lambda: prunable.set_state_tree(tree)
+
+
+@pytest.mark.parametrize("restoring", [restore_by_list, restore_from_file, restore_state_tree])
+def test_what_was_pruned_stays_so_whatever_restores_weights(tmp_path, restoring):
     prunable = wrapped()
-    stopping = keras.callbacks.EarlyStopping("loss", mode="max", patience=1, restore_best_weights=True)
-    with pytest.warns(UserWarning, match="training ended early, or went back to earlier weights"):
-        history = fit(prunable, keras_taylor.TaylorPruning(0.4), stopping, epochs=6)
-    assert len(history["loss"]) < 6
-    assert prunable.mask.all()  # the best weights were those of the first epoch, and so is the mask
-    assert prunable.strip().count_params() == prunable.cost()["params"]
+    fit(prunable, epochs=1)
+    kernel = prunable.get_weights()[0]
+    restore = restoring(prunable, tmp_path)
+    prunable.prune(0.4)
+    mask, gone = prunable.mask, int((prunable.mask == 0).sum())
+    fit(prunable, epochs=1)
+    with pytest.warns(UserWarning, match=f"from before {gone} of the pruned units left.*assign to `mask`"):
+        restore()
+    assert np.array_equal(prunable.get_weights()[0], kernel)  # the weights did come back
+    assert np.array_equal(prunable.mask, mask)
+    check_pruned(prunable)
+    prunable.mask = np.ones_like(mask)
+    assert prunable.strip().count_params() == prunable.plan.before["params"]
+
+
+def test_a_smaller_mask_is_restored_without_a_word():
+    prunable = wrapped()
+    fit(prunable, epochs=1)
+    prunable.prune(0.4)
+    again = wrapped()
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        again.set_weights(prunable.get_weights())
+        again.set_weights(prunable.get_weights())
+    assert np.array_equal(again.mask, prunable.mask)
 
 
 def test_beside_reduce_lr_on_plateau():
@@ -247,16 +352,19 @@ def test_beside_reduce_lr_on_plateau():
     assert float(keras.ops.convert_to_numpy(prunable.strip().optimizer.learning_rate)) == pytest.approx(rate)
 
 
-def test_beside_swap_ema_weights():
+@pytest.mark.parametrize("swap_on_epoch", [True, False])
+def test_beside_swap_ema_weights(swap_on_epoch):
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9, use_ema=True, ema_momentum=0.5)
     prunable = wrapped(optimizer=optimizer)
-    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
     history = fit(prunable, keras_taylor.TaylorPruning(0.4), swap)
+    check_pruned(prunable)
     assert history["params"][-1] <= 0.6 * prunable.plan.before["params"]
     x, y = stripes()
     small = prunable.strip()
     assert small.evaluate(x, y, verbose=0) == pytest.approx(prunable.evaluate(x, y, verbose=0), rel=1e-4)
     assert np.isfinite(history["loss"]).all()
+    prunable.fit(x, y, verbose=0)  # no array is shared: JAX would have donated it
 
 
 def test_a_plain_model_is_shown_the_way():

@@ -369,6 +369,22 @@ def test_early_stopping_of_the_user_ends_the_round_not_the_run():
     assert [len(r.history["loss"]) for r in info.rounds] == [1, 1]
 
 
+def test_a_checkpoint_of_the_best_epoch_holds_the_smallest_model(tmp_path):
+    """In each round the loss is larger than in the round before."""
+    rounds = []
+    worse = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: rounds.append(None),
+        on_epoch_end=lambda epoch, logs: logs.update(val_accuracy=1.0 - len(rounds) / 10),
+    )
+    path = tmp_path / "best.keras"
+    best = keras.callbacks.ModelCheckpoint(path, "val_accuracy", mode="max", save_best_only=True)
+    stop = keras.callbacks.EarlyStopping("val_accuracy", mode="max", restore_best_weights=True)
+    arguments = {"increment": 0.15, "epochs": 3, "callbacks": [worse, best, stop], "verbose": 0}
+    small = keras_taylor.compress(small_model(), stripes(), **arguments)
+    assert len(rounds) == 2 and best.best == pytest.approx(0.8)
+    assert keras.models.load_model(path).count_params() == small.count_params()
+
+
 @pytest.fixture
 def interruptible():
     """A process that a shell started in the background ignores SIGINT."""
