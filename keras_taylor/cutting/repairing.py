@@ -1,10 +1,9 @@
 """Makes up for pruning without training: refitted kernels (`repair`), new statistics (`recalibrate`)."""
 
-from collections.abc import Sequence
-
 import keras
 import numpy as np
 
+from keras_taylor.cutting.batch_statistics import recompute_statistics, renew_statistics
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.surgery import copy_model
@@ -12,12 +11,11 @@ from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.groups import LabeledModel, label_model
-from keras_taylor.reading.matmul_views import to_float32
 from keras_taylor.reading.tracing import functional_view
-from keras_taylor.reading.walk import InputBatch, Walk, sample_inputs, split_into_batches
+from keras_taylor.reading.walk import sample_inputs, split_into_batches
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.replicas import strategy_scope
-from keras_taylor.support.types import BoolArray, Data, FloatArray, Tensor
+from keras_taylor.support.types import BoolArray, Data
 
 
 def repair(
@@ -44,6 +42,11 @@ def repair(
     is left unchanged. If the outputs of the whole model on them do not come closer to those of `model`, all
     layers are left unchanged.
 
+    At the end the moving statistics of each BatchNormalization become those of what it reads in the repaired
+    model, and its scale and offset make up for that: inference does not change, and training, which
+    normalizes by the statistics of the batch, starts from the same function. Frozen layers stay as they are.
+    Without a scale the variance stays, without an offset the mean.
+
     Related work: He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks" (ICCV 2017),
     reconstruct the output of each layer by least squares after they have selected its input
     channels. Luo, Wu and Lin, "ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression"
@@ -65,7 +68,8 @@ def repair(
     Returns:
         A repaired copy of `small`, compiled like `small`. With `return_repairs=True` a tuple of this model
         and a list of `LayerRepair`: the name of the layer, its relative squared error on held-out examples
-        before and after, and the ridge, or why the layer was left unchanged.
+        before and after, and the ridge, or why the layer was left unchanged. For a BatchNormalization it
+        says why its statistics could not become those of the data.
 
     Raises:
         ValueError: if `small` is not the result of `prune(model, plan)`, or if the data does not fit the
@@ -90,6 +94,7 @@ def repair(
         inputs = sample_inputs(feed, labeled.graph, num_examples)
         repaired = copy_model(small)
         repairs = refit(labeled, kept, repaired, inputs)
+        repairs += renew_statistics(graphs.read_model(repaired), split_into_batches(inputs))
     return (repaired, repairs) if return_repairs else repaired
 
 
@@ -103,8 +108,9 @@ def recalibrate(
     exponential averages. Related work: the adaptive batch normalization of Li et al., "EagleEye: Fast
     Sub-net Evaluation for Efficient Neural Network Pruning" (ECCV 2020).
 
-    Recalibration brings back a good part of the accuracy of a model that is not repaired. Do not use it
-    after `repair`, which fits the layers to the original statistics.
+    Recalibration brings back a good part of the accuracy of a model that is not repaired. It changes what
+    the model computes. After `repair`, whose statistics are those of its examples already, it only does harm
+    where other examples have others.
 
     Args:
         model: A built `keras.Model`. It is not changed.
@@ -131,7 +137,7 @@ def recalibrate(
         feed = Feed(ds, model, batch_size, targets=False)
         inputs = sample_inputs(feed, graphs.read_model(model), num_examples)
         copy = copy_model(model)
-        _recompute_statistics(copy, split_into_batches(inputs))
+        recompute_statistics(graphs.read_model(copy), split_into_batches(inputs))
     return copy
 
 
@@ -155,38 +161,3 @@ def _check_pruned(small: keras.Model, labeled: LabeledModel, kept: BoolArray) ->
                     f"{mask.sum()} channels after layer '{call.name}'. "
                     f"Received: small with {new.shapes[index][axis]} there"
                 )
-
-
-def _recompute_statistics(model: keras.Model, batches: Sequence[InputBatch]) -> None:
-    """Sets the moving statistics of every BatchNormalization, in place, from the input to the output."""
-    walk = Walk(graphs.read_model(model), batches)
-    done: set[keras.Layer] = set()
-    for number, call in enumerate(walk.graph.calls):
-        layer = call.operation
-        if isinstance(layer, keras.layers.BatchNormalization) and layer not in done:
-            mean, variance = _channel_moments(walk.tensors[call.inputs[0]], layer.axis)
-            layer.moving_mean.assign(mean)
-            layer.moving_variance.assign(variance)
-            done.add(layer)
-        walk.run(number)
-        walk.free_after(number)
-
-
-def _channel_moments(column: Sequence[Tensor], axis: int) -> tuple[FloatArray, FloatArray]:
-    """Mean and variance of each channel over all batches of a tensor, float64 arrays `(num_channels,)`."""
-    first = _channels_last(column[0], axis)
-    shift = first.mean(0)  # close to the mean, so that the subtraction at the end cancels no digits
-    num, total, squares = 0, np.zeros(first.shape[1]), np.zeros(first.shape[1])
-    for x in column:
-        rows = _channels_last(x, axis) - shift
-        num += len(rows)
-        total += rows.sum(0, dtype=np.float64)
-        squares += np.square(rows).sum(0, dtype=np.float64)
-    mean = total / num
-    return shift + mean, np.maximum(squares / num - np.square(mean), 0)
-
-
-def _channels_last(x: Tensor, axis: int) -> FloatArray:
-    """The values of a tensor as a float32 array `(num_values, num_channels)`."""
-    rows = np.moveaxis(to_float32(x), axis, -1)
-    return rows.reshape(-1, rows.shape[-1])

@@ -11,6 +11,7 @@ import keras
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.feasibility import describe_reach
 from keras_taylor.budget.schedule import RoundTarget
+from keras_taylor.cutting.batch_statistics import renew_statistics
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.surgery import build_smaller_compiled, copy_model
@@ -22,7 +23,9 @@ from keras_taylor.loop.preparation import PreparedRun
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units, plan_of
 from keras_taylor.plans.ranking import flatten_scores
+from keras_taylor.reading.graph import read_model
 from keras_taylor.reading.groups import LabeledModel, label_model
+from keras_taylor.reading.walk import split_into_batches
 from keras_taylor.reports.info import Info
 from keras_taylor.reports.run_record import Round, repair_record
 from keras_taylor.support.console import Clock
@@ -213,8 +216,10 @@ def repair_round(run: PreparedRun, pruned: PrunedModel) -> list[LayerRepair]:
     """Refits the layers that lost inputs, with less care for what training does as well."""
     if not run.settings.repair:
         return []
-    thorough = not run.tuner.trains
-    return refit(pruned.source, pruned.kept, pruned.model, run.repair_inputs, thorough=thorough)
+    trains, inputs = run.tuner.trains, run.repair_inputs
+    repairs = refit(pruned.source, pruned.kept, pruned.model, inputs, thorough=not trains)
+    graph = read_model(pruned.model)
+    return repairs + renew_statistics(graph, split_into_batches(inputs), training=trains)
 
 
 def judge_round(

@@ -5,12 +5,11 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_taylor.reading.graph import Call, Graph
-from keras_taylor.reading.matmul_views import MatmulView, SampledPositions
+from keras_taylor.reading.matmul_views import MatmulView, SampledPositions, to_float64
 from keras_taylor.reading.walk import ComputedTensors
-from keras_taylor.support.types import Array, BoolArray, FloatArray, Tensor
+from keras_taylor.support.types import BoolArray, FloatArray
 
 _IDENTITY_AT_INFERENCE = (
     keras.layers.Dropout,
@@ -44,7 +43,7 @@ class BiasWeight:
     def add(self, constant: FloatArray, layer: keras.Layer | None = None) -> None:
         """Adds an array `(num_outputs,)` in place, to the layer or to `layer`, a copy of it."""
         weight = getattr(layer or self.layer, self.attribute)
-        weight.assign(_to_float64(weight) + self.sign * np.reshape(constant, weight.shape))
+        weight.assign(to_float64(weight) + self.sign * np.reshape(constant, weight.shape))
 
 
 def find_bias_weight(graph: Graph, call: Call, view: MatmulView) -> BiasWeight | None:
@@ -229,13 +228,8 @@ def _affine_at_inference(operation: keras.Operation, num_outputs: int) -> _Affin
     if isinstance(operation, keras.layers.BatchNormalization):
         if operation.moving_mean.shape != (num_outputs,):
             return None
-        gamma = _to_float64(operation.gamma) if operation.scale else 1.0
-        beta = _to_float64(operation.beta) if operation.center else 0.0
-        gain = gamma / np.sqrt(_to_float64(operation.moving_variance) + operation.epsilon)
-        return _Affine(gain, beta - gain * _to_float64(operation.moving_mean))
+        gamma = to_float64(operation.gamma) if operation.scale else 1.0
+        beta = to_float64(operation.beta) if operation.center else 0.0
+        gain = gamma / np.sqrt(to_float64(operation.moving_variance) + operation.epsilon)
+        return _Affine(gain, beta - gain * to_float64(operation.moving_mean))
     return _Affine(np.ones(1), np.zeros(1)) if isinstance(operation, _IDENTITY_AT_INFERENCE) else None
-
-
-def _to_float64(weight: Tensor) -> Array:
-    """The values of a variable as a float64 array."""
-    return np.asarray(ops.convert_to_numpy(weight), np.float64)

@@ -417,3 +417,8 @@ def sample_positions(
 def to_float32(tensor: Tensor) -> FloatArray:
     """The values of a tensor, variable or array as a float32 array."""
     return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
+
+
+def to_float64(tensor: Tensor) -> FloatArray:
+    """The values of a tensor or variable as a float64 array."""
+    return np.asarray(ops.convert_to_numpy(tensor), np.float64)

@@ -40,21 +40,22 @@ class ComputedTensors(Protocol):
 
 
 class Walk:
-    """A model at inference, run one operation after the other, each for all batches.
+    """A model, run one operation after the other, each for all batches.
 
     A tensor stays in memory until `free_after` finds that no later operation and no output reads it.
 
     Args:
         graph: The graph of the model.
         batches: The inputs.
+        training: Whether operations run as in training, not as at inference. Their variables are restored.
 
     Attributes:
         graph: The graph of the model.
         tensors: The tensors in memory: number of the tensor -> its value for each batch.
     """
 
-    def __init__(self, graph: Graph, batches: Sequence[InputBatch]) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, batches: Sequence[InputBatch], training: bool = False) -> None:
+        self.graph, self._training = graph, training
         columns = [[ops.convert_to_tensor(x) for x in column] for column in zip(*batches, strict=True)]
         self.tensors: dict[int, list[Tensor]] = dict(zip(graph.inputs, columns, strict=True))
         self._num_batches = len(batches)
@@ -66,8 +67,8 @@ class Walk:
         call = self.graph.calls[number]
         options = {}
         if "training" in inspect.signature(call.operation.call).parameters:
-            options["training"] = False
-        with _restored_seeds(call.operation):
+            options["training"] = self._training
+        with _restored_variables(call.operation, with_weights=self._training):
             columns = [self._run_on_batch(call, batch, options) for batch in range(self._num_batches)]
         for index, column in zip(call.outputs, zip(*columns, strict=True), strict=True):
             self.tensors[index] = list(column)
@@ -96,17 +97,17 @@ class Walk:
 
 
 @contextlib.contextmanager
-def _restored_seeds(operation: keras.Operation) -> Iterator[None]:
-    """Restores the states of an operation's random generators at the end.
+def _restored_variables(operation: keras.Operation, with_weights: bool) -> Iterator[None]:
+    """Restores the states of an operation's random generators at the end, and its weights if that is said.
 
     On TensorFlow recurrent layers draw dropout masks at inference, too.
     """
-    weights = IdentitySet(getattr(operation, "weights", ()))
-    seeds = [v for v in getattr(operation, "variables", ()) if v not in weights]
-    values = [ops.convert_to_numpy(v) for v in seeds]
+    weights = IdentitySet(() if with_weights else getattr(operation, "weights", ()))
+    variables = [v for v in getattr(operation, "variables", ()) if v not in weights]
+    values = [np.array(ops.convert_to_numpy(v)) for v in variables]
     yield
-    for seed, value in zip(seeds, values, strict=True):
-        seed.assign(value)
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def run_batches(graph: Graph, batches: Iterable[InputBatch]) -> Iterator[list[Tensor]]:

@@ -1,0 +1,221 @@
+"""Moving statistics of BatchNormalizations from what the layers read, with the function kept or not."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_taylor.cutting.layer_fits import LayerRepair
+from keras_taylor.reading.graph import Graph
+from keras_taylor.reading.matmul_views import to_float32, to_float64
+from keras_taylor.reading.walk import InputBatch, Walk
+from keras_taylor.rules.base import override_attributes
+from keras_taylor.support.keras_internals import layers_inside
+from keras_taylor.support.types import Array, FloatArray, Tensor
+
+
+class _Moments(NamedTuple):
+    """Mean and variance of each channel, float64 arrays `(num_channels,)`."""
+
+    mean: FloatArray
+    variance: FloatArray
+
+
+def renew_statistics(
+    graph: Graph, batches: Sequence[InputBatch], training: bool = False
+) -> list[LayerRepair]:
+    """Sets the moving statistics to those of what the layers read, in place; inference does not change.
+
+    Training normalizes by the statistics of the batch. With other moving statistics it therefore starts from
+    another function than the one that inference computes. Here scale and offset make up for the change:
+    gamma' = gamma · sqrt(v1 + eps) / sqrt(v0 + eps) and beta' = beta + gamma · (m1 - m0) / sqrt(v0 + eps),
+    where m0, v0 are the statistics so far, m1, v1 those of the data. Since the function stays, one pass is
+    enough for all layers.
+
+    A layer that is used several times gets the mean of the statistics of its uses, as in training. Layers
+    that are not trainable stay as they are: training takes their moving statistics.
+
+    Args:
+        graph: The graph of the model.
+        batches: The inputs.
+        training: Whether the other layers (dropout, augmentation) run as in training.
+
+    Returns:
+        The layers whose training still differs from inference, each with the reason.
+    """
+    walk = Walk(graph, batches, training)
+    found: dict[keras.layers.BatchNormalization, list[_Moments]] = {}
+    names: dict[keras.Layer, str] = {}
+    for number, call in enumerate(graph.calls):
+        with _record_moments(call.operation) as read:
+            walk.run(number)
+        walk.free_after(number)
+        for layer, sums in read.items():
+            found.setdefault(layer, []).append(sums.moments())
+            is_inner = layer is not call.operation
+            names.setdefault(layer, f"{call.name}/{layer.name}" if is_inner else call.name)
+    reasons = {names[layer]: _exchange_statistics(layer, _average(all_)) for layer, all_ in found.items()}
+    return [
+        LayerRepair(name, reason=f"its moving statistics stay: {reason}")
+        for name, reason in reasons.items()
+        if reason
+    ]
+
+
+def recompute_statistics(graph: Graph, batches: Sequence[InputBatch]) -> None:
+    """Sets the moving statistics to those of what the layers read, in place, from the input to the output.
+
+    Nothing makes up for the change: each layer reads what the layers before it put out with new statistics.
+    """
+    walk = Walk(graph, batches)
+    done: set[keras.Layer] = set()
+    for number, call in enumerate(graph.calls):
+        while True:
+            with _record_moments(call.operation) as read:
+                walk.run(number)
+            layer = next((one for one in read if one not in done), None)
+            if layer is None:
+                break
+            _assign_statistics(layer, read[layer].moments())
+            done.add(layer)
+        walk.free_after(number)
+
+
+class _ChannelSums:
+    """Adds up values, and gives the moments of each channel.
+
+    Args:
+        axis: The axis of the channels.
+    """
+
+    def __init__(self, axis: int) -> None:
+        self._axis, self._num = axis, 0
+        self._shift: Array | float = 0.0
+        self._total: FloatArray = np.zeros(())
+        self._squares: FloatArray = np.zeros(())
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        """Adds a batch; `mask` says which positions count, all if it is `None`."""
+        values = np.moveaxis(to_float32(x), self._axis, -1)
+        rows = values.reshape(-1, values.shape[-1])
+        if mask is not None:
+            rows = rows[np.broadcast_to(ops.convert_to_numpy(mask), values.shape[:-1]).reshape(-1)]
+        if not len(rows):
+            return
+        if not self._num:
+            self._shift = rows.mean(0)  # close to the mean, so that the subtraction cancels no digits
+        centered = rows - self._shift
+        self._num += len(rows)
+        self._total = self._total + centered.sum(0, dtype=np.float64)
+        self._squares = self._squares + np.square(centered).sum(0, dtype=np.float64)
+
+    def moments(self) -> _Moments:
+        """Mean and variance of all values; not a number if there are none."""
+        if not self._num:
+            return _Moments(np.full((), np.nan), np.full((), np.nan))
+        mean = self._total / self._num
+        return _Moments(self._shift + mean, np.maximum(self._squares / self._num - np.square(mean), 0))
+
+
+@contextlib.contextmanager
+def _record_moments(
+    operation: keras.Operation,
+) -> Iterator[dict[keras.layers.BatchNormalization, _ChannelSums]]:
+    """Within it, what the BatchNormalizations of an operation read is added up, and they run as at inference.
+
+    Yields:
+        The sums of the operation itself or of the layers inside, in the order in which they run.
+    """
+    inside = [operation, *layers_inside(operation)] if isinstance(operation, keras.Layer) else []
+    read: dict[keras.layers.BatchNormalization, _ChannelSums] = {}
+    with contextlib.ExitStack() as stack:
+        for layer in inside:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                call = _call_recorded(layer, read)
+                stack.enter_context(override_attributes(layer, call=call))
+        yield read
+
+
+def _call_recorded(
+    layer: keras.layers.BatchNormalization, read: dict[keras.layers.BatchNormalization, _ChannelSums]
+) -> Callable[..., Tensor]:
+    """A layer's `call` at inference that first adds its input to `read`."""
+    call = layer.call
+    signature = inspect.signature(call)
+
+    def call_and_record(*args: Any, **kwargs: Any) -> Tensor:
+        arguments = signature.bind(*args, **kwargs).arguments
+        sums = read.setdefault(layer, _ChannelSums(layer.axis))
+        sums.add(next(iter(arguments.values())), arguments.get("mask"))
+        if "training" in signature.parameters:
+            arguments["training"] = False
+        return call(**arguments)
+
+    call_and_record.__signature__ = signature  # type: ignore[attr-defined]
+    return call_and_record
+
+
+def _average(moments: Sequence[_Moments]) -> _Moments:
+    """The mean of several means and that of several variances."""
+    return _Moments(*(np.mean(column, axis=0) for column in zip(*moments, strict=True)))
+
+
+def _assign_statistics(layer: keras.layers.BatchNormalization, moments: _Moments) -> None:
+    """Sets the moving statistics; with renormalization also those by which training normalizes."""
+    layer.moving_mean.assign(moments.mean)
+    layer.moving_variance.assign(moments.variance)
+    if getattr(layer, "renorm", False):
+        deviation = np.sqrt(moments.variance + layer.epsilon)
+        layer.renorm_mean.assign(moments.mean)
+        layer.renorm_stddev.assign(deviation)
+        layer.moving_stddev.assign(deviation)
+
+
+def _exchange_statistics(layer: keras.layers.BatchNormalization, moments: _Moments) -> str | None:
+    """Sets the moving statistics, and makes up for it by scale and offset.
+
+    Returns:
+        Why training still differs from inference; `None` if it does not.
+    """
+    if not layer.trainable:
+        return None
+    if type(layer).call is not keras.layers.BatchNormalization.call:
+        return "its class computes something of its own"
+    dtypes = {weight.dtype for weight in layer.weights}
+    if not dtypes <= {"float32", "float64"}:
+        return "its weights have fewer digits than float32"
+    if not all(np.isfinite(value).all() for value in moments):
+        return "what it reads is not finite"
+    old_mean, old_variance = to_float64(layer.moving_mean), to_float64(layer.moving_variance)
+    # as the weights will hold them; what nothing can make up for stays
+    new_mean, new_variance = (value.astype(layer.moving_mean.dtype).astype(np.float64) for value in moments)
+    mean = new_mean if layer.center else old_mean
+    variance = new_variance if layer.scale else old_variance
+    new_values = []
+    slope = 1 / np.sqrt(old_variance + layer.epsilon)
+    if layer.scale:
+        slope *= to_float64(layer.gamma)
+        gamma = slope * np.sqrt(variance + layer.epsilon)
+        new_values.append((layer.gamma, gamma, layer.gamma_constraint))
+    if layer.center:
+        beta = to_float64(layer.beta) + slope * (mean - old_mean)
+        new_values.append((layer.beta, beta, layer.beta_constraint))
+    if not all(_is_allowed(value, constraint) for _, value, constraint in new_values):
+        return "a constraint would change its new scale or offset"
+    for weight, value, _ in new_values:
+        weight.assign(value)
+    _assign_statistics(layer, _Moments(mean, variance))
+    missing = [name for name, has in (("scale", layer.scale), ("offset", layer.center)) if not has]
+    return f"it has no {' and no '.join(missing)}" if missing else None
+
+
+def _is_allowed(value: FloatArray, constraint: Callable[[Tensor], Tensor] | None) -> bool:
+    """Whether a constraint leaves a value as it is."""
+    if constraint is None:
+        return True
+    constrained = ops.convert_to_numpy(constraint(ops.convert_to_tensor(value, "float32")))
+    return bool(np.allclose(constrained, value, rtol=1e-6, atol=1e-7))
