@@ -96,12 +96,12 @@ class Peer:
             if name in self._gradients:
                 parameter.grad = self._gradients[name].clone()
         pruner = tp.pruner.MetaPruner(
-            *(model, torch.zeros(1, 3, 32, 32)),
+            *(model, _example(model)),
             importance=NAMES[self._name](),
             global_pruning=True,
             pruning_ratio=ratio,
             max_pruning_ratio=1.0,
-            ignored_layers=[model.conv1, model.head, *(block.conv2 for block in model.blocks)],
+            ignored_layers=_kept_layers(model),
         )
         pruner.step()
         model.zero_grad()
@@ -140,10 +140,27 @@ def _costs(network):
     mixing = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     handles = [m.register_forward_hook(count) for m in mixing]
     with torch.no_grad():
-        network(torch.zeros(1, 3, 32, 32))
+        network(_example(network))
     for handle in handles:
         handle.remove()
     return sum(p.numel() for p in network.parameters()), sum(flops)
+
+
+def _example(network):
+    """One image, as the first convolution reads it."""
+    first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+    return (
+        torch.zeros(1, first.in_channels, 32, 32)
+        if isinstance(network, _Network)
+        else torch.zeros(1, first.in_channels, 28, 28)
+    )
+
+
+def _kept_layers(network):
+    """The head, and what a padded shortcut adds to."""
+    if isinstance(network, _Network):
+        return [network.conv1, network.head, *(block.conv2 for block in network.blocks)]
+    return [m for m in network.modules() if isinstance(m, nn.Linear)][-1:]
 
 
 def _conv(layer):

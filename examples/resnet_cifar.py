@@ -39,9 +39,10 @@ class Augmented(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        height, width = (size - 8 for size in self.x.shape[1:3])
         top, left = self.random.integers(0, 9, (2, len(rows)))
         images = np.stack(
-            [self.x[r, t : t + 32, c : c + 32] for r, t, c in zip(rows, top, left, strict=True)]
+            [self.x[r, t : t + height, c : c + width] for r, t, c in zip(rows, top, left, strict=True)]
         )
         mirrored = self.random.random(len(rows)) < 0.5
         images[mirrored] = images[mirrored, :, ::-1]

@@ -1,0 +1,218 @@
+"""The call that everybody makes first, `compress(model, data, goal)`, beside what else the time could buy.
+
+    pip install --no-deps torch-pruning==1.6.1
+    python benchmarks/networks.py resnet20 mobile vgg --folder FOLDER
+    KERAS_BACKEND=torch python benchmarks/main_job.py FOLDER/resnet20_fashion.keras --goals params=0.5
+
+A network's data go by its name: `..._fashion` is Fashion-MNIST, `..._cifar10` the 4000 CIFAR-10 images in the
+folder that KERAS_TAYLOR_DATA names.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import networks
+import numpy as np
+from common import machine, markdown_table
+from peers import DATA, goal_of
+
+HEAD = """# The main job
+
+Accuracy on test images, which were looked at only here. "Repaired only": `compress(..., epochs=0)`.
+"compress": defaults, {epochs} epochs a round on {num} images with flips and shifts of 4, nothing held out by
+hand. "Same time": Torch-Pruning's criterion cuts once as much, and its network (BatchNorm statistics renewed) is
+trained by one cycle of the learning rate to {peak} for the wall time that `compress` took. "Scratch": the widths
+that `compress` found, trained anew in that time. Means over {seeds} seeds, with the spread (largest less
+smallest) where there are several.
+"""
+
+
+def data_of(name):
+    """Training data, and test data, by the name of a network's file."""
+    import resnet_cifar
+
+    if name.endswith("_fashion"):
+        train, _, test = networks.fashion()
+        return train, test
+    x, y, *test = resnet_cifar.images_and_labels(DATA / "cifar10_4k1k.npz")
+    return (x, y), tuple(test)
+
+
+def accuracy(model, test):
+    return model.evaluate(*test, batch_size=250, verbose=0, return_dict=True)["accuracy"]
+
+
+def ours(model, train, what, share, options):
+    """The networks that `compress` makes without training and with it, and the seconds of the latter."""
+    import keras
+    import resnet_cifar
+
+    import keras_taylor
+
+    def compress(epochs):
+        keras.utils.set_random_seed(options.seed)
+        networks.compiled(model, options.rate)
+        batches = resnet_cifar.Augmented(*train, networks.BATCH_SIZE, seed=options.seed)
+        start = time.perf_counter()
+        small, info = keras_taylor.compress(
+            model, batches, {what: share}, epochs=epochs, return_info=True, verbose=0
+        )
+        for number, one in enumerate(info.rounds, 1):
+            print("   round", number, {k: v[-1] for k, v in one.history.items()}, file=sys.stderr)
+        return small, time.perf_counter() - start
+
+    repaired, _ = compress(0)
+    return repaired, *compress(options.epochs)
+
+
+def peer(model, train, criterion, what, share, seconds, options):
+    """Accuracy function of what Torch-Pruning leaves, trained for so many seconds."""
+    import torch
+    import torch_peer
+
+    x, y = train
+    images = torch.tensor(x[:: max(len(x) // 2000, 1)]).permute(0, 3, 1, 2)
+    is_given = any(type(layer).__name__ == "Pad" for layer in model.operations)  # shortcuts padded with zeros
+    network = torch_peer.torch_resnet(model) if is_given else networks.torch_twin(model)
+    start = time.perf_counter()
+    found = torch_peer.Peer(network, criterion, images, y[:: max(len(x) // 2000, 1)])
+    small = torch_peer.renewed(found.pruned(what, share), images[::2])
+    fit(small, train, seconds - (time.perf_counter() - start), options)
+    return small
+
+
+def fit(network, train, seconds, options):
+    """Trains a PyTorch module by one cycle of the learning rate for so many seconds."""
+    import resnet_cifar
+    import torch
+
+    torch.manual_seed(options.seed)
+    batches = resnet_cifar.Augmented(*train, networks.BATCH_SIZE, seed=options.seed)
+    weights = [w for w in network.parameters() if w.requires_grad]
+    optimizer = torch.optim.SGD(weights, options.rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    start, k = time.perf_counter(), 0
+    network.train()
+    while (gone := (time.perf_counter() - start) / seconds) < 1:
+        share = gone / 0.3 if gone < 0.3 else 0.5 * (1 + np.cos(np.pi * (gone - 0.3) / 0.7))
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate * share
+        x, y = batches[k % len(batches)]
+        optimizer.zero_grad()
+        logits = network(torch.tensor(x).permute(0, 3, 1, 2))
+        torch.nn.functional.cross_entropy(logits, torch.tensor(y).long()).backward()
+        optimizer.step()
+        k += 1
+        if k % len(batches) == 0:
+            batches.on_epoch_end()
+    print(f"   {k} steps in {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def torch_accuracy(network, test):
+    import torch
+
+    x, y = test
+    network.eval()
+    with torch.no_grad():
+        parts = [torch.tensor(x[k : k + 250]).permute(0, 3, 1, 2) for k in range(0, len(x), 250)]
+        logits = torch.cat([network(part) for part in parts])
+    return float((logits.argmax(1).numpy() == y).mean())
+
+
+def from_scratch(small, train, seconds, options):
+    """The same widths with new weights, trained for so many seconds."""
+    import keras
+    import resnet_cifar
+
+    keras.utils.set_random_seed(options.seed)
+    model = networks.compiled(keras.models.clone_model(small), 0.1)
+    batches = resnet_cifar.Augmented(*train, networks.BATCH_SIZE, seed=options.seed)
+    start = time.perf_counter()
+
+    class Cycle(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            gone = min((time.perf_counter() - start) / seconds, 1)
+            share = gone / 0.3 if gone < 0.3 else 0.5 * (1 + np.cos(np.pi * (gone - 0.3) / 0.7))
+            self.model.optimizer.learning_rate = 0.1 * share
+
+        def on_train_batch_end(self, batch, logs=None):
+            if time.perf_counter() - start >= seconds:
+                self.model.stop_training = True
+
+    model.fit(batches, epochs=1000, callbacks=[Cycle()], verbose=0)
+    return model
+
+
+def measure(path, what, share, options):
+    """One seed: accuracies by name, and seconds and shares that are gone."""
+    import keras
+
+    import keras_taylor
+
+    train, test = data_of(path.stem)
+    train = tuple(part[: options.images] for part in train)
+    model = networks.compiled(keras.models.load_model(path, compile=False), options.rate)
+    repaired, small, seconds = ours(model, train, what, share, options)
+    before, after = keras_taylor.analyze(model).costs, keras_taylor.analyze(small).costs
+    found = {
+        "parameters gone": 1 - after["params"] / before["params"],
+        "FLOPs gone": 1 - after["flops"] / before["flops"],
+        "s": seconds,
+        "untouched": accuracy(model, test),
+        "repaired only": accuracy(networks.compiled(repaired), test),
+        "compress": accuracy(small, test),
+    }
+    for criterion in options.theirs:
+        network = peer(model, train, criterion, what, share, seconds, options)
+        found[f"{criterion}, same time"] = torch_accuracy(network, test)
+    if options.scratch:
+        found["scratch"] = accuracy(from_scratch(small, train, seconds, options), test)
+    return found
+
+
+def cell(name, values):
+    if name == "s":
+        return f"{statistics.mean(values):.0f}"
+    spread = f" ± {100 * (max(values) - min(values)):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("networks", type=pathlib.Path, nargs="+", help="files of trained networks")
+    parser.add_argument("--goals", type=goal_of, nargs="+", default=[("params", 0.3), ("params", 0.5)])
+    parser.add_argument("--epochs", type=int, default=1, help="of each round of `compress`")
+    parser.add_argument("--images", type=int, help="to train on; default: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--rate", type=float, default=0.02, help="compiled, and the peak of the others' cycle"
+    )
+    parser.add_argument("--theirs", nargs="*", default=["LAMP", "magnitude", "Taylor", "Hessian"])
+    parser.add_argument("--scratch", action="store_true", help="train the widths anew, too")
+    options = parser.parse_args()
+    import keras
+
+    if options.theirs and keras.backend.backend() != "torch":
+        parser.error("Torch-Pruning and the torch backend share a process: set KERAS_BACKEND=torch")
+    rows, header = [], []
+    for path in options.networks:
+        for what, share in options.goals:
+            found = []
+            for seed in range(options.seeds):
+                options.seed = seed
+                found.append(measure(path, what, share, options))
+                print(path.stem, what, share, json.dumps(found[-1]), file=sys.stderr, flush=True)
+            header = ["network", "goal", *found[0]]
+            cells = [cell(name, [one[name] for one in found]) for name in found[0]]
+            rows.append([path.stem, f"{what} {share:.0%}", *cells])
+    num = options.images or "all"
+    print(HEAD.format(epochs=options.epochs, num=num, peak=options.rate, seeds=options.seeds))
+    print(machine([keras.backend.backend()]), end="\n\n")
+    print(markdown_table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
