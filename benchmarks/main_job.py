@@ -24,10 +24,10 @@ HEAD = """# The main job
 
 Accuracy on test images, which were looked at only here. "Repaired only": `compress(..., epochs=0)`.
 "compress": defaults, {epochs} epochs a round on {num} images with flips and shifts of 4, nothing held out by
-hand. "Same time": Torch-Pruning's criterion cuts once as much, and its network (BatchNorm statistics renewed) is
-trained by one cycle of the learning rate to {peak} for the wall time that `compress` took. "Scratch": the widths
-that `compress` found, trained anew in that time. Means over {seeds} seeds, with the spread (largest less
-smallest) where there are several.
+hand. "Same time": Torch-Pruning's criterion cuts once as much, and its network (BatchNorm statistics renewed)
+is trained by one cycle of the learning rate to {peak} for the wall time that `compress` took. "Scratch": the
+widths that `compress` found, trained anew in that time. Means over {seeds} seeds, with the spread (largest
+less smallest) where there are several.
 """
 
 

@@ -165,6 +165,13 @@ def test_models_that_do_not_belong_together_are_refused():
         keras_taylor.repair(small, model, plan, np.full((4, 8, 8, 2), np.nan))
 
 
+def test_a_pair_of_units_cut_by_another_plan_is_refused():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="pair"), layers.Dense(1)])
+    plan = Plan({"pair": LayerPlan(2, (1,))})
+    with pytest.raises(ValueError, match=r"gives: 1 channels after layer 'pair'.*with 2 there$"):
+        keras_taylor.repair(keras_taylor.prune(model, Plan()), model, plan, np.ones((8, 3), "float32"))
+
+
 def test_targets_are_ignored_in_every_form_of_data():
     model = redundant()
     plan, small = cut_of(model)
