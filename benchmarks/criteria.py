@@ -236,7 +236,11 @@ def all_criteria():
     """Criteria by name, all but the oracle."""
     from keras_taylor.scores import criteria
 
-    named = {name: name for name in criteria.DATA_CRITERIA | criteria.LABEL_FREE_CRITERIA if name != "oracle"}
+    named = {
+        name: name
+        for name in criteria.LOSS_CRITERIA | criteria.ACTIVATION_CRITERIA | criteria.DATA_FREE_CRITERIA
+        if name != "oracle"
+    }
     return named | {"taylor_abs_normalized": criteria.taylor_abs_normalized}
 
 

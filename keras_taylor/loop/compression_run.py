@@ -261,7 +261,7 @@ def announce_run(run: PreparedRun) -> None:
     outline = messages.RoundOutline(
         num_rounds=run.route.num_rounds,
         num_scored=data.num_examples if run.scorer.needs_data else None,
-        draws_labels=run.scorer.needs_data and data.uses_model_labels,
+        draws_labels=run.scorer.draws_labels,
         repairs=run.settings.repair,
         carries_optimizer=run.carries_optimizer,
         learning_rate=run.tuner.learning_rate,

@@ -277,7 +277,7 @@ def _describe_run_settings(run: PreparedRun) -> dict[str, Any]:
         **limit,
         repair=settings.repair,
         distill=settings.distill is not False,
-        labels="model" if run.scorer.needs_data and data.uses_model_labels else "data",
+        labels="model" if run.scorer.draws_labels else "data",
         score_examples=data.num_examples,
         scores_apart=data.is_separate,
         epochs=tuner.epochs,

@@ -16,6 +16,7 @@ from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.rules.base import weight_of
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gated_model import GatedModel
+from keras_taylor.scores.group_statistics import Measurements
 from keras_taylor.scores.log_odds import has_odds
 from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring import (
@@ -23,6 +24,7 @@ from keras_taylor.scores.scoring import (
     compute_scores,
     is_single_pass,
     make_gated_model,
+    needs_loss,
     score_channels,
     uses_model_labels,
 )
@@ -133,6 +135,11 @@ class RoundScorer:
         """Whether the criterion needs data."""
         return self._data is not None
 
+    @property
+    def draws_labels(self) -> bool:
+        """Whether labels are drawn from the model's own predictions."""
+        return self._data is not None and self._data.uses_model_labels and needs_loss(self.criterion)
+
     def score(
         self, labeled: LabeledModel, plans: Sequence[Plan], callbacks: Sequence[keras.callbacks.Callback]
     ) -> dict[str, Array]:
@@ -146,12 +153,13 @@ class RoundScorer:
         feed, totals = None, None
         if self._data is not None:
             feed = self._data.feed
-            if self._data.uses_model_labels:
+            if self.draws_labels:
                 feed = sample_labels(feed, labeled.graph, self._data.num_examples, len(plans))
             if is_single_pass(self.criterion):
                 totals = self._masked_statistics(labeled, plans, feed, callbacks)
         if totals is not None:
-            scores = compute_scores(labeled, self.criterion, totals)
+            measured = Measurements(labeled, feed, self._num_examples)
+            scores = compute_scores(labeled, self.criterion, totals, measured=measured)
         else:
             arguments = self.criterion, self._num_examples, self._class_weight, callbacks, self._cost
             scores = score_channels(labeled, feed, *arguments)

@@ -36,7 +36,10 @@ from keras_taylor.support.types import BoolArray, FloatArray, LayerPatterns, Ten
 PruneGoal: TypeAlias = float | Mapping[str, float | int]
 
 # Criteria that need a pass of their own over the data.
-_NEED_OWN_PASS = ("oracle", "sensitivity", "fisher", "log_odds", "log_odds_probed")
+_NEED_OWN_PASS = (
+    *("oracle", "sensitivity", "fisher", "log_odds", "log_odds_probed"),
+    *criteria.ACTIVATION_CRITERIA,
+)
 
 
 @keras.saving.register_keras_serializable("keras_taylor")
@@ -58,7 +61,7 @@ class PrunableModel(GatedModel):
             compiled alike, with a new optimizer that continues from the state of the model's own.
         criterion: What makes a channel important: a name or a function, see `keras_taylor.criteria`.
             Criteria that need a pass of their own are refused ("oracle", "sensitivity", "fisher",
-            "log_odds", "log_odds_probed").
+            "log_odds", "log_odds_probed", "activation", "apoz").
         include: Layer names, regular expressions that match whole names, or layers: only the channels
             that these layers make may leave. `None` (the default): all.
         exclude: The same: the channels that these layers make stay. Empty by default.
@@ -185,7 +188,7 @@ class PrunableModel(GatedModel):
         """
         criterion = self._arguments["criterion"]
         totals = self.statistics if self.statistics[GATE_ROWS["examples"]].any() else None
-        if criterion not in criteria.LABEL_FREE_CRITERIA and totals is None:
+        if criterion not in criteria.DATA_FREE_CRITERIA and totals is None:
             raise ValueError(
                 "There are no scores yet: they come from backward passes. Call `fit`, or run a training "
                 f"loop that updates the scores, before you ask for them. Received: model={self.name!r}"

@@ -24,7 +24,7 @@ from keras_taylor.scores.losses import (
     mean_divergence,
 )
 from keras_taylor.scores.sampling import sample_labels
-from keras_taylor.scores.scoring import check_compiled, needs_data, score_channels
+from keras_taylor.scores.scoring import check_compiled, needs_data, needs_loss, score_channels
 from keras_taylor.scores.scoring_passes import explain_nonfinite
 from keras_taylor.support.console import Clock, Reporter, describe_duration
 from keras_taylor.support.datasets import Feed, flat_inputs
@@ -110,7 +110,7 @@ class SensitivityScan:
         self._feed = Feed(ds, self._model, batch_size, steps_per_epoch, targets=False)
         if self._feed.has_targets:
             check_compiled(self._model, "`analyze` on data with labels")
-        elif self._scored_on_data:
+        elif self._scored_on_data and needs_loss(self._criterion):
             check_compiled(self._model, f"criterion={self._criterion!r}")
         self._groups: list[Group] = [group for group in labeled.groups if group.num_units > 1]
 
@@ -186,7 +186,8 @@ class SensitivityScan:
         """Group name -> its units, the least important first, for each group that the criterion can judge."""
         scored_feed: Feed | None = None
         if self._scored_on_data:
-            scored_feed = feed if feed.has_targets else sample_labels(feed, self._labeled.graph)
+            draws_labels = needs_loss(self._criterion) and not feed.has_targets
+            scored_feed = sample_labels(feed, self._labeled.graph) if draws_labels else feed
         scores = score_channels(self._labeled, scored_feed, self._criterion, callbacks=callbacks)
         return {
             g.name: g.start + np.argsort(scores[g.name], kind="stable")

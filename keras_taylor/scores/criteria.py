@@ -27,6 +27,12 @@ table says for each criterion what it computes, with means over examples, and wh
     batchnorm         mean(abs(gamma))
                       Liu et al., Learning efficient convolutional networks through network slimming,
                       ICCV 2017 (arXiv 1708.06519)
+    fpgm              mean distance of the unit's filters from those of its layer / mean of its group
+                      He et al., Filter pruning via geometric median, CVPR 2019 (arXiv 1811.00250)
+    activation        mean(abs(a)) / mean of its group, with a the values that layers read of the unit
+                      "mean activation" of Molchanov et al., ICLR 2017
+    apoz              share of a that is not zero: 1 - APoZ, the average percentage of zeros
+                      Hu et al., Network trimming, 2016 (arXiv 1607.03250)
     random            uniform
                       baseline
     sensitivity       measured divergence of the predictions for each parameter (or FLOP) saved
@@ -57,7 +63,8 @@ To make it a criterion of this package, with a name:
            variance = _required(statistics.mean_square, statistics) - np.square(mean)
            return np.abs(mean) / np.sqrt(np.maximum(variance, 0) + 1e-12)
 
-2. List it: in `DATA_CRITERIA` if it needs the loss on data (as this one does), else in `LABEL_FREE_CRITERIA`.
+2. List it: in `LOSS_CRITERIA` if it needs the loss on data (as this one does), in `ACTIVATION_CRITERIA` if
+   it needs data and no loss, else in `DATA_FREE_CRITERIA`.
 3. Say how `make_plan` ranks units by it. If its scores estimate how much the loss grows, so that sums of
    scores can be compared with sums of saved parameters, list its name in `LOSS_CHANGE_CRITERIA`: units are
    ranked by score for cost. If its scores are already relative to what a unit saves, list it in
@@ -66,8 +73,10 @@ To make it a criterion of this package, with a name:
    it by hand. `score`, `compress`, `PrunableModel` and the command line know it then.
 
 If it needs a statistic that is not there, fill in a new attribute of `GroupStatistics`, `None` by default, in
-`group_statistics.statistics_by_group`. The values come from one of two places:
+`group_statistics.statistics_by_group`. The values come from one of three places:
 
+- What needs no gates is measured when a criterion first asks: add a property to `GroupStatistics`, as
+  `filter_distances` and `zero_share` are, and how it is measured to `group_statistics.Measurements`.
 - A sum over examples of a function of g is a row: add it to `gates.GATE_STATISTICS` (its `loss_power` says
   how it grows with the loss, 4 for g^4) and to `gates.batch_statistics`. Every criterion has it then, also in
   `PrunableModel`, and every pass pays for it. Saved `PrunableModel` files hold these rows, so files of
@@ -125,6 +134,8 @@ class GroupStatistics:
         slopes: For "sensitivity", else `None`: divergence for what is saved, see
             `sensitivity.SensitivityCurve.slopes`.
         ranks: For "fisher", else `None`: when each unit goes, see `fisher.removal_ranks`.
+        measure: A function that measures what only some criteria ask for, by the names of the properties
+            below; they call it.
 
     Example:
 
@@ -132,6 +143,12 @@ class GroupStatistics:
     ...     variance = np.maximum(statistics.mean_square - statistics.mean**2, 0)
     ...     return np.sqrt(variance / statistics.num_examples)
     >>> errors = keras_taylor.score(model, (x, y), criterion=standard_error)
+
+    Activations are measured when a criterion asks for them:
+
+    >>> def taylor_of_active_units(statistics):
+    ...     return statistics.mean_square * (1 - statistics.zero_share)
+    >>> scores = keras_taylor.score(model, (x, y), criterion=taylor_of_active_units)
     """
 
     name: str
@@ -149,6 +166,37 @@ class GroupStatistics:
     loss_changes: FloatArray | None = None
     slopes: FloatArray | None = None
     ranks: FloatArray | None = None
+    measure: Callable[[str], FloatArray | None] = lambda name: None
+
+    @property
+    def filter_distances(self) -> FloatArray | None:
+        """Mean L2 distance of a unit's filters from all of the layer, over the layers that make it."""
+        return self.measure("filter_distances")
+
+    @property
+    def mean_activation(self) -> FloatArray | None:
+        """Mean of a unit's activations: the values that layers read of it.
+
+        The mean is over examples and positions of each tensor that is read, then over these tensors. Sample
+        weights do not count. Like the other activations, it is measured by a pass of its own, at inference,
+        when a criterion first asks. `None` without data and in a `PrunableModel`.
+        """
+        return self.measure("mean_activation")
+
+    @property
+    def mean_absolute_activation(self) -> FloatArray | None:
+        """Mean absolute value of a unit's activations, see `mean_activation`."""
+        return self.measure("mean_absolute_activation")
+
+    @property
+    def mean_square_activation(self) -> FloatArray | None:
+        """Mean square of a unit's activations, see `mean_activation`."""
+        return self.measure("mean_square_activation")
+
+    @property
+    def zero_share(self) -> FloatArray | None:
+        """Share of a unit's activations that are exactly zero, see `mean_activation`."""
+        return self.measure("zero_share")
 
 
 # A function from the statistics of a group to scores `(num_units,)`, or `None` for "cannot judge".
@@ -239,6 +287,11 @@ def _required(values: FloatArray | None, statistics: GroupStatistics) -> FloatAr
             f"name, if it has one. Received: statistics of group '{statistics.name}' without them"
         )
     return values
+
+
+def _relative_to_mean(values: FloatArray) -> FloatArray:
+    """Values of a group divided by their mean, so that those of different layers can be compared."""
+    return values / max(values.mean(), 1e-30)
 
 
 def taylor(statistics: GroupStatistics) -> FloatArray:
@@ -394,7 +447,7 @@ def magnitude(statistics: GroupStatistics) -> FloatArray:
 
     >>> scores = keras_taylor.score(model, criterion="magnitude")
     """
-    return statistics.filter_norms / max(statistics.filter_norms.mean(), 1e-30)
+    return _relative_to_mean(statistics.filter_norms)
 
 
 def batchnorm(statistics: GroupStatistics) -> FloatArray | None:
@@ -414,6 +467,68 @@ def batchnorm(statistics: GroupStatistics) -> FloatArray | None:
     >>> scores = keras_taylor.score(model, criterion="batchnorm")
     """
     return statistics.gammas
+
+
+def fpgm(statistics: GroupStatistics) -> FloatArray:
+    """Mean distance of a unit's filters from all filters of its layer, divided by the mean of its group.
+
+    Filters near the geometric median of their layer are the ones that others can replace. Needs no data. He
+    et al., Filter pruning via geometric median for deep convolutional neural networks acceleration, CVPR 2019
+    (arXiv 1811.00250), which takes the same share of each layer: `Selection(scope="layer")`.
+
+    Args:
+        statistics: Statistics of one group.
+
+    Returns:
+        A float64 array `(num_units,)` of mean 1.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, criterion="fpgm")
+    >>> plan = keras_taylor.make_plan(model, scores, 0.3, selection=keras_taylor.Selection(scope="layer"))
+    """
+    return _relative_to_mean(_required(statistics.filter_distances, statistics))
+
+
+def activation(statistics: GroupStatistics) -> FloatArray:
+    """Mean absolute activation, divided by the mean of its group; needs examples, but no labels or loss.
+
+    After a ReLU it is the mean activation of Molchanov et al., ICLR 2017. An activation is a value that a
+    layer reads of the unit, see `GroupStatistics.mean_activation`.
+
+    Args:
+        statistics: Statistics of one group, with data.
+
+    Returns:
+        A float64 array `(num_units,)` of mean 1.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, x, criterion="activation")
+    """
+    return _relative_to_mean(_required(statistics.mean_absolute_activation, statistics))
+
+
+def apoz(statistics: GroupStatistics) -> FloatArray | None:
+    """Share of a unit's activations that are not zero; needs examples, but no labels or loss.
+
+    It is 1 - APoZ, the average percentage of zeros: Hu et al., Network trimming: a data-driven neuron pruning
+    approach towards efficient deep architectures, 2016 (arXiv 1607.03250). An activation is a value that a
+    layer reads of the unit, see `GroupStatistics.mean_activation`.
+
+    Args:
+        statistics: Statistics of one group, with data.
+
+    Returns:
+        A float64 array `(num_units,)` between 0 and 1; `None` for a group without any zero, as where there
+        is no ReLU.
+
+    Example:
+
+    >>> scores = keras_taylor.score(model, x, criterion="apoz")
+    """
+    zeros = _required(statistics.zero_share, statistics)
+    return 1 - zeros if zeros.any() else None
 
 
 def random(statistics: GroupStatistics) -> FloatArray:
@@ -493,7 +608,7 @@ def oracle(statistics: GroupStatistics) -> FloatArray:
 
 
 # Criteria that need the loss on data, by name.
-DATA_CRITERIA: dict[str, CriterionFunction] = {
+LOSS_CRITERIA: dict[str, CriterionFunction] = {
     "taylor": taylor,
     "taylor_batch": taylor_batch,
     "taylor_abs": taylor_abs,
@@ -504,10 +619,16 @@ DATA_CRITERIA: dict[str, CriterionFunction] = {
     "sensitivity": sensitivity,
     "oracle": oracle,
 }
-# Criteria that need neither data nor labels, by name.
-LABEL_FREE_CRITERIA: dict[str, CriterionFunction] = {
+# Criteria that need data, but neither labels nor a loss, by name.
+ACTIVATION_CRITERIA: dict[str, CriterionFunction] = {
+    "activation": activation,
+    "apoz": apoz,
+}
+# Criteria that need no data, by name.
+DATA_FREE_CRITERIA: dict[str, CriterionFunction] = {
     "magnitude": magnitude,
     "batchnorm": batchnorm,
+    "fpgm": fpgm,
     "random": random,
 }
 
@@ -520,7 +641,7 @@ def get(criterion: Criterion) -> CriterionFunction:
     """
     if callable(criterion):
         return criterion
-    named = {**DATA_CRITERIA, **LABEL_FREE_CRITERIA}
+    named = {**LOSS_CRITERIA, **ACTIVATION_CRITERIA, **DATA_FREE_CRITERIA}
     if not isinstance(criterion, str) or criterion not in named:
         raise ValueError(
             f"Unknown criterion. Expected one of {', '.join(sorted(named))}, or a callable that "

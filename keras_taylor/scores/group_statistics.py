@@ -1,5 +1,6 @@
 """From the sums of a scoring pass and the weights of a model to the statistics of each group."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 
 import keras
@@ -10,14 +11,22 @@ from keras_taylor.reading.groups import Group, LabeledModel
 from keras_taylor.rules.base import Effect, producing_kernels, weight_of
 from keras_taylor.scores.criteria import GroupStatistics
 from keras_taylor.scores.log_odds import NUM_PROBES, ODDS_ROWS, shrink_to_noise
+from keras_taylor.scores.scoring_passes import measure_activations
+from keras_taylor.support.datasets import Feed
 from keras_taylor.support.types import Array, FloatArray, IntArray
+
+# Filters whose distances from all others are in memory at once.
+_ROWS_AT_ONCE = 1024
 
 # A weight by name, the axis along which units vary, and the labels along it.
 _LabeledAxis = tuple[str, int, IntArray]
 
 
 def statistics_by_group(
-    labeled: LabeledModel, totals: FloatArray | None, extra: Mapping[str, FloatArray]
+    labeled: LabeledModel,
+    totals: FloatArray | None,
+    extra: Mapping[str, FloatArray],
+    measured: "Measurements",
 ) -> Iterable[tuple[Group, GroupStatistics]]:
     """Each group with its statistics.
 
@@ -25,6 +34,7 @@ def statistics_by_group(
         labeled: The labels of the model.
         totals: Statistics as `scoring_passes.gather_statistics` gives them; `None`: none.
         extra: What single criteria need, by attribute of `GroupStatistics`: arrays `(num_units,)`.
+        measured: What is measured when a criterion asks.
     """
     norms, gammas = _filter_norms(labeled), _mean_gammas(labeled)
     for group in labeled.groups:
@@ -45,9 +55,33 @@ def statistics_by_group(
                 mean_probed_log_odds=means.probed_log_odds(),
                 filter_norms=norms[part],
                 gammas=None if np.isnan(gammas[part]).any() else gammas[part],
+                measure=functools.partial(measured.of, part),
                 **{name: values[part] for name, values in extra.items()},
             ),
         )
+
+
+class Measurements:
+    """What is measured of all units when a criterion first asks for it.
+
+    Args:
+        labeled: The labels of the model.
+        feed: The data; `None`: there is none, and no activations.
+        num_examples: As in `gather_statistics`.
+    """
+
+    def __init__(
+        self, labeled: LabeledModel, feed: Feed | None = None, num_examples: int | None = None
+    ) -> None:
+        self._distances = functools.cache(lambda: _filter_distances(labeled))
+        self._activations = functools.cache(
+            lambda: {} if feed is None else measure_activations(labeled, feed, num_examples)
+        )
+
+    def of(self, part: slice, name: str) -> FloatArray | None:
+        """A property of `GroupStatistics` for some of the units; `None` if there is no data for it."""
+        values = self._distances() if name == "filter_distances" else self._activations().get(name)
+        return None if values is None else values[part]
 
 
 class _Means:
@@ -99,6 +133,12 @@ def _filter_norms(labeled: LabeledModel) -> FloatArray:
     return np.where(np.isnan(norms), 0, norms)  # units that only padding makes have no filter
 
 
+def _filter_distances(labeled: LabeledModel) -> FloatArray:
+    """Mean over the layers that make a unit of the mean distance of its filters from all of the layer."""
+    distances = _mean_per_unit(labeled, lambda _, effect: producing_kernels(effect), _distances_along)
+    return np.where(np.isnan(distances), 0, distances)
+
+
 def _mean_gammas(labeled: LabeledModel) -> FloatArray:
     """Mean absolute BatchNormalization scale of each unit, NaN where it has none."""
     return _mean_per_unit(labeled, _gamma_axes, lambda gamma, _: np.abs(gamma, dtype=np.float64))
@@ -131,6 +171,19 @@ def _norms_along(kernel: Array, axis: int) -> FloatArray:
     """L2 norms of the parts of a kernel along an axis, without an array of its size beside it."""
     axes = list(range(kernel.ndim))
     return np.sqrt(np.einsum(kernel, axes, kernel, axes, [axis % kernel.ndim], dtype=np.float64))
+
+
+def _distances_along(kernel: Array, axis: int) -> FloatArray:
+    """Mean L2 distance of each part of a kernel along an axis from all of them."""
+    filters = np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1).astype(np.float64)
+    filters -= filters.mean(0)  # distances stay, and less is lost where products are subtracted
+    squares = np.square(filters).sum(1)
+    means = np.zeros(len(filters))
+    for start in range(0, len(filters), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        products = filters[rows] @ filters.T
+        means[rows] = np.sqrt(np.maximum(squares[rows, None] + squares - 2 * products, 0)).mean(1)
+    return means
 
 
 def _gamma_axes(call: Call, effect: Effect) -> Iterable[_LabeledAxis]:

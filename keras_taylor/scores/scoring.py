@@ -15,7 +15,7 @@ from keras_taylor.scores.criteria import Criterion, Scores
 from keras_taylor.scores.fisher import FisherGates, removal_ranks
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.gates import GATE_ROWS
-from keras_taylor.scores.group_statistics import statistics_by_group
+from keras_taylor.scores.group_statistics import Measurements, statistics_by_group
 from keras_taylor.scores.log_odds import NUM_PROBES, OddsModel
 from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring_passes import gather_statistics, measure_loss_changes, refuse_class_weight
@@ -88,8 +88,10 @@ def score(
     """Scores every channel unit that can be pruned.
 
     Args:
-        model: A built Keras model; compiled, for criteria that need the loss. It is not changed.
-        ds: Data as for `model.fit`; `None` for the label-free criteria.
+        model: A built Keras model; compiled, for criteria that need the loss: all but "activation", "apoz"
+            and those without data. It is not changed.
+        ds: Data as for `model.fit`; `None` for criteria without data ("magnitude", "batchnorm",
+            "fpgm", "random").
         criterion: A name of the table in `keras_taylor.scores.criteria`, or a function that takes a
             `GroupStatistics` and returns an array `(num_units,)`.
         num_examples: Number of examples to use, evenly spread over arrays, the first ones of an iterable;
@@ -133,9 +135,12 @@ def score(
         check_cost(cost)
         feed = None
         if needs_data(criterion, ds):
-            check_compiled(model, f"criterion={criterion!r}")
-            feed = Feed(ds, model, batch_size, steps_per_epoch, targets=check_labels(labels) == "data")
-            if uses_model_labels(feed, labels):
+            with_loss = needs_loss(criterion)
+            if with_loss:
+                check_compiled(model, f"criterion={criterion!r}")
+            targets = check_labels(labels) == "data" and with_loss
+            feed = Feed(ds, model, batch_size, steps_per_epoch, targets=targets)
+            if with_loss and uses_model_labels(feed, labels):
                 num_examples = min(num_examples or MAX_SAMPLED_LABELS, MAX_SAMPLED_LABELS)
                 feed = sample_labels(feed, labeled.graph, num_examples)
         return score_channels(labeled, feed, criterion, num_examples, class_weight, cost=cost)
@@ -171,20 +176,25 @@ def uses_model_labels(feed: Feed, labels: str | None) -> bool:
     return labels == "model" or (labels is None and not feed.has_targets)
 
 
+def needs_loss(criterion: Criterion) -> bool:
+    """Whether a criterion that has data needs the loss on it, too."""
+    return callable(criterion) or criterion in criteria.LOSS_CRITERIA
+
+
 def needs_data(criterion: Criterion, ds: Data | None) -> bool:
-    """Whether a criterion needs the loss on data.
+    """Whether a criterion needs data.
 
     Raises:
         ValueError: if it does, and there is no data.
     """
     if callable(criterion):
         return ds is not None
-    if criterion in criteria.LABEL_FREE_CRITERIA:
+    if criterion in criteria.DATA_FREE_CRITERIA:
         return False
     if ds is None:
         raise ValueError(
-            f"The criterion '{criterion}' needs data. Pass `ds`, or one of the label-free criteria "
-            f"{', '.join(criteria.LABEL_FREE_CRITERIA)}. Received: ds=None"
+            f"The criterion '{criterion}' needs data. Pass `ds`, or one of the criteria without data: "
+            f"{', '.join(criteria.DATA_FREE_CRITERIA)}. Received: ds=None"
         )
     return True
 
@@ -216,7 +226,7 @@ def score_channels(
         callbacks: Keras callbacks of the scoring pass.
     """
     totals, extra = None, {}
-    if feed is not None:
+    if feed is not None and needs_loss(criterion):
         feed.check_devices(num_examples)
         if criterion in criteria.COST_AWARE_CRITERIA:
             check_countable(CostModel(labeled)(), cost, f"cost={cost!r}")
@@ -234,12 +244,12 @@ def score_channels(
         if criterion == "fisher" and totals is not None:
             extra["ranks"] = removal_ranks(totals, unit_savings(labeled, cost))
             totals = totals[: len(GATE_ROWS)]
-    return compute_scores(labeled, criterion, totals, extra)
+    return compute_scores(labeled, criterion, totals, extra, Measurements(labeled, feed, num_examples))
 
 
 def is_single_pass(criterion: Criterion) -> bool:
     """Whether a criterion needs nothing of the data but the sums of one pass through gates."""
-    return criterion not in ("oracle", "sensitivity", "fisher")
+    return needs_loss(criterion) and criterion not in ("oracle", "sensitivity", "fisher")
 
 
 def make_gated_model(labeled: LabeledModel, criterion: Criterion) -> GatedModel:
@@ -256,6 +266,7 @@ def compute_scores(
     criterion: Criterion,
     totals: FloatArray | None = None,
     extra: Mapping[str, FloatArray] | None = None,
+    measured: Measurements | None = None,
 ) -> Scores:
     """Scores by group, from the statistics that were gathered.
 
@@ -264,9 +275,11 @@ def compute_scores(
         criterion: As in `score`.
         totals: Statistics as `gather_statistics` gives them; `None`: none.
         extra: Statistics of single criteria, by attribute of `GroupStatistics`: arrays `(num_units,)`.
+        measured: What is measured when the criterion asks; `None`: activations are not.
     """
     function, scores = criteria.get(criterion), Scores({}, criterion)
-    for group, statistics in statistics_by_group(labeled, totals, extra or {}):
+    measured = measured or Measurements(labeled)
+    for group, statistics in statistics_by_group(labeled, totals, extra or {}, measured):
         values = function(statistics)
         if values is not None:
             scores[group.name] = _check_scores(values, group, criterion)

@@ -1,18 +1,33 @@
 """Passes of the data through a model with gates."""
 
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
+from keras_taylor.reading.closed_layers import gate_inside
+from keras_taylor.reading.graph import Call
 from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.reading.walk import Walk
+from keras_taylor.rules.base import Effect
+from keras_taylor.rules.labels import FIXED
 from keras_taylor.scores.gated_model import GatedModel
-from keras_taylor.support.datasets import Feed
+from keras_taylor.support.datasets import Feed, input_batches
 from keras_taylor.support.keras_internals import compile_arguments
-from keras_taylor.support.types import FloatArray
+from keras_taylor.support.replicas import from_first_process
+from keras_taylor.support.types import FloatArray, IntArray, Tensor
 
+# What `measure_activations` takes the mean of, for each property of `GroupStatistics`.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean_activation": lambda x: x,
+    "mean_absolute_activation": ops.abs,
+    "mean_square_activation": ops.square,
+    "zero_share": lambda x: ops.cast(x == 0, "float32"),
+}
 # Steps between two transfers of the float32 statistics to float64 on the host.
 _STEPS_PER_TRANSFER = 256
 
@@ -113,6 +128,82 @@ def measure_loss_changes(
         mask[unit] = 0
         changes[unit] = loss_with(mask) - base
     return changes
+
+
+def measure_activations(
+    labeled: LabeledModel, feed: Feed, num_examples: int | None = None
+) -> dict[str, FloatArray]:
+    """Means of the values that layers read of each unit, over one pass of the data at inference.
+
+    These are the values that have a gate in other passes. A tensor counts once, however many layers read it.
+
+    Returns:
+        For each of the activations of `GroupStatistics` a float64 array `(num_units,)`; units that no layer
+        reads count as zeros. All processes get those of the first one.
+    """
+    graph, read = labeled.graph, _ActivationSums(labeled)
+    for batch in input_batches(feed, graph.model, num_examples):
+        walk, seen = Walk(graph, [batch]), set[int]()
+        for number, (call, effect) in enumerate(zip(graph.calls, labeled.effects, strict=True)):
+            for index in _tensors_read(call, effect, labeled) - seen:
+                seen.add(index)
+                read.add(labeled.labels[index], walk.tensors[index][0])
+            inside = {
+                r.layer_number: functools.partial(read.add, r.labels)
+                for r in effect.internal_reads
+                if r.layer_number is not None
+            }
+            with gate_inside(call.operation, inside):
+                walk.run(number)
+            walk.free_after(number)
+    if not np.isfinite(read.totals).all():
+        raise ValueError(explain_nonfinite(GatedModel(labeled), feed))
+    means = dict(zip(_ACTIVATIONS, from_first_process(read.totals / np.maximum(read.counts, 1)), strict=True))
+    means["zero_share"] = np.where(read.counts > 0, means["zero_share"], 1)
+    return means
+
+
+def _tensors_read(call: Call, effect: Effect, labeled: LabeledModel) -> set[int]:
+    """Numbers of the tensors whose channels a call reads.
+
+    Some operations read inputs inside of themselves: attention its query and key, a recurrent layer its
+    initial state.
+    """
+    inside = [read.labels.reshape(-1) for read in effect.internal_reads if read.layer_number is None]
+    units = labeled.units_of(np.concatenate([*inside, [FIXED]]))
+    return {call.inputs[number] for number in effect.reads} | {
+        index
+        for index in call.inputs
+        if np.isin(labeled.units_of(labeled.labels[index]), units[units >= 0]).any()
+    }
+
+
+class _ActivationSums:
+    """Sums of `_ACTIVATIONS` over examples and over the tensors that layers read.
+
+    Attributes:
+        totals: The sums of each unit's mean over its positions in a tensor, `(statistic, num_units)`.
+        counts: How many examples, of how many tensors, were added, `(num_units,)`.
+    """
+
+    def __init__(self, labeled: LabeledModel) -> None:
+        self._labeled = labeled
+        self.totals = np.zeros((len(_ACTIVATIONS), labeled.num_units))
+        self.counts = np.zeros(labeled.num_units)
+
+    def add(self, labels: IntArray, x: Tensor) -> Tensor:
+        """Adds the values of a tensor with these labels; returns it unchanged."""
+        units = self._labeled.units_of(labels)
+        if (units < 0).all():
+            return x
+        values, others = ops.cast(x, "float32"), [k for k in range(units.ndim) if k != np.argmax(units.shape)]
+        means = ops.stack([ops.mean(function(values), others) for function in _ACTIVATIONS.values()])
+        units, positions = np.unique(units.reshape(-1), return_inverse=True)
+        for total, value in zip(self.totals, ops.convert_to_numpy(means), strict=True):
+            of_unit = np.bincount(positions, value) / np.bincount(positions)
+            total[units[units >= 0]] += len(x) * of_unit[units >= 0]
+        self.counts[units[units >= 0]] += len(x)
+        return x
 
 
 def explain_nonfinite(gated: GatedModel, feed: Feed) -> str:

@@ -196,6 +196,15 @@ def flat_inputs(feed: Feed, model: keras.Model, num: int | None = None) -> list[
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
+def input_batches(feed: Feed, model: keras.Model, num: int | None = None) -> Iterator[list[Array]]:
+    """A model's flattened inputs as in `flat_inputs`, in batches of the feed's size."""
+    size = feed.batch_size or BATCH_SIZE
+    for x, *_ in feed.take(num):
+        arrays = _flatten_inputs(x, model)
+        for start in range(0, len(arrays[0]), size):
+            yield [array[start : start + size] for array in arrays]
+
+
 def inputs_and_targets(feed: Feed, model: keras.Model) -> tuple[list[Array], Tree]:
     """All flattened inputs, as `flat_inputs` gives them, and the targets in their own structure."""
     parts = [(_flatten_inputs(x, model), y) for x, y, _ in feed.batches()]

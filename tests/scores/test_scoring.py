@@ -546,8 +546,8 @@ def test_a_model_that_is_not_built():
 def test_no_data():
     net, _, _ = regression()
     refused(
-        "The criterion 'taylor' needs data. Pass `ds`, or one of the label-free criteria magnitude, "
-        "batchnorm, random. Received: ds=None",
+        "The criterion 'taylor' needs data. Pass `ds`, or one of the criteria without data: magnitude, "
+        "batchnorm, fpgm, random. Received: ds=None",
         net.model,
     )
 
@@ -683,7 +683,7 @@ def test_targets_that_do_not_suit_the_loss():
 
 @pytest.mark.parametrize("criterion", ["tailor", {}])
 def test_an_unknown_criterion(criterion):
-    names = {*criteria.DATA_CRITERIA, *criteria.LABEL_FREE_CRITERIA}
+    names = {*criteria.LOSS_CRITERIA, *criteria.ACTIVATION_CRITERIA, *criteria.DATA_FREE_CRITERIA}
     assert {"taylor", "log_odds", "magnitude"} <= names
     refused(
         f"Unknown criterion. Expected one of {', '.join(sorted(names))}, or a callable that takes a "
