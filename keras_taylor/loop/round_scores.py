@@ -16,7 +16,7 @@ from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.rules.base import weight_of
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gated_model import GatedModel
-from keras_taylor.scores.group_statistics import Measurements
+from keras_taylor.scores.group_statistics import LazyStatistics
 from keras_taylor.scores.log_odds import has_odds
 from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring import (
@@ -158,7 +158,7 @@ class RoundScorer:
             if is_single_pass(self.criterion):
                 totals = self._masked_statistics(labeled, plans, feed, callbacks)
         if totals is not None:
-            measured = Measurements(labeled, feed, self._num_examples)
+            measured = LazyStatistics(labeled, feed, self._num_examples)
             scores = compute_scores(labeled, self.criterion, totals, measured=measured)
         else:
             arguments = self.criterion, self._num_examples, self._class_weight, callbacks, self._cost

@@ -76,7 +76,7 @@ If it needs a statistic that is not there, fill in a new attribute of `GroupStat
 `group_statistics.statistics_by_group`. The values come from one of three places:
 
 - What needs no gates is measured when a criterion first asks: add a property to `GroupStatistics`, as
-  `filter_distances` and `zero_share` are, and how it is measured to `group_statistics.Measurements`.
+  `filter_distances` and `zero_share` are, and how it is measured to `group_statistics.LazyStatistics`.
 - A sum over examples of a function of g is a row: add it to `gates.GATE_STATISTICS` (its `loss_power` says
   how it grows with the loss, 4 for g^4) and to `gates.batch_statistics`. Every criterion has it then, also in
   `PrunableModel`, and every pass pays for it. Saved `PrunableModel` files hold these rows, so files of

@@ -26,7 +26,7 @@ def statistics_by_group(
     labeled: LabeledModel,
     totals: FloatArray | None,
     extra: Mapping[str, FloatArray],
-    measured: "Measurements",
+    measured: "LazyStatistics",
 ) -> Iterable[tuple[Group, GroupStatistics]]:
     """Each group with its statistics.
 
@@ -61,7 +61,7 @@ def statistics_by_group(
         )
 
 
-class Measurements:
+class LazyStatistics:
     """What is measured of all units when a criterion first asks for it.
 
     Args:

@@ -15,7 +15,7 @@ from keras_taylor.scores.criteria import Criterion, Scores
 from keras_taylor.scores.fisher import FisherGates, removal_ranks
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.gates import GATE_ROWS
-from keras_taylor.scores.group_statistics import Measurements, statistics_by_group
+from keras_taylor.scores.group_statistics import LazyStatistics, statistics_by_group
 from keras_taylor.scores.log_odds import NUM_PROBES, OddsModel
 from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring_passes import gather_statistics, measure_loss_changes, refuse_class_weight
@@ -244,7 +244,7 @@ def score_channels(
         if criterion == "fisher" and totals is not None:
             extra["ranks"] = removal_ranks(totals, unit_savings(labeled, cost))
             totals = totals[: len(GATE_ROWS)]
-    return compute_scores(labeled, criterion, totals, extra, Measurements(labeled, feed, num_examples))
+    return compute_scores(labeled, criterion, totals, extra, LazyStatistics(labeled, feed, num_examples))
 
 
 def is_single_pass(criterion: Criterion) -> bool:
@@ -266,7 +266,7 @@ def compute_scores(
     criterion: Criterion,
     totals: FloatArray | None = None,
     extra: Mapping[str, FloatArray] | None = None,
-    measured: Measurements | None = None,
+    measured: LazyStatistics | None = None,
 ) -> Scores:
     """Scores by group, from the statistics that were gathered.
 
@@ -278,7 +278,7 @@ def compute_scores(
         measured: What is measured when the criterion asks; `None`: activations are not.
     """
     function, scores = criteria.get(criterion), Scores({}, criterion)
-    measured = measured or Measurements(labeled)
+    measured = measured or LazyStatistics(labeled)
     for group, statistics in statistics_by_group(labeled, totals, extra or {}, measured):
         values = function(statistics)
         if values is not None:
