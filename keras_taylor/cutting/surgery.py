@@ -21,7 +21,7 @@ from keras_taylor.reading.configurations import warn_about_saving
 from keras_taylor.reading.graph import Site, SubmodelGraph
 from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.reading.tracing import is_functional, recursion_limit_raised
-from keras_taylor.rules.attention import head_counts, inner_layers, is_attention
+from keras_taylor.rules.attention import attention_config, inner_layers, is_attention
 from keras_taylor.rules.base import Effect, weight_of
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import functional_class
@@ -173,16 +173,20 @@ class _SmallerModelBuilder:
         return self._new_models[submodel]
 
     def _build_attention(self, layer: keras.Layer) -> keras.Layer:
-        """An attention layer with as many heads as are kept."""
+        """An attention layer with the heads and output channels that are kept."""
         if layer not in self._new_operations:
-            heads = {name: self._num_heads(part) for name, part in head_counts(layer).items()}
-            self._new_operations[layer] = clone_operation(layer, layer.name, heads)
+            config = attention_config(layer, self._kernel_shape)
+            self._new_operations[layer] = clone_operation(layer, layer.name, config)
         return self._new_operations[layer]
 
-    def _num_heads(self, projection: keras.Layer) -> int:
-        axes = self._effect_of_operation[projection].weights.get("kernel")
-        heads = axes[1] if axes else None
-        return projection.kernel.shape[1] if heads is None else int(self._kept_labels.mask(heads).sum())
+    def _kernel_shape(self, layer: keras.Layer) -> tuple[int, ...]:
+        """The shape that the kernel of a layer keeps."""
+        shape = tuple(layer.kernel.shape)
+        axes = self._effect_of_operation[layer].weights.get("kernel", (None,) * len(shape))
+        return tuple(
+            size if labels is None else int(self._kept_labels.mask(labels).sum())
+            for size, labels in zip(shape, axes, strict=True)
+        )
 
     def _build_sequential(self, submodel: SubmodelGraph) -> keras.Sequential:
         layers = [self._build_input(submodel, 0), *(self._build_site(site) for site in submodel.sites)]

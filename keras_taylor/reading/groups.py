@@ -12,7 +12,8 @@ import numpy as np
 from keras_taylor.reading.composites import find_rule_by_rebuilding
 from keras_taylor.reading.graph import Call, Graph, Site, read_model
 from keras_taylor.reading.rule_checks import check_registered_rule, find_rule_by_probing
-from keras_taylor.rules.base import Effect, KeptLabels
+from keras_taylor.rules.attention import equally_wide_parts, is_attention
+from keras_taylor.rules.base import Effect, KeptLabels, LabeledTensor
 from keras_taylor.rules.elementwise import is_probed_activation
 from keras_taylor.rules.labels import FIXED, LabelSpace
 from keras_taylor.rules.registry import apply_rule
@@ -214,6 +215,9 @@ class _Labeling:
         for tensors in graph.bindings.values():
             for index in tensors[1:]:
                 self._unite(self.labels[tensors[0]], self.labels[index], "an input of a sub-model")
+        for submodel in dict.fromkeys(graph.submodels.values()):
+            if is_attention(submodel.model):
+                self._unite_widths(submodel.model)
         for index in graph.outputs:
             label_space.lock(self.labels[index], "model output")
         self.probed = sorted(probed)
@@ -246,6 +250,17 @@ class _Labeling:
         if first is not effect:
             for before, now in zip(first.outputs, effect.outputs, strict=True):
                 self._unite(before, now, call.name)
+
+    def _unite_widths(self, layer: keras.Layer) -> None:
+        """Unites the channels of tensors that an attention layer wants to be equally wide."""
+        readers, makers = equally_wide_parts(layer)
+        first: IntArray | None = None
+        for call in self._graph.calls:
+            for index in call.inputs * (call.operation in readers) + call.outputs * (call.operation in makers):
+                channels = LabeledTensor(self.labels[index], self._graph.shapes[index]).labels_along(-1)
+                first = channels if first is None else first
+                name = call.name.rpartition("/")[0]
+                self._label_space.union(first, channels, f"has to be as wide as the query of '{name}'")
 
     def _unite(self, before: IntArray, now: IntArray, name: str) -> None:
         fits = all(a == b or 1 in (a, b) for a, b in zip(before.shape, now.shape, strict=False))

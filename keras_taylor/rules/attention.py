@@ -1,7 +1,7 @@
 """Attention layers: those with heads, which are opened and closed again, and those without projections."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -24,6 +24,7 @@ _HEAD_COUNTS = {
     "MultiHeadAttention": {"num_heads": "query_dense"},
     "GroupedQueryAttention": {"num_query_heads": "query_dense", "num_key_value_heads": "key_dense"},
 }
+_HEAD_AXIS = 1  # of the kernels of the projections to heads: (channels, heads, size of a head)
 
 
 def is_attention(operation: keras.Operation) -> bool:
@@ -31,9 +32,36 @@ def is_attention(operation: keras.Operation) -> bool:
     return type(operation) in (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 
 
-def head_counts(layer: keras.Layer) -> dict[str, keras.Layer]:
-    """The inner projections of an attention layer, by the configuration value that counts their heads."""
-    return {key: getattr(layer, f"_{name}") for key, name in _HEAD_COUNTS[type(layer).__name__].items()}
+def attention_config(
+    layer: keras.Layer, kernel_shape: Callable[[keras.Layer], tuple[int, ...]]
+) -> dict[str, Any]:
+    """Configuration values of the smaller version of an attention layer.
+
+    By default, a `MultiHeadAttention` has outputs as wide as its query. In the smaller version the widths may
+    differ, so it gets an `output_shape` then.
+
+    Args:
+        layer: The attention layer.
+        kernel_shape: Gives the shape that the kernel of an inner projection keeps.
+    """
+    counts = _HEAD_COUNTS[type(layer).__name__]
+    config: dict[str, Any] = {
+        key: kernel_shape(getattr(layer, f"_{name}"))[_HEAD_AXIS] for key, name in counts.items()
+    }
+    if type(layer) is keras.layers.MultiHeadAttention:
+        output_shape = kernel_shape(layer._output_dense)[2:]
+        by_default = kernel_shape(layer._query_dense)[:1]
+        is_given = layer.get_config()["output_shape"] is not None
+        if is_given or output_shape != by_default:
+            config["output_shape"] = output_shape
+    return config
+
+
+def equally_wide_parts(layer: keras.Layer) -> tuple[list[keras.Layer], list[keras.Layer]]:
+    """Inner projections that read, and those that make, tensors which the class wants to be equally wide."""
+    if type(layer) is not keras.layers.GroupQueryAttention:
+        return [], []
+    return [layer._query_dense, layer._value_dense], [layer._output_dense]
 
 
 def inner_layers(layer: keras.Layer) -> list[keras.Layer]:

@@ -160,6 +160,50 @@ def test_the_inside_of_grouped_query_attention(dropout, kept):
     assert small.get_layer("attention_output").kernel.shape == (2 * len(kept), 3, 8)
 
 
+def attending(layer):
+    """A model whose attention layer stands between layers that make channels, without a residual sum."""
+    x = inputs = keras.Input((5, 3))
+    x = layers.Dense(8, activation="relu", name="stem")(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(layer(x, x))))
+
+
+@pytest.mark.parametrize("output_shape", [None, 8, (2, 4)])
+def test_what_attention_puts_out_and_what_it_reads_leave_apart(output_shape):
+    layer = layers.MultiHeadAttention(2, 3, output_shape=output_shape, name="attention")
+    model = attending(layer)
+    num = 2 if output_shape == (2, 4) else 8
+    groups = groups_of(model)
+    assert groups["stem"] == (8, {"stem"})
+    assert groups["attention/attention_output"] == (num, {"attention/attention_output"})
+    small = cut(model, stem=(0, 1, 4, 5, 7), **{"attention/attention_output": (1,)}).get_layer("attention")
+    assert small.get_config()["output_shape"] == ((1, 4) if num == 2 else (1,))
+    assert small.output.shape == (None, 5, *((1, 4) if num == 2 else (1,)))
+    assert cut(model, stem=(0, 4)).get_layer("attention").output.shape[2:] == layer.output.shape[2:]
+
+
+def test_attention_that_stays_as_wide_as_its_query_keeps_the_default_output_shape():
+    model = attending(layers.MultiHeadAttention(2, 3, name="attention"))
+    small = cut(model, **{"stem": (0, 4), "attention/attention_output": (5, 6)})
+    assert small.get_layer("attention").get_config()["output_shape"] is None
+
+
+def test_attention_with_grouped_queries_stays_as_wide_as_its_query():
+    model = attending(layers.GroupQueryAttention(3, 4, 2, name="attention"))
+    assert groups_of(model)["stem"] == (8, {"stem", "attention/attention_output"})
+    small = cut(model, stem=(0, 4, 6)).get_layer("attention")
+    assert small.output.shape == (None, 5, 3)
+
+
+def test_attention_with_grouped_queries_locks_what_has_to_be_as_wide_as_inputs_of_the_model():
+    x, y = inputs = keras.Input((5, 8)), keras.Input((4, 3))
+    y = layers.Dense(8, name="values")(y)
+    x = layers.GroupQueryAttention(3, 4, 2, name="attention")(x, y)
+    model = keras.Model(inputs, layers.Dense(3, name="head")(layers.Flatten()(x)))
+    reasons = {g.name: g.reason for g in label_model(model).locked_groups}
+    assert reasons["values"] == "has to be as wide as the query of 'attention'"
+    assert groups_of(model).keys().isdisjoint({"values", "attention/attention_output"})
+
+
 @pytest.mark.parametrize(("num_keys", "num_units"), [(1, 8), (4, 2), (8, 8)])
 def test_fused_attention_shares_keys(num_keys, num_units):
     if num_keys == 1 and BACKEND == "tensorflow":
