@@ -256,7 +256,9 @@ class _Labeling:
         readers, makers = equally_wide_parts(layer)
         first: IntArray | None = None
         for call in self._graph.calls:
-            for index in call.inputs * (call.operation in readers) + call.outputs * (call.operation in makers):
+            for index in call.inputs * (call.operation in readers) + call.outputs * (
+                call.operation in makers
+            ):
                 channels = LabeledTensor(self.labels[index], self._graph.shapes[index]).labels_along(-1)
                 first = channels if first is None else first
                 name = call.name.rpartition("/")[0]
