@@ -679,6 +679,58 @@ def vit_parts():
     return keras.Model(inputs, layers.Dense(3, name="head")(ops.mean(x, axis=1)))
 
 
+def folded_windows(x, size):
+    """Windows of `size` x `size` positions, each a row of its own."""
+    _, height, width, channels = x.shape
+    x = ops.reshape(x, (-1, height // size, size, width // size, size, channels))
+    return ops.reshape(ops.transpose(x, (0, 1, 3, 2, 4, 5)), (-1, size**2, channels))
+
+
+def unfolded_windows(x, size, height, width):
+    x = ops.reshape(x, (-1, height // size, width // size, size, size, x.shape[-1]))
+    return ops.reshape(ops.transpose(x, (0, 1, 3, 2, 4, 5)), (-1, height, width, x.shape[-1]))
+
+
+@model
+def swin():
+    """Attention within windows in the batch axis, shifted in the second block; then patches merge."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(8, 2, strides=2, name="patches")(inputs)
+    shifted = np.zeros((4, 1, 4, 4), "float32")
+    shifted[1:, :, 2:, :2] = shifted[1:, :, :2, 2:] = -9.0
+    for k, shift in enumerate((0, 1)):
+        y = folded_windows(
+            ops.roll(layers.LayerNormalization(name=f"norm{k}")(x), (-shift, -shift), (1, 2)), 2
+        )
+        q, key, v = (
+            ops.transpose(layers.Reshape((4, 6, 2))(layers.Dense(12, name=f"{name}{k}")(y)), (0, 2, 1, 3))
+            for name in ("query", "key", "value")
+        )
+        scores = ops.matmul(q * 0.6, ops.swapaxes(key, -1, -2))
+        if shift:
+            scores = ops.reshape(ops.reshape(scores, (-1, 4, 6, 4, 4)) + shifted, (-1, 6, 4, 4))
+        y = ops.matmul(ops.softmax(scores), v)
+        y = layers.Dense(8, name=f"output{k}")(layers.Reshape((4, 12))(ops.transpose(y, (0, 2, 1, 3))))
+        x = x + ops.roll(unfolded_windows(y, 2, 4, 4), (shift, shift), (1, 2))
+        y = layers.Dense(9, "gelu", name=f"expand{k}")(layers.LayerNormalization()(x))
+        x = x + layers.Dense(8, name=f"project{k}")(y)
+    x = layers.Dense(10, name="merge")(ops.reshape(folded_windows(x, 2), (-1, 2, 2, 32)))
+    return classified(inputs, layers.ReLU()(x))
+
+
+@model
+def video():
+    """Frames in the batch axis for convolutions; then time first, and a layer that sees all frames."""
+    inputs = keras.Input((3, *SIZE))
+    x = conv(ops.reshape(inputs, (-1, *SIZE)), 6, "conv1")
+    x = layers.GlobalAveragePooling2D()(conv(layers.MaxPooling2D()(x), 5, "conv2"))
+    x = layers.LSTM(6, return_sequences=True, name="lstm")(ops.reshape(x, (-1, 3, 5)))
+    x = layers.Dense(7, "relu", name="frames")(ops.transpose(x, (1, 0, 2)))
+    x = ops.concatenate([x[0], ops.max(x, axis=0)], axis=-1)
+    both = layers.Dense(5, "relu", name="both")(ops.concatenate([x, -x], axis=0))
+    return keras.Model(inputs, layers.Dense(3, name="head")(ops.concatenate(ops.split(both, 2, axis=0), -1)))
+
+
 @keras.saving.register_keras_serializable("zoo")
 class Reversed(layers.Layer):
     """Something that no rule knows: channels in another order."""

@@ -79,15 +79,16 @@ class KernelCall:
         changes = kept_labels.changes(self._effect.config)
         layer = clone_operation(call.operation, call.name, changes)
         dtype = next(x.dtype for x in call.site.flat if isinstance(x, keras.KerasTensor))
-        shape = list(self._labeled.graph.shapes[call.inputs[0]])
+        num_rows, *shape = self._labeled.shape_of_example(call.inputs[0])
         for axis, size in enumerate(self._labeled.labels[call.inputs[0]].shape):
             if size > 1:
-                shape[axis] = self.widths(kept).inputs
-        return {
+                shape[axis - 1] = self.widths(kept).inputs
+        isolated: IsolatedLayer = {
             "layer": _serialize_for_timing(layer),
-            "shape": shape[1:],
+            "shape": shape,
             "dtype": keras.backend.standardize_dtype(dtype),
         }
+        return isolated if num_rows == 1 else {**isolated, "num_rows": num_rows or 1}
 
 
 class WidthGrid:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 from keras_taylor.reading.graph import Call
 from keras_taylor.reading.groups import LabeledModel
@@ -43,7 +42,7 @@ def find_memory_places(labeled: LabeledModel) -> list[MemoryPlace]:
     place_of: dict[int, int] = {}  # tensor -> index of its place
 
     def add(tensor: int, step: int) -> None:
-        size, labels = _measure(graph.shapes[tensor], labeled.labels[tensor])
+        size, labels = _measure(labeled.shape_of_example(tensor), labeled.labels[tensor])
         place_of[tensor] = len(places)
         places.append(MemoryPlace(size, labels, step, last_reads[tensor]))
 
@@ -52,7 +51,7 @@ def find_memory_places(labeled: LabeledModel) -> list[MemoryPlace]:
             add(tensor, 0)
     for step, (call, effect) in enumerate(zip(graph.calls, labeled.effects, strict=True)):
         source = call.inputs[0] if call.inputs else None
-        if source in place_of and last_reads[source] == step and _runs_in_place(call, effect, graph.shapes):
+        if source in place_of and last_reads[source] == step and _runs_in_place(call, effect, labeled):
             (output,) = call.outputs
             number = place_of[output] = place_of[source]
             places[number] = dataclasses.replace(places[number], last=last_reads[output])
@@ -73,27 +72,26 @@ def _last_reads(labeled: LabeledModel) -> dict[int, int]:
     return last
 
 
-def _runs_in_place(call: Call, effect: Effect, shapes: Sequence[Shape]) -> bool:
+def _runs_in_place(call: Call, effect: Effect, labeled: LabeledModel) -> bool:
     """Whether a call may write each output value to where the input value was."""
     if len(call.inputs) != 1 or len(call.outputs) != 1 or effect.reads or not effect.has_rule:
         return False
     if any(len(axes) > 1 for axes in effect.weights.values()):
         return False
-    before, after = (_num_values(shapes[tensor]) for tensor in (call.inputs[0], call.outputs[0]))
+    shapes = (labeled.shape_of_example(tensor) for tensor in (call.inputs[0], call.outputs[0]))
+    before, after = map(_num_values, shapes)
     return before is not None and before == after
 
 
 def _num_values(shape: Shape) -> int | None:
-    """Number of values of one example, `None` if a size is unknown."""
-    sizes = [size for size in shape[1:] if size is not None]
-    return math.prod(sizes) if len(sizes) == len(shape) - 1 else None
+    """Number of values of a tensor, `None` if a size is unknown."""
+    sizes = [size for size in shape if size is not None]
+    return math.prod(sizes) if len(sizes) == len(shape) else None
 
 
 def _measure(shape: Shape, labels: IntArray) -> tuple[float, IntArray | None]:
     """Bytes of each channel (or of all values where there are no channels), and the channels' labels."""
     has_channels = labels.size > 1
-    sizes = [
-        size for axis, size in enumerate(shape) if axis > 0 and not (has_channels and labels.shape[axis] > 1)
-    ]
+    sizes = [size for axis, size in enumerate(shape) if not (has_channels and labels.shape[axis] > 1)]
     num = math.nan if None in sizes else float(math.prod(size for size in sizes if size is not None))
     return _FLOAT32_BYTES * num, labels.reshape(-1) if has_channels else None

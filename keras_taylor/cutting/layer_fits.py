@@ -61,21 +61,18 @@ class FitOptions:
 
     Attributes:
         num_fit_batches: Number of batches to fit on. The remaining batches are held out.
-        num_examples: Number of examples in all batches.
         random: Draws the positions that are used.
         thorough: `False` uses fewer rows, and does not relax targets by the slack of a rectifier.
     """
 
     num_fit_batches: int
-    num_examples: int
     random: np.random.Generator
     thorough: bool = True
 
     def __post_init__(self) -> None:
-        if not self.num_fit_batches > 0 or not self.num_examples > 0:
+        if not self.num_fit_batches > 0:
             raise ValueError(
-                "Expected at least one batch to fit on, and one example. Received: "
-                f"num_fit_batches={self.num_fit_batches}, num_examples={self.num_examples}"
+                f"Expected at least one batch to fit on. Received: num_fit_batches={self.num_fit_batches}"
             )
 
 
@@ -109,8 +106,9 @@ class LayerFit:
     def run(self) -> LayerRepair:
         """Fits the layer; leaves it unchanged if the fit is not better on the held-out batches."""
         options, num_columns = self._options, self._view.matrix().shape[1]
-        num_rows = rows_per_example(num_columns, options.num_examples, options.thorough)
-        with limit_blas_threads(num_rows * options.num_examples, num_columns):
+        num_examples = sum(map(len, self._inputs))  # more than in the data where the batch axis holds windows
+        num_rows = rows_per_example(num_columns, num_examples, options.thorough)
+        with limit_blas_threads(num_rows * num_examples, num_columns):
             if not self._is_matrix_product():
                 return LayerRepair(
                     self._name, reason="its output is not the product of its input and its kernel"

@@ -52,7 +52,6 @@ def refit(
     weights = [np.array(ops.convert_to_numpy(w)) for w in small.weights]
     options = FitOptions(
         num_fit_batches=len(batches) - num_held_out,
-        num_examples=sum(len(batch[0]) for batch in batches),
         random=np.random.default_rng(0),
         thorough=thorough,
     )

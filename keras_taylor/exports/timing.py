@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import Any, Final, TypedDict
+from typing import Any, Final, NotRequired, TypedDict
 
 import keras
 import numpy as np
@@ -52,11 +52,13 @@ class IsolatedLayer(TypedDict):
         layer: The layer as `keras.saving.serialize_keras_object` returns it.
         shape: Shape of its input without the batch axis.
         dtype: Dtype of its input.
+        num_rows: How many rows of the batch axis belong to one example, if not one.
     """
 
     layer: dict[str, Any]
     shape: list[int | None]
     dtype: str
+    num_rows: NotRequired[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +200,7 @@ def time_layers(variant: str, layers: Sequence[IsolatedLayer], batch_size: int) 
 
 
 def _time_layer(variant: Variant, layer: IsolatedLayer, batch_size: int) -> int | None:
+    batch_size *= layer.get("num_rows", 1)
     try:
         model = _build_model(layer)
         with tempfile.TemporaryDirectory() as folder:

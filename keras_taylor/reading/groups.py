@@ -11,13 +11,17 @@ import numpy as np
 
 from keras_taylor.reading.composites import find_rule_by_rebuilding
 from keras_taylor.reading.graph import Call, Graph, Site, read_model
-from keras_taylor.reading.rule_checks import check_registered_rule, find_rule_by_probing
+from keras_taylor.reading.rule_checks import (
+    check_registered_rule,
+    find_batches_by_running,
+    find_rule_by_probing,
+)
 from keras_taylor.rules.attention import equally_wide_parts, is_attention
 from keras_taylor.rules.base import Effect, KeptLabels, LabeledTensor
 from keras_taylor.rules.elementwise import is_probed_activation
-from keras_taylor.rules.labels import FIXED, LabelSpace
+from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace
 from keras_taylor.rules.registry import apply_rule
-from keras_taylor.support.types import BoolArray, IntArray, LayerPatterns
+from keras_taylor.support.types import BoolArray, IntArray, LayerPatterns, Shape
 
 # Layer names, regular expressions that match whole names, or layers; or one of these.
 
@@ -70,6 +74,7 @@ class LabeledModel:
         exact: Whether channels that are normalized together stay.
         label_space: The labels, with their producers and locks.
         labels: Label array of every tensor.
+        batches: Where the examples are in every tensor, `None` where gates cannot follow them.
         effects: What the rule says of each call.
         groups: Prunable groups, in the order of their units.
         num_units: Number of prunable units.
@@ -90,7 +95,7 @@ class LabeledModel:
         self._include, self._exclude, self._grouped = include, exclude, tuple(grouped)
         self.label_space = LabelSpace(exact, self._grouped)
         labeling = _Labeling(graph, self.label_space)
-        self.labels, self.effects = labeling.labels, labeling.effects
+        self.labels, self.batches, self.effects = labeling.labels, labeling.batches, labeling.effects
         self.unknown, self.probed = labeling.unknown, labeling.probed
         self._lock_unselected()
         self._roots, self._locks = self.label_space.resolve()
@@ -98,6 +103,11 @@ class LabeledModel:
         self._unit_of_label = grouping.unit_of_label
         self.num_units = sum(group.num_units for group in grouping.groups)
         self.groups = self._with_normalizations(grouping.groups)
+
+    def shape_of_example(self, tensor: int) -> Shape:
+        """The shape of a tensor for one example alone; an example may have several rows on the batch axis."""
+        batch, shape = self.batches[tensor], self.graph.shapes[tensor]
+        return shape if batch is None else batch.shape_of_example(shape)
 
     def units_of(self, labels: IntArray) -> IntArray:
         """The unit of each label: an int64 array of the same shape, -1 for what stays."""
@@ -203,13 +213,15 @@ class _Labeling:
     """Labels the tensors and weights of a graph, call by call.
 
     Attributes:
-        labels, effects, unknown, probed: As in `LabeledModel`.
+        labels, batches, effects, unknown, probed: As in `LabeledModel`.
     """
 
     def __init__(self, graph: Graph, label_space: LabelSpace) -> None:
         self._graph, self._label_space = graph, label_space
         self._first_effects: dict[keras.Operation | Site, Effect] = {}
         self.labels: list[IntArray] = [np.full((1,) * len(shape), FIXED) for shape in graph.shapes]
+        self.batches: list[BatchAxis | None] = [FIRST_AXIS] * len(graph.shapes)
+        self._lost: dict[int, str] = {}  # where gates cannot follow the examples, and the name of why
         self.effects: list[Effect] = []
         probed = {call.name for call in graph.calls if self._label_call(call)}
         for tensors in graph.bindings.values():
@@ -228,17 +240,35 @@ class _Labeling:
     def _label_call(self, call: Call) -> bool:
         """Applies the rule of a call; returns whether the rule was found by probing."""
         shapes = self._graph.shapes
-        check_registered_rule(call, self.labels, shapes, self._label_space.exact)
+        check_registered_rule(call, self.labels, shapes, self.batches, self._label_space.exact)
         inside = find_rule_by_rebuilding(call, shapes, LabeledModel)
-        probed = None if inside else find_rule_by_probing(call, self.labels, shapes)
-        effect = apply_rule(
-            self._label_space, call, self.labels, shapes, call.tensor_positions, inside or probed
-        )
+        probed = None if inside else find_rule_by_probing(call, self.labels, shapes, self.batches)
+        effect = apply_rule(self._label_space, call, self.labels, shapes, self.batches, inside or probed)
+        self._follow_examples(call, effect, bool(probed))
         for index, labels in zip(call.outputs, effect.outputs, strict=True):
             self.labels[index] = labels
         self.effects.append(effect)
         self._unite_with_first(call, effect)
         return bool(probed) or (call.closed_reason is None and is_probed_activation(call.operation))
+
+    def _follow_examples(self, call: Call, effect: Effect, is_probed: bool) -> None:
+        """Notes where the examples are in the outputs of a call, and locks what gates in it cannot reach."""
+        batches = [self.batches[index] for index in call.inputs]
+        lost = next((self._lost[index] for index in call.inputs if index in self._lost), call.name)
+        unreached = [self.labels[call.inputs[k]] for k in effect.reads if batches[k] is None]
+        if batches[0] is None or batches[0].axis:
+            unreached += [read.labels for read in effect.internal_reads]
+        if batches[0] is None and effect.call_with_gate is not None:
+            unreached.append(self.labels[call.inputs[0]])
+        for labels in unreached:
+            self._label_space.lock(labels, f"behind '{lost}', where a gate cannot follow its example")
+        found: Sequence[BatchAxis | None] = effect.batches or ()
+        if not is_probed:
+            found = find_batches_by_running(call, self._graph.shapes, self.batches, found)
+        for index, batch in zip(call.outputs, found, strict=True):
+            self.batches[index] = batch
+            if batch is None:
+                self._lost[index] = lost
 
     def _unite_with_first(self, call: Call, effect: Effect) -> None:
         """Unites labels with those of an earlier call of the same operation: they have the same weights."""

@@ -14,12 +14,13 @@ from keras_taylor.reading.cloning import build_like, clone_operation, copy_weigh
 from keras_taylor.reading.graph import Call, TensorRef
 from keras_taylor.rules import elementwise
 from keras_taylor.rules.base import KeptLabels, LabeledTensor, Rule, is_from_keras, unknown_operation
-from keras_taylor.rules.labels import FIXED, LabelSpace
+from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace
 from keras_taylor.rules.probing import is_channelwise
 from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
 from keras_taylor.support.types import Array, BoolArray, IntArray, Shape
 
 _NUM_EXAMPLES = 2  # of random inputs
+_NUM_FOLLOWED = 3  # examples of random inputs that are followed
 _SIZE_IF_UNKNOWN = 5  # of random inputs along axes of unknown size
 _NUM_CHECKS = 2  # of a registered rule, with different random numbers
 _NUM_DRAWS = 20  # of channels that leave, until some stay along every axis
@@ -41,7 +42,7 @@ class _CheckedRule(NamedTuple):
 class _ProbedInput(NamedTuple):
     """The input on which an operation was probed."""
 
-    shape: Shape
+    shape: tuple[int, ...]
     channel_axis: int
 
 
@@ -53,9 +54,18 @@ _probe_results: weakref.WeakKeyDictionary[keras.Operation, dict[_ProbedInput, bo
     weakref.WeakKeyDictionary()
 )
 
+# Where the examples are in the outputs of operations that were run, by shape and batch axis of the inputs.
+_batches_found: weakref.WeakKeyDictionary[
+    keras.Operation, dict[tuple[tuple[Shape, BatchAxis | None], ...], Sequence[BatchAxis | None]]
+] = weakref.WeakKeyDictionary()
+
 
 def check_registered_rule(
-    call: Call, labels: Sequence[IntArray], shapes: Sequence[Shape], exact: bool = True
+    call: Call,
+    labels: Sequence[IntArray],
+    shapes: Sequence[Shape],
+    batches: Sequence[BatchAxis | None],
+    exact: bool = True,
 ) -> None:
     """Refuses a registered rule that does not hold for this layer.
 
@@ -67,6 +77,7 @@ def check_registered_rule(
         call: The call of the layer.
         labels: Label array of every tensor seen so far, by index.
         shapes: Shape of every tensor.
+        batches: Where the examples are in every tensor seen so far.
         exact: Whether channels that are normalized together stay.
 
     Raises:
@@ -85,7 +96,7 @@ def check_registered_rule(
         return
     try:
         for seed in range(_NUM_CHECKS):
-            _RuleCheck(call, shapes, axes, seed, exact).run()
+            _RuleCheck(call, shapes, batches, axes, seed, exact).run()
     except _RuleFailsError as error:
         registered = wrapped_class if rules[0] is None else layer_class
         raise ValueError(
@@ -96,7 +107,9 @@ def check_registered_rule(
     _rules_that_hold.add(checked)
 
 
-def find_rule_by_probing(call: Call, labels: Sequence[IntArray], shapes: Sequence[Shape]) -> Rule | None:
+def find_rule_by_probing(
+    call: Call, labels: Sequence[IntArray], shapes: Sequence[Shape], batches: Sequence[BatchAxis | None]
+) -> Rule | None:
     """A rule that lets channels through, for an operation without a rule and without weights.
 
     The operation runs on random inputs. Each channel of the output must depend on the same channel of the
@@ -106,6 +119,7 @@ def find_rule_by_probing(call: Call, labels: Sequence[IntArray], shapes: Sequenc
         call: The call of the operation.
         labels: Label array of every tensor seen so far, by index.
         shapes: Shape of every tensor.
+        batches: Where the examples are in every tensor seen so far.
 
     Returns:
         `None` if the operation has a rule, or if channels cannot be let through.
@@ -120,9 +134,9 @@ def find_rule_by_probing(call: Call, labels: Sequence[IntArray], shapes: Sequenc
     if not axis or shape != shapes[call.outputs[0]] or "float" not in tensor_dtype(call, index):
         return None
     results = _probe_results.setdefault(operation, {})
-    probed = _ProbedInput(shape, axis)
+    probed = _ProbedInput(_known_shape(shape, batches[index]), axis)
     if probed not in results:
-        results[probed] = _handles_channels_alone(call, shape, axis)
+        results[probed] = _handles_channels_alone(call, *probed)
     return elementwise.unary if results[probed] else None
 
 
@@ -134,7 +148,7 @@ def _may_be_probed(operation: keras.Operation) -> bool:
     return not is_own and not operation.weights and not hasattr(operation, "reset_state")
 
 
-def _handles_channels_alone(call: Call, shape: Shape, axis: int) -> bool:
+def _handles_channels_alone(call: Call, shape: tuple[int, ...], axis: int) -> bool:
     (index,), operation = call.inputs, call.operation
 
     def run(x: Array) -> Array:
@@ -148,7 +162,89 @@ def _handles_channels_alone(call: Call, shape: Shape, axis: int) -> bool:
     except ValueError:
         return False
     dtype = getattr(operation, "compute_dtype", "float32")
-    return is_channelwise(run, run_smaller, _known_shape(shape), axis, dtype)
+    return is_channelwise(run, run_smaller, shape, axis, dtype)
+
+
+def find_batches_by_running(
+    call: Call,
+    shapes: Sequence[Shape],
+    batches: Sequence[BatchAxis | None],
+    expected: Sequence[BatchAxis | None],
+) -> Sequence[BatchAxis | None]:
+    """Where the examples are in the outputs of an operation that nobody knows.
+
+    It may fold windows or time steps into the batch axis. So it runs on random inputs, a second time with
+    other values in the first example.
+
+    Args:
+        call: The call of the operation.
+        shapes: Shape of every tensor.
+        batches: Where the examples are in every tensor seen so far.
+        expected: Where they are if the operation leaves them where they are.
+
+    Returns:
+        `expected` if the sizes are as expected, if the operation is known, or if it does not run.
+    """
+    operation = call.operation
+    if _keeps_examples(operation) or any(batches[index] is None for index in call.inputs):
+        return expected
+    results = _batches_found.setdefault(operation, {})
+    key = tuple((shapes[index], batches[index]) for index in call.inputs)
+    if key not in results:
+        try:
+            results[key] = _run_and_follow(call, shapes, batches, expected)
+        except Exception:  # a user's layer may raise anything on random numbers
+            results[key] = expected
+    return results[key]
+
+
+def _keeps_examples(operation: keras.Operation) -> bool:
+    """Whether it is known what an operation does to the batch axis: layers of Keras leave it."""
+    if not is_from_keras(type(operation)):
+        return False
+    is_layer = isinstance(operation, keras.Layer) and type(operation) is not keras.layers.Lambda
+    return is_layer or rule_for(operation) is not unknown_operation
+
+
+def _run_and_follow(
+    call: Call,
+    shapes: Sequence[Shape],
+    batches: Sequence[BatchAxis | None],
+    expected: Sequence[BatchAxis | None],
+) -> Sequence[BatchAxis | None]:
+    """As `find_batches_by_running`."""
+    copy, random = clone_operation(call.operation, call.name), np.random.default_rng(0)
+    if isinstance(copy, keras.Layer):
+        build_like(copy, call.operation, call.name)
+        _randomize_weights(copy, random)
+    inputs: dict[int, Array] = {}
+    others: dict[int, Array] = {}
+    for index in call.inputs:
+        batch = batches[index] or FIRST_AXIS
+        dtype = tensor_dtype(call, index)
+        x, other = (random_input(random, shapes[index], dtype, batch, _NUM_FOLLOWED) for _ in range(2))
+        is_first = np.expand_dims(batch.rows_of_first(_NUM_FOLLOWED), [*range(1, x.ndim)])
+        inputs[index] = x
+        others[index] = np.where(np.moveaxis(is_first, 0, batch.axis), other, x)
+    outputs = run_like_call(call, copy, inputs)
+    sizes = [batch and batch.num_rows * _NUM_FOLLOWED for batch in expected]
+    axes = [batch.axis if batch else 0 for batch in expected]
+    if all(y.ndim and y.shape[axis] == size for y, axis, size in zip(outputs, axes, sizes, strict=True)):
+        return expected
+    changed = run_like_call(call, copy, others)
+    return [_follow(before != after) for before, after in zip(outputs, changed, strict=True)]
+
+
+def _follow(changed: BoolArray) -> BatchAxis | None:
+    """Where the examples are in an output, of which these values changed with the first one."""
+    for axis, size in enumerate(changed.shape):
+        rows = changed.any(tuple(k for k in range(changed.ndim) if k != axis))
+        inner = int(np.argmin(rows))
+        outer = size // (_NUM_FOLLOWED * inner) if inner else 0
+        batch = BatchAxis(axis, outer, inner)
+        if inner and np.array_equal(batch.rows_of_first(_NUM_FOLLOWED), rows):
+            return batch
+    return None
 
 
 class _RuleFailsError(Exception):
@@ -159,7 +255,13 @@ class _RuleCheck:
     """One check of a layer's rule: the layer gets labels of its own, and some of its channels leave."""
 
     def __init__(
-        self, call: Call, shapes: Sequence[Shape], axes: Mapping[int, int | None], seed: int, exact: bool
+        self,
+        call: Call,
+        shapes: Sequence[Shape],
+        batches: Sequence[BatchAxis | None],
+        axes: Mapping[int, int | None],
+        seed: int,
+        exact: bool,
     ) -> None:
         self._call, self._random = call, np.random.default_rng(seed)
         self._space = LabelSpace(exact)
@@ -174,11 +276,11 @@ class _RuleCheck:
                 vector = self._space.new_labels(size, call.name)
                 self._labels[index] = np.expand_dims(vector, [k for k in range(rank) if k != axis])
         try:
-            self._effect = apply_rule(self._space, call, self._labels, shapes, call.tensor_positions)
+            self._effect = apply_rule(self._space, call, self._labels, shapes, batches)
         except Exception as error:
             raise _RuleFailsError(f"it failed with {type(error).__name__}: {error}") from error
         self._inputs = {
-            index: random_input(self._random, shapes[index], tensor_dtype(call, index))
+            index: random_input(self._random, shapes[index], tensor_dtype(call, index), batches[index])
             for index in self._labels
         }
 
@@ -194,9 +296,7 @@ class _RuleCheck:
             run_like_call(self._call, whole, self._inputs)
         except Exception as error:
             raise _RuleFailsError(f"the layer failed on random numbers ({_summarize(error)})") from error
-        for weight in whole.weights:
-            if "float" in weight.dtype:
-                weight.assign(self._random.uniform(0.5, 1.5, weight.shape).astype("float32"))
+        _randomize_weights(whole, self._random)
         expected = self._run_gated(whole, kept)
         try:
             found = self._run_smaller(whole, kept)
@@ -263,6 +363,12 @@ class _RuleCheck:
         return run_like_call(self._call, small, inputs, arguments)
 
 
+def _randomize_weights(layer: keras.Layer, random: np.random.Generator) -> None:
+    for weight in layer.weights:
+        if "float" in weight.dtype:
+            weight.assign(random.uniform(0.5, 1.5, weight.shape).astype("float32"))
+
+
 def _remove_channels(value: Array, labels: IntArray, kept: BoolArray) -> Array:
     """An array without the channels that leave, given its labels."""
     axis = next((k for k, size in enumerate(labels.shape) if size > 1), None)
@@ -305,16 +411,25 @@ def run_like_call(
     return [np.asarray(ops.convert_to_numpy(ops.cast(y, "float32"))) for y in outputs]
 
 
-def random_input(random: np.random.Generator, shape: Shape, dtype: str) -> Array:
+def random_input(
+    random: np.random.Generator,
+    shape: Shape,
+    dtype: str,
+    batch: BatchAxis | None = None,
+    num_examples: int = _NUM_EXAMPLES,
+) -> Array:
     """Random values for a tensor of this shape: a few examples, and a small size where none is known."""
-    known_shape = _known_shape(shape)
+    known_shape = _known_shape(shape, batch, num_examples)
     if "float" in dtype:
         return random.normal(size=known_shape).astype("float32")
     return random.integers(0, 2, known_shape).astype(dtype)
 
 
-def _known_shape(shape: Shape) -> tuple[int, ...]:
-    return (_NUM_EXAMPLES, *(_SIZE_IF_UNKNOWN if size is None else size for size in shape[1:]))
+def _known_shape(shape: Shape, batch: BatchAxis | None, num_examples: int = _NUM_EXAMPLES) -> tuple[int, ...]:
+    batch = batch or FIRST_AXIS
+    sizes = [_SIZE_IF_UNKNOWN if size is None else size for size in shape]
+    sizes[batch.axis] = num_examples * batch.num_rows
+    return tuple(sizes)
 
 
 def tensor_dtype(call: Call, index: int) -> str:

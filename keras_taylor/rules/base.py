@@ -44,7 +44,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import keras
 import numpy as np
 
-from keras_taylor.rules.labels import FIXED, LabelSpace
+from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.types import BoolArray, IntArray, Masks, Shape, Tensor
 
@@ -61,11 +61,14 @@ class LabeledTensor:
     Attributes:
         labels: int64 array of the tensor's rank. It has size 1 along every axis on which labels do not vary,
             the batch axis among them. At most one axis varies.
-        shape: Sizes of all axes, the batch axis first, `None` where unknown.
+        shape: Sizes of all axes, `None` where unknown. The first one is the batch axis, if `batch` does not
+            say otherwise; then the size of the batch axis is that for one example.
+        batch: Where the examples are; `None` if no gate can follow them.
     """
 
     labels: IntArray
     shape: Shape
+    batch: BatchAxis | None = FIRST_AXIS
 
     @property
     def rank(self) -> int:
@@ -76,6 +79,11 @@ class LabeledTensor:
     def channel_axis(self) -> int | None:
         """The axis along which labels vary, `None` if the tensor has no channels."""
         return next((k for k, size in enumerate(self.labels.shape) if size > 1), None)
+
+    @property
+    def batch_axis(self) -> int | None:
+        """The axis of the examples, `None` if unknown."""
+        return None if self.batch is None else self.batch.axis
 
     def labels_along(self, axis: int) -> IntArray:
         """Returns the labels along an axis: int64 `(shape[axis],)`, empty if the size is unknown."""
@@ -155,7 +163,10 @@ class Effect:
         call_with_gate: For an operation that normalizes its channels together and lets them through.
             `call_with_gate(operation, x, gate)` returns the output that the operation has without the
             channels whose gate is zero. `gate` broadcasts against `x`.
-        work: Floating point operations of one example.
+        work: Floating point operations of one example; of one row, if an example has several on the first
+            axis.
+        batches: Where the examples are in each output, `None` in the place of one where gates cannot follow
+            them. By default they are where they were in the inputs.
         has_rule: False if no rule knows the operation. The report names it.
         accelerate: `accelerate(layer)` changes a copy of the layer in place, so that its derivatives cost
             less and its values stay the same. `None` if there is no such change.
@@ -171,6 +182,7 @@ class Effect:
     internal_reads: tuple[InternalRead, ...] = ()
     call_with_gate: Callable[[keras.Layer, Tensor, Tensor], Tensor] | None = None
     work: tuple[Work, ...] = ()
+    batches: Sequence[BatchAxis | None] | None = None
     has_rule: bool = True
     accelerate: Callable[[keras.Layer], None] | None = None
     inner_kernels: tuple[tuple[str, int], ...] = ()
@@ -190,6 +202,8 @@ class Context:
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
         output_shapes: Shape of each output tensor, the batch axis first, `None` where unknown.
+        recorded_shapes: Shapes of the inputs, then of the outputs, also with `None` on a batch axis that is
+            not the first one.
         closed_reason: Why the operations inside a custom layer could not be read; `None` if they need not be.
     """
 
@@ -202,6 +216,7 @@ class Context:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output_shapes: Sequence[Shape]
+    recorded_shapes: Sequence[Shape]
     closed_reason: str | None = None
 
     def new_labels(self, num: int) -> IntArray:
@@ -309,8 +324,9 @@ def lock_inputs(ctx: Context, reason: str = "read by an operation that mixes cha
 
 
 def lock_batch_operation(ctx: Context) -> Effect:
-    """The effect of an operation that adds, removes or moves examples: a gate must know its example."""
-    return lock_inputs(ctx, "read by an operation on the batch axis")
+    """The effect of an operation that adds, removes or mixes examples: a gate must know its example."""
+    effect = lock_inputs(ctx, "read by an operation on the batch axis")
+    return dataclasses.replace(effect, batches=[None] * len(ctx.output_shapes))
 
 
 def unknown_operation(ctx: Context) -> Effect:

@@ -20,7 +20,7 @@ from keras_taylor.rules.base import (
     size_product,
 )
 from keras_taylor.rules.elementwise import cut_constant, lock_unless_elementwise
-from keras_taylor.rules.labels import FIXED
+from keras_taylor.rules.labels import FIXED, BatchAxis
 from keras_taylor.support.types import IntArray, Shape
 
 
@@ -32,9 +32,11 @@ def einsum_dense(ctx: Context) -> Effect:
     """
     layer, tensor = ctx.operation, ctx.inputs[0]
     terms = parse_subscripts(layer.equation, (tensor.rank, len(layer.kernel.shape)))
-    if terms is None or terms[0][0] != terms[2][0] or terms[0][0] in terms[1]:
+    if terms is None:
         return lock_inputs(ctx)
     read, kernel, result = terms
+    if read[0] != result[0] or read[0] in kernel:
+        return lock_batch_operation(ctx)
     axis = tensor.channel_axis
     labels = {} if axis is None else {read[axis]: tensor.labels_along(axis)}
     along = next((letter for letter in labels if letter in result), None)
@@ -178,12 +180,17 @@ def _product_effect(ctx: Context, subscripts: str) -> Effect:
         return lock_inputs(ctx)
     tensors = dict(zip(ctx.input_positions, ctx.inputs, strict=True))
     result = terms[-1]
-    if any(terms[p][0] != result[:1] for p in tensors):
+    batches = {p: t.batch for p, t in tensors.items() if t.batch is not None}
+    examples = {(terms[p][batch.axis], batch.outer, batch.inner) for p, batch in batches.items()}
+    letter, outer, inner = next(iter(examples), ("", 1, 1))
+    if len(examples) != 1 or letter not in result:
         return lock_batch_operation(ctx)
+    found = [BatchAxis(result.index(letter), outer, inner)]
+    first = terms[next(iter(batches))][0]
     letters = {p: terms[p][t.channel_axis] for p, t in tensors.items() if t.channel_axis is not None}
     sizes = _size_of_each_letter(terms, shapes)
     if not letters:
-        return Effect(outputs=[ctx.fixed_labels()], work=_product_work(sizes, result[0], {}))
+        return Effect(outputs=[ctx.fixed_labels()], work=_product_work(sizes, first, {}), batches=found)
     along = next(iter(letters.values()))
     for p in (p for p, letter in letters.items() if letter != along):
         ctx.lock(tensors[p].labels, "multiplied with channels on another axis")
@@ -202,7 +209,8 @@ def _product_effect(ctx: Context, subscripts: str) -> Effect:
             p: cut_constant(ctx.constants[p], axis, channels) for p, axis in axes.items() if p not in tensors
         },
         reads={} if is_kept else {ctx.input_positions.index(read): axes[read]},
-        work=_product_work(sizes, result[0], {along: channels}),
+        work=_product_work(sizes, first, {along: channels}),
+        batches=found,
     )
 
 
@@ -229,16 +237,16 @@ def _size_of_each_letter(terms: Sequence[str], shapes: Sequence[Shape]) -> dict[
 
 
 def _product_work(
-    sizes: Mapping[str, int | None], batch: str, labels: Mapping[str, IntArray]
+    sizes: Mapping[str, int | None], first: str, labels: Mapping[str, IntArray]
 ) -> tuple[Work, ...]:
     """A multiplication and an addition for each combination of positions.
 
     Args:
         sizes: Size of each letter.
-        batch: The letter of the batch axis, which does not count.
+        first: The letter of the first axis, which does not count.
         labels: Labels along the letters that have channels.
     """
-    others = [size for letter, size in sizes.items() if letter != batch and letter not in labels]
+    others = [size for letter, size in sizes.items() if letter != first and letter not in labels]
     return (Work(2.0 * size_product(others), tuple(labels.values())),)
 
 

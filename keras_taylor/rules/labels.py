@@ -1,13 +1,81 @@
-"""Integer labels of channels: which channels are one unit, and which must stay."""
+"""Integer labels of channels: which channels are one unit, and which must stay. Where examples are."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from keras_taylor.support.types import IntArray
+from keras_taylor.support.types import BoolArray, IntArray, Shape
 
 FIXED = 0  # the label of a position that is no channel, and stays
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchAxis:
+    """Where the examples of a tensor are.
+
+    A model may fold windows, time steps or patches into the batch axis. Then each example has several rows:
+    row number `(o * num_examples + example) * inner + i`, for each `o < outer` and `i < inner`.
+
+    Attributes:
+        axis: The axis on which the examples are.
+        outer: How often the whole batch is repeated along this axis.
+        inner: How many rows in a row belong to one example.
+    """
+
+    axis: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows an example has."""
+        return self.outer * self.inner
+
+    def shape_of_example(self, shape: Shape) -> Shape:
+        """The shape of the tensor for one example alone."""
+        return (*shape[: self.axis], self.num_rows, *shape[self.axis + 1 :])
+
+    def rows_of_first(self, num_examples: int) -> BoolArray:
+        """Which rows belong to the first of this many examples, a bool array."""
+        return np.tile(np.repeat(np.arange(num_examples) == 0, self.inner), self.outer)
+
+    def after(self, move: Callable[[IntArray], IntArray], rank: int) -> "BatchAxis | None":
+        """The batch axis after an operation that moves, adds or removes axes; `None` if it removes this one.
+
+        Args:
+            move: Does the same to an array.
+            rank: Number of axes before it.
+        """
+        moved = move(np.zeros([2 if axis == self.axis else 1 for axis in range(rank)], np.int64))
+        return dataclasses.replace(self, axis=moved.shape.index(2)) if 2 in moved.shape else None
+
+    def after_reshape(self, before: Shape, after: Shape) -> "BatchAxis | None":
+        """The batch axis after a reshape; `None` if a size is unknown, or if rows of two examples are mixed.
+
+        Args:
+            before, after: The shapes.
+        """
+        example = self.shape_of_example(before)
+        size = before[self.axis]
+        num_examples = None if size is None else size // self.num_rows
+        if None in example:
+            return None
+        outside = self.outer * math.prod(d for d in example[: self.axis] if d)
+        inside = self.inner * math.prod(d for d in example[self.axis + 1 :] if d)
+        for axis, size in enumerate(after):
+            others = [d for d in (*after[:axis], *after[axis + 1 :]) if d]
+            outer, rest = divmod(outside, math.prod(others[:axis]))
+            inner, remainder = divmod(inside, math.prod(others[axis:]))
+            fits = size == (None if num_examples is None else num_examples * outer * inner)
+            if fits and len(others) == len(after) - 1 and not rest and not remainder:
+                return BatchAxis(axis, outer, inner)
+        return None
+
+
+FIRST_AXIS = BatchAxis()  # as in the inputs of a model: one row for each example
 
 
 class Producer(NamedTuple):

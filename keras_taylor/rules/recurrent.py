@@ -65,7 +65,7 @@ def apply_to_each_step(ctx: Context, rule: Rule) -> Effect:
     inner = dataclasses.replace(
         ctx,
         operation=ctx.operation.layer,
-        inputs=[LabeledTensor(tensor.labels[:, 0], _without_time(tensor.shape))],
+        inputs=[LabeledTensor(tensor.labels[:, 0], _without_time(tensor.shape), tensor.batch)],
         output_shapes=[_without_time(shape) for shape in ctx.output_shapes],
     )
     effect = _effect_of_wrapper(rule(inner))

@@ -4,6 +4,7 @@ The table goes from the name of a Keras layer or `keras.ops` operation to its ru
 `base` says what a rule is.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -22,10 +23,11 @@ from keras_taylor.rules.base import (
     is_from_keras,
     lock_inputs,
     num_elements,
+    size_product,
     unknown_operation,
     weight_of,
 )
-from keras_taylor.rules.labels import LabelSpace
+from keras_taylor.rules.labels import BatchAxis, LabelSpace
 from keras_taylor.support.types import IntArray, Shape
 
 LayerClass = TypeVar("LayerClass", bound=type[keras.Layer])
@@ -196,6 +198,10 @@ class RecordedCall(Protocol):
         """The flattened arguments."""
 
     @property
+    def tensor_positions(self) -> Sequence[int]:
+        """Positions of tensors among the flattened arguments."""
+
+    @property
     def inputs(self) -> Sequence[int]:
         """Index of each input tensor."""
 
@@ -213,32 +219,74 @@ def apply_rule(
     call: RecordedCall,
     labels: Sequence[IntArray] | Mapping[int, IntArray],
     shapes: Sequence[Shape],
-    positions: Sequence[int],
+    batches: Sequence[BatchAxis | None],
     rule: Rule | None = None,
 ) -> Effect:
     """Applies a rule to one call.
+
+    The effect that is returned says where the examples are in each output. Its work is that of one example.
 
     Args:
         space: Collects unions and locks.
         call: The call.
         labels: Label array of each tensor seen so far, by index.
         shapes: Shape of each tensor, by index.
-        positions: Positions of tensors among the flattened arguments of the call.
+        batches: Where the examples are in each tensor seen so far, by index.
         rule: The rule. By default that of `rule_for`.
     """
+    inputs = [
+        LabeledTensor(labels[i], _visible_shape(shapes[i], batches[i]), batches[i]) for i in call.inputs
+    ]
+    with_batch = next((i for i in call.inputs if batches[i] is not None), call.inputs[0])
+    source = inputs[call.inputs.index(with_batch)]
+    is_one = len({tensor.batch for tensor in inputs} - {None}) == 1
+    output_shapes = [shapes[i] for i in call.outputs]
+    found = [_kept_batch_axis(source.batch, shapes[with_batch], s) if is_one else None for s in output_shapes]
     context = Context(
         space=space,
         name=call.name,
         operation=call.operation,
-        inputs=[LabeledTensor(labels[i], shapes[i]) for i in call.inputs],
-        input_positions=positions,
-        constants=[None if i in positions else x for i, x in enumerate(call.flat)],
+        inputs=inputs,
+        input_positions=call.tensor_positions,
+        constants=[None if i in call.tensor_positions else x for i, x in enumerate(call.flat)],
         args=call.args,
         kwargs=call.kwargs,
-        output_shapes=[shapes[i] for i in call.outputs],
+        output_shapes=[_visible_shape(s, batch) for s, batch in zip(output_shapes, found, strict=True)],
+        recorded_shapes=[shapes[i] for i in (*call.inputs, *call.outputs)],
         closed_reason=call.closed_reason,
     )
-    return (rule or rule_for(call.operation))(context)
+    effect = (rule or rule_for(call.operation))(context)
+    return dataclasses.replace(
+        effect,
+        batches=found if effect.batches is None else effect.batches,
+        work=_work_of_example(effect.work, source),
+    )
+
+
+def _visible_shape(shape: Shape, batch: BatchAxis | None) -> Shape:
+    """The shape that rules see: with the size for one example on a batch axis that is not the first."""
+    return shape if batch is None or batch.axis == 0 else batch.shape_of_example(shape)
+
+
+def _kept_batch_axis(batch: BatchAxis | None, before: Shape, after: Shape) -> BatchAxis | None:
+    """Where the examples are after an operation that leaves them where they were; `None` if it does not.
+
+    Args:
+        batch: Where they are before it.
+        before, after: Shapes of its input and output.
+    """
+    if batch is None or len(after) <= batch.axis or (batch.axis and len(after) != len(before)):
+        return None
+    return batch if after[batch.axis] in (None, before[batch.axis]) else None
+
+
+def _work_of_example(work: tuple[Work, ...], tensor: LabeledTensor) -> tuple[Work, ...]:
+    """The work of one example, given that of one row of the tensor's first axis."""
+    batch = tensor.batch
+    num = batch.num_rows if batch is not None and batch.axis == 0 else tensor.shape[0]
+    if num == 1:
+        return work
+    return tuple(Work(size_product([num]) * each.factor, each.labels) for each in work)
 
 
 def register_rule(

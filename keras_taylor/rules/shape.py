@@ -1,10 +1,10 @@
 """Operations that only move elements, and those along an axis: reductions, repeats, running sums, stacks."""
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_taylor.rules.base import (
@@ -17,16 +17,18 @@ from keras_taylor.rules.base import (
     lock_inputs,
 )
 from keras_taylor.rules.elementwise import broadcast_labels
-from keras_taylor.rules.labels import FIXED
+from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis
 from keras_taylor.support.types import BoolArray, IntArray, Shape
+
+_NUM_EXAMPLES = 1_000_003  # stands for their number: a prime number that is larger than other sizes
 
 
 def concatenate(ctx: Context) -> Effect:
     """Channels go through side by side. Along another axis, channels that meet become one unit."""
     rank = len(ctx.output_shapes[0])
     axis = ctx.operation.axis % rank
-    if axis == 0:
-        return lock_batch_operation(ctx)
+    if any(t.batch_axis == axis for t in ctx.inputs):
+        return _concatenate_batches(ctx)
     if all(t.channel_axis != axis for t in ctx.inputs):
         return Effect(outputs=[broadcast_labels(ctx, ctx.inputs, rank)])
     for tensor in ctx.inputs:
@@ -43,16 +45,21 @@ def flatten(ctx: Context) -> Effect:
     tensor = ctx.inputs[0]
     if ctx.operation.data_format == "channels_first" and tensor.rank > 1:
         axes = (0, *range(2, tensor.rank), 1)
-        tensor = LabeledTensor(np.transpose(tensor.labels, axes), tuple(tensor.shape[k] for k in axes))
-    return Effect(outputs=[_reshape_labels(ctx, tensor, ctx.output_shapes[0])])
+        labels = np.transpose(tensor.labels, axes)
+        tensor = LabeledTensor(labels, tuple(tensor.shape[k] for k in axes), tensor.batch)
+    return Effect(outputs=[_reshape_labels(ctx, tensor, ctx.output_shapes[0], tensor.batch)])
 
 
 def reshape(ctx: Context) -> Effect:
     """Elements keep their order. Where channels are split, those of one slice become one unit."""
-    tensor, shape = ctx.inputs[0], ctx.output_shapes[0]
-    if not _keeps_batch_axis(ctx.operation, tensor.shape, shape):
+    tensor, (before, shape) = ctx.inputs[0], ctx.recorded_shapes
+    batch = tensor.batch
+    is_layer = hasattr(ctx.operation, "target_shape")  # which leaves the first axis as it is
+    if batch is not None and before != shape and not (is_layer and batch.axis == 0):
+        batch = batch.after_reshape(before, shape)
+    if batch is None:
         return lock_batch_operation(ctx)
-    labels = _reshape_labels(ctx, tensor, shape)
+    labels = _reshape_labels(ctx, tensor, shape, batch)
     result = LabeledTensor(labels, shape)
     axis = result.channel_axis
     config: dict[str, Edit] = {}
@@ -62,7 +69,7 @@ def reshape(ctx: Context) -> Effect:
             config["target_shape"] = _target_shape_edit(ctx.operation.target_shape, axis - 1, channels)
         elif hasattr(ctx.operation, "newshape"):
             config["newshape"] = _target_shape_edit(ctx.operation.newshape, axis, channels)
-    return Effect(outputs=[labels], config=config)
+    return Effect(outputs=[labels], config=config, batches=[batch])
 
 
 def permute(ctx: Context) -> Effect:
@@ -71,7 +78,7 @@ def permute(ctx: Context) -> Effect:
 
 
 def transpose(ctx: Context) -> Effect:
-    """Channels go through; axes change places. The batch axis must stay first."""
+    """Channels go through; axes change places."""
     rank = ctx.inputs[0].rank
     return _transpose_effect(ctx, ctx.operation.axes or tuple(reversed(range(rank))))
 
@@ -88,18 +95,19 @@ def expand_dims(ctx: Context) -> Effect:
     """Channels go through; new axes have size 1."""
     rank = len(ctx.output_shapes[0])
     axes = tuple(int(k) % rank for k in np.atleast_1d(ctx.operation.axis))
-    if 0 in axes:
-        return lock_batch_operation(ctx)
-    return Effect(outputs=[np.expand_dims(ctx.inputs[0].labels, axes)])
+    batches = [batch_after(ctx, lambda array: np.expand_dims(array, axes))]
+    return Effect(outputs=[np.expand_dims(ctx.inputs[0].labels, axes)], batches=batches)
 
 
 def squeeze(ctx: Context) -> Effect:
     """Channels go through; axes of size 1 are removed."""
     tensor, axis = ctx.inputs[0], ctx.operation.axis
-    axes = [k for k, d in enumerate(tensor.shape) if d == 1] if axis is None else np.atleast_1d(axis)
-    if 0 in np.mod(axes, tensor.rank):
+    ones = [k for k, size in enumerate(tensor.shape) if size == 1 and k != tensor.batch_axis]
+    axes = ones if axis is None else np.mod(np.atleast_1d(axis), tensor.rank).tolist()
+    if tensor.batch_axis in axes or tensor.rank - len(axes) != len(ctx.output_shapes[0]):
         return lock_batch_operation(ctx)
-    return Effect(outputs=[np.squeeze(tensor.labels, tuple(axes))])
+    batches = [batch_after(ctx, lambda array: np.squeeze(array, tuple(axes)))]
+    return Effect(outputs=[np.squeeze(tensor.labels, tuple(axes))], batches=batches)
 
 
 def repeat_vector(ctx: Context) -> Effect:
@@ -112,10 +120,17 @@ def reduce(ctx: Context) -> Effect:
     tensor, operation = ctx.inputs[0], ctx.operation
     given = range(tensor.rank) if operation.axis is None else np.atleast_1d(operation.axis)
     axes = tuple(int(k) % tensor.rank for k in given)
-    if tensor.channel_axis in axes or 0 in axes:
-        return lock_inputs(ctx)
-    labels = tensor.labels if operation.keepdims else np.squeeze(tensor.labels, axes)
-    return Effect(outputs=[labels], work=elementwise_work(tensor.labels, tensor.shape))
+    if tensor.batch_axis in axes:
+        return lock_batch_operation(ctx)
+
+    def move(array: IntArray) -> IntArray:
+        return array if operation.keepdims else np.squeeze(array, axes)
+
+    batches = [batch_after(ctx, move)]
+    if tensor.channel_axis in axes:
+        return dataclasses.replace(lock_inputs(ctx), batches=batches)
+    work = elementwise_work(tensor.labels, tensor.shape)
+    return Effect(outputs=[move(tensor.labels)], work=work, batches=batches)
 
 
 def pad(ctx: Context) -> Effect:
@@ -124,7 +139,7 @@ def pad(ctx: Context) -> Effect:
     widths = [tuple(w) for w in operation.pad_width]
     widths = widths * tensor.rank if len(widths) == 1 else widths
     axis = tensor.channel_axis
-    if widths[0] != (0, 0):
+    if tensor.batch_axis is not None and widths[tensor.batch_axis] != (0, 0):
         return lock_batch_operation(ctx)
     if axis is None or widths[axis] == (0, 0):
         return Effect(outputs=[tensor.labels])
@@ -149,8 +164,8 @@ def split(ctx: Context) -> Effect:
     tensor, operation = ctx.inputs[0], ctx.operation
     axis = operation.axis % tensor.rank
     num_parts = len(ctx.output_shapes)
-    if axis == 0:
-        return lock_batch_operation(ctx)
+    if tensor.batch is not None and tensor.batch.axis == axis:
+        return _split_batches(ctx, tensor.batch)
     if tensor.channel_axis != axis:
         return Effect(outputs=[tensor.labels] * num_parts)
     channels = tensor.labels_along(axis)
@@ -170,36 +185,44 @@ def get_item(ctx: Context) -> Effect:
     key = ctx.argument(1, "key")
     entries = list(key) if isinstance(key, (tuple, list)) else [key]
     if not all(e is None or e is Ellipsis or isinstance(e, (int, slice)) for e in entries):
-        return lock_inputs(ctx)
-    if entries[0] not in (slice(None), Ellipsis):
         return lock_batch_operation(ctx)
     axes = _indexed_axes(entries, tensor.rank)
-    index = tuple(_index_of_labels(e, a, tensor) for e, a in zip(entries, axes, strict=True))
+    pairs = list(zip(entries, axes, strict=True))
+    if any(axis is not None and axis == tensor.batch_axis and e != slice(None) for e, axis in pairs):
+        return lock_batch_operation(ctx)
+    move = tuple(e if axis is None else 0 if isinstance(e, int) else slice(None) for e, axis in pairs)
+    batches = [batch_after(ctx, lambda array: array[move])]
+    index = tuple(_index_of_labels(e, axis, tensor) for e, axis in pairs)
     labels = tensor.labels[index]
     channel_axis = tensor.channel_axis
     if channel_axis is None or channel_axis not in axes:
-        return Effect(outputs=[labels])
+        return Effect(outputs=[labels], batches=batches)
     entry_number = axes.index(channel_axis)
     entry, channels = entries[entry_number], tensor.labels_along(channel_axis)
     if entry == slice(None):
-        return Effect(outputs=[labels])
+        return Effect(outputs=[labels], batches=batches)
     if not isinstance(entry, slice) or entry.step not in (None, 1):
-        return lock_inputs(ctx)
+        return dataclasses.replace(lock_inputs(ctx), batches=batches)
     start, stop, _ = entry.indices(channels.size)
     edit = Edit((channels,), lambda kept: slice(int(kept[:start].sum()), int(kept[:stop].sum())))
     first_constant = next(i for i in range(len(ctx.constants)) if i not in ctx.input_positions)
-    return Effect(outputs=[ctx.merge_to_one_axis(labels)], arguments={first_constant + entry_number: edit})
+    labels = ctx.merge_to_one_axis(labels)
+    return Effect(outputs=[labels], arguments={first_constant + entry_number: edit}, batches=batches)
 
 
 def repeat(ctx: Context) -> Effect:
     """Channels go through several times, side by side. The copies of a channel are one unit."""
     tensor, operation = ctx.inputs[0], ctx.operation
     axis = None if operation.axis is None else operation.axis % tensor.rank
-    if axis is None or axis == 0:
+    is_same_number = np.size(operation.repeats) == 1
+    if axis is None or (axis == tensor.batch_axis and not is_same_number):
         return lock_batch_operation(ctx)
+    if axis == tensor.batch_axis and tensor.batch is not None:
+        batch = dataclasses.replace(tensor.batch, inner=tensor.batch.inner * int(operation.repeats))
+        return Effect(outputs=[tensor.labels], batches=[batch])
     if tensor.channel_axis != axis:
         return Effect(outputs=[tensor.labels])
-    if np.size(operation.repeats) != 1:
+    if not is_same_number:
         return lock_inputs(ctx)
     channels = np.repeat(tensor.labels_along(axis), operation.repeats)
     return Effect(outputs=[ctx.output_labels(channels, axis)])
@@ -210,19 +233,22 @@ def tile(ctx: Context) -> Effect:
     tensor = ctx.inputs[0]
     repeats = [int(n) for n in np.atleast_1d(ctx.operation.repeats)]
     repeats = [1] * (tensor.rank - len(repeats)) + repeats
-    if len(repeats) > tensor.rank or repeats[0] != 1:
+    if len(repeats) > tensor.rank:
         return lock_batch_operation(ctx)
-    axis = tensor.channel_axis
+    batch, axis = tensor.batch, tensor.channel_axis
+    if batch is not None:
+        batch = dataclasses.replace(batch, outer=batch.outer * repeats[batch.axis])
     if axis is None:
-        return Effect(outputs=[ctx.fixed_labels()])
-    return Effect(outputs=[ctx.output_labels(np.tile(tensor.labels_along(axis), repeats[axis]), axis)])
+        return Effect(outputs=[ctx.fixed_labels()], batches=[batch])
+    channels = np.tile(tensor.labels_along(axis), repeats[axis])
+    return Effect(outputs=[ctx.output_labels(channels, axis)], batches=[batch])
 
 
 def along_axis(ctx: Context) -> Effect:
     """Channels go through if the operation acts along another axis."""
     tensor, axis = ctx.inputs[0], ctx.operation.axis
     axes = () if axis is None else tuple(k % tensor.rank for k in np.atleast_1d(axis))
-    if 0 in axes or not axes:
+    if tensor.batch_axis in axes or not axes:
         return lock_batch_operation(ctx)
     return lock_inputs(ctx) if tensor.channel_axis in axes else Effect(outputs=[tensor.labels])
 
@@ -238,30 +264,55 @@ def triangle(ctx: Context) -> Effect:
 def stack(ctx: Context) -> Effect:
     """Channels go through, beside a new axis. Those at the same place become one unit."""
     axis = ctx.operation.axis % len(ctx.output_shapes[0])
-    if axis == 0:
+    if any(tensor.batch != ctx.inputs[0].batch for tensor in ctx.inputs):
         return lock_batch_operation(ctx)
     labels = broadcast_labels(ctx, ctx.inputs, ctx.inputs[0].rank)
-    return Effect(outputs=[np.expand_dims(labels, axis)])
+    batches = [batch_after(ctx, lambda array: np.expand_dims(array, axis))]
+    return Effect(outputs=[np.expand_dims(labels, axis)], batches=batches)
 
 
 def unstack(ctx: Context) -> Effect:
     """Channels go through. The positions of another axis become tensors."""
     tensor = ctx.inputs[0]
     axis = ctx.operation.axis % tensor.rank
-    if axis == 0:
+    if axis == tensor.batch_axis:
         return lock_batch_operation(ctx)
+    batches = [batch_after(ctx, lambda array: np.squeeze(array, axis))] * len(ctx.output_shapes)
     if tensor.channel_axis == axis:
-        return lock_inputs(ctx)
-    return Effect(outputs=[np.squeeze(tensor.labels, axis)] * len(ctx.output_shapes))
+        return dataclasses.replace(lock_inputs(ctx), batches=batches)
+    return Effect(outputs=[np.squeeze(tensor.labels, axis)] * len(ctx.output_shapes), batches=batches)
 
 
-def _keeps_batch_axis(operation: keras.Operation, shape_in: Shape, shape_out: Shape) -> bool:
-    """Whether a reshape keeps the batch axis, as the layer always does."""
-    rest_in, rest_out = shape_in[1:], shape_out[1:]
-    sizes = [size for size in rest_in + rest_out if size is not None]
-    are_known = len(sizes) == len(rest_in + rest_out)
-    is_equal = are_known and math.prod(sizes[: len(rest_in)]) == math.prod(sizes[len(rest_in) :])
-    return is_equal or hasattr(operation, "target_shape")
+def batch_after(ctx: Context, move: Callable[[IntArray], IntArray]) -> BatchAxis | None:
+    """Where the examples of the first input are after an operation that moves, adds or removes axes.
+
+    Args:
+        ctx: The call.
+        move: Does the same to an array of the input's rank.
+    """
+    tensor = ctx.inputs[0]
+    return None if tensor.batch is None else tensor.batch.after(move, tensor.rank)
+
+
+def _concatenate_batches(ctx: Context) -> Effect:
+    """The effect of a concatenation along the batch axis: the parts are one behind the other."""
+    first = ctx.inputs[0].batch
+    batches = [tensor.batch for tensor in ctx.inputs if tensor.batch is not None]
+    has_constants = len(batches) < len(ctx.inputs) or any(hasattr(x, "shape") for x in ctx.constants)
+    if first is None or has_constants or any((b.axis, b.inner) != (first.axis, first.inner) for b in batches):
+        return lock_batch_operation(ctx)
+    batch = dataclasses.replace(first, outer=sum(each.outer for each in batches))
+    labels = broadcast_labels(ctx, ctx.inputs, len(ctx.output_shapes[0]))
+    return Effect(outputs=[labels], batches=[batch])
+
+
+def _split_batches(ctx: Context, batch: BatchAxis) -> Effect:
+    """The effect of a split along the batch axis, into parts that hold the whole batch."""
+    num_parts = ctx.operation.indices_or_sections
+    if not isinstance(num_parts, int) or batch.outer % num_parts:
+        return lock_batch_operation(ctx)
+    part = dataclasses.replace(batch, outer=batch.outer // num_parts)
+    return Effect(outputs=[ctx.inputs[0].labels] * num_parts, batches=[part] * num_parts)
 
 
 def _indexed_axes(entries: Sequence[Any], rank: int) -> list[int | None]:
@@ -290,9 +341,11 @@ def _index_of_labels(entry: Any, axis: int | None, tensor: LabeledTensor) -> Any
 
 def _transpose_effect(ctx: Context, axes: Sequence[int]) -> Effect:
     """The effect of an operation that brings axes into this order."""
-    if axes[0] != 0:
-        return lock_batch_operation(ctx)
-    return Effect(outputs=[np.transpose(ctx.inputs[0].labels, axes)])
+
+    def move(array: IntArray) -> IntArray:
+        return np.transpose(array, axes)
+
+    return Effect(outputs=[move(ctx.inputs[0].labels)], batches=[batch_after(ctx, move)])
 
 
 def _target_shape_edit(shape: Sequence[int], axis: int, channels: IntArray) -> Edit:
@@ -306,52 +359,69 @@ def _target_shape_edit(shape: Sequence[int], axis: int, channels: IntArray) -> E
     return Edit((channels,), new_shape)
 
 
-def _reshape_labels(ctx: Context, tensor: LabeledTensor, shape: Shape) -> IntArray:
+def _reshape_labels(ctx: Context, tensor: LabeledTensor, shape: Shape, batch: BatchAxis | None) -> IntArray:
     """Labels after a reshape to this shape, an array of its rank.
 
     Labels are repeated only along the axes that share elements with the channel axis, so that the array stays
-    small.
+    small. A batch axis counts as three: of the repeated batches, of the examples, and of each one's rows.
+
+    Args:
+        ctx: The call.
+        tensor: What is reshaped.
+        shape: The new shape.
+        batch: Where the examples are in it.
     """
-    axis = tensor.channel_axis
+    axis, start, end = tensor.channel_axis, tensor.batch or FIRST_AXIS, batch or FIRST_AXIS
     if axis is None:
         return np.full((1,) * len(shape), FIXED)
-    for axes_in, axes_out in _blocks_of_axes(tensor.shape, shape):
-        if axis in axes_in:
-            sizes_in = [size for k in axes_in if (size := tensor.shape[k]) is not None]
-            sizes_out = [size for k in axes_out if (size := shape[k]) is not None]
-            if len(sizes_in) < len(axes_in) or len(sizes_out) < len(axes_out):
-                break  # a size is unknown
-            labels = tensor.labels.reshape([tensor.labels.shape[k] for k in axes_in])
-            labels = np.broadcast_to(labels, sizes_in).reshape(sizes_out)
-            whole = [1] * len(shape)
-            whole[axes_out[0] : axes_out[-1] + 1] = sizes_out
-            return ctx.merge_to_one_axis(labels.reshape(whole))
-    ctx.lock(tensor.labels, "reshaped together with an axis of unknown size")
+    before, after = _divided_shape(tensor.shape, start), _divided_shape(shape, end)
+    labels = np.expand_dims(tensor.labels, (start.axis, start.axis + 1))
+    axis += 2 if axis > start.axis else 0
+    axes_in, axes_out = next(pair for pair in _blocks_of_axes(before, after) if axis in pair[0])
+    sizes_in = [size for k in axes_in if (size := before[k]) is not None]
+    sizes_out = [size for k in axes_out if (size := after[k]) is not None]
+    if len(sizes_in) < len(axes_in) or len(sizes_out) < len(axes_out):
+        ctx.lock(tensor.labels, "reshaped together with an axis of unknown size")
+        return np.full((1,) * len(shape), FIXED)
+    if _NUM_EXAMPLES not in sizes_in and math.prod(sizes_in) == math.prod(sizes_out):
+        labels = np.broadcast_to(labels.reshape([labels.shape[k] for k in axes_in]), sizes_in)
+        whole = [1] * len(after)
+        whole[axes_out[0] : axes_out[-1] + 1] = sizes_out
+        labels = ctx.merge_to_one_axis(labels.reshape(whole))
+        rows = labels.shape[end.axis], labels.shape[end.axis + 2]
+        if rows == (1, 1):
+            return np.squeeze(labels, (end.axis, end.axis + 1))
+    ctx.lock(tensor.labels, "read by an operation on the batch axis")
     return np.full((1,) * len(shape), FIXED)
 
 
-def _blocks_of_axes(shape_in: Shape, shape_out: Shape) -> Iterator[tuple[range, range]]:
+def _divided_shape(shape: Shape, batch: BatchAxis) -> Shape:
+    """The shape with three entries in the place of the batch axis."""
+    entries = batch.outer, _NUM_EXAMPLES, batch.inner
+    return (*shape[: batch.axis], *entries, *shape[batch.axis + 1 :])
+
+
+def _blocks_of_axes(before: Shape, after: Shape) -> Iterator[tuple[range, range]]:
     """Yields pairs of axis ranges that hold the same elements, from the last axis on.
 
-    The batch axis is left out. From an axis of unknown size on, all axes are one block.
+    From an axis of unknown size on, all axes are one block.
     """
-    i, j = len(shape_in), len(shape_out)
-    first = 1  # behind the batch axis
-    while i > first and j > first:
+    i, j = len(before), len(after)
+    while i and j:
         start_i, start_j = i - 1, j - 1
-        product_in, product_out = shape_in[start_i], shape_out[start_j]
+        product_in, product_out = before[start_i], after[start_j]
         while product_in != product_out:
             if product_in is None or product_out is None:
-                start_i = start_j = first
+                start_i = start_j = 0
                 break
-            if product_in < product_out and start_i > first:
+            if product_in < product_out and start_i:
                 start_i -= 1
-                product_in = _multiply(product_in, shape_in[start_i])
-            elif start_j > first:
+                product_in = _multiply(product_in, before[start_i])
+            elif start_j:
                 start_j -= 1
-                product_out = _multiply(product_out, shape_out[start_j])
+                product_out = _multiply(product_out, after[start_j])
             else:
-                start_i = start_j = first
+                start_i = start_j = 0
                 break
         yield range(start_i, i), range(start_j, j)
         i, j = start_i, start_j

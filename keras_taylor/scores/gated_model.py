@@ -13,6 +13,7 @@ from keras_taylor.reading.cloning import build_like, clone_operation, copy_weigh
 from keras_taylor.reading.graph import Call, Graph, TensorRef
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.rules.base import InternalRead
+from keras_taylor.rules.labels import BatchAxis
 from keras_taylor.scores.gates import Gates
 from keras_taylor.scores.losses import example_losses
 from keras_taylor.support.arrays import as_float32, outputs_in_batches
@@ -196,11 +197,11 @@ class _EdgeGates:
         units: The unit of each position, `-1` for positions without a gate: an int array of the rank of
             the edge's tensor, size 1 along every axis on which it does not vary.
         axis: The axis of the channels.
+        batch: Where the examples are in the tensor.
     """
 
-    def __init__(self, units: IntArray, axis: int) -> None:
-        self._shape = [1] * units.ndim
-        self._shape[axis] = units.size
+    def __init__(self, units: IntArray, axis: int, batch: BatchAxis) -> None:
+        self._batch, self._axis, self._rank = batch, axis, units.ndim
         self._repeats = 1
         self._start: int | None = None
         flat = units.reshape(-1)
@@ -224,7 +225,13 @@ class _EdgeGates:
             gate = carrier[:, self._start : self._start + len(self._units)]
         if self._repeats > 1:
             gate = ops.tile(gate, (1, self._repeats))
-        return ops.reshape(gate, (-1, *self._shape[1:]))
+        if self._batch.num_rows > 1:  # the rows of an example have the same gates
+            gate = ops.tile(ops.repeat(gate, self._batch.inner, axis=0), (self._batch.outer, 1))
+        if self._batch.axis > self._axis:
+            gate = ops.transpose(gate)
+        return ops.expand_dims(
+            gate, [k for k in range(self._rank) if k not in (self._axis, self._batch.axis)]
+        )
 
 
 class _GatedNormalization(NamedTuple):
@@ -315,14 +322,21 @@ def _edges_by_call(labeled: LabeledModel) -> dict[tuple[Call, int], _EdgeGates]:
             units = labeled.units_of(labeled.labels[index])
             if (units >= 0).any():
                 if (index, axis) not in shared:
-                    shared[index, axis] = _EdgeGates(units, axis)
+                    shared[index, axis] = _EdgeGates(units, axis, _batch_of(labeled, index))
                 edges[call, index] = shared[index, axis]
     return edges
 
 
-def _edge_of(units: IntArray) -> _EdgeGates:
-    """The edge of a tensor whose units vary along one axis."""
-    return _EdgeGates(units, int(np.argmax(units.shape)))
+def _edge_of(labeled: LabeledModel, call: Call, units: IntArray) -> _EdgeGates:
+    """The edge inside a call whose units vary along one axis."""
+    return _EdgeGates(units, int(np.argmax(units.shape)), _batch_of(labeled, call.inputs[0]))
+
+
+def _batch_of(labeled: LabeledModel, tensor: int) -> BatchAxis:
+    """Where the examples are in a tensor that has gates: without that, its units would be locked."""
+    batch = labeled.batches[tensor]
+    assert batch is not None
+    return batch
 
 
 def _internal_reads_by_call(labeled: LabeledModel) -> dict[Call, list[tuple[InternalRead, _EdgeGates]]]:
@@ -332,7 +346,7 @@ def _internal_reads_by_call(labeled: LabeledModel) -> dict[Call, list[tuple[Inte
         for read in effect.internal_reads:
             units = labeled.units_of(read.labels)
             if (units >= 0).any():
-                found.setdefault(call, []).append((read, _edge_of(units)))
+                found.setdefault(call, []).append((read, _edge_of(labeled, call, units)))
     return found
 
 
@@ -343,7 +357,7 @@ def _normalizations_by_call(labeled: LabeledModel) -> dict[Call, _GatedNormaliza
         if effect.call_with_gate is not None:
             units = labeled.units_of(labeled.labels[call.inputs[0]])
             if (units >= 0).any():
-                found[call] = _GatedNormalization(effect.call_with_gate, _edge_of(units))
+                found[call] = _GatedNormalization(effect.call_with_gate, _edge_of(labeled, call, units))
     return found
 
 

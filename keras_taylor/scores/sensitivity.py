@@ -162,7 +162,7 @@ class _SensitivityMeasurement:
                 reader = _RefittedReader(self._labeled, self._gated, call, view, axes)
                 if (reader.units >= 0).any():
                     readers.append(reader)
-                    reader.gather(walk.tensors[call.inputs[0]], len(inputs[0]), random)
+                    reader.gather(walk.tensors[call.inputs[0]], random)
             walk.run(number)
             walk.free_after(number)
         return readers
@@ -232,12 +232,12 @@ class _RefittedReader:
         self._moments: list[Moments] | None = None
         self.units = view.units_of_columns([None if a is None else labeled.units_of(a) for a in axes])
 
-    def gather(self, values: Sequence[Tensor], num_examples: int, random: np.random.Generator) -> None:
+    def gather(self, values: Sequence[Tensor], random: np.random.Generator) -> None:
         """Gathers the second moments of the layer's input, given by its values for each batch."""
         num_columns = self._matrix.shape[1]
         if num_columns > _MAX_COLUMNS:
             return
-        take = rows_per_example(num_columns, num_examples)
+        take = rows_per_example(num_columns, sum(map(len, values)))
         self._moments = [Moments(num_columns) for _ in self._matrix]
         for x in values:
             positions = sample_positions(len(x), self._view.num_positions(x), take, random)
