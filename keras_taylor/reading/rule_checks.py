@@ -232,10 +232,10 @@ def _run_and_follow(
     if all(y.ndim and y.shape[axis] == size for y, axis, size in zip(outputs, axes, sizes, strict=True)):
         return expected
     changed = run_like_call(call, copy, others)
-    return [_follow(before != after) for before, after in zip(outputs, changed, strict=True)]
+    return [_rows_of_first(before != after) for before, after in zip(outputs, changed, strict=True)]
 
 
-def _follow(changed: BoolArray) -> BatchAxis | None:
+def _rows_of_first(changed: BoolArray) -> BatchAxis | None:
     """Where the examples are in an output, of which these values changed with the first one."""
     for axis, size in enumerate(changed.shape):
         rows = changed.any(tuple(k for k in range(changed.ndim) if k != axis))

@@ -20,7 +20,7 @@ from keras_taylor.rules.elementwise import broadcast_labels
 from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis
 from keras_taylor.support.types import BoolArray, IntArray, Shape
 
-_NUM_EXAMPLES = 1_000_003  # stands for their number: a prime number that is larger than other sizes
+_ANY_NUM_EXAMPLES = 1_000_003  # a prime number that is larger than other sizes
 
 
 def concatenate(ctx: Context) -> Effect:
@@ -383,7 +383,7 @@ def _reshape_labels(ctx: Context, tensor: LabeledTensor, shape: Shape, batch: Ba
     if len(sizes_in) < len(axes_in) or len(sizes_out) < len(axes_out):
         ctx.lock(tensor.labels, "reshaped together with an axis of unknown size")
         return np.full((1,) * len(shape), FIXED)
-    if _NUM_EXAMPLES not in sizes_in and math.prod(sizes_in) == math.prod(sizes_out):
+    if _ANY_NUM_EXAMPLES not in sizes_in and math.prod(sizes_in) == math.prod(sizes_out):
         labels = np.broadcast_to(labels.reshape([labels.shape[k] for k in axes_in]), sizes_in)
         whole = [1] * len(after)
         whole[axes_out[0] : axes_out[-1] + 1] = sizes_out
@@ -397,7 +397,7 @@ def _reshape_labels(ctx: Context, tensor: LabeledTensor, shape: Shape, batch: Ba
 
 def _divided_shape(shape: Shape, batch: BatchAxis) -> Shape:
     """The shape with three entries in the place of the batch axis."""
-    entries = batch.outer, _NUM_EXAMPLES, batch.inner
+    entries = batch.outer, _ANY_NUM_EXAMPLES, batch.inner
     return (*shape[: batch.axis], *entries, *shape[batch.axis + 1 :])
 
 
