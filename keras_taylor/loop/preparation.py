@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -31,6 +31,7 @@ from keras_taylor.reading.groups import LabeledModel, as_name_patterns, label_mo
 from keras_taylor.reading.tracing import trainable_view
 from keras_taylor.reading.walk import sample_inputs
 from keras_taylor.reports.info import Info
+from keras_taylor.rules.labels import SizeChoices
 from keras_taylor.scores.scoring import Scoring, check_compiled, needs_data, uses_model_labels
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.datasets import Feed
@@ -86,11 +87,11 @@ class ModelReader:
     include: Sequence[str | keras.Layer] | None
     exclude: Sequence[str | keras.Layer]
     exact: bool
-    grouped: Collection[str] = ()
+    choices: SizeChoices
 
     def read(self, model: keras.Model) -> LabeledModel:
         """Returns the labels of a model."""
-        return label_model(model, self.include, self.exclude, self.exact, self.grouped)
+        return label_model(model, self.include, self.exclude, self.exact, self.choices)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,7 +166,7 @@ def prepare_run(
     check_compiled(model, "`compress`")
     include, exclude = as_name_patterns(model, settings.include), as_name_patterns(model, settings.exclude)
     labeled = label_model(model, include, exclude, settings.exact)
-    reader = ModelReader(include, exclude, settings.exact, labeled.grouped_convolutions)
+    reader = ModelReader(include, exclude, settings.exact, labeled.size_choices)
     limit = settings.limit
     goals = check_goals(
         labeled, settings.goal, settings.increment, settings.selection, has_limit=limit is not None

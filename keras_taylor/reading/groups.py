@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, overload
 
 import keras
@@ -19,7 +19,7 @@ from keras_taylor.reading.rule_checks import (
 from keras_taylor.rules.attention import equally_wide_parts, is_attention
 from keras_taylor.rules.base import Effect, KeptLabels, LabeledTensor
 from keras_taylor.rules.elementwise import is_probed_activation
-from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace
+from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace, SizeChoices
 from keras_taylor.rules.registry import apply_rule
 from keras_taylor.support.types import BoolArray, IntArray, LayerPatterns, Shape
 
@@ -67,7 +67,7 @@ class LabeledModel:
 
     Args:
         graph: The model.
-        include, exclude, exact, grouped: As in `label_model`.
+        include, exclude, exact, choices: As in `label_model`.
 
     Attributes:
         graph: The model.
@@ -89,11 +89,11 @@ class LabeledModel:
         include: LayerPatterns | None = None,
         exclude: LayerPatterns = (),
         exact: bool = True,
-        grouped: Iterable[str] = (),
+        choices: SizeChoices | None = None,
     ) -> None:
         self.graph, self.exact = graph, exact
-        self._include, self._exclude, self._grouped = include, exclude, tuple(grouped)
-        self.label_space = LabelSpace(exact, self._grouped)
+        self._include, self._exclude, self._choices = include, exclude, choices
+        self.label_space = LabelSpace(exact, choices)
         labeling = _Labeling(graph, self.label_space)
         self.labels, self.batches, self.effects = labeling.labels, labeling.batches, labeling.effects
         self.unknown, self.probed = labeling.unknown, labeling.probed
@@ -128,14 +128,16 @@ class LabeledModel:
         return {self.label_space.producers[index][2] for index in self._producer_indices(roots)}
 
     @property
-    def grouped_convolutions(self) -> frozenset[str]:
-        """Names of the convolutions with several groups of several channels each."""
+    def size_choices(self) -> SizeChoices:
+        """What was decided by sizes, for smaller versions of the model."""
         layers = {call.name: call.operation for call in self.graph.calls}
-        return frozenset(
+        grouped = {
             name
             for name, layer in layers.items()
             if getattr(layer, "groups", 1) > 1 and hasattr(layer, "kernel") and layer.kernel.shape[-2] > 1
-        )
+        }
+        space = self.label_space
+        return SizeChoices(space.grouped | grouped, dict(space.split_axes))
 
     @functools.cached_property
     def locked_groups(self) -> list[Group]:
@@ -159,7 +161,7 @@ class LabeledModel:
         """Channels that `exact=False` would open: the producer's name, and the position in its output."""
         if not (self.exact and self.label_space.normalized):
             return set()
-        other = LabeledModel(self.graph, self._include, self._exclude, exact=False, grouped=self._grouped)
+        other = LabeledModel(self.graph, self._include, self._exclude, False, self._choices)
         return {
             (name, position)
             for start, stop, name in other.label_space.producers
@@ -421,7 +423,7 @@ def label_model(
     include: LayerPatterns | None = None,
     exclude: LayerPatterns = (),
     exact: bool = True,
-    grouped: Iterable[str] = (),
+    choices: SizeChoices | None = None,
 ) -> LabeledModel:
     """Reads a model and finds its groups.
 
@@ -432,8 +434,6 @@ def label_model(
             only if all of them are included.
         exclude: Never prune the channels that these layers make.
         exact: `False`: channels that are normalized together may leave, although the others change then.
-        grouped: Names of convolutions that have groups of several channels in the original
-            (`LabeledModel.grouped_convolutions`). With one channel left in each group they would be read
-            as depthwise, and whole groups would leave, which a plan for the original cannot express.
+        choices: If this is a smaller version of another model: the `LabeledModel.size_choices` of that one.
     """
-    return LabeledModel(read_model(model), include, exclude, exact, grouped)
+    return LabeledModel(read_model(model), include, exclude, exact, choices)

@@ -286,8 +286,8 @@ class Context:
     def merge_to_one_axis(self, labels: IntArray) -> IntArray:
         """Returns labels that vary along one axis at most.
 
-        Where labels vary along two axes, the longer one remains: channels that share a position on it become
-        one unit.
+        Where labels vary along several axes, the longest one remains, or the one that remained in the
+        original: channels that share a position on it become one unit.
 
         Args:
             labels: int64 array of a tensor's rank.
@@ -301,10 +301,13 @@ class Context:
             if (labels == first).all():
                 labels = first
                 varying.remove(axis)
-        if not varying:
+        longest = max(varying, key=lambda k: (labels.shape[k], k), default=0)
+        axis = self.space.split_axes.get(self.name, longest)
+        if len(varying) > 1:
+            self.space.split_axes[self.name] = axis
+        if labels.shape[axis] == 1:
             self.lock(labels, "the only channel on its axis")
-            return np.zeros_like(labels)
-        axis = max(varying, key=lambda k: (labels.shape[k], k))
+            return np.full((1,) * labels.ndim, FIXED)
         for other in varying:
             if other != axis:
                 first = np.take(labels, [0], other)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -104,6 +104,24 @@ class NormalizedLabels(NamedTuple):
     normalized_by: str
 
 
+@dataclasses.dataclass(frozen=True)
+class SizeChoices:
+    """What was decided by sizes when a model was read.
+
+    In a smaller version of the model other sizes would decide otherwise, and units would leave that no plan
+    for the original can express. So it is read with the choices of the original.
+
+    Attributes:
+        grouped: Names of convolutions with several groups of several channels. With one channel left in each
+            group they would be read as depthwise, and whole groups would leave.
+        split_axes: Name of an operation that spreads channels over several axes -> the axis on which they are
+            units from there on.
+    """
+
+    grouped: frozenset[str] = frozenset()
+    split_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
 class ResolvedLabels(NamedTuple):
     """The classes of labels that are one unit each, for all labels of a space.
 
@@ -125,19 +143,21 @@ class LabelSpace:
 
     Args:
         exact: Whether channels that are normalized together stay.
-        grouped: Names of grouped convolutions that keep their number of groups, even if each group has one
-            channel.
+        choices: Those of the original, if its smaller version is read.
 
     Attributes:
         exact: As given.
-        grouped: As given, a frozenset.
+        grouped: Names of grouped convolutions that keep their number of groups, even if each group has one
+            channel.
+        split_axes: As in `SizeChoices`, of all operations so far.
         normalized: `NormalizedLabels` of each operation that normalizes channels together.
         producers: `Producer` of each range of labels, in ascending order.
         reasons: Why labels were locked.
     """
 
-    def __init__(self, exact: bool = True, grouped: Iterable[str] = ()) -> None:
-        self.exact, self.grouped = exact, frozenset(grouped)
+    def __init__(self, exact: bool = True, choices: SizeChoices | None = None) -> None:
+        choices = choices or SizeChoices()
+        self.exact, self.grouped, self.split_axes = exact, choices.grouped, dict(choices.split_axes)
         self.normalized: list[NormalizedLabels] = []
         self.producers: list[Producer] = []
         self.reasons: list[str] = []

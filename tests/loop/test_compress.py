@@ -248,6 +248,23 @@ def test_grouped_convolutions_go_down_to_one_channel_a_group_over_several_rounds
     assert in_one_cut.to_json() == small.to_json()
 
 
+@pytest.mark.parametrize("shape", [(5, 4, 3), (5, 3, 4)])
+def test_channels_that_a_reshape_divides_are_the_same_units_in_all_rounds(shape):
+    x = inputs = keras.Input((5, 8))
+    x = keras.layers.Reshape(shape)(keras.layers.Dense(12, activation="relu", name="divided")(x))
+    x = keras.layers.Reshape((5, 12))(keras.ops.transpose(x, (0, 1, 3, 2)))
+    x = keras.layers.GlobalAveragePooling1D()(x)
+    model = zoo.randomized(keras.Model(inputs, keras.layers.Dense(3, name="head")(x)))
+    model.compile("sgd", "mse")
+    x = zoo.inputs_of(model)
+    arguments = {"increment": 0.1, "epochs": 0, "criterion": "magnitude", "verbose": 0, "return_info": True}
+    small, info = keras_taylor.compress(model, (x, targets_of(model, x)), 0.7, **arguments)
+    assert len(info.rounds) > 2
+    # one unit is left of four
+    assert small.get_layer("divided").units == 3
+    assert keras_taylor.prune(model, info.plan).to_json() == small.to_json()
+
+
 def test_schedule_as_a_function():
     _, info = keras_taylor.compress(
         small_model(),
