@@ -10,7 +10,8 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.cutting.layer_fits import LayerRepair
-from keras_taylor.reading.graph import Graph
+from keras_taylor.reading.downstream import ChannelReader, find_channel_readers
+from keras_taylor.reading.graph import Call, Graph
 from keras_taylor.reading.matmul_views import to_float32, to_float64
 from keras_taylor.reading.walk import InputBatch, Walk
 from keras_taylor.rules.base import override_attributes
@@ -36,6 +37,7 @@ def renew_statistics(
     where m0, v0 are the statistics so far, m1, v1 those of the data. Since the function stays, one pass is
     enough for all layers.
 
+    Without a scale, the linear layers that read the output take over the factor, where they alone do.
     A layer that is used several times gets the mean of the statistics of its uses, as in training. Layers
     that are not trainable stay as they are: training takes their moving statistics.
 
@@ -49,21 +51,26 @@ def renew_statistics(
     """
     walk = Walk(graph, batches, training)
     found: dict[keras.layers.BatchNormalization, list[_Moments]] = {}
-    names: dict[keras.Layer, str] = {}
+    calls: dict[keras.Layer, Call] = {}
     for number, call in enumerate(graph.calls):
         with _record_moments(call.operation) as read:
             walk.run(number)
         walk.free_after(number)
         for layer, sums in read.items():
             found.setdefault(layer, []).append(sums.moments())
-            is_inner = layer is not call.operation
-            names.setdefault(layer, f"{call.name}/{layer.name}" if is_inner else call.name)
-    reasons = {names[layer]: _exchange_statistics(layer, _average(all_)) for layer, all_ in found.items()}
-    return [
-        LayerRepair(name, reason=f"its moving statistics stay: {reason}")
-        for name, reason in reasons.items()
-        if reason
-    ]
+            calls.setdefault(layer, call)
+    repairs = []
+    for layer, moments in found.items():
+        call, readers = calls[layer], None
+        is_inner = layer is not call.operation
+        if not layer.scale and not is_inner and graph.is_used_once(layer):
+            axis = layer.axis % len(graph.shapes[call.outputs[0]])
+            readers = find_channel_readers(graph, call.outputs[0], axis)
+        reason = _exchange_statistics(layer, _average(moments), readers)
+        if reason is not None:
+            name = f"{call.name}/{layer.name}" if is_inner else call.name
+            repairs.append(LayerRepair(name, reason=f"its moving statistics stay: {reason}"))
+    return repairs
 
 
 def recompute_statistics(graph: Graph, batches: Sequence[InputBatch]) -> None:
@@ -175,8 +182,15 @@ def _assign_statistics(layer: keras.layers.BatchNormalization, moments: _Moments
         layer.moving_stddev.assign(deviation)
 
 
-def _exchange_statistics(layer: keras.layers.BatchNormalization, moments: _Moments) -> str | None:
+def _exchange_statistics(
+    layer: keras.layers.BatchNormalization, moments: _Moments, readers: Sequence[ChannelReader] | None
+) -> str | None:
     """Sets the moving statistics, and makes up for it by scale and offset.
+
+    Args:
+        layer: The layer.
+        moments: The statistics of what it reads.
+        readers: The layers that can take over the factor of a layer without a scale.
 
     Returns:
         Why training still differs from inference; `None` if it does not.
@@ -185,31 +199,34 @@ def _exchange_statistics(layer: keras.layers.BatchNormalization, moments: _Momen
         return None
     if type(layer).call is not keras.layers.BatchNormalization.call:
         return "its class computes something of its own"
-    dtypes = {weight.dtype for weight in layer.weights}
-    if not dtypes <= {"float32", "float64"}:
+    if not {weight.dtype for weight in layer.weights} <= {"float32", "float64"}:
         return "its weights have fewer digits than float32"
     if not all(np.isfinite(value).all() for value in moments):
         return "what it reads is not finite"
     old_mean, old_variance = to_float64(layer.moving_mean), to_float64(layer.moving_variance)
-    # as the weights will hold them; what nothing can make up for stays
+    # as the weights will hold them
     new_mean, new_variance = (value.astype(layer.moving_mean.dtype).astype(np.float64) for value in moments)
+    takes_factor = layer.scale or readers is not None
     mean = new_mean if layer.center else old_mean
-    variance = new_variance if layer.scale else old_variance
+    variance = new_variance if takes_factor else old_variance
+    missing = [name for name, is_there in (("offset", layer.center), ("scale", takes_factor)) if not is_there]
+    gamma = to_float64(layer.gamma) if layer.scale else np.ones(())
+    slope = gamma / np.sqrt(old_variance + layer.epsilon)
+    factor = np.sqrt((variance + layer.epsilon) / (old_variance + layer.epsilon))
     new_values = []
-    slope = 1 / np.sqrt(old_variance + layer.epsilon)
     if layer.scale:
-        slope *= to_float64(layer.gamma)
-        gamma = slope * np.sqrt(variance + layer.epsilon)
-        new_values.append((layer.gamma, gamma, layer.gamma_constraint))
+        new_values.append((layer.gamma, gamma * factor, layer.gamma_constraint))
     if layer.center:
         beta = to_float64(layer.beta) + slope * (mean - old_mean)
-        new_values.append((layer.beta, beta, layer.beta_constraint))
+        new_values.append((layer.beta, beta if layer.scale else beta / factor, layer.beta_constraint))
     if not all(_is_allowed(value, constraint) for _, value, constraint in new_values):
         return "a constraint would change its new scale or offset"
     for weight, value, _ in new_values:
         weight.assign(value)
+    if not layer.scale:
+        for reader in readers or ():
+            reader.multiply(factor)
     _assign_statistics(layer, _Moments(mean, variance))
-    missing = [name for name, has in (("scale", layer.scale), ("offset", layer.center)) if not has]
     return f"it has no {' and no '.join(missing)}" if missing else None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from keras_taylor.reading.graph import Call, Graph
 from keras_taylor.reading.matmul_views import MatmulView, SampledPositions, to_float64
 from keras_taylor.reading.walk import ComputedTensors
+from keras_taylor.rules.base import is_from_keras
 from keras_taylor.support.types import BoolArray, FloatArray
 
 _IDENTITY_AT_INFERENCE = (
@@ -21,6 +22,22 @@ _IDENTITY_AT_INFERENCE = (
     keras.layers.Identity,
     keras.layers.ActivityRegularization,
 )
+# Layers through which a positive factor of a channel goes unchanged, beside rectifiers.
+_KEEP_FACTORS = (
+    *(keras.layers.Dropout, keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D),
+    *(keras.layers.SpatialDropout3D, keras.layers.Identity, keras.layers.LeakyReLU, keras.layers.PReLU),
+    *(keras.layers.MaxPooling1D, keras.layers.MaxPooling2D, keras.layers.MaxPooling3D),
+    *(keras.layers.AveragePooling1D, keras.layers.AveragePooling2D, keras.layers.AveragePooling3D),
+    *(keras.layers.ZeroPadding1D, keras.layers.ZeroPadding2D, keras.layers.ZeroPadding3D),
+    *(keras.layers.Cropping1D, keras.layers.Cropping2D, keras.layers.Cropping3D),
+)
+_GLOBAL_POOLING = (
+    *(keras.layers.GlobalMaxPooling1D, keras.layers.GlobalMaxPooling2D, keras.layers.GlobalMaxPooling3D),
+    *(keras.layers.GlobalAveragePooling1D, keras.layers.GlobalAveragePooling2D),
+    keras.layers.GlobalAveragePooling3D,
+)
+_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 # Dividing by a gain that is small beside the root mean square of all gains would amplify noise. This share
 # of the mean squared gain is added to the denominator.
 _GAIN_DAMPING = 1e-3
@@ -200,6 +217,89 @@ class DownstreamPath:
         if is_computed and fits:
             self._residual_terms = others
         return is_computed and fits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChannelReader:
+    """A linear layer that can take over positive factors of channels that it reads.
+
+    Attributes:
+        layer: The layer.
+        start: Number of the first of these channels among all that it reads.
+    """
+
+    layer: keras.Layer
+    start: int
+
+    def multiply(self, factors: FloatArray) -> None:
+        """Multiplies what the layer makes of these channels, in place, by an array `(num_channels,)`."""
+        kernel = to_float64(self.layer.kernel)
+        groups = getattr(self.layer, "groups", 1) if isinstance(self.layer, _CONVOLUTIONS) else 1
+        all_factors = np.ones(groups * kernel.shape[-2])
+        all_factors[self.start : self.start + len(factors)] = factors
+        by_group = all_factors.reshape(groups, -1).T
+        by_output = np.repeat(by_group, kernel.shape[-1] // groups, axis=1)
+        self.layer.kernel.assign(kernel * by_output)
+
+
+def find_channel_readers(graph: Graph, index: int, axis: int, start: int = 0) -> list[ChannelReader] | None:
+    """The linear layers that read the channels of a tensor, if they alone do.
+
+    Rectifiers, pooling and concatenations may come before them: a positive factor goes through these.
+
+    Args:
+        graph: The graph of the model.
+        index: The number of the tensor.
+        axis: The axis of its channels, counted from the start.
+        start: Number of the first of the channels in question along it.
+    """
+    readers: list[ChannelReader] = []
+    for call in (call for call in graph.calls if index in call.inputs):
+        layer, shape = call.operation, graph.shapes[index]
+        further: list[ChannelReader] | None
+        if _is_plain_linear(layer, axis, len(shape)) and graph.is_used_once(layer):
+            further = [ChannelReader(layer, start)]
+        elif isinstance(layer, keras.layers.Concatenate) and layer.axis % len(shape) == axis:
+            before = call.inputs[: call.inputs.index(index)]
+            offset = start + sum(graph.shapes[i][axis] or 0 for i in before)
+            is_once = call.inputs.count(index) == 1
+            further = find_channel_readers(graph, call.outputs[0], axis, offset) if is_once else None
+        elif _keeps_factors(layer) and _channel_axis(layer, axis, len(shape)) == axis:
+            to = 1 if isinstance(layer, _GLOBAL_POOLING) and not layer.keepdims else axis
+            further = find_channel_readers(graph, call.outputs[0], to, start)
+        else:
+            further = None
+        if further is None:
+            return None
+        readers += further
+    return None if index in graph.outputs else readers
+
+
+def _is_plain_linear(layer: keras.Operation, axis: int, rank: int) -> bool:
+    """Whether a layer multiplies the channels along an axis by a float32 kernel, without a constraint."""
+    is_linear = isinstance(layer, (keras.layers.Dense, *_CONVOLUTIONS, *_DEPTHWISE))
+    if not is_linear or not is_from_keras(type(layer)):
+        return False
+    constraints = [getattr(layer, f"{name}_constraint", None) for name in ("kernel", "depthwise")]
+    is_free = constraints == [None, None] and layer.kernel.dtype == "float32"
+    return is_free and _channel_axis(layer, rank - 1, rank) == axis
+
+
+def _channel_axis(layer: keras.Operation, default: int, rank: int) -> int:
+    """The axis of the channels of a layer with a data format; of others `default`."""
+    data_format = getattr(layer, "data_format", None)
+    return default if data_format is None else 1 if data_format == "channels_first" else rank - 1
+
+
+def _keeps_factors(operation: keras.Operation) -> bool:
+    """Whether a positive factor of a channel before an operation is the same one after it."""
+    if not is_from_keras(type(operation)):
+        return False
+    if isinstance(operation, keras.layers.ReLU):
+        return operation.max_value is None and not operation.threshold
+    function = operation.activation if isinstance(operation, keras.layers.Activation) else operation
+    name = getattr(function, "__name__", type(function).__name__)
+    return name in ("relu", "Relu", "leaky_relu") or isinstance(operation, (*_KEEP_FACTORS, *_GLOBAL_POOLING))
 
 
 def _sole_reader(graph: Graph, index: int) -> Call | None:

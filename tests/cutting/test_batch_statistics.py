@@ -66,9 +66,9 @@ def test_inference_stays_and_training_agrees_with_it(name):
             assert relative_difference(predict_in_training(model, x), wanted) > 1e-2
 
 
-def network(x, **arguments):
+def network(x, activation="relu", **arguments):
     y = layers.Conv2D(6, 3, name="conv")(x)
-    y = layers.ReLU()(layers.BatchNormalization(name="norm", **arguments)(y))
+    y = layers.Activation(activation)(layers.BatchNormalization(name="norm", **arguments)(y))
     return layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3, name="reader")(y))
 
 
@@ -90,6 +90,31 @@ def test_renormalization_starts_from_the_same_statistics():
     np.testing.assert_allclose(spread, np.sqrt(statistics_of(norm)[1] + norm.epsilon), rtol=1e-5)
 
 
+def towers():
+    """Normalizations without a scale, whose factor goes into all that reads them."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3)(inputs)
+    x = layers.LeakyReLU()(layers.BatchNormalization(scale=False)(x))
+    y = layers.Conv2D(6, 3, padding="same", groups=2)(x)
+    y = layers.Activation("relu")(layers.BatchNormalization(scale=False)(y))
+    y = layers.Conv2D(5, 3)(layers.Concatenate()([x, layers.Dropout(0.0)(y)]))
+    y = keras.ops.relu(layers.BatchNormalization(scale=False)(y))
+    z = layers.AveragePooling2D(3, 1, padding="same")(x)
+    z = layers.DepthwiseConv2D(3, depth_multiplier=2)(layers.ZeroPadding2D(1)(z))
+    y = [layers.GlobalMaxPooling2D()(y), layers.GlobalAveragePooling2D()(z)]
+    return randomized(keras.Model(inputs, layers.Dense(4)(layers.Concatenate()(y))))
+
+
+@pytest.mark.parametrize("make", [lambda: plain(scale=False), towers])
+def test_what_reads_a_normalization_takes_over_its_factor(make):
+    model = make()
+    x = inputs_for(model, 32)
+    ours, repairs = renewed(model, x)
+    assert not repairs
+    assert relative_difference(predict(ours, x), predict(model, x)) < 1e-5
+    assert relative_difference(predict_in_training(ours, x), predict(model, x)) < 1e-4
+
+
 def test_frozen_layers_stay():
     model = plain()
     model.get_layer("norm").trainable = False
@@ -103,6 +128,7 @@ def test_frozen_layers_stay():
     ("make", "reason"),
     [
         (lambda: plain(center=False), "it has no offset"),
+        (lambda: plain(scale=False, activation="relu6"), "it has no scale"),
         (lambda: plain(gamma_constraint=keras.constraints.UnitNorm(0)), "a constraint would change its new"),
         (lambda: plain(dtype="bfloat16"), "its weights have fewer digits than float32"),
     ],
@@ -114,8 +140,9 @@ def test_what_stays_is_said(make, reason):
     assert said.name == "norm" and said.ridge is None
     assert said.reason.startswith(f"its moving statistics stay: {reason}")
     assert relative_difference(predict(ours, x), predict(model, x)) < 1e-5
-    mean = statistics_of(model.get_layer("norm"))[0]
-    assert np.array_equal(statistics_of(ours.get_layer("norm"))[0], mean)
+    number = 1 if "scale" in said.reason else 0  # the variance, or the mean
+    kept = [statistics_of(one.get_layer("norm"))[number] for one in (model, ours)]
+    assert np.array_equal(*kept)
 
 
 def test_masked_steps_do_not_count():
