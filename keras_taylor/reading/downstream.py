@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_taylor.reading.graph import Call, Graph
-from keras_taylor.reading.matmul_views import MatmulView, SampledPositions, to_float64
+from keras_taylor.reading.matmul_views import CONVOLUTIONS, MatmulView, SampledPositions, to_float64
 from keras_taylor.reading.walk import ComputedTensors
 from keras_taylor.rules.base import is_from_keras
 from keras_taylor.support.types import BoolArray, FloatArray
@@ -36,7 +36,6 @@ _GLOBAL_POOLING = (
     *(keras.layers.GlobalAveragePooling1D, keras.layers.GlobalAveragePooling2D),
     keras.layers.GlobalAveragePooling3D,
 )
-_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 # Dividing by a gain that is small beside the root mean square of all gains would amplify noise. This share
 # of the mean squared gain is added to the denominator.
@@ -234,7 +233,7 @@ class ChannelReader:
     def multiply(self, factors: FloatArray) -> None:
         """Multiplies what the layer makes of these channels, in place, by an array `(num_channels,)`."""
         kernel = to_float64(self.layer.kernel)
-        groups = getattr(self.layer, "groups", 1) if isinstance(self.layer, _CONVOLUTIONS) else 1
+        groups = getattr(self.layer, "groups", 1) if isinstance(self.layer, CONVOLUTIONS) else 1
         all_factors = np.ones(groups * kernel.shape[-2])
         all_factors[self.start : self.start + len(factors)] = factors
         by_group = all_factors.reshape(groups, -1).T
@@ -277,7 +276,7 @@ def find_channel_readers(graph: Graph, index: int, axis: int, start: int = 0) ->
 
 def _is_plain_linear(layer: keras.Operation, axis: int, rank: int) -> bool:
     """Whether a layer multiplies the channels along an axis by a float32 kernel, without a constraint."""
-    is_linear = isinstance(layer, (keras.layers.Dense, *_CONVOLUTIONS, *_DEPTHWISE))
+    is_linear = isinstance(layer, (keras.layers.Dense, *CONVOLUTIONS, *_DEPTHWISE))
     if not is_linear or not is_from_keras(type(layer)):
         return False
     constraints = [getattr(layer, f"{name}_constraint", None) for name in ("kernel", "depthwise")]

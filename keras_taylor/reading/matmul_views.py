@@ -12,7 +12,7 @@ from keras import ops
 from keras_taylor.rules.einsum import parse_subscripts
 from keras_taylor.support.types import Array, BoolArray, FloatArray, IntArray, Masks, Tensor
 
-_CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
 
@@ -365,7 +365,7 @@ def matmul_view(layer: keras.Operation) -> MatmulView | None:
         terms = _matmul_terms(layer)
         return None if terms is None else _EinsumView(layer, terms)
     views: tuple[tuple[tuple[type, ...], type[MatmulView]], ...] = (
-        (_CONVOLUTIONS, _ConvolutionView),
+        (CONVOLUTIONS, _ConvolutionView),
         (_TRANSPOSED, _TransposedView),
         (_SEPARABLE, _SeparableView),
         ((keras.layers.Dense,), MatmulView),
