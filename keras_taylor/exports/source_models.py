@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_taylor.exports.export_parity import TOLERANCES, accuracy
+from keras_taylor.reading.walk import calls_without_trace
 from keras_taylor.support.arrays import as_float32, outputs_in_batches, random_inputs
 from keras_taylor.support.datasets import Feed, flat_inputs, inputs_and_targets
 from keras_taylor.support.types import Array, Data, FloatArray, Tree
@@ -149,7 +150,8 @@ def _predict(model: keras.Model, arrays: Sequence[Array]) -> list[FloatArray]:
     """A model's flattened outputs on its own backend."""
     flat = _flat_models.model_for(model)
     size = model.inputs[0].shape[0] or _NUM_SAMPLES
-    return outputs_in_batches(lambda batch: as_float32(flat.predict_on_batch(batch)), arrays, size)
+    with calls_without_trace(model):
+        return outputs_in_batches(lambda batch: as_float32(flat.predict_on_batch(batch)), arrays, size)
 
 
 def _varies(outputs: FloatArray) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from keras_taylor.exports.conversion import save_and_convert
 from keras_taylor.exports.formats import VARIANTS, ExportSettings, Variant
 from keras_taylor.exports.runners import KerasRunner, Runner, load_runner, random_examples, start_runtime
+from keras_taylor.reading.walk import calls_without_trace
 from keras_taylor.support.types import Array
 
 _NUM_WARM_UP_CALLS = 5
@@ -169,7 +170,8 @@ def _block_median(runner: Runner, prepared: Any) -> float:
 def time_model(model: keras.Model, batch_size: int) -> int:
     """Nanoseconds of one call with `batch_size` examples, on this process's backend."""
     runner = KerasRunner(model)
-    return min_block_median(runner, random_examples(runner, batch_size), MODEL_LIMITS)
+    with calls_without_trace(model):
+        return min_block_median(runner, random_examples(runner, batch_size), MODEL_LIMITS)
 
 
 def time_file(variant: str, path: str, names: Sequence[str], batch_size: int) -> int:

@@ -11,8 +11,7 @@ from keras import ops
 
 from keras_taylor.reading.graph import Call, Graph, TensorRef
 from keras_taylor.support.datasets import Feed, flat_inputs
-from keras_taylor.support.identity import IdentitySet
-from keras_taylor.support.keras_internals import copy_mask
+from keras_taylor.support.keras_internals import copy_mask, layers_inside
 from keras_taylor.support.replicas import from_first_process
 from keras_taylor.support.types import Array, Tensor
 
@@ -68,7 +67,7 @@ class Walk:
         options = {}
         if "training" in inspect.signature(call.operation.call).parameters:
             options["training"] = self._training
-        with _restored_variables(call.operation, with_weights=self._training):
+        with calls_without_trace(call.operation):
             columns = [self._run_on_batch(call, batch, options) for batch in range(self._num_batches)]
         for index, column in zip(call.outputs, zip(*columns, strict=True), strict=True):
             self.tensors[index] = list(column)
@@ -97,17 +96,26 @@ class Walk:
 
 
 @contextlib.contextmanager
-def _restored_variables(operation: keras.Operation, with_weights: bool) -> Iterator[None]:
-    """Restores the states of an operation's random generators at the end, and its weights if that is said.
+def calls_without_trace(operation: keras.Operation) -> Iterator[None]:
+    """A context in which calls leave no trace: untrained variables and attributes are restored.
 
-    On TensorFlow recurrent layers draw dropout masks at inference, too.
+    Recurrent layers keep their dropout masks, on TensorFlow they also draw them; stateful ones keep states.
     """
-    weights = IdentitySet(() if with_weights else getattr(operation, "weights", ()))
-    variables = [v for v in getattr(operation, "variables", ()) if v not in weights]
-    values = [np.array(ops.convert_to_numpy(v)) for v in variables]
-    yield
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
+    if not isinstance(operation, keras.Layer):
+        yield
+        return
+    changing = [v for v in operation.variables if not v.trainable]
+    values = [np.array(ops.convert_to_numpy(v)) for v in changing]
+    attributes = [(vars(layer), dict(vars(layer))) for layer in (operation, *layers_inside(operation))]
+    try:
+        yield
+    finally:
+        for variable, value in zip(changing, values, strict=True):
+            variable.assign(value)
+        for now, before in attributes:
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update(before)
 
 
 def run_batches(graph: Graph, batches: Iterable[InputBatch]) -> Iterator[list[Tensor]]:
