@@ -25,7 +25,7 @@ from keras_taylor.rules.attention import attention_config, inner_layers, is_atte
 from keras_taylor.rules.base import Effect, weight_of
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import functional_class
-from keras_taylor.support.optimizers import CutWeight, carry_state
+from keras_taylor.support.optimizers import CutWeight, carry_exclusions, carry_state
 from keras_taylor.support.replicas import check_layout, strategy_scope
 from keras_taylor.support.types import BoolArray, Masks
 
@@ -91,8 +91,10 @@ def build_smaller_compiled(
     if settings is not None:
         small.compile(**settings)
         source = optimizer or model.optimizer
-        if carry and source is not None and small.optimizer is not None:
-            carry_state(source, small.optimizer, small.trainable_variables, weights)
+        if source is not None and small.optimizer is not None:
+            carry_exclusions(source, small.optimizer, small.trainable_variables, weights)
+            if carry:
+                carry_state(source, small.optimizer, small.trainable_variables, weights)
     return small
 
 
@@ -113,7 +115,16 @@ def build_smaller(
     small = builder.build_model(labeled.graph.root)
     weights = builder.copy_all_weights()
     builder.set_trainable_flags()
+    copy_attributes(weights)
     return small, weights
+
+
+def copy_attributes(weights: IdentityMap[keras.Variable, CutWeight]) -> None:
+    """Copies what can be assigned to a single weight, which its layer's configuration leaves out."""
+    for new, (old, _) in weights.items():
+        for name in ("trainable", "regularizer", "constraint"):
+            if getattr(new, name) is not getattr(old, name):
+                setattr(new, name, getattr(old, name))
 
 
 def check_layouts(labeled: LabeledModel, kept: BoolArray) -> None:

@@ -13,6 +13,7 @@ from keras_taylor.budget.schedule import removal_schedule
 from keras_taylor.loop.judging import MOVED_TO_LIMIT, MetricLimit, parse_metric_limit
 from keras_taylor.loop.wrapper import PrunableModel, check_momentum
 from keras_taylor.support.arguments import refuse_moved_arguments
+from keras_taylor.support.arrays import as_number
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.types import Array
 
@@ -253,7 +254,7 @@ class _MetricWatch:
                 stacklevel=2,
             )
             return
-        value, units = float(logs[self.monitor]), int(model.mask.sum())
+        value, units = as_number(logs[self.monitor]), int(model.mask.sum())
         if self._reference is None or (self._baseline is None and units == model.mask.size):
             self._reference = value
         self.broken = not self._limit.allows(self.monitor, value, self._reference)

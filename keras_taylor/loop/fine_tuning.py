@@ -15,6 +15,7 @@ from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.loop.judging import BestEpochs
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, losses_by_output
+from keras_taylor.support.arrays import as_number
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.keras_internals import output_structure
 from keras_taylor.support.optimizers import has_schedule
@@ -130,7 +131,8 @@ class FineTuner:
             what = f"the loss became {_name_not_finite(losses.first_not_finite)}"
             raise DivergenceError(what, f"at fine-tuning step {len(losses.values)}")
         _check_weights_finite(model, origin)
-        return FitResult({key: [float(v) for v in values] for key, values in history.items()}, losses.values)
+        numbers = {name: [as_number(value) for value in values] for name, values in history.items()}
+        return FitResult(numbers, losses.values)
 
 
 def check_fit_arguments(fit_kwargs: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_taylor.support.arguments import MovedArgument
+from keras_taylor.support.arrays import as_number
 from keras_taylor.support.datasets import BATCH_SIZE
 from keras_taylor.support.replicas import check_batches
 from keras_taylor.support.types import Data
@@ -29,7 +30,7 @@ class MetricLimit:
             an accuracy is one percentage point. A float of 0 or more.
         monitor: Name of the metric, such as "accuracy" or "val_accuracy". `None`: `compress` takes the
             first metric that the model is compiled with, or the loss if there is none; `TaylorPruning`
-            takes "val_accuracy".
+            takes "val_accuracy". Of a metric with several values, such as `F1Score()`, their mean counts.
         baseline: The reference, a float. `None`: the metric of the model before pruning.
             `MetricLimit(0, baseline=0.9)` is a floor of 0.9.
         mode: "max" if larger values are better, "min" if smaller ones are. "auto": "max" for accuracies,
@@ -216,7 +217,7 @@ class Validation:
         else:
             arguments = {"x": self._data}
         values = model.evaluate(**arguments, steps=self._steps, verbose=0, return_dict=True)
-        return {name: float(value) for name, value in values.items()}
+        return {name: as_number(value) for name, value in values.items()}
 
     def watch(self, before: Mapping[str, float]) -> WatchedMetric | None:
         """Returns the metric that is compared with its limit; `None` without a limit.

@@ -29,7 +29,7 @@ from keras_taylor.scores.losses import averages_examples
 from keras_taylor.scores.scoring import compute_scores
 from keras_taylor.scores.statistics_optimizer import StatisticsOptimizer, add_batch
 from keras_taylor.support.arguments import refuse_moved_arguments
-from keras_taylor.support.optimizers import carry_state, fresh_optimizer
+from keras_taylor.support.optimizers import carry_exclusions, carry_state, fresh_optimizer
 from keras_taylor.support.replicas import strategy_scope
 from keras_taylor.support.types import BoolArray, FloatArray, LayerPatterns, Tensor
 
@@ -132,6 +132,7 @@ class PrunableModel(GatedModel):
             if settings is not None:
                 self.compile(**settings)
                 if self.optimizer is not None:
+                    carry_exclusions(model.optimizer, self.optimizer, self.trainable_variables, weights)
                     carry_state(model.optimizer, self.optimizer, self.trainable_variables, weights)
 
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **arguments: Any) -> None:
@@ -326,6 +327,7 @@ class PrunableModel(GatedModel):
             small, weights = build_smaller(labeled, kept)
             settings = compile_settings(self) or {}
             small.compile(**{**settings, "optimizer": fresh_optimizer(optimizer)})
+            carry_exclusions(optimizer, small.optimizer, small.trainable_variables, weights)
             if not carry_state(optimizer, small.optimizer, small.trainable_variables, weights):
                 raise ValueError(
                     "The optimizer's state does not belong to this model. Expected a Keras optimizer that "

@@ -13,7 +13,13 @@ from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.rules.base import is_from_keras, override_attributes
 from keras_taylor.support.copies import copy_kept
-from keras_taylor.support.keras_internals import compile_arguments, copy_operation, lambda_output_shape
+from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.keras_internals import (
+    compile_arguments,
+    copy_operation,
+    lambda_output_shape,
+    own_variables,
+)
 from keras_taylor.support.optimizers import fresh_optimizer
 from keras_taylor.support.types import Masks, Tensor
 
@@ -215,19 +221,48 @@ def compile_settings(model: keras.Model) -> dict[str, Any] | None:
     """Arguments of `compile` for another model like this one, with a new optimizer and new metrics.
 
     Returns:
-        The arguments; `None` if the model is not compiled.
+        The arguments, as the model's attributes are now; `None` if the model is not compiled.
     """
     if not getattr(model, "compiled", False):
         return None
-    settings = compile_arguments(model)
-    if model.optimizer is not None:
-        settings["optimizer"] = fresh_optimizer(settings["optimizer"])
+    settings, copies = compile_arguments(model), IdentityMap[Any, Any]()
+    optimizer = settings["optimizer"]
+    if optimizer is not None:
+        settings["optimizer"] = fresh_optimizer(getattr(optimizer, "wrapped", optimizer))
     for key in ("metrics", "weighted_metrics"):
-        settings[key] = keras.tree.map_structure(_fresh_metric, settings[key])
+        settings[key] = keras.tree.map_structure(lambda one: _with_copies(one, copies), settings[key])
     return settings
 
 
-def _fresh_metric(metric: Any) -> Any:
-    if not isinstance(metric, keras.Metric):
-        return metric
-    return type(metric).from_config(metric.get_config())
+def _with_copies(value: Any, copies: IdentityMap[Any, Any]) -> Any:
+    """An attribute of a metric with copies of variables and metrics, by `copies`, in their places."""
+    if isinstance(value, keras.Metric) and value not in copies:
+        _copy_metric(value, copies)
+    if value in copies:
+        return copies[value]
+    if isinstance(value, dict):
+        return {key: _with_copies(one, copies) for key, one in value.items()}
+    if type(value) is tuple or isinstance(value, list):
+        parts = [_with_copies(one, copies) for one in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if inspect.ismethod(value) and value.__self__ in copies:
+        return value.__func__.__get__(copies[value.__self__])
+    return value
+
+
+def _copy_metric(metric: keras.Metric, copies: IdentityMap[Any, Any]) -> None:
+    """Adds to `copies` a copy of a metric in its state, and of all that it is made of.
+
+    Configurations do not tell what was set after construction; those of classes without a `get_config`
+    of their own do not even tell how to make another one.
+    """
+    new = type(metric).__new__(type(metric))
+    keras.Metric.__init__(new, dtype=metric.dtype, name=metric.name)
+    copies[metric] = new
+    attributes = {name: value for name, value in vars(metric).items() if name not in vars(new)}
+    for old in own_variables(metric):
+        variable = new.add_variable(old.shape, "zeros", old.dtype, old.aggregation, old.name)
+        variable.assign(keras.ops.convert_to_numpy(old))
+        copies[old] = variable
+    for name, value in attributes.items():
+        setattr(new, name, _with_copies(value, copies))

@@ -89,7 +89,6 @@ def functional_view(model: keras.Model) -> keras.Model:
         view.dtype_policy = model.dtype_policy
     if getattr(model, "compiled", False):
         view.compile(**compile_arguments(model))
-        view.optimizer = model.optimizer
     return view
 
 

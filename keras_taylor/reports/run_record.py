@@ -63,7 +63,8 @@ class Round:
             are included where a goal was reached; latencies are in nanoseconds.
         layers: Layer name -> `[before, after]`, the numbers of channels of each layer that lost some.
         history: Name -> list of floats, one for each epoch: the loss and the metrics of the fine-tuning,
-            as in `keras.callbacks.History.history`. Empty without fine-tuning.
+            as in `keras.callbacks.History.history`; the mean of a metric with several values. Empty without
+            fine-tuning.
         step_losses: The training loss of every step of the fine-tuning, a list of floats.
         seconds: "score", "prune", "repair" and "fit" -> the wall time of the phase, a float in seconds.
         repairs: What the repair did to each layer that lost inputs, a list of dicts: "name",

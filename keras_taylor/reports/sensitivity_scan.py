@@ -26,6 +26,7 @@ from keras_taylor.scores.losses import (
 from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring import check_compiled, needs_data, needs_loss, score_channels
 from keras_taylor.scores.scoring_passes import explain_nonfinite
+from keras_taylor.support.arrays import as_number
 from keras_taylor.support.console import Clock, Reporter, describe_duration
 from keras_taylor.support.datasets import Feed, flat_inputs
 from keras_taylor.support.types import BoolArray, Costs, Data, IntArray
@@ -262,7 +263,7 @@ class SensitivityScan:
 def _evaluate(gated: GatedModel, feed: Feed) -> Values:
     """The compiled loss on all examples, and the metrics, as `evaluate` returns them."""
     values = gated.evaluate(**feed.fit_arguments(), verbose=0, return_dict=True)
-    return {"loss": float(values.pop("loss")), **{name: float(value) for name, value in values.items()}}
+    return {"loss": float(values.pop("loss")), **{name: as_number(value) for name, value in values.items()}}
 
 
 def cost_savings(before: Costs, after: Costs) -> dict[str, int | None]:

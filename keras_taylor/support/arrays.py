@@ -5,6 +5,7 @@ All arrays of a list have the same number of examples along their first axis.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -78,6 +79,11 @@ def outputs_in_batches(
     )
     parts = [call(batch) for batch in batches]
     return [np.concatenate(column)[:num] for column in zip(*parts, strict=True)]
+
+
+def as_number(result: Any) -> float:
+    """The result of a metric as a float. Of a metric with several values, one a class, it is their mean."""
+    return float(np.mean(keras.ops.convert_to_numpy(result), dtype=np.float64))
 
 
 def as_float32(outputs: Tree) -> list[FloatArray]:

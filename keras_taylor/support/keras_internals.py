@@ -103,11 +103,19 @@ def lambda_output_shape(layer: keras.layers.Lambda) -> Shape | None:
 
 
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
-    """The arguments of `model.compile`, as objects.
+    """The arguments of `model.compile` that make another model train as this one does now, as objects.
 
-    `get_compile_config()` serializes them, which functions and lambdas do not survive.
+    `get_compile_config()` serializes them, which functions and lambdas do not survive. Attributes may have
+    been assigned since; the optimizer is the present one, with the loss scale that `compile` may have added.
     """
-    return dict(model._compile_config.config)
+    return {
+        **model._compile_config.config,
+        "optimizer": model.optimizer,
+        "run_eagerly": model.run_eagerly,
+        "jit_compile": model.jit_compile and not model.run_eagerly,
+        "steps_per_execution": model.steps_per_execution,
+        "auto_scale_loss": False,
+    }
 
 
 def mask_of_tensor(tensor: Tensor) -> Tensor | None:
@@ -124,6 +132,22 @@ def copy_mask(source: Tensor, target: Tensor) -> Tensor:
     if mask is not None:
         target._keras_mask = mask
     return target
+
+
+def own_variables(metric: keras.Metric) -> list[keras.Variable]:
+    """The variables that a metric made itself; `variables` has those of metrics inside of it, too."""
+    return list(metric._variables)
+
+
+def is_excluded_from_decay(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
+    """Whether a variable was passed to `exclude_from_weight_decay`; configurations leave that out."""
+    return optimizer._var_key(variable) in getattr(optimizer, "_exclude_from_weight_decay", ())
+
+
+def names_excluded_from_decay(optimizer: keras.optimizers.Optimizer) -> str | None:
+    """A regular expression for the names of variables that were passed to `exclude_from_weight_decay`."""
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    return None if pattern is None else pattern.pattern
 
 
 def learning_rate_setting(optimizer: keras.optimizers.Optimizer) -> Any:

@@ -9,7 +9,11 @@ import keras
 
 from keras_taylor.support.copies import copy_kept
 from keras_taylor.support.identity import IdentityMap
-from keras_taylor.support.keras_internals import learning_rate_setting
+from keras_taylor.support.keras_internals import (
+    is_excluded_from_decay,
+    learning_rate_setting,
+    names_excluded_from_decay,
+)
 from keras_taylor.support.types import Masks
 
 
@@ -34,12 +38,38 @@ def has_schedule(optimizer: keras.optimizers.Optimizer) -> bool:
 
 
 def fresh_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """A new optimizer of the same class and configuration; its schedule's class need not be registered."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    rate = learning_rate_setting(inner)
-    maker = rate if inspect.isfunction(rate) else type(rate)
-    with keras.saving.custom_object_scope({maker.__name__: maker}):
+    """A new optimizer of the same class and configuration.
+
+    Classes of its own, of its schedule, and of optimizers that it wraps need not be registered.
+    """
+    makers: list[Any] = []
+    for one in _with_wrapped(optimizer):
+        rate = learning_rate_setting(one)
+        makers += [type(one), rate if inspect.isfunction(rate) else type(rate)]
+    with keras.saving.custom_object_scope({maker.__name__: maker for maker in makers}):
         return type(optimizer).from_config(optimizer.get_config())
+
+
+def carry_exclusions(
+    source: keras.optimizers.Optimizer,
+    target: keras.optimizers.Optimizer,
+    variables: Sequence[keras.Variable],
+    weights: IdentityMap[keras.Variable, CutWeight],
+) -> None:
+    """Excludes from weight decay what another optimizer excludes, by names or by variables.
+
+    Args:
+        source: The other optimizer.
+        target: A new optimizer of the same class and configuration, not built.
+        variables: The trainable variables that it will be built for.
+        weights: For each new weight the weight that it was cut from.
+    """
+    source, target = (getattr(o, "wrapped", o) for o in (source, target))
+    for old, new in zip(_with_wrapped(source), _with_wrapped(target), strict=True):
+        names = names_excluded_from_decay(old)
+        excluded = [v for v in variables if v in weights and is_excluded_from_decay(old, weights[v].source)]
+        if names or excluded:
+            new.exclude_from_weight_decay(excluded, [names] if names else None)
 
 
 def carry_state(
