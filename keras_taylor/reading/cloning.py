@@ -256,7 +256,7 @@ def _copy_metric(metric: keras.Metric, copies: IdentityMap[Any, Any]) -> None:
     Configurations do not tell what was set after construction; those of classes without a `get_config`
     of their own do not even tell how to make another one.
     """
-    new = type(metric).__new__(type(metric))
+    new = object.__new__(type(metric))
     keras.Metric.__init__(new, dtype=metric.dtype, name=metric.name)
     copies[metric] = new
     attributes = {name: value for name, value in vars(metric).items() if name not in vars(new)}
