@@ -1,4 +1,49 @@
-"""Really smaller Keras 3 models: Taylor pruning of whole channels."""
+"""Really smaller Keras 3 models: whole channels leave, on TensorFlow, JAX and PyTorch.
+
+A trained model goes in, a plain and smaller `keras.Model` comes out:
+
+>>> import keras_taylor
+>>> print(keras_taylor.analyze(model))                         # what can go, what stays and why
+>>> small, info = keras_taylor.compress(
+...     model, (x, y), goal=0.3, epochs=2,                     # 30 % of the parameters leave
+...     validation_data=(x_val, y_val), return_info=True,
+... )
+>>> print(info)                                                # a table of the rounds
+>>> small.save("small.keras")                                  # loads anywhere, without this package
+
+The verbs, in the order in which they are used:
+
+    analyze            what can be removed, and what each part is worth
+    compress           score, prune, repair and fine-tune, round by round, down to a goal
+    export             a SavedModel, LiteRT, ONNX or Keras file, run and compared with the model
+    measure_artifacts  times several models or files against each other
+
+What `compress` does, one step at a time:
+
+    score              how important each channel is
+    make_plan          which channels leave for a goal: a `Plan`, which can be printed, edited and saved
+    prune              the smaller model of a plan
+    repair             refits the layers that lost inputs, without labels
+    recalibrate        renews the statistics of BatchNormalization
+
+Inside a `fit` or a training loop of your own:
+
+    PrunableModel      a copy of the model that scores its channels while it trains
+    TaylorPruning      the callback that closes more and more of them
+
+Settings and layers of your own:
+
+    Selection          how the channels that leave are selected: shares of layers, multiples, floors
+    Scoring            where scores come from: a criterion, examples, labels
+    MetricLimit        when to stop: how much worse which metric may become
+    criteria           what makes a channel important: the module of all criteria
+    register_rule      how a layer class of your own treats channels
+
+`help(keras_taylor.compress)` and so on explain each. The other names are what these verbs return or raise:
+`Info`, `Round`, `Analysis`, `Group`, `Sensitivity`, `LossCurve`, `Scores`, `GroupStatistics`, `Plan`,
+`LayerPlan`, `PlanDifference`, `LayerRepair`, `Artifact`, `ExportError`, `CompressionInterrupted` and
+`UnsupportedModelError`. The same on the command line: `keras-taylor --help`.
+"""
 
 __version__ = "0.1.0"
 
@@ -23,6 +68,7 @@ from keras_taylor.reports.info import Info
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
 from keras_taylor.reports.run_record import Round
 from keras_taylor.rules.registry import register_rule
+from keras_taylor.scores import criteria
 from keras_taylor.scores.criteria import GroupStatistics, Scores
 from keras_taylor.scores.scoring import Scoring, score
 
@@ -50,6 +96,7 @@ __all__ = [
     "UnsupportedModelError",
     "analyze",
     "compress",
+    "criteria",
     "export",
     "make_plan",
     "measure_artifacts",
@@ -59,3 +106,8 @@ __all__ = [
     "repair",
     "score",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, without the packages that hold them."""
+    return [*__all__, "__version__"]

@@ -85,7 +85,7 @@ def test_the_first_docstring_line_of_a_package_is_its_caption(package):
 
 def test_no_package_or_module_bears_the_name_of_a_public_function():
     names = {*PACKAGES, *(module for _, module in MODULES)}
-    assert names.isdisjoint(keras_taylor.__all__)
+    assert names & {*keras_taylor.__all__} == {"criteria"}  # a public module
 
 
 def parameters_of(function):
@@ -119,7 +119,7 @@ def test_a_top_level_name_is_defined_in_one_module():
                 modules[node.name].add(path.name)
             elif isinstance(node, ast.Assign):
                 for target in node.targets:
-                    if isinstance(target, ast.Name):
+                    if isinstance(target, ast.Name) and target.id != "__all__":
                         modules[target.id].add(path.name)
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 modules[node.target.id].add(path.name)

@@ -62,11 +62,9 @@ def compress(
     and trains the smaller model. Iterative pruning with fine-tuning is from Molchanov et al., Pruning
     Convolutional Neural Networks for Resource Efficient Inference, 2017 (arXiv 1611.06440); the default
     scores extend Molchanov et al., Importance Estimation for Neural Network Pruning, 2019 (arXiv
-    1906.10771), see `keras_taylor.scores.criteria`.
+    1906.10771), see `keras_taylor.criteria`.
 
-    Args:
-        Start with these.
-
+    Args: Start with these
         model: The trained model, a built and compiled Sequential or Functional `keras.Model`. It does not
             change.
         ds: The training data, whatever `model.fit` takes: `(x, y)` or `(x, y, sample_weight)` arrays, a
@@ -83,14 +81,15 @@ def compress(
             amounts may have a unit: `{"params": 200_000, "flops": 0.5}`, `{"bytes:litert-int8": "256 KiB",
             "latency": "2.5 ms"}`. A list of goals makes stops on one way down; each must ask for more than
             the one before. `None`: as far as `max_drop` allows. Default 0.3.
+        **fit_kwargs: Arguments of `model.fit`: `epochs` (a round, default 1; 0: no fine-tuning),
+            `batch_size`, `validation_data`, `callbacks`, `class_weight`, ... Each round starts with the
+            same learning rate, and with the momentum and moments of the channels that stayed. If the
+            optimizer follows a schedule, it starts again in each round, its momentum too: both count the
+            same steps. `verbose` is 0 (silent), 1 (a live bar; in a notebook also the table and plot of the
+            rounds), 2 (lines only) or "auto" (whichever suits the output, the default).
         increment: The fraction of the original to remove in a round, of the cost that has most to lose, a
             float above 0 and at most 1; or a function from the round's number (from 1 on) to the fraction
             that is gone after it. Default 0.05.
-        repair: Whether to refit the layers that lost inputs, by least squares, after each cut (see
-            `keras_taylor.repair`). With `epochs=0` they are fitted to the original, on at most 512
-            examples. Otherwise they are fitted to the model of the round before, on one in 32 of the
-            examples that a round trains on, 128 to 512, and less thoroughly, since training does the rest.
-            Default `True`.
         max_drop: How much worse a metric on `validation_data` may become, a float of 0 or more, or a
             `MetricLimit`. After each round the metric is compared with that of the given model. A round
             that goes too far is undone and ends the run. `None` (the default): no limit.
@@ -107,10 +106,9 @@ def compress(
             a run only the first one uses it. `None` (the default): nothing is kept, nothing is seeded.
         return_info: Whether to return an `Info` too. Default `False`.
 
-        Rarely needed.
-
+    Args: Rarely needed
         criterion: What makes a channel important: a name of the table in
-            `keras_taylor.scores.criteria`, a function from a `GroupStatistics` to an array `(num_units,)`,
+            `keras_taylor.criteria`, a function from a `GroupStatistics` to an array `(num_units,)`,
             or a `Scoring`, which also says from which examples and labels. `None` (the default): "log_odds"
             for a classifier with one output, a cross-entropy and labels, if `repair` is on; else "taylor".
         selection: A `Selection`: how scores lead to a choice, what single layers lose, multiples of
@@ -120,6 +118,11 @@ def compress(
             default): all.
         exact: `False`: channels that are normalized together may leave too, such as the residual stream of
             a transformer or a ConvNeXt, although the others change then (see `analyze`). Default `True`.
+        repair: Whether to refit the layers that lost inputs, by least squares, after each cut (see
+            `keras_taylor.repair`). With `epochs=0` they are fitted to the original, on at most 512
+            examples. Otherwise they are fitted to the model of the round before, on one in 32 of the
+            examples that a round trains on, 128 to 512, and less thoroughly, since training does the rest.
+            Default `True`.
         distill: Fine-tune with the given model as the teacher (`keras.distillation.Distiller`). `True`: the
             student imitates the outputs (Hinton et al., 2015, arXiv 1503.02531). A
             `keras.distillation.DistillationLoss` or a list of them: it imitates what these say, features
@@ -130,12 +133,6 @@ def compress(
             rate if `repair` is off, a tenth of it otherwise, since a repaired model has less to learn and
             more to lose. A schedule that the optimizer was compiled with is kept. Your own callbacks that
             set the rate (cycles, rewinding) have the last word. The result has the compiled rate again.
-        **fit_kwargs: Arguments of `model.fit`: `epochs` (a round, default 1; 0: no fine-tuning),
-            `batch_size`, `validation_data`, `callbacks`, `class_weight`, ... Each round starts with the
-            same learning rate, and with the momentum and moments of the channels that stayed. If the
-            optimizer follows a schedule, it starts again in each round, its momentum too: both count the
-            same steps. `verbose` is 0 (silent), 1 (a live bar; in a notebook also the table and plot of the
-            rounds), 2 (lines only) or "auto" (whichever suits the output, the default).
 
     Returns:
         A plain, smaller `keras.Model`, fine-tuned and compiled as `model` is. With `return_info=True` a

@@ -30,7 +30,7 @@ class LayerPlan:
 
     Example:
 
-    >>> keras_taylor.plans.plan.LayerPlan(width=6, kept=(0, 2, 5))
+    >>> keras_taylor.LayerPlan(width=6, kept=(0, 2, 5))
     LayerPlan(width=6, kept=(0, 2, 5))
     """
 

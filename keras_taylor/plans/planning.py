@@ -38,9 +38,9 @@ def make_plan(
             with a warning unless the selection names a rank.
         goal: Fraction of the parameters to remove, a float above 0 and below 1; frozen ones and BatchNorm
             statistics count (`model.count_params()`). Or a dict of one or more of "params", "flops" (of
-            one example's forward pass, 2 per multiply-add) and "activation_memory" (bytes, see
-            `keras_taylor.budget.costs.CostModel`), which must all hold: a float is the fraction to
-            remove, an int is how much may be left (`{"params": 200_000, "flops": 0.5}`).
+            one example's forward pass, 2 per multiply-add) and "activation_memory" (bytes: the most that
+            the tensors of such a pass take at once, with four bytes a number), which must all hold: a float
+            is the fraction to remove, an int is how much may be left (`{"params": 200_000, "flops": 0.5}`).
         selection: A `keras_taylor.Selection`: how the units that leave are selected, and what every layer
             keeps. `None` (the default) means `Selection()`.
         include: Layer names, regular expressions that match whole names, or layers: only the channels

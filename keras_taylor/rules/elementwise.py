@@ -32,7 +32,7 @@ def identity(ctx: Context) -> Effect:
     return Effect(outputs=[ctx.inputs[0].labels])
 
 
-def activation(ctx: Context) -> Effect:
+def activation_layer(ctx: Context) -> Effect:
     """Channels go through if the function is known to be elementwise."""
     return unary(ctx) if is_elementwise(ctx.operation.activation) else lock_inputs(ctx)
 

@@ -81,7 +81,7 @@ LAYERS = _rules_by_name(
         ("LayerScale", norm.layer_scale),
         ("ReLU LeakyReLU ELU", elementwise.unary),
         ("Masking", elementwise.masking),
-        ("Activation", elementwise.activation),
+        ("Activation", elementwise.activation_layer),
         ("Softmax", elementwise.softmax),
         (
             "Dropout SpatialDropout1D SpatialDropout2D SpatialDropout3D GaussianDropout "

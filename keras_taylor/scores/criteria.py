@@ -95,6 +95,27 @@ import numpy as np
 
 from keras_taylor.support.types import Array, FloatArray
 
+__all__ = [
+    "GroupStatistics",
+    "Scores",
+    "activation",
+    "apoz",
+    "batchnorm",
+    "fisher",
+    "fpgm",
+    "log_odds",
+    "log_odds_probed",
+    "magnitude",
+    "oracle",
+    "random",
+    "sensitivity",
+    "taylor",
+    "taylor2",
+    "taylor_abs",
+    "taylor_abs_normalized",
+    "taylor_batch",
+]
+
 # Criteria whose scores are relative to what a unit saves.
 COST_AWARE_CRITERIA = ("sensitivity", "fisher")
 # Criteria whose scores estimate how much the loss grows: sums of them can be compared with sums of savings.
@@ -166,7 +187,7 @@ class GroupStatistics:
     loss_changes: FloatArray | None = None
     slopes: FloatArray | None = None
     ranks: FloatArray | None = None
-    measure: Callable[[str], FloatArray | None] = lambda name: None
+    measure: Callable[[str], FloatArray | None] = dataclasses.field(default_factory=lambda: lambda name: None)
 
     @property
     def filter_distances(self) -> FloatArray | None:
@@ -225,8 +246,7 @@ class Scores(dict[str, Array]):
     >>> scores = keras_taylor.score(model, (x, y), criterion="taylor")
     >>> scores.criterion
     'taylor'
-    >>> from keras_taylor.scores.criteria import Scores
-    >>> normalized = Scores({name: s / s.max() for name, s in scores.items()}, scores.criterion)
+    >>> normalized = keras_taylor.Scores({name: s / s.max() for name, s in scores.items()}, scores.criterion)
     >>> plan = keras_taylor.make_plan(model, normalized, 0.3)
     """
 
@@ -273,7 +293,7 @@ def warn_without_criterion(scores: Mapping[str, Array]) -> None:
         "The scores do not say which criterion made them, so units are ranked by their scores alone. Pass "
         '`selection=keras_taylor.Selection(rank="score")` to keep that, `rank="cost"` if scores estimate how '
         f"much the loss grows (the criteria {', '.join(LOSS_CHANGE_CRITERIA)}). Or pass "
-        "`keras_taylor.scores.criteria.Scores(scores, criterion)`, which is what `score` returns. "
+        "`keras_taylor.Scores(scores, criterion)`, which is what `score` returns. "
         f"Received: scores of type {type(scores).__name__}, rank=None",
         stacklevel=3,
     )
@@ -365,8 +385,8 @@ def taylor_abs_normalized(statistics: GroupStatistics) -> FloatArray:
 
     Example:
 
-    >>> from keras_taylor.scores.criteria import taylor_abs_normalized
-    >>> scores = keras_taylor.score(model, (x, y), criterion=taylor_abs_normalized)
+    >>> normalized = keras_taylor.criteria.taylor_abs_normalized
+    >>> scores = keras_taylor.score(model, (x, y), criterion=normalized)
     """
     values = _required(statistics.mean_absolute, statistics)
     return values / max(float(np.linalg.norm(values)), 1e-30)

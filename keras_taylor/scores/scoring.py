@@ -35,7 +35,7 @@ class Scoring:
     `compress` takes it in place of a criterion.
 
     Args:
-        criterion: What makes a channel important: a name of the table in `keras_taylor.scores.criteria`, or
+        criterion: What makes a channel important: a name of the table in `keras_taylor.criteria`, or
             a function from a `GroupStatistics` to an array `(num_units,)`. `None`: "log_odds" for a
             classifier with one output, a cross-entropy and labels, where `repair` is on; else "taylor".
         ds: Data for the scores, in any form that `model.fit` takes: examples that the model was not
@@ -52,8 +52,7 @@ class Scoring:
 
     Example:
 
-    >>> from keras_taylor.scores.scoring import Scoring
-    >>> scoring = Scoring("taylor", ds=(x_val, y_val), num_examples=256)
+    >>> scoring = keras_taylor.Scoring("taylor", ds=(x_val, y_val), num_examples=256)
     >>> scoring.criterion, scoring.num_examples
     ('taylor', 256)
     """
@@ -92,7 +91,7 @@ def score(
             and those without data. It is not changed.
         ds: Data as for `model.fit`; `None` for criteria without data ("magnitude", "batchnorm",
             "fpgm", "random").
-        criterion: A name of the table in `keras_taylor.scores.criteria`, or a function that takes a
+        criterion: A name of the table in `keras_taylor.criteria`, or a function that takes a
             `GroupStatistics` and returns an array `(num_units,)`.
         num_examples: Number of examples to use, evenly spread over arrays, the first ones of an iterable;
             `None`: all.

@@ -40,8 +40,8 @@ KINDS = {
     "as its layer": [registry.time_distributed, registry.spectral_normalization],
     "lets through": [
         *(conv.depthwise, norm.batch_normalization, norm.group_normalization, norm.rescaling, norm.prelu),
-        *(norm.layer_scale, conv.pool_or_resize, conv.pad_or_crop, elementwise.unary, elementwise.activation),
-        *(elementwise.identity, elementwise.merge, shape.concatenate, shape.reshape, shape.flatten),
+        *(norm.layer_scale, conv.pool_or_resize, conv.pad_or_crop, elementwise.unary, elementwise.identity),
+        *(elementwise.activation_layer, elementwise.merge, shape.concatenate, shape.reshape, shape.flatten),
         *(shape.permute, shape.repeat_vector, einsum.dot_layer, attention.attention),
     ],
     "with `exact=False`": [norm.layer_normalization, norm.rms_normalization, norm.unit_normalization],
