@@ -21,3 +21,16 @@ class Crashing(Doubled):
         if sys.argv[0] == "-c":
             os.abort()
         return super().from_config(config)
+
+
+@keras.saving.register_keras_serializable("exported_layers")
+class Noisy(keras.layers.Layer):
+    """Augments inside, and trains unless it is told not to, as Keras' own augmentation does."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.contrast = keras.layers.RandomContrast(0.5)
+
+    def call(self, x, training=True):
+        x = self.contrast(x)
+        return 3 * x if training else x

@@ -5,7 +5,6 @@ import keras
 from keras_taylor.exports.artifacts import ExportError
 from keras_taylor.exports.export_worker import JobError
 from keras_taylor.exports.formats import ExportSettings
-from keras_taylor.exports.source_models import has_half_precision
 
 _MAX_ERROR_LENGTH = 1000
 
@@ -14,7 +13,7 @@ def conversion_failure(error: Exception, model: keras.Model, settings: ExportSet
     """The error to raise for a model that could not be converted."""
     return ExportError(
         f"The model could not be converted ({shorten(error)}). Nothing was written. "
-        f"{_conversion_advice(error, model, settings)}Received: model={model!r}, {settings}"
+        f"{_conversion_advice(error, settings)}Received: model={model!r}, {settings}"
     )
 
 
@@ -32,7 +31,7 @@ def shorten(error: Exception) -> str:
     return text if len(text) <= _MAX_ERROR_LENGTH else text[:_MAX_ERROR_LENGTH] + " ..."
 
 
-def _conversion_advice(error: Exception, model: keras.Model, settings: ExportSettings) -> str:
+def _conversion_advice(error: Exception, settings: ExportSettings) -> str:
     """Sentences that end in a blank, or nothing."""
     name = error.error_name if isinstance(error, JobError) else type(error).__name__
     if name in ("LoadingError", "ModuleNotFoundError"):
@@ -44,8 +43,6 @@ def _conversion_advice(error: Exception, model: keras.Model, settings: ExportSet
         )
     if name != "ConverterError":
         return ""
-    if has_half_precision(model):
-        return "LiteRT has no convolutions in half precision: make the model with the policy 'float32'. "
     advice = "Expected a model that LiteRT's built-in operations cover. "
     if settings.batch_size is None:
         advice += "Recurrent layers need a fixed number of examples: try `batch_size=1`. "
@@ -55,8 +52,5 @@ def _conversion_advice(error: Exception, model: keras.Model, settings: ExportSet
 def _run_advice(settings: ExportSettings) -> str:
     """Sentences that end in a blank, or nothing."""
     if settings.format == "onnx":
-        return (
-            "tf2onnx, which writes the file, lacks some operations. Known ones are grouped convolutions "
-            "and the exact GELU. "
-        )
+        return "tf2onnx, which writes the file, lacks some operations. "
     return "Try `batch_size=1`. " if settings.batch_size is None and settings.format != "keras" else ""

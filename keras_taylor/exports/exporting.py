@@ -54,6 +54,9 @@ def export(
     own backend. Only then is the file moved to `path`. Your own layers must be registered
     (`keras.saving.register_keras_serializable`) in a module that can be imported.
 
+    The file is for inference: layers that do something in training only, such as dropout and augmentation,
+    are not in it. LiteRT and ONNX files compute in float32 where the model does in half precision.
+
     Args:
         model: A built Sequential or Functional model; it is not changed. For a `PrunableModel`, pass what
             `strip()` returns.

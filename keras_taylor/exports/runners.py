@@ -59,7 +59,8 @@ class SavedModelRunner(Runner):
 
     def prepare(self, arrays: Sequence[Array]) -> dict[str, Tensor]:
         """Arrays as tensors, by name."""
-        return dict(zip(self.inputs, map(self._as_tensor, arrays), strict=True))
+        named = zip(self.inputs.items(), arrays, strict=True)
+        return {name: self._as_tensor(array, details["dtype"]) for (name, details), array in named}
 
     def run(self, prepared: dict[str, Tensor]) -> list[Array]:
         """One call."""
@@ -135,8 +136,9 @@ class OnnxRunner(Runner):
         self.outputs = {argument.name: _onnx_details(argument) for argument in self._session.get_outputs()}
 
     def prepare(self, arrays: Sequence[Array]) -> dict[str, Array]:
-        """Arrays by name."""
-        return dict(zip(self.inputs, arrays, strict=True))
+        """Arrays with the dtypes of the inputs, by name."""
+        named = zip(self.inputs.items(), arrays, strict=True)
+        return {name: array.astype(details["dtype"]) for (name, details), array in named}
 
     def run(self, prepared: dict[str, Array]) -> list[Array]:
         """One call."""

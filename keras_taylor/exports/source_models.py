@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
 import keras
@@ -13,6 +13,7 @@ from keras_taylor.exports.export_parity import TOLERANCES, accuracy
 from keras_taylor.reading.walk import calls_without_trace
 from keras_taylor.support.arrays import as_float32, outputs_in_batches, random_inputs
 from keras_taylor.support.datasets import Feed, flat_inputs, inputs_and_targets
+from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.types import Array, Data, FloatArray, Tree
 
 _NUM_SAMPLES = 32
@@ -22,17 +23,9 @@ _OWN_MODULES: Final = ("keras", "keras_taylor", "builtins", "__main__")
 Metric = Callable[[Any, Any], float]
 
 
-def nested_layers(model: keras.Model) -> Iterator[keras.Layer]:
-    """All layers of a model, those of models within it included."""
-    for layer in model.layers:
-        yield layer
-        if isinstance(layer, keras.Model):
-            yield from nested_layers(layer)
-
-
 def has_half_precision(model: keras.Model) -> bool:
     """Whether any layer computes in float16 or bfloat16."""
-    return any(layer.compute_dtype in ("float16", "bfloat16") for layer in nested_layers(model))
+    return any(layer.compute_dtype in ("float16", "bfloat16") for layer in layers_inside(model))
 
 
 def default_tolerance(model: keras.Model, quantize: str | None) -> float:
@@ -44,7 +37,7 @@ def find_user_modules(model: keras.Model | None = None) -> list[str]:
     """Names of the modules that register the user's classes and functions when they are imported."""
     objects = list(keras.saving.get_custom_objects().values())
     if model is not None:
-        objects += [type(layer) for layer in nested_layers(model)]
+        objects += [type(layer) for layer in layers_inside(model)]
     modules = {getattr(each, "__module__", None) for each in objects}
     return sorted(name for name in modules if name and name.split(".")[0] not in _OWN_MODULES)
 

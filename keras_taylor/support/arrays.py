@@ -46,9 +46,10 @@ def read_arrays(path: str | os.PathLike[str]) -> list[Array]:
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Sequence[Array]) -> None:
-    """Writes a list of arrays to an `.npz` file."""
+    """Writes a list of arrays to an `.npz` file. bfloat16, which NumPy does not read, becomes float32."""
+    known = [array.astype("float32") if array.dtype.name == "bfloat16" else array for array in arrays]
     # NumPy's types know no array of a name that is made from a number
-    np.savez(path, **{str(k): array for k, array in enumerate(arrays)})  # type: ignore[arg-type]
+    np.savez(path, **{str(k): array for k, array in enumerate(known)})  # type: ignore[arg-type]
 
 
 def padded_batches(arrays: Sequence[Array], size: int) -> Iterator[list[Array]]:

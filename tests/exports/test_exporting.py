@@ -16,7 +16,7 @@ import pytest
 from helpers import BACKEND, fingerprint, predict, random_plan
 
 import keras_taylor
-from keras_taylor.exports import export_worker, exporting, runners, source_models
+from keras_taylor.exports import conversion, export_worker, exporting, runners
 from keras_taylor.exports.artifacts import Artifact, artifact_table, size_on_disk
 from keras_taylor.exports.export_parity import TOLERANCES, accuracy, compare_outputs, tolerance_violation
 from keras_taylor.exports.export_worker import JobError, run_job
@@ -185,22 +185,93 @@ def test_many_outputs_and_names_that_tensorflow_changes(tmp_path):
 
 def test_what_onnx_has_no_operation_for_says_so(tmp_path):
     inputs = keras.Input((4,))
-    model = keras.Model(inputs, keras.ops.gelu(inputs, approximate=False))
-    with pytest.raises(keras_taylor.ExportError, match=r"does not run.*Known ones are"):
+    model = keras.Model(inputs, keras.ops.erfinv(keras.ops.tanh(inputs)))
+    with pytest.raises(keras_taylor.ExportError, match="tf2onnx, which writes the file, lacks some"):
         keras_taylor.export(model, tmp_path / "model.onnx")
     assert os.listdir(tmp_path) == []
 
 
-def test_recurrent_layers_and_half_precision_in_lite_rt(tmp_path):
+def test_recurrent_layers_in_lite_rt(tmp_path):
     model = keras.Sequential([keras.Input((5, 4)), keras.layers.LSTM(3)])
     with pytest.raises(keras_taylor.ExportError, match="try `batch_size=1`"):
         keras_taylor.export(model, tmp_path / "free.tflite")
     assert keras_taylor.export(model, tmp_path / "one.tflite", batch_size=1).relative_difference < 1e-5
-    half = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3, dtype="mixed_float16")])
-    with pytest.raises(keras_taylor.ExportError, match="with the policy 'float32'"):
-        keras_taylor.export(half, tmp_path / "half.tflite")
-    assert source_models.default_tolerance(half, None) == TOLERANCES["float16"]
-    assert source_models.default_tolerance(model, None) == TOLERANCES[None]
+
+
+def with_what_exporters_do_not_take():
+    """Augmentation of integers, constants of both sizes, grouped convolutions, the exact GELU."""
+    layers, ops = keras.layers, keras.ops
+    inputs = keras.Input((8, 8, 4), dtype="uint8", name="image")
+    x = keras.Sequential([layers.RandomTranslation(0.3, 0.3), layers.RandomFlip()], name="augment")(inputs)
+    x = exported_layers.Noisy()(layers.Rescaling(1 / 255)(x))
+    x = layers.Conv2D(8, 3, groups=2, padding="same")(x)
+    x = ops.gelu(x, approximate=False) * ops.cast(ops.arange(8), x.dtype)
+    x = x + ops.cast(ops.reshape(ops.arange(8 * 8 * 8) / 512, (8, 8, 8)), x.dtype)
+    x = layers.Conv3D(4, 2, groups=2, dtype="float32")(ops.stack([x, -x], 1))
+    x = layers.Dropout(0.5)(layers.GlobalAveragePooling3D()(x))
+    model = keras.Model({"image": inputs}, layers.Dense(3)(x), name="many_kinds")
+    model.compile("sgd", "mse")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [
+        *(("float32", name) for name in ("model.tflite", "model.onnx", "model", "model.keras")),
+        *(("mixed_float16", name) for name in ("model.tflite", "model.onnx")),
+        *(("mixed_bfloat16", name) for name in ("model.onnx", "model")),
+    ],
+)
+def test_what_exporters_do_not_take_is_written_in_other_ways(policy, name, tmp_path):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = with_what_exporters_do_not_take()
+    finally:
+        keras.config.set_dtype_policy(before)
+    x = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 4), dtype="uint8")
+    unchanged = fingerprint(model)
+    artifact = keras_taylor.export(model, tmp_path / name, samples={"image": x})
+    assert fingerprint(model) == unchanged
+    assert artifact.relative_difference < (1e-5 if policy == "float32" else 1e-2)
+    assert list(artifact.inputs) == ["image"] and artifact.inputs["image"]["dtype"] == "uint8"
+    (output,) = artifact.outputs.values()
+    assert output["dtype"] == ("bfloat16" if (policy, name) == ("mixed_bfloat16", "model") else "float32")
+    files = [tmp_path / name] if "." in name else (tmp_path / name).rglob("*")
+    content = b"".join(file.read_bytes() for file in files if file.is_file())
+    assert (b"andom" in content) == (name == "model.keras")  # a layer that is no graph keeps what is in it
+    if name == "model.keras":
+        kinds = {type(layer).__name__ for layer in keras.models.load_model(tmp_path / name).layers}
+        assert kinds.isdisjoint({"Sequential", "RandomFlip", "Dropout"})
+
+
+ARGUMENTS = {"RandomPosterization": (4,), "RandomTranslation": (0.3, 0.3)}
+SHAPES = {"SpatialDropout1D": (2, 12, 3), "SpatialDropout3D": (2, 4, 4, 4, 3)}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", conversion.TRAINING_LAYERS, ids=lambda kind: kind.__name__)
+def test_layers_that_only_train_give_back_their_input(kind):
+    takes_none = kind.__name__ in ("AugMix", "CutMix", "Equalization", "Identity", "MixUp", "RandAugment")
+    layer = kind(*ARGUMENTS.get(kind.__name__, () if takes_none else (0.3,)))
+    x = np.random.default_rng(0).uniform(0, 255, SHAPES.get(kind.__name__, (2, 12, 12, 3)))
+    takes_flag = "training" in inspect.signature(layer.call).parameters
+    outputs = layer(x.astype("float32"), **({"training": False} if takes_flag else {}))
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(outputs), x.astype("float32"))
+
+
+@pytest.mark.once
+def test_all_random_layers_of_keras_are_known():
+    random = {name for name in vars(keras.layers) if name.startswith("Random")} - {"RandomCrop"}
+    assert random <= {kind.__name__ for kind in conversion.TRAINING_LAYERS}
+
+
+def test_dropout_that_is_asked_for_at_inference_stays():
+    inputs = keras.Input((64,))
+    x = keras.layers.Dropout(0.5)(keras.layers.Dropout(0.5)(inputs), training=True)
+    model = conversion.remove_training_layers(keras.Model(inputs, x))
+    assert [type(layer).__name__ for layer in model.layers] == ["InputLayer", "Dropout"]
+    assert 16 < (keras.ops.convert_to_numpy(model(np.ones((1, 64)))) == 0).sum() < 48
 
 
 def test_a_chain_of_dense_layers_and_its_arena(tmp_path):
