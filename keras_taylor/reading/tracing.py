@@ -1,13 +1,18 @@
 """Opens models and layers whose insides can only be seen by running them."""
 
+import ast
 import contextlib
 import inspect
+import itertools
 import math
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.rules.base import is_from_keras
@@ -30,6 +35,9 @@ from keras_taylor.support.types import Shape, Tree
 # Methods of training that a model's class may override. Another model would not run them.
 _TRAINING_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
 _COMPARED_TYPES = (int, float, str, bool, slice, type(None))
+# Prime numbers of examples, to see what is computed from their number.
+_BATCH_SIZES = (101, 103, 107, 109, 113, 127, 131, 137, 139, 149)
+_SIZE_IF_UNKNOWN = 7  # of random inputs along axes of unknown size
 _SETTING_TYPES = (*_COMPARED_TYPES, tuple, list)
 
 
@@ -197,17 +205,66 @@ def _trace(
     kwargs: Mapping[str, Any],
     function_class: Callable[[Tree, Tree], keras.Function],
 ) -> keras.Function:
-    """The function of a layer's `call`, checked to be the same while training."""
+    """The function of a layer's `call`: its way while training, which must do the same at inference."""
     _check_no_own_weights(layer)
     if layer.activity_regularizer is not None:
         raise LayerStaysClosed("it has an activity regularizer of its own")
     function = _trace_call(layer, inputs, args, kwargs, function_class)
     _check_no_computed_weights(layer, function)
     if "training" in inspect.signature(layer.call).parameters and "training" not in kwargs:
-        training = _trace_call(layer, inputs, args, {**kwargs, "training": True}, keras.Function)
+        training = _trace_call(layer, inputs, args, {**kwargs, "training": True}, function_class)
         if call_sequence(training) != call_sequence(function):
-            raise LayerStaysClosed("its `call` takes another way while training")
+            first, second = (call_sequence(each, _does_nothing_at_inference) for each in (training, function))
+            if first != second:
+                raise LayerStaysClosed(
+                    f"its `call` takes another way while training{_find_branches(layer)}. Call a layer there "
+                    "that does nothing at inference, as Dropout does, or go the same way in both"
+                )
+            return _with_training_off(training, function)
     return function
+
+
+def _does_nothing_at_inference(node: Node) -> bool:
+    """Whether a layer returns its input at inference, as dropout does; judged by random numbers."""
+    layer, tensors = node.operation, node.arguments.keras_tensors
+    is_switched = isinstance(layer, keras.Layer) and "training" in inspect.signature(layer.call).parameters
+    if not is_switched or layer.weights or len(tensors) != 1 or len(node.outputs) != 1:
+        return False
+    if tensors[0].shape != node.outputs[0].shape or "float" not in tensors[0].dtype:
+        return False
+    shape = [_SIZE_IF_UNKNOWN if size is None else size for size in tensors[0].shape]
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+    try:
+        y = layer.call(keras.ops.convert_to_tensor(x), training=False)
+    except Exception:  # a user's layer may raise anything
+        return False
+    return keras.ops.is_tensor(y) and np.array_equal(keras.ops.convert_to_numpy(y), x)
+
+
+def _with_training_off(training: keras.Function, inference: keras.Function) -> keras.Function:
+    """The way while training, whose layers train when the model is told to, and not by themselves."""
+    always = {n.operation for n in nodes_in_order(inference) if n.arguments.kwargs.get("training") is True}
+    for node in nodes_in_order(training):
+        if node.operation not in always and node.arguments.kwargs.get("training") is True:
+            node.arguments.kwargs["training"] = False  # Keras puts in what the model is told
+    return training
+
+
+def _find_branches(layer: keras.Layer) -> str:
+    """Where a layer's `call` asks whether it trains, as " (line 7 of model.py)"; "" if that is unknown."""
+    try:
+        source, start = inspect.getsourcelines(layer.call)
+        tree = ast.parse(textwrap.dedent("".join(source)))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    branches = [node for node in ast.walk(tree) if isinstance(node, (ast.If, ast.IfExp))]
+    lines = sorted(
+        start + branch.lineno - 1
+        for branch in branches
+        if any(isinstance(name, ast.Name) and name.id == "training" for name in ast.walk(branch.test))
+    )
+    file = os.path.basename(inspect.getsourcefile(layer.call) or "")
+    return f" (line {', '.join(map(str, lines))} of {file})" if lines else ""
 
 
 def _trace_call(
@@ -220,28 +277,99 @@ def _trace_call(
     """The function of one run of a layer's `call`."""
     with _call_records_restored(layer):
         try:
-            outputs = layer.call(*_cast_arguments(layer, args), **_cast_arguments(layer, kwargs))
-            given = IdentitySet(keras.tree.flatten(inputs))
-            # Each tensor has one producer in the graph, so an input must not be an output as well.
-            outputs = keras.tree.map_structure(lambda y: keras.ops.copy(y) if y in given else y, outputs)
-            symbolic = (y for y in keras.tree.flatten(outputs) if isinstance(y, keras.KerasTensor))
-            with recursion_limit_raised(count_calls(symbolic)):
-                function = function_class(inputs, outputs)
-        except Exception as error:
-            text = (str(error).strip().splitlines() or [""])[0]
-            has_unknown_size = any(None in x.shape[1:] for x in keras.tree.flatten(inputs))
-            hint = "; an input axis of unknown size may be why (`keras.Input((128,))` gives it one)"
-            hint = hint if has_unknown_size else ""
-            raise LayerStaysClosed(f"{type(error).__name__}: {text}{hint}") from error
+            return _trace_outputs(inputs, function_class, lambda: _call(layer, args, kwargs))
+        except LayerStaysClosed as reason:
+            # `4 * ops.shape(x)[0]` is a TypeError
+            may_compute = isinstance(reason, _UnclearSizeError) or isinstance(reason.__cause__, TypeError)
+            if not may_compute or any(x.shape[:1] != (None,) for x in keras.tree.flatten(inputs)):
+                raise
+            try:
+                return _trace_outputs(
+                    inputs, function_class, lambda: _call_for_one_batch_size(layer, inputs, args, kwargs)
+                )
+            except LayerStaysClosed:
+                raise reason from reason.__cause__
+
+
+class _UnclearSizeError(LayerStaysClosed):
+    """Several numbers may be meant by the unknown size of the batch axis."""
+
+
+def _trace_outputs(
+    inputs: Tree, function_class: Callable[[Tree, Tree], keras.Function], call: Callable[[], Tree]
+) -> keras.Function:
+    """The function from symbolic inputs to the symbolic outputs that a call returns."""
+    try:
+        outputs = call()
+        given = IdentitySet(keras.tree.flatten(inputs))
+        # Each tensor has one producer in the graph, so an input must not be an output as well.
+        outputs = keras.tree.map_structure(lambda y: keras.ops.copy(y) if y in given else y, outputs)
+        symbolic = (y for y in keras.tree.flatten(outputs) if isinstance(y, keras.KerasTensor))
+        with recursion_limit_raised(count_calls(symbolic)):
+            function = function_class(inputs, outputs)
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        has_unknown_size = any(None in x.shape[1:] for x in keras.tree.flatten(inputs))
+        hint = "; an input axis of unknown size may be why (`keras.Input((128,))` gives it one)"
+        hint = hint if has_unknown_size else ""
+        raise LayerStaysClosed(f"{type(error).__name__}: {text}{hint}") from error
     if any(not isinstance(y, keras.KerasTensor) for y in keras.tree.flatten(outputs)):
         raise LayerStaysClosed("its `call` returns something that is no tensor")
     _settle_nodes(function)
     return function
 
 
+def _call(layer: keras.Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tree:
+    """What a layer's `call` returns, with inputs cast as the layer casts them."""
+    return layer.call(*_cast_arguments(layer, args), **_cast_arguments(layer, kwargs))
+
+
+def _call_for_one_batch_size(
+    layer: keras.Layer, inputs: Tree, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Tree:
+    """What a layer's `call` returns if it computes with the number of examples.
+
+    It is called with a number that no other size is a multiple of. Where a reshape got a multiple of that,
+    -1 takes its place. Then the same operations are called for any number of examples.
+    """
+    flat = keras.tree.flatten(inputs)
+    sizes = {size for x in (*flat, *layer.weights) for size in x.shape if size}
+    batch_size = next(prime for prime in _BATCH_SIZES if all(size % prime for size in sizes))
+    sized = [keras.Input(batch_shape=(batch_size, *x.shape[1:]), dtype=x.dtype) for x in flat]
+    sized_of = IdentityMap(zip(flat, sized, strict=True))
+    args, kwargs = keras.tree.map_structure(
+        lambda x: sized_of.get(x, x) if isinstance(x, keras.KerasTensor) else x, (args, kwargs)
+    )
+    function = keras.Function(sized, _call(layer, args, kwargs))
+    for node in nodes_in_order(function):
+        _free_batch_size(node, batch_size)
+    return function.call(flat)
+
+
+def _free_batch_size(node: Node, batch_size: int) -> None:
+    """Makes a recorded call one for any number of examples, given the number with which it was recorded."""
+    operation, shape = node.operation, node.outputs[0].shape
+    is_layer = isinstance(operation, keras.Layer)
+    is_free = [size is None or size % batch_size == 0 for size in shape]
+    if not is_layer and hasattr(operation, "newshape") and sum(is_free) == 1:
+        newshape = [-1 if free else size for size, free in zip(shape, is_free, strict=True)]
+        node.operation = type(operation)(newshape)
+        return
+    settings = [value for value in vars(operation).values() if isinstance(value, _SETTING_TYPES)]
+    settings = [] if is_layer else keras.tree.flatten(settings)
+    numbers = [x for x in (*settings, *node_arguments(node)) if isinstance(x, int) and x]
+    constants = [
+        x for x in node_arguments(node) if hasattr(x, "shape") and not isinstance(x, keras.KerasTensor)
+    ]
+    numbers += [size for x in constants for size in x.shape if size]
+    if any(number % batch_size == 0 for number in numbers):
+        raise LayerStaysClosed(f"its `call` computes with the number of examples ('{operation.name}')")
+
+
 def _settle_nodes(function: keras.Function) -> None:
     """Checks the calls of a traced function, numbers its operations, and fills in known sizes."""
     shapes: IdentityMap[keras.KerasTensor, Shape] = IdentityMap()
+    is_folded = False
     for number, node in enumerate(nodes_in_order(function)):
         arguments = node_arguments(node)
         if any(isinstance(x, keras.Variable) for x in arguments):
@@ -251,7 +379,21 @@ def _settle_nodes(function: keras.Function) -> None:
         if not isinstance(node.operation, keras.Layer):
             # Keras counts operations over the whole process, and plans go by names.
             node.operation.name = f"{type(node.operation).__name__.lower()}_{number}"
+        if is_folded and {None, -1} <= set(getattr(node.operation, "newshape", ())):
+            raise _UnclearSizeError(f"its `call` leaves a size open behind a fold ('{node.operation.name}')")
+        is_folded = is_folded or _moves_examples(node)
         _settle_sizes(node, shapes)
+
+
+def _moves_examples(node: Node) -> bool:
+    """Whether an operation may change what the batch axis holds, so that its size is not the batch's."""
+    operation, before, after = node.operation, node.arguments.keras_tensors[0].shape, node.outputs[0].shape
+    if isinstance(operation, keras.Layer):
+        return False
+    known = [None not in shape[1:] for shape in (before, after)]
+    is_other = hasattr(operation, "newshape") and all(known) and math.prod(before[1:]) != math.prod(after[1:])
+    is_elsewhere = before[:1] == (None,) != after[:1]
+    return is_other or getattr(operation, "axis", None) == 0 or is_elsewhere
 
 
 def _settle_sizes(node: Node, shapes: IdentityMap[keras.KerasTensor, Shape]) -> None:
@@ -386,19 +528,32 @@ class CallSequence(NamedTuple):
     outputs: list[Any]
 
 
-def call_sequence(function: keras.Function) -> CallSequence:
-    """What a function calls, with its tensors numbered in the order of their first appearance."""
+def call_sequence(
+    function: keras.Function, left_out: Callable[[Node], bool] = lambda node: False
+) -> CallSequence:
+    """What a function calls, with its tensors numbered in the order of their first appearance.
+
+    Args:
+        function: The function.
+        left_out: Whether to leave out a call: its output counts as its input.
+    """
     numbers: IdentityMap[keras.KerasTensor, int] = IdentityMap()
+    count = itertools.count()
 
     def describe(x: Any) -> Any:
         if isinstance(x, keras.KerasTensor):
-            return "tensor", numbers.setdefault(x, len(numbers))
+            if x not in numbers:
+                numbers[x] = next(count)
+            return "tensor", numbers[x]
         return repr(x) if isinstance(x, _COMPARED_TYPES) else type(x).__name__
 
     for x in keras.tree.flatten(input_structure(function)):
         describe(x)
     steps = []
-    for node in nodes_in_order(function):
+    for node in _nodes_from_outputs(function):
+        if left_out(node):
+            numbers[node.outputs[0]] = numbers[node.arguments.keras_tensors[0]]
+            continue
         operation = node.operation
         if not isinstance(operation, keras.Layer):
             settings = {k: v for k, v in vars(operation).items() if k not in ("name", "_name")}
@@ -410,3 +565,25 @@ def call_sequence(function: keras.Function) -> CallSequence:
         for y in node.outputs:
             describe(y)
     return CallSequence(steps, [describe(y) for y in keras.tree.flatten(output_structure(function))])
+
+
+def _nodes_from_outputs(function: keras.Function) -> Iterator[Node]:
+    """Yields the calls of a function, each one behind those that it needs.
+
+    `nodes_in_order` sorts them by depth, which a call that is left out would change.
+    """
+    producers: IdentityMap[keras.KerasTensor, Node] = IdentityMap(
+        (y, node) for node in nodes_in_order(function) for y in node.outputs
+    )
+    done: set[Node] = set()
+    ahead = [producers[y] for y in reversed(keras.tree.flatten(output_structure(function))) if y in producers]
+    while ahead:
+        node = ahead[-1]
+        needed = [producers[x] for x in reversed(node.arguments.keras_tensors) if x in producers]
+        missing = [each for each in needed if each not in done]
+        if node in done or not missing:
+            ahead.pop()
+            if node not in done:
+                done.add(node)
+                yield node
+        ahead += [] if node in done else missing

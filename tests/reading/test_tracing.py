@@ -1,5 +1,6 @@
 """Subclassed models and composite layers: opened where that can be done, else closed with the reason."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def with_constant(layer, x, training):
 REASONS = {
     scaled: "it has weights of its own ('scale')",
     with_branch: "TypeError: ",
-    with_own_training: "its `call` takes another way while training",
+    with_own_training: "its `call` takes another way while training. Call a layer there that does nothing at "
+    "inference, as Dropout does, or go the same way in both",
     with_loss: "ValueError: `add_loss()` can only be called",
 }
 
@@ -110,6 +112,104 @@ def test_what_can_be_seen_is_pruned_inside():
     assert small.count_params() <= 0.7 * model.count_params()
     assert isinstance(small.get_layer("inner"), keras.Model)
     assert small.get_layer("inner").get_layer("conv").filters < 6
+
+
+@keras.saving.register_keras_serializable("test")
+class Wobbling(layers.Layer):
+    """The user's own noise, which is not there at inference."""
+
+    def call(self, x, training=None):
+        return x * keras.random.uniform((x.shape[-1],)) if training else x
+
+
+class Regularized(keras.Model):
+    """Asks whether it trains wherever it drops something; `change` may do something else then."""
+
+    def __init__(self, change=None):
+        super().__init__(name="regularized")
+        self.change = change
+        self.flip = layers.RandomFlip(name="flip")
+        self.conv = layers.Conv2D(6, 3, padding="same", name="conv")
+        self.norm = layers.BatchNormalization(name="norm")
+        self.drops = [layers.Dropout(0.5, name="drop"), Wobbling(name="wobble")]
+        self.left, self.right = layers.Dense(5, "relu", name="left"), layers.Dense(5, name="right")
+        self.head = layers.Dense(3, name="head")
+
+    def call(self, x, training=None):
+        if training:
+            x = self.flip(x, training=True)
+        x = ops.mean(self.norm(self.conv(x), training=training), (1, 2))
+        left = self.left(self.drops[0](x)) if training else self.left(x)
+        right = self.right(x)
+        if training:
+            right = self.drops[1](right, training=training)
+            right = right if self.change is None else self.change(right)
+        return self.head(left + right)
+
+
+def test_layers_that_are_called_while_training_only_and_do_nothing_at_inference():
+    model = Regularized()
+    expected = keras.ops.convert_to_numpy(model(IMAGES))
+    model.compile("sgd", "mse")
+    assert [group.name for group in label_model(model).groups] == ["conv", "right"]
+    same = keras_taylor.prune(model, keras_taylor.Plan())
+    assert {"flip", "drop", "wobble"} <= {layer.name for layer in same.layers}
+    # called alone, no layer trains; told to train, all of them do
+    for found in (same(IMAGES), same(IMAGES, training=False), same.predict(IMAGES, verbose=0)):
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(found), expected, rtol=1e-5, atol=1e-6)
+    trained = [keras.ops.convert_to_numpy(same(IMAGES, training=True)) for _ in range(2)]
+    assert np.abs(trained[0] - trained[1]).max() > 1e-3
+    small = keras_taylor.compress(model, (IMAGES, np.ones((16, 3))), 0.3, increment=0.3, epochs=1, verbose=0)
+    assert small.count_params() <= 0.7 * model.count_params()
+
+
+def test_another_way_while_training_is_refused_with_its_lines():
+    model = Regularized(change=lambda x: 2 * x)
+    model(IMAGES)
+    first = inspect.getsourcelines(Regularized.call)[1]
+    lines = ", ".join(str(first + line) for line in (1, 4, 6))
+    with pytest.raises(keras_taylor.UnsupportedModelError) as error:
+        keras_taylor.analyze(model)
+    assert (
+        f"cannot be opened: its `call` takes another way while training (line {lines} of test_tracing.py). "
+        "Call a layer there that does nothing at inference, as Dropout does, or go the same way in both. "
+    ) in str(error.value)
+
+
+class Windowed(keras.Model):
+    """Folds windows into the batch axis; `unfold` undoes that, given the numbers of examples and windows."""
+
+    def __init__(self, unfold):
+        super().__init__(name="windowed")
+        self.unfold = unfold
+        self.conv = layers.Conv2D(6, 3, padding="same", name="conv")
+        self.expand, self.project = layers.Dense(7, "relu", name="expand"), layers.Dense(6, name="project")
+        self.head = layers.Dense(3, name="head")
+
+    def call(self, x):
+        x = self.conv(x)
+        windows = ops.reshape(x, (-1, 16, 6))
+        y = self.project(self.expand(windows))
+        return self.head(ops.mean(self.unfold(y, ops.shape(x)[0], ops.shape(windows)[0]), 1))
+
+
+@pytest.mark.parametrize(
+    "unfold",
+    [
+        lambda y, batch, num_windows: ops.reshape(y, (batch, 64, 6)),
+        lambda y, batch, num_windows: ops.reshape(y, (batch, -1, 6)),
+        lambda y, batch, num_windows: ops.reshape(ops.reshape(y, (num_windows, 4, -1)), (batch, 64, 6)),
+        lambda y, batch, num_windows: ops.reshape(ops.reshape(y, (batch * 2, 32, 6)), (batch, 64, -1)),
+    ],
+)
+def test_what_is_computed_from_the_number_of_examples_is_the_same_for_all_numbers(unfold):
+    model = Windowed(unfold)
+    expected = keras.ops.convert_to_numpy(model(IMAGES))
+    model.compile("sgd", "mse")
+    assert [group.name for group in label_model(model).groups] == ["conv", "expand", "project"]
+    same = keras_taylor.prune(model, keras_taylor.Plan())
+    np.testing.assert_allclose(same.predict(IMAGES, verbose=0), expected, rtol=1e-5, atol=1e-6)
+    assert keras_taylor.score(model, (IMAGES, np.ones((16, 3))))["expand"].size == 7
 
 
 def test_a_layer_that_is_called_in_several_ways_stays_closed():
