@@ -37,7 +37,7 @@ _TRAINING_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", 
 _COMPARED_TYPES = (int, float, str, bool, slice, type(None))
 # Prime numbers of examples, to see what is computed from their number.
 _BATCH_SIZES = (101, 103, 107, 109, 113, 127, 131, 137, 139, 149)
-_SIZE_IF_UNKNOWN = 7  # of random inputs along axes of unknown size
+_PROBED_SIZE = 7  # of random inputs along axes of unknown size
 _SETTING_TYPES = (*_COMPARED_TYPES, tuple, list)
 
 
@@ -232,7 +232,7 @@ def _does_nothing_at_inference(node: Node) -> bool:
         return False
     if tensors[0].shape != node.outputs[0].shape or "float" not in tensors[0].dtype:
         return False
-    shape = [_SIZE_IF_UNKNOWN if size is None else size for size in tensors[0].shape]
+    shape = [_PROBED_SIZE if size is None else size for size in tensors[0].shape]
     x = np.random.default_rng(0).normal(size=shape).astype("float32")
     try:
         y = layer.call(keras.ops.convert_to_tensor(x), training=False)
