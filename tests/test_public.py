@@ -6,7 +6,11 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import keras_taylor
+
+pytestmark = pytest.mark.once
 
 
 def test_public_names():

@@ -3,7 +3,11 @@
 import pathlib
 import re
 
+import pytest
+
 from keras_taylor.rules import registry
+
+pytestmark = pytest.mark.once
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 START, END = "<!-- layers: generated -->\n", "<!-- /layers -->\n"

@@ -10,7 +10,7 @@ from keras import layers
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.groups import label_model
 
-pytestmark = pytest.mark.sweep(4)
+pytestmark = [pytest.mark.once, pytest.mark.sweep(4)]
 
 
 def costs_of(model, kept=None):

@@ -4,6 +4,8 @@ import pytest
 
 from keras_taylor.budget.schedule import removed_fractions
 
+pytestmark = pytest.mark.once
+
 
 def test_equal_steps_and_the_rest():
     assert removed_fractions(0.3, 0.05) == pytest.approx([0.05, 0.10, 0.15, 0.20, 0.25, 0.30])

@@ -16,6 +16,8 @@ from keras_taylor.plans.plan import LayerPlan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
 
+pytestmark = pytest.mark.once
+
 
 def message_of(function, *args, **kwargs):
     with pytest.raises(ValueError) as error:

@@ -11,6 +11,8 @@ from keras import layers, ops
 
 from keras_taylor.reading.groups import label_model
 
+pytestmark = pytest.mark.once
+
 
 def groups_of(name):
     return {g.name: (g.num_units, set(g.producers)) for g in label_model(case(name).model).groups}

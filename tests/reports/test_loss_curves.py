@@ -24,7 +24,7 @@ from keras_taylor.scores.losses import divergence
 from keras_taylor.support.console import Reporter, describe_duration
 from keras_taylor.support.datasets import Feed
 
-pytestmark = pytest.mark.sweep(3)
+pytestmark = [pytest.mark.once, pytest.mark.sweep(3)]
 
 
 def pruned(model, name, units, exact=True):

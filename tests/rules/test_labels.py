@@ -1,8 +1,11 @@
 """Unions and locks of channel labels."""
 
 import numpy as np
+import pytest
 
 from keras_taylor.rules.labels import FIXED, LabelSpace
+
+pytestmark = pytest.mark.once
 
 
 def test_labels_are_fresh_and_never_zero():

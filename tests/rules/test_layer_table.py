@@ -17,6 +17,8 @@ from keras_taylor.rules import (
     shape,
 )
 
+pytestmark = pytest.mark.once
+
 PATH = pathlib.Path(__file__).parents[2] / "docs" / "layers.md"
 HEADER = """# Every layer of `keras.layers`
 

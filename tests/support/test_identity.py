@@ -5,6 +5,8 @@ import pytest
 
 from keras_taylor.support.identity import IdentityMap, IdentitySet
 
+pytestmark = pytest.mark.once
+
 
 def test_equal_variables_are_different_keys():
     first, second = keras.Variable([1.0, 2.0]), keras.Variable([1.0, 2.0])
