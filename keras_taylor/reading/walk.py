@@ -67,7 +67,7 @@ class Walk:
         options = {}
         if "training" in inspect.signature(call.operation.call).parameters:
             options["training"] = self._training
-        with calls_without_trace(call.operation):
+        with calls_without_trace(call.operation, self._training):
             columns = [self._run_on_batch(call, batch, options) for batch in range(self._num_batches)]
         for index, column in zip(call.outputs, zip(*columns, strict=True), strict=True):
             self.tensors[index] = list(column)
@@ -96,15 +96,16 @@ class Walk:
 
 
 @contextlib.contextmanager
-def calls_without_trace(operation: keras.Operation) -> Iterator[None]:
+def calls_without_trace(operation: keras.Operation, training: bool = False) -> Iterator[None]:
     """A context in which calls leave no trace: untrained variables and attributes are restored.
 
     Recurrent layers keep their dropout masks, on TensorFlow they also draw them; stateful ones keep states.
+    In training even kernels change (`SpectralNormalization`).
     """
     if not isinstance(operation, keras.Layer):
         yield
         return
-    changing = [v for v in operation.variables if not v.trainable]
+    changing = [v for v in operation.variables if training or not v.trainable]
     values = [np.array(ops.convert_to_numpy(v)) for v in changing]
     attributes = [(vars(layer), dict(vars(layer))) for layer in (operation, *layers_inside(operation))]
     try:

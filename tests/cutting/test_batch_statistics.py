@@ -3,12 +3,14 @@
 import keras
 import numpy as np
 import pytest
-from helpers import NAMES, predict, relative_difference
+from helpers import NAMES, fingerprint, predict, relative_difference
 from redundant import inputs_for
 from zoo import build, randomized
 
 import keras_taylor
 from keras_taylor.plans.plan import Plan
+from keras_taylor.reading.graph import read_model
+from keras_taylor.reading.walk import Walk
 from keras_taylor.support.keras_internals import layers_inside
 
 layers = keras.layers
@@ -182,6 +184,20 @@ def test_recalibrated_after_a_repair_nothing_changes():
     again = keras_taylor.recalibrate(repaired, x)
     assert relative_difference(predict(again, x), predict(repaired, x)) < 1e-5
     assert relative_difference(predict_in_training(repaired, x), predict(repaired, x)) < 1e-4
+
+
+def test_a_pass_as_in_training_changes_no_weight():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.SpectralNormalization(layers.Conv2D(4, 3))(inputs)
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D()(layers.Dropout(0.5)(x)))
+    model.compile("sgd", "mse")
+    x, before = inputs_for(model, 4), fingerprint(model)
+    walk = Walk(read_model(model), [[x]], training=True)
+    for number in range(len(walk.graph.calls)):
+        walk.run(number)
+    assert fingerprint(model) == before
+    outputs = [keras.ops.convert_to_numpy(column[0]) for column in walk.outputs()]
+    assert relative_difference(outputs, predict(model, x)) > 0.1
 
 
 def test_fine_tuning_starts_from_what_inference_computes():
