@@ -20,7 +20,7 @@ from keras_taylor.reading.cloning import (
 from keras_taylor.reading.configurations import warn_about_saving
 from keras_taylor.reading.graph import Site, SubmodelGraph
 from keras_taylor.reading.groups import LabeledModel, label_model
-from keras_taylor.reading.tracing import is_functional, recursion_limit_raised
+from keras_taylor.reading.tracing import is_functional, make_model, recursion_limit_raised
 from keras_taylor.rules.attention import attention_config, inner_layers, is_attention
 from keras_taylor.rules.base import Effect, weight_of
 from keras_taylor.support.identity import IdentityMap
@@ -217,7 +217,7 @@ class _SmallerModelBuilder:
             tensors.update(zip(site.outputs, keras.tree.flatten(outputs), strict=True))
         inputs, outputs = keras.tree.map_structure(lambda t: tensors[t], (submodel.inputs, submodel.outputs))
         with recursion_limit_raised(len(submodel.sites)):
-            return _class_for(submodel.model)(inputs=inputs, outputs=outputs, name=submodel.model.name)
+            return make_model(inputs, outputs, _class_for(submodel.model), name=submodel.model.name)
 
     def _apply_site(self, site: Site, tensors: IdentityMap[keras.KerasTensor, keras.KerasTensor]) -> Any:
         """Calls the smaller version of what is applied at a site; returns the symbolic outputs."""

@@ -8,7 +8,8 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -83,9 +84,9 @@ def functional_view(model: keras.Model) -> keras.Model:
         )
     try:
         shape = _recorded_input_shapes(model)
-        view = _trace_model(model, _make_inputs(shape, "float32"))
+        view = _trace_model(model, shape, "float32")
         if _feeds_only_embeddings(view):
-            view = _trace_model(model, _make_inputs(shape, "int32"))
+            view = _trace_model(model, shape, "int32")
     except LayerStaysClosed as reason:
         raise UnsupportedModelError(
             f"Model '{model.name}' is a subclassed model (class `{type(model).__name__}`) that cannot be "
@@ -134,13 +135,17 @@ def _recorded_input_shapes(model: keras.Model) -> Tree:
     return shapes[0]
 
 
-def _make_inputs(shape: Tree, dtype: str, name: str = "input") -> Tree:
-    """`keras.Input`s in the structure of recorded shapes, for any number of examples."""
+def _make_inputs(shape: Tree, dtype: str, taken: Container[str], name: str = "input") -> Tree:
+    """`keras.Input`s in the structure of recorded shapes, for any number of examples.
+
+    Their names are the keys of dicts, unless a layer has taken a name.
+    """
     if isinstance(shape, dict):
-        return {key: _make_inputs(one, dtype, key) for key, one in shape.items()}
+        return {key: _make_inputs(one, dtype, taken, str(key)) for key, one in shape.items()}
     if all(isinstance(size, (int, type(None))) for size in shape):
+        name = f"{name}_input" if name in taken else name
         return keras.Input(batch_shape=(None, *shape[1:]), dtype=dtype, name=name)
-    return [_make_inputs(one, dtype, f"{name}_{k}") for k, one in enumerate(shape)]
+    return [_make_inputs(one, dtype, taken, f"{name}_{k}") for k, one in enumerate(shape)]
 
 
 def _feeds_only_embeddings(function: keras.Function) -> bool:
@@ -193,9 +198,28 @@ def trace_layer(layer: keras.Layer, args: tuple[Any, ...], kwargs: Mapping[str, 
     return _trace(layer, inputs, args, kwargs, keras.Function)
 
 
-def _trace_model(model: keras.Model, inputs: Tree) -> keras.Model:
-    """The Functional model that a subclassed one computes from these symbolic inputs."""
-    return _trace(model, inputs, (inputs,), {}, keras.Model)
+def _trace_model(model: keras.Model, shape: Tree, dtype: str) -> keras.Model:
+    """The Functional model that a subclassed one computes from inputs of these shapes."""
+    inputs = _make_inputs(shape, dtype, {layer.name for layer in layers_inside(model)})
+    return _trace(model, inputs, (inputs,), {}, make_model)
+
+
+def make_model(
+    inputs: Tree, outputs: Tree, model_class: type[keras.Model] = keras.Model, **name: str
+) -> keras.Model:
+    """Makes a Functional model; names of inputs that differ from their keys are no reason to warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="When providing `inputs` as a dict")
+        return model_class(inputs=inputs, outputs=outputs, **name)
+
+
+def _as_dicts(outputs: Tree) -> Tree:
+    """Outputs with plain dicts, sorted by their keys: a file of a model holds no others."""
+    if isinstance(outputs, Mapping):
+        return {key: _as_dicts(outputs[key]) for key in sorted(outputs)}
+    if type(outputs) in (list, tuple):
+        return type(outputs)(_as_dicts(one) for one in outputs)
+    return outputs
 
 
 def _trace(
@@ -300,7 +324,7 @@ def _trace_outputs(
 ) -> keras.Function:
     """The function from symbolic inputs to the symbolic outputs that a call returns."""
     try:
-        outputs = call()
+        outputs = call() if function_class is keras.Function else _as_dicts(call())
         given = IdentitySet(keras.tree.flatten(inputs))
         # Each tensor has one producer in the graph, so an input must not be an output as well.
         outputs = keras.tree.map_structure(lambda y: keras.ops.copy(y) if y in given else y, outputs)

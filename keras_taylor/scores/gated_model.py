@@ -17,7 +17,7 @@ from keras_taylor.rules.labels import BatchAxis
 from keras_taylor.scores.gates import Gates
 from keras_taylor.scores.losses import example_losses
 from keras_taylor.support.arrays import as_float32, outputs_in_batches
-from keras_taylor.support.keras_internals import copy_mask
+from keras_taylor.support.keras_internals import copy_mask, in_order_of_inputs
 from keras_taylor.support.types import Array, FloatArray, IntArray, Tensor, Tree
 
 _PREDICTED_AT_ONCE = 128  # examples
@@ -379,13 +379,8 @@ def _clone_operations(labeled: LabeledModel) -> dict[keras.Operation, keras.Oper
 
 
 def _input_tensors(inputs: Tree, graph: Graph) -> list[Tensor]:
-    """Inputs in the model's order, whether given as a tensor, a list or a dict by name."""
-    structure = graph.root.inputs
-    flat = keras.tree.flatten(structure)
-    if isinstance(inputs, dict) and not isinstance(structure, dict):
-        values = [inputs[t.name] for t in flat]
-    else:
-        values = keras.tree.flatten(inputs)
+    """Inputs in the model's order, and with its dtypes."""
+    values, flat = in_order_of_inputs(inputs, graph.model), keras.tree.flatten(graph.root.inputs)
     return [ops.cast(ops.convert_to_tensor(x), t.dtype) for x, t in zip(values, flat, strict=True)]
 
 

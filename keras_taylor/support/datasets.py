@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 import keras
 import numpy as np
 
+from keras_taylor.support.keras_internals import in_order_of_inputs
 from keras_taylor.support.replicas import check_batches
 from keras_taylor.support.types import Array, Data, Shape, Tree
 
@@ -217,13 +218,8 @@ def inputs_and_targets(feed: Feed, model: keras.Model) -> tuple[list[Array], Tre
 
 def _flatten_inputs(x: Tree, model: keras.Model) -> list[Array]:
     """A batch as a list of arrays in the order, and with the shapes and dtypes, of the model's inputs."""
-    names = [t.name for t in model.inputs]
-    if isinstance(x, dict) and set(names) <= set(x):
-        leaves = [x[name] for name in names]
-    else:
-        leaves = keras.tree.flatten(x)
     arrays = []
-    for leaf, t in zip(leaves, model.inputs, strict=True):
+    for leaf, t in zip(in_order_of_inputs(x, model), model.inputs, strict=True):
         array = leaf if isinstance(leaf, np.ndarray) else keras.ops.convert_to_numpy(leaf)
         array = array.astype(keras.backend.standardize_dtype(t.dtype))
         # an axis of size 1 at the end may be missing or added, as in `fit`
@@ -349,7 +345,7 @@ def _check_finite(name: str, part: Tree) -> None:
 
 def _check_inputs(x: Tree, model: keras.Model) -> None:
     expected = [tuple(t.shape) for t in model.inputs]
-    received = _shapes_of(x)
+    received = _shapes_of(in_order_of_inputs(x, model))
     fits = len(expected) == len(received) and all(
         _fits_input(shape, want) for shape, want in zip(received, expected, strict=True)
     )

@@ -5,7 +5,7 @@ Nothing else in the package should touch them, so that a new version of Keras is
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import keras
@@ -34,6 +34,20 @@ def output_structure(function: keras.Function | keras.Model) -> Tree | None:
     `None` for a Sequential or subclassed model.
     """
     return getattr(function, "_outputs_struct", None)
+
+
+def in_order_of_inputs(x: Tree, model: keras.Model) -> list[Any]:
+    """Data as a flat list in the order of a model's inputs, whether it is a tensor, a list or a dict.
+
+    As in Keras, a dict may have entries that are no inputs. Its keys are those of the structure that the
+    model was made with, or names of inputs; only the former has no public name.
+    """
+    if isinstance(x, Mapping):
+        structure = getattr(model, "_inputs_struct", None)
+        keys = sorted(structure) if isinstance(structure, dict) else [t.name for t in model.inputs]
+        if set(keys) <= set(x):
+            x = [x[key] for key in keys]
+    return keras.tree.flatten(x)
 
 
 def sequential_function(model: keras.Sequential) -> keras.Function | None:

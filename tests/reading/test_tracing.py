@@ -1,5 +1,6 @@
 """Subclassed models and composite layers: opened where that can be done, else closed with the reason."""
 
+import collections
 import inspect
 import os
 import subprocess
@@ -408,3 +409,52 @@ def test_the_analysis_says_what_each_group_saves():
     # in bytes, for one example: `first` gives three of its four float32 away
     assert analysis.savings == {"first": {"params": params, "flops": flops, "activation_memory": 3 * 4}}
     assert "27" in str(analysis).split("first", 1)[1]
+
+
+class Returned(dict):
+    """What some libraries return in the place of a plain dict."""
+
+
+STRUCTURES = {
+    "dict": lambda a, b: {"z": a, "b": b},
+    "ordered": lambda a, b: collections.OrderedDict([("z", a), ("b", b)]),
+    "own": lambda a, b: Returned(z=a, b=b),
+    "list": lambda a, b: [a, b],
+    "tuple": lambda a, b: (a, b),
+    "nested": lambda a, b: {"z": [a, (b, a)], "b": b},
+}
+PLAIN = {**STRUCTURES, "ordered": STRUCTURES["dict"], "own": STRUCTURES["dict"]}
+
+
+class Structured(keras.Model):
+    """A dict goes in, with a key that is a layer's name; one of several structures comes out."""
+
+    def __init__(self, structure):
+        super().__init__()
+        self.structure = structure
+        self.hidden = keras.layers.Dense(8, activation="relu", name="right")
+        self.first, self.second = keras.layers.Dense(3, name="first"), keras.layers.Dense(2, name="second")
+
+    def call(self, inputs):
+        x = self.hidden(keras.ops.concatenate([inputs["right"], inputs["left"]], -1))
+        return STRUCTURES[self.structure](self.first(x), self.second(x))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_inputs_and_outputs_keep_their_structure(structure):
+    x = np.random.default_rng(0).normal(size=(6, 5)).astype("float32")
+    data = {"right": x[:, :3], "left": x[:, 3:]}
+    model = Structured(structure)
+    model(data)
+    first, second = np.zeros((6, 3), "float32"), np.zeros((6, 2), "float32")
+    y = PLAIN[structure](first, second)
+    model.compile("sgd", keras.tree.map_structure(lambda _: "mse", y))
+    prunable = keras_taylor.PrunableModel(model)
+    arguments = {"increment": 0.2, "epochs": 1, "verbose": 0}
+    smaller = [keras_taylor.compress(model, (data, y), 0.2, **arguments), prunable, prunable.strip()]
+    reordered = collections.OrderedDict(data)
+    smaller.append(keras_taylor.compress(model, (reordered, y), 0.2, **arguments))
+    for one in smaller:
+        keras.tree.assert_same_structure(y, one.predict(data, verbose=0))
+        keras.tree.assert_same_structure(y, one(data))
