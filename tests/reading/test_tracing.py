@@ -421,7 +421,7 @@ STRUCTURES = {
     "own": lambda a, b: Returned(z=a, b=b),
     "list": lambda a, b: [a, b],
     "tuple": lambda a, b: (a, b),
-    "nested": lambda a, b: {"z": [a, (b, a)], "b": b},
+    "nested": lambda a, b: {"z": {"q": a, "p": b}, "b": b},
 }
 PLAIN = {**STRUCTURES, "ordered": STRUCTURES["dict"], "own": STRUCTURES["dict"]}
 
@@ -445,6 +445,8 @@ class Structured(keras.Model):
 def test_inputs_and_outputs_keep_their_structure(structure):
     x = np.random.default_rng(0).normal(size=(6, 5)).astype("float32")
     data = {"right": x[:, :3], "left": x[:, 3:]}
+    if structure == "own" and keras.backend.backend() == "jax":
+        pytest.skip("JAX traces no function that returns such a dict")
     model = Structured(structure)
     model(data)
     first, second = np.zeros((6, 3), "float32"), np.zeros((6, 2), "float32")
