@@ -23,8 +23,9 @@ from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.reading.tracing import is_functional, make_model, recursion_limit_raised
 from keras_taylor.rules.attention import attention_config, inner_layers, is_attention
 from keras_taylor.rules.base import Effect, weight_of
+from keras_taylor.support.backend_faults import avoid_faults
 from keras_taylor.support.identity import IdentityMap
-from keras_taylor.support.keras_internals import functional_class
+from keras_taylor.support.keras_internals import functional_class, layers_inside
 from keras_taylor.support.optimizers import CutWeight, carry_exclusions, carry_state
 from keras_taylor.support.replicas import check_layout, strategy_scope
 from keras_taylor.support.types import BoolArray, Masks
@@ -116,6 +117,7 @@ def build_smaller(
     weights = builder.copy_all_weights()
     builder.set_trainable_flags()
     copy_attributes(weights)
+    avoid_faults(layers_inside(small))
     return small, weights
 
 

@@ -12,7 +12,7 @@ from keras_taylor.reading.configurations import complete_configuration, override
 from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.rules.base import is_from_keras, override_attributes
-from keras_taylor.support.copies import copy_kept
+from keras_taylor.support.arrays import copy_kept
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import (
     compile_arguments,

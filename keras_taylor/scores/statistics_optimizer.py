@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.scores.gates import GATE_STATISTICS
-from keras_taylor.support.copies import copy_kept
+from keras_taylor.support.arrays import copy_kept
 from keras_taylor.support.types import Tensor
 
 _LOSS_POWERS = np.array([[statistic.loss_power] for statistic in GATE_STATISTICS], np.float32)

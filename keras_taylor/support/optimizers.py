@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_taylor.support.copies import copy_kept
+from keras_taylor.support.arrays import copy_kept
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import (
     is_excluded_from_decay,

@@ -12,7 +12,7 @@ import pytest
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.groups import label_model
-from keras_taylor.support import copies
+from keras_taylor.support import arrays
 
 pytestmark = pytest.mark.sweep(3)
 
@@ -107,10 +107,10 @@ def test_costs_of_each_group_alone(make):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
 def test_copies_in_blocks(monkeypatch, dtype):
-    monkeypatch.setattr(copies, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(arrays, "BLOCK_BYTES", 64)
     random, taken = np.random.default_rng(0), []
-    convert = copies.ops.convert_to_numpy
-    monkeypatch.setattr(copies.ops, "convert_to_numpy", lambda x: taken.append(x.shape) or convert(x))
+    convert = arrays.ops.convert_to_numpy
+    monkeypatch.setattr(arrays.ops, "convert_to_numpy", lambda x: taken.append(x.shape) or convert(x))
     for shape in [(3, 3, 40, 30), (700, 3), (3, 700), (2, 3)]:
         values = random.integers(-100, 100, shape)
         variable = keras.Variable(values, dtype=dtype, trainable=False)
@@ -121,7 +121,7 @@ def test_copies_in_blocks(monkeypatch, dtype):
             for axis, mask in enumerate(masks):
                 expected = expected if mask is None else np.compress(mask, expected, axis)
             taken.clear()
-            found = copies.copy_kept(variable, masks)
+            found = arrays.copy_kept(variable, masks)
             sizes = [np.prod(s) for s in taken]
             assert np.array_equal(np.asarray(convert(found), np.float32), expected)
             assert len(sizes) == 1 or max(sizes) <= max(64 // 4, np.prod(shape) // max(shape))
