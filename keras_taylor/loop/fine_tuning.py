@@ -120,7 +120,7 @@ class FineTuner:
             return FitResult({}, [])
         self._best_epochs.forget()  # of larger models
         losses = _StepLosses()
-        callbacks = [*(self.fit_kwargs.get("callbacks") or []), *callbacks, losses]
+        callbacks = [*(self.fit_kwargs.get("callbacks") or []), *callbacks, losses, *self.feed.callbacks()]
         arguments = {**self.feed.fit_arguments(), **self.fit_kwargs, "callbacks": callbacks, "verbose": 0}
         with temporary_learning_rate(model, self.learning_rate):
             trainer = model
@@ -295,6 +295,7 @@ def _check_trainable(feed: Feed, fit_kwargs: Mapping[str, Any], distills: bool) 
 
     Keras' distiller would ignore weights of examples and classes.
     """
+    feed.check_end()
     feed.check_devices(split=fit_kwargs.get("validation_split") or 0)
     if not (feed.has_targets or distills):
         raise ValueError(

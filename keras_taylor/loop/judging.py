@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_taylor.support.arguments import MovedArgument
 from keras_taylor.support.arrays import as_number
-from keras_taylor.support.datasets import BATCH_SIZE
+from keras_taylor.support.datasets import BATCH_SIZE, EndWatch, count_batches
 from keras_taylor.support.replicas import check_batches
 from keras_taylor.support.types import Data
 
@@ -186,7 +186,8 @@ class Validation:
         limit: As passed.
 
     Raises:
-        ValueError: If there is a limit, but no data that can be read more than once.
+        ValueError: If there is a limit, but no data that can be read more than once; for endless data without
+            "validation_steps".
     """
 
     def __init__(
@@ -198,6 +199,13 @@ class Validation:
             self._data = None
         self._batch_size = fit_kwargs.get("validation_batch_size") or batch_size
         self._steps = fit_kwargs.get("validation_steps")
+        num_batches = 0 if self._steps or isinstance(self._data, tuple) else count_batches(self._data)
+        if num_batches == math.inf:
+            raise ValueError(
+                "`validation_data` is endless, and all of it would be read. Pass `validation_steps`, or a "
+                f"part of it. Received: validation_data={self._data!r}, validation_steps=None"
+            )
+        self._callbacks = [EndWatch(BATCH_SIZE)] if num_batches is None else []
         if isinstance(self._data, tuple) and self._steps is None:
             num_examples = len(keras.tree.flatten(self._data[0])[0])
             check_batches(num_examples, self._batch_size or BATCH_SIZE, "validation_data")
@@ -216,7 +224,8 @@ class Validation:
             arguments = {"x": x, "y": y, "sample_weight": weight, "batch_size": self._batch_size}
         else:
             arguments = {"x": self._data}
-        values = model.evaluate(**arguments, steps=self._steps, verbose=0, return_dict=True)
+        options = {"steps": self._steps, "callbacks": self._callbacks, "verbose": 0, "return_dict": True}
+        values = model.evaluate(**arguments, **options)
         return {name: as_number(value) for name, value in values.items()}
 
     def watch(self, before: Mapping[str, float]) -> WatchedMetric | None:

@@ -59,10 +59,10 @@ def gather_statistics(
             epochs=1,
             verbose=0,
             shuffle=False,
-            callbacks=[transfer, *callbacks],
+            callbacks=[transfer, *callbacks, *feed.callbacks(num_examples)],
         )
     if not (np.isfinite(transfer.totals).all() and np.isfinite(history.history["loss"]).all()):
-        raise ValueError(explain_nonfinite(gated, feed))
+        raise ValueError(explain_nonfinite(gated, feed, num_examples))
     return transfer.totals
 
 
@@ -116,12 +116,13 @@ def measure_loss_changes(
         arguments = feed.fit_arguments(num_examples)
         if "steps_per_epoch" in arguments:
             arguments["steps"] = arguments.pop("steps_per_epoch")
-        return gated.evaluate(**arguments, verbose=0, return_dict=True)["loss"]
+        callbacks = feed.callbacks(num_examples)
+        return gated.evaluate(**arguments, callbacks=callbacks, verbose=0, return_dict=True)["loss"]
 
     all_open = np.ones(labeled.num_units)
     base = loss_with(all_open)
     if not np.isfinite(base):
-        raise ValueError(explain_nonfinite(gated, feed))
+        raise ValueError(explain_nonfinite(gated, feed, num_examples))
     changes = np.zeros(labeled.num_units)
     for unit in range(labeled.num_units):
         mask = all_open.copy()
@@ -157,7 +158,7 @@ def measure_activations(
                 walk.run(number)
             walk.free_after(number)
     if not np.isfinite(read.totals).all():
-        raise ValueError(explain_nonfinite(GatedModel(labeled), feed))
+        raise ValueError(explain_nonfinite(GatedModel(labeled), feed, num_examples))
     means = dict(zip(_ACTIVATIONS, from_first_process(read.totals / np.maximum(read.counts, 1)), strict=True))
     means["zero_share"] = np.where(read.counts > 0, means["zero_share"], 1)
     return means
@@ -206,9 +207,9 @@ class _ActivationSums:
         return x
 
 
-def explain_nonfinite(gated: GatedModel, feed: Feed) -> str:
+def explain_nonfinite(gated: GatedModel, feed: Feed, num_examples: int | None = None) -> str:
     """The message for a loss on the data that is NaN or infinite: it names the batch or the layer."""
-    for number, (x, _, _) in enumerate(feed.batches()):
+    for number, (x, _, _) in enumerate(feed.batches(num_examples)):
         for part in keras.tree.flatten(x):
             if not np.isfinite(keras.ops.convert_to_numpy(part)).all():
                 return f"The data holds NaN or infinity. Received: ds with the first in batch {number}"

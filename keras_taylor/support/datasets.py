@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import sys
+import warnings
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, TypeAlias, cast
 
@@ -15,6 +17,8 @@ from keras_taylor.support.keras_internals import in_order_of_inputs
 from keras_taylor.support.replicas import check_batches
 from keras_taylor.support.types import Array, Data, Shape, Tree
 
+MANY_EXAMPLES = 100_000  # of data of unknown length, when it is time to say so
+_INFINITE, _UNKNOWN = -1, -2  # cardinalities of a tf.data.Dataset
 BATCH_SIZE = 32  # of arrays, where nothing else is said, as in `fit`
 
 # `(x, y, sample_weight)`; the last two may be `None` or missing.
@@ -41,7 +45,8 @@ class Feed:
 
     Raises:
         ValueError: if the data is empty, has no targets where they are needed, holds values that are not
-            finite, does not fit the model's inputs, or can be read only once.
+            finite, does not fit the model's inputs, or can be read only once. An endless iterable without
+            `steps_per_epoch` is refused where all of it would be read.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Feed:
         self.num_examples: int | None = None
         self.has_targets = self.has_weights = False
         self._batches: Iterable[Any] = ()
+        self._num_batches: float | None = None  # of an iterable
         self._arrays = _split_arrays(ds)
         if self._arrays is not None:
             if sample_weight is not None:
@@ -66,10 +72,15 @@ class Feed:
             self.num_examples = _count_examples(self._arrays)
         else:
             self._batches = _check_iterable(ds, steps_per_epoch)
+            self._num_batches = count_batches(ds) if steps_per_epoch is None else steps_per_epoch
         first = self._check(model, targets)
         self._first_size = len(keras.tree.flatten(first)[0])
-        if self.num_examples is None and steps_per_epoch is None:
-            self.num_examples = _estimate_examples(self._batches, first)
+        if (
+            self.num_examples is None
+            and steps_per_epoch is None
+            and self._num_batches not in (None, math.inf)
+        ):
+            self.num_examples = int(self._num_batches or 0) * self._first_size
 
     def fit_arguments(self, num_examples: int | None = None) -> dict[str, Any]:
         """Keyword arguments of `fit` for all examples, or for `num_examples` of them.
@@ -81,11 +92,28 @@ class Feed:
             return {"x": x, "y": y, "sample_weight": weight, "batch_size": self.batch_size}
         if self.num_examples is not None and (num_examples or 0) >= self.num_examples:
             num_examples = None
-        if num_examples is None and self.steps_per_epoch is None:
-            return {"x": self._batches}
         if num_examples is None:
-            return {"x": self._batches, "steps_per_epoch": self.steps_per_epoch}
-        return {"x": _limit_batches(self.batches(), num_examples)}
+            self.check_end()
+            steps = {} if self.steps_per_epoch is None else {"steps_per_epoch": self.steps_per_epoch}
+            return {"x": self._batches, **steps}
+        return {"x": _limit_batches(self.batches(num_examples), num_examples)}
+
+    def check_end(self) -> None:
+        """Refuses an endless data set, of which a pass would read all.
+
+        Raises:
+            ValueError: if there is no `steps_per_epoch` either.
+        """
+        if self._num_batches == math.inf:
+            raise ValueError(
+                "The data set is endless, and all of it would be read. Pass `steps_per_epoch`, or a part "
+                f"of it, as `ds.take(100)`. Received: ds={self._batches!r}"
+            )
+
+    def callbacks(self, num_examples: int | None = None) -> list[keras.callbacks.Callback]:
+        """Callbacks for a pass: one that warns if data of unknown length does not end for long."""
+        may_be_endless = self._arrays is None and self._num_batches is None and num_examples is None
+        return [EndWatch(self._first_size)] if may_be_endless else []
 
     def check_devices(self, num_examples: int | None = None, split: float = 0.0) -> None:
         """Refuses batches that cannot be divided among the devices, as far as their sizes are known.
@@ -107,15 +135,28 @@ class Feed:
             if part:
                 check_batches(part, self.batch_size or BATCH_SIZE)
 
-    def batches(self) -> Iterator[Batch]:
-        """Iterates over one epoch of `(x, y, sample_weight)` batches."""
+    def batches(self, num_examples: int | None = None) -> Iterator[Batch]:
+        """Iterates over `(x, y, sample_weight)` batches of one epoch.
+
+        Args:
+            num_examples: Of an iterable, stop after the batch with this example; `None`: read all.
+        """
         if self._arrays is not None:
             size = self.batch_size or BATCH_SIZE
             for start in range(0, self.num_examples or 0, size):
                 yield tuple(_slice_rows(part, start, start + size) for part in self._arrays)
-        else:
-            for batch in itertools.islice(_iterate(self._batches), self.steps_per_epoch):
-                yield keras.utils.unpack_x_y_sample_weight(batch)
+            return
+        if num_examples is None:
+            self.check_end()
+        watches = self.callbacks(num_examples)
+        num_read = 0
+        for number, batch in enumerate(itertools.islice(_iterate(self._batches), self.steps_per_epoch)):
+            for watch in watches:
+                watch.on_train_batch_end(number)
+            yield keras.utils.unpack_x_y_sample_weight(batch)
+            num_read += len(keras.tree.flatten(batch)[0])
+            if num_examples is not None and num_read >= num_examples:
+                return
 
     def take(self, num_examples: int | None = None) -> Iterator[Batch]:
         """Iterates over batches that begin with x. They hold as many examples as in `fit_arguments`."""
@@ -124,7 +165,7 @@ class Feed:
         elif self._arrays is not None:
             yield tuple(self._spread(part, num_examples) for part in self._arrays)
         else:
-            yield from _limit_batches(self.batches(), num_examples)
+            yield from _limit_batches(self.batches(num_examples), num_examples)
 
     def in_memory(self, num_examples: int | None = None) -> Feed:
         """A feed of as many examples as in `fit_arguments`, in memory: each pass reads the same ones."""
@@ -133,8 +174,9 @@ class Feed:
             kept._arrays = tuple(self._spread(part, num_examples) for part in self._arrays)
             kept.num_examples = _count_examples(kept._arrays)
         else:
-            batches = list(_limit_batches(self.batches(), num_examples or sys.maxsize))
+            batches = list(_limit_batches(self.batches(num_examples), num_examples or sys.maxsize))
             kept._batches, kept.steps_per_epoch = _BatchesInMemory(batches), None
+            kept._num_batches = len(batches)
             kept.num_examples = sum(len(keras.tree.flatten(batch)[0]) for batch in batches)
         return kept
 
@@ -300,18 +342,56 @@ def _prepend(first: Any, rest: Iterator[Any]) -> Generator[Any, None, None]:
     yield from rest
 
 
-def _estimate_examples(batches: Any, first: Tree) -> int | None:
-    """Number of batches times the size of the first one; `None` if the iterable does not know its length."""
+def count_batches(ds: Any) -> float | None:
+    """The number of batches of an iterable, infinite if it is endless; `None` if it does not say."""
     try:
-        return len(batches) * len(keras.tree.flatten(first)[0])
-    except TypeError:
+        if isinstance(ds, keras.utils.PyDataset):
+            num = ds.num_batches
+            return math.inf if num is None else num
+        cardinality = getattr(ds, "cardinality", None)  # of a tf.data.Dataset
+        if callable(cardinality):
+            num = int(cardinality())
+            return {_INFINITE: math.inf, _UNKNOWN: None}.get(num, num)
+        num = len(ds)
+    except (TypeError, NotImplementedError):
         return None
+    return math.inf if num >= sys.maxsize else num  # a repeated Grain data set has that length
 
 
 def _iterate(batches: Any) -> Iterator[Any]:
     if isinstance(batches, keras.utils.PyDataset):
-        return (batches[i] for i in range(batches.num_batches or len(batches)))
+        num = count_batches(batches)
+        is_open = num is None or num == math.inf
+        return (batches[i] for i in (itertools.count() if is_open else range(int(num or 0))))
     return iter(batches)
+
+
+class EndWatch(keras.callbacks.Callback):
+    """Warns once if data of unknown length has not ended after many examples.
+
+    Args:
+        batch_size: Examples in a batch.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self._at: float = max(MANY_EXAMPLES // batch_size, 1)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Warns if it is time to."""
+        if batch + 1 < self._at:
+            return
+        self._at = math.inf
+        warnings.warn(
+            "The data set does not say how long it is, and has not ended after "
+            f"{batch + 1:,} batches. If it is endless, stop, and pass `steps_per_epoch` (of validation data: "
+            "`validation_steps`), or a part of it.",
+            stacklevel=2,
+        )
+
+    def on_test_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Warns if it is time to."""
+        self.on_train_batch_end(batch)
 
 
 def _limit_batches(batches: Iterable[Batch], num_examples: int) -> Iterator[Batch]:
