@@ -78,7 +78,8 @@ class LabeledModel:
         effects: What the rule says of each call.
         groups: Prunable groups, in the order of their units.
         num_units: Number of prunable units.
-        unknown: Names of operations without a rule, which lock the channels that they read.
+        unknown: Names of operations without a rule, which lock the channels that they read. Augmentation
+            before the first layer reads none.
         probed: Names of operations without a rule that let channels through: on random numbers, each channel
             of the output depended on the same channel of the input only.
     """
@@ -232,12 +233,38 @@ class _Labeling:
         for submodel in dict.fromkeys(graph.submodels.values()):
             if is_attention(submodel.model):
                 self._unite_widths(submodel.model)
-        for index in graph.outputs:
-            label_space.lock(self.labels[index], "model output")
+        self._lock_outputs()
         self.probed = sorted(probed)
-        self.unknown = sorted(
-            {c.name for c, e in zip(graph.calls, self.effects, strict=True) if not e.has_rule}
-        )
+        self.unknown = self._find_unknown()
+
+    def _find_unknown(self) -> list[str]:
+        """Names of operations without a rule; not of those between the inputs and the first channels."""
+        found: set[str] = set()
+        behind_channels: set[int] = set()  # tensors
+        for call, effect in zip(self._graph.calls, self.effects, strict=True):
+            is_behind = not behind_channels.isdisjoint(call.inputs)
+            has_weights = isinstance(call.operation, keras.Layer) and bool(call.operation.weights)
+            if not effect.has_rule and (is_behind or has_weights):
+                found.add(call.name)
+            if is_behind or any((labels != FIXED).any() for labels in effect.outputs):
+                behind_channels.update(call.outputs)
+        return sorted(found)
+
+    def _lock_outputs(self) -> None:
+        """Locks what the model puts out, also where a softmax or the like is all that follows."""
+        makers = {index: number for number, call in enumerate(self._graph.calls) for index in call.outputs}
+        shapes = self._graph.shapes
+        for index in self._graph.outputs:
+            self._label_space.lock_output(self.labels[index])
+            while index in makers:
+                call, effect = self._graph.calls[makers[index]], self.effects[makers[index]]
+                is_last = (
+                    len(call.inputs) == 1 and not effect.weights and shapes[call.inputs[0]] == shapes[index]
+                )
+                if not is_last:
+                    break
+                index = call.inputs[0]
+                self._label_space.lock_output(self.labels[index])
 
     def _label_call(self, call: Call) -> bool:
         """Applies the rule of a call; returns whether the rule was found by probing."""

@@ -38,6 +38,7 @@ import contextlib
 import dataclasses
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -335,8 +336,19 @@ def lock_batch_operation(ctx: Context) -> Effect:
 def unknown_operation(ctx: Context) -> Effect:
     """Channels stay: no rule knows the operation, and the report names it."""
     reason = f"stays closed: {ctx.closed_reason}" if ctx.closed_reason else "has no rule"
+    twin = _layer_twin(ctx.operation, ctx.inputs[0].rank - 2)
+    reason += f" (`keras.layers.{twin}` has one)" if twin else ""
     effect = lock_inputs(ctx, f"read by {type(ctx.operation).__name__}, which {reason}")
     return dataclasses.replace(effect, has_rule=False)
+
+
+def _layer_twin(operation: keras.Operation, num_space_axes: int) -> str | None:
+    """Name of the layer that does what an operation of `keras.ops` does, `None` if there is none."""
+    if isinstance(operation, keras.Layer):
+        return None
+    wanted = {type(operation).__name__, f"{type(operation).__name__}ing"}
+    names = (name for name in dir(keras.layers) if re.sub(r"\dD", "", name) in wanted)
+    return next((name for name in names if f"{num_space_axes}D" in name or not re.search(r"\dD", name)), None)
 
 
 def count_kept(labels: IntArray) -> Edit:

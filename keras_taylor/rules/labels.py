@@ -160,7 +160,7 @@ class LabelSpace:
         self.exact, self.grouped, self.split_axes = exact, choices.grouped, dict(choices.split_axes)
         self.normalized: list[NormalizedLabels] = []
         self.producers: list[Producer] = []
-        self.reasons: list[str] = []
+        self.reasons = ["the model's output"]  # goes before all others
         self._num_labels = 1
         self._unions: list[tuple[IntArray, IntArray]] = []
         self._locks: list[tuple[IntArray, int]] = []  # labels, and the index of the reason
@@ -201,6 +201,10 @@ class LabelSpace:
         if labels.size:
             self._locks.append((labels, len(self.reasons)))
             self.reasons.append(reason)
+
+    def lock_output(self, labels: IntArray) -> None:
+        """Keeps the labels of an output of the model. No other reason is reported for them."""
+        self._locks.append((np.unique(labels[labels != FIXED]), 0))
 
     def record_normalization(self, labels: IntArray, operation: str, name: str) -> bool:
         """Records that an operation normalizes these labels together, and locks them if `exact`.

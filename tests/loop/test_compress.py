@@ -152,7 +152,7 @@ def test_info_tells_every_round(finished):
     assert info.reduction["params"] == pytest.approx(1 - small.count_params() / model.count_params())
     assert set(info.pruned_layers) == set(info.plan.layers) <= {"first", "second"}
     assert info.stop_reason == "goal reached"
-    assert "softmax" not in str(info.locked) and info.locked["head"]["reason"] == "model output"
+    assert "softmax" not in str(info.locked) and info.locked["head"]["reason"] == "the model's output"
 
 
 def test_info_plan_leads_from_the_original_to_the_result_in_one_cut(finished):
@@ -541,7 +541,7 @@ def test_goals_that_are_none(goal):
 def test_goal_out_of_reach():
     words = (
         r"The goal is out of reach: at most \d\d\.\d% of the 1,\d+ params can be removed, which leaves \d+\. "
-        r"It is blocked by 'head' \(3 channels: model output; \d+ parameters\)\. "
+        r"It is blocked by 'head' \(3 channels: the model's output; \d+ parameters\)\. "
         r"Lower the goal.*Received: goal=0\.999$"
     )
     refused(ValueError, words, goal=0.999)

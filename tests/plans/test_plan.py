@@ -150,8 +150,8 @@ def test_a_goal_out_of_reach_is_refused_with_the_largest_one():
     largest = f"{1 - least / model.count_params():.1%}"
     assert message_of(keras_taylor.make_plan, model, random_scores(model), 0.99) == (
         f"The goal is out of reach: at most {largest} of the {model.count_params()} params can be removed, "
-        f"which leaves {least}. It is blocked by 'head' (3 channels: model output; 6 parameters). Lower "
-        "the goal, or let more channels leave (`include`, `exclude`, `round_to`, `min_channels`). "
+        f"which leaves {least}. It is blocked by 'head' (3 channels: the model's output; 6 parameters). "
+        "Lower the goal, or let more channels leave (`include`, `exclude`, `round_to`, `min_channels`). "
         "Received: goal=0.99"
     )
     reached = float(largest[:-1]) / 100 - 1e-3

@@ -108,8 +108,8 @@ def test_what_is_no_ratio_is_refused(ratio):
         ),
         (
             {"head": 0.5},
-            "A ratio removes channels that cannot leave (head: model output). Expected layers with channels "
-            "that can leave, or a ratio from 0 on. Received: ratios={'head': 0.5}",
+            "A ratio removes channels that cannot leave (head: the model's output). Expected layers with "
+            "channels that can leave, or a ratio from 0 on. Received: ratios={'head': 0.5}",
         ),
         (
             {"stem": 0.5, "block0_b": (0.6, 0.9)},

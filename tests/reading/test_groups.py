@@ -25,7 +25,7 @@ def locked_of(channels):
 def test_a_chain_has_a_group_a_layer_and_its_output_is_locked():
     channels = label_model(case("chain").model)
     assert groups_of("chain") == {"conv1": (6, {"conv1"}), "conv2": (8, {"conv2"})}
-    assert locked_of(channels) == {"head": (3, "model output")}
+    assert locked_of(channels) == {"head": (3, "the model's output")}
     assert channels.unknown == []
 
 
@@ -113,7 +113,7 @@ def test_a_sub_model_used_twice_has_one_group_a_layer():
 def test_a_tensor_that_is_an_output_is_locked_with_all_that_meet_it():
     channels = label_model(case("output_in_the_middle").model)
     assert [g.name for g in channels.groups] == ["conv1"]
-    assert locked_of(channels)["features"] == (5, "model output")
+    assert locked_of(channels)["features"] == (5, "the model's output")
 
 
 def test_slices_split_a_layer_into_groups():
@@ -136,6 +136,39 @@ def test_an_operation_without_a_rule_locks_what_it_touches_and_is_named():
     assert channels.unknown == ["reversed/take_0"]
     assert locked_of(channels)["conv2"] == (5, "read by Take, which has no rule ('reversed/take_0')")
     assert {g.name for g in channels.groups} == {"conv1", "conv3"}
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda x: layers.Dense(3, activation="softmax", name="head")(x),
+        lambda x: layers.Softmax()(layers.Dense(3, name="head")(x)),
+        lambda x: ops.log(ops.softmax(layers.Dense(3, name="head")(x))),
+        lambda x: layers.Activation("log_softmax")(layers.Dense(3, activation="relu", name="head")(x)),
+    ],
+)
+def test_a_layer_whose_outputs_are_the_models_stays_for_that_reason(end):
+    inputs = keras.Input((4,))
+    channels = label_model(keras.Model(inputs, end(layers.Dense(5, name="hidden")(inputs))))
+    assert locked_of(channels) == {"head": (3, "the model's output")}
+
+
+def test_augmentation_before_the_first_layer_locks_nothing_and_is_not_reported():
+    x = inputs = keras.Input((8, 8, 3))
+    x = layers.Rescaling(1 / 255)(layers.RandomContrast(0.2)(layers.RandomFlip()(x)))
+    x = layers.RandomBrightness(0.2, name="late")(layers.Conv2D(6, 3, name="conv")(x))
+    channels = label_model(zoo.classified(inputs, layers.Conv2D(5, 3, name="conv2")(x)))
+    assert channels.unknown == ["late"]
+    assert set(locked_of(channels)) == {"conv", "head"}
+
+
+def test_an_operation_without_a_rule_names_the_layer_that_has_one():
+    x = inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(6, 3, padding="same", name="conv")(x)
+    x = ops.conv_transpose(x, np.ones((2, 2, 4, 6), "float32"), strides=2)
+    channels = label_model(zoo.classified(inputs, layers.Conv2D(5, 3, name="conv2")(x)))
+    why = "read by ConvTranspose, which has no rule (`keras.layers.Conv2DTranspose` has one)"
+    assert locked_of(channels)["conv"][1].startswith(why)
 
 
 def test_a_subclass_of_a_known_layer_is_unknown():
