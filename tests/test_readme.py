@@ -14,18 +14,13 @@ START, END = "<!-- layers: generated -->\n", "<!-- /layers -->\n"
 
 
 def table():
-    rows = ["| `keras.layers` and `keras.ops` | what happens to channels |", "|---|---|"]
+    rows = ["| `keras.layers` | what happens to channels |", "|---|---|"]
     families = {}
-    for names in (registry.LAYERS, registry.OPERATIONS):
-        for name, rule in names.items():
-            families.setdefault(rule, []).append(name if names is registry.LAYERS else _function_name(name))
+    for name, rule in registry.LAYERS.items():
+        families.setdefault(rule, []).append(name)
     for rule, names in families.items():
         rows.append(f"| {', '.join(names)} | {rule.__doc__.splitlines()[0]} |")
     return "\n".join(rows) + "\n"
-
-
-def _function_name(name):
-    return "`" + re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower() + "`"
 
 
 def test_table_of_layers_is_what_the_rules_say():

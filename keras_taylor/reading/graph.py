@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_taylor.reading.tracing import (
     CallSequence,
@@ -22,6 +23,7 @@ from keras_taylor.reading.tracing import (
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import (
+    Node,
     input_structure,
     nodes_in_order,
     output_structure,
@@ -442,10 +444,18 @@ def _submodel_graph(model: keras.Layer, function: keras.Function) -> SubmodelGra
         outputs=output_structure(function),
         input_layers=tuple(map(producer, keras.tree.flatten(inputs))),
         sites=tuple(
-            Site(node.operation, node.arguments.args, node.arguments.kwargs, tuple(node.outputs))
+            Site(node.operation, _with_whole_indices(node), node.arguments.kwargs, tuple(node.outputs))
             for node in nodes_in_order(function)
         ),
     )
+
+
+def _with_whole_indices(node: Node) -> tuple[Any, ...]:
+    """Positional arguments of a recorded call, indices of `take` as an array: a list would be flattened."""
+    args: tuple[Any, ...] = node.arguments.args
+    if type(node.operation).__name__ == "Take" and isinstance(args[1], (list, tuple)):
+        return args[0], np.asarray(args[1])
+    return args
 
 
 def _function_of(model: keras.Model, name: str) -> keras.Function:

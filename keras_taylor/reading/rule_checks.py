@@ -1,5 +1,6 @@
 """Operations run on random inputs: checks of registered rules, and rules for operations without one."""
 
+import functools
 import inspect
 import json
 import weakref
@@ -12,16 +13,17 @@ from keras import ops
 
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.reading.graph import Call, TensorRef
-from keras_taylor.rules import elementwise
 from keras_taylor.rules.base import KeptLabels, LabeledTensor, Rule, is_from_keras, unknown_operation
 from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace
-from keras_taylor.rules.probing import is_channelwise
+from keras_taylor.rules.probing import ChannelMap, ProbedInput, find_channel_map
 from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
+from keras_taylor.rules.shape import follow_channel_map
 from keras_taylor.support.types import Array, BoolArray, IntArray, Shape
 
 _NUM_EXAMPLES = 2  # of random inputs
 _NUM_FOLLOWED = 3  # examples of random inputs that are followed
 _SIZE_IF_UNKNOWN = 5  # of random inputs along axes of unknown size
+_SIZES_OF_UNKNOWN = (12, 64)  # the same of probed operations, which may divide an axis or crop it
 _NUM_CHECKS = 2  # of a registered rule, with different random numbers
 _NUM_DRAWS = 20  # of channels that leave, until some stay along every axis
 _LEAVING_FRACTION = 0.4  # of the channels
@@ -39,20 +41,13 @@ class _CheckedRule(NamedTuple):
     layer: str  # configuration and shapes as JSON
 
 
-class _ProbedInput(NamedTuple):
-    """The input on which an operation was probed."""
-
-    shape: tuple[int, ...]
-    channel_axis: int
-
-
 # Registered rules that hold, so that they are not checked again.
 _rules_that_hold: set[_CheckedRule] = set()
 
-# Whether an operation handles each channel alone.
-_probe_results: weakref.WeakKeyDictionary[keras.Operation, dict[_ProbedInput, bool]] = (
-    weakref.WeakKeyDictionary()
-)
+# How channels go through an operation, for the inputs on which it was probed.
+_probe_results: weakref.WeakKeyDictionary[
+    keras.Operation, dict[tuple[BatchAxis, tuple[ProbedInput, ...]], ChannelMap | None]
+] = weakref.WeakKeyDictionary()
 
 # Where the examples are in the outputs of operations that were run, by shape and batch axis of the inputs.
 _batches_found: weakref.WeakKeyDictionary[
@@ -112,8 +107,8 @@ def find_rule_by_probing(
 ) -> Rule | None:
     """A rule that lets channels through, for an operation without a rule and without weights.
 
-    The operation runs on random inputs. Each channel of the output must depend on the same channel of the
-    input only, also if there are fewer channels.
+    The operation runs on random inputs. Each channel of an output must depend on the same channels of the
+    inputs only, also if there are fewer channels.
 
     Args:
         call: The call of the operation.
@@ -127,17 +122,20 @@ def find_rule_by_probing(
     operation = call.operation
     if rule_for(operation) is not unknown_operation or not _may_be_probed(operation):
         return None
-    if len(call.inputs) != 1 or len(call.outputs) != 1:
+    axes = [LabeledTensor(labels[index], shapes[index]).channel_axis for index in call.inputs]
+    numbers = {shapes[index][axis] for index, axis in zip(call.inputs, axes, strict=True) if axis is not None}
+    batch, *others = {batches[index] for index in call.inputs}
+    if len(numbers) != 1 or batch is None or others:
         return None
-    (index,), shape = call.inputs, shapes[call.inputs[0]]
-    axis = LabeledTensor(labels[index], shape).channel_axis
-    if not axis or shape != shapes[call.outputs[0]] or "float" not in tensor_dtype(call, index):
-        return None
-    results = _probe_results.setdefault(operation, {})
-    probed = _ProbedInput(_known_shape(shape, batches[index]), axis)
-    if probed not in results:
-        results[probed] = _handles_channels_alone(call, *probed)
-    return elementwise.unary if results[probed] else None
+    for size in _SIZES_OF_UNKNOWN:
+        inputs = tuple(
+            ProbedInput(_known_shape(shapes[index], batch, size=size), axis, tensor_dtype(call, index))
+            for index, axis in zip(call.inputs, axes, strict=True)
+        )
+        channel_map = _probe(call, inputs, batch, [shapes[index] for index in call.outputs])
+        if channel_map is not None:
+            return functools.partial(follow_channel_map, channel_map=channel_map)
+    return None
 
 
 def _may_be_probed(operation: keras.Operation) -> bool:
@@ -148,21 +146,46 @@ def _may_be_probed(operation: keras.Operation) -> bool:
     return not is_own and not operation.weights and not hasattr(operation, "reset_state")
 
 
-def _handles_channels_alone(call: Call, shape: tuple[int, ...], axis: int) -> bool:
-    (index,), operation = call.inputs, call.operation
+def _probe(
+    call: Call, inputs: tuple[ProbedInput, ...], batch: BatchAxis, shapes: Sequence[Shape]
+) -> ChannelMap | None:
+    """How channels go through the operation of a call on such inputs; the answer is remembered.
 
-    def run(x: Array) -> Array:
-        return run_like_call(call, copy, {index: x})[0]
+    Args:
+        call: The call.
+        inputs: What the operation is probed on.
+        batch: Where the examples are in all of them.
+        shapes: What the shapes of the outputs should be; Keras is wrong about those of some operations.
+    """
+    operation = call.operation
+    results = _probe_results.setdefault(operation, {})
+    if (batch, inputs) not in results:
 
-    def run_smaller(x: Array) -> Array:
-        return run_like_call(call, clone_operation(operation, call.name), {index: x})[0]
+        def run(x: Sequence[Array]) -> list[Array]:
+            outputs = run_like_call(call, copy, dict(zip(call.inputs, x, strict=True)))
+            if not all(_fits(y, shape, batch) for y, shape in zip(outputs, shapes, strict=True)):
+                raise ValueError("another shape than Keras says")
+            return outputs
 
-    try:
-        copy = clone_operation(operation, call.name)
-    except ValueError:
-        return False
-    dtype = getattr(operation, "compute_dtype", "float32")
-    return is_channelwise(run, run_smaller, shape, axis, dtype)
+        def run_smaller(x: Sequence[Array]) -> list[Array]:
+            clone = clone_operation(operation, call.name)
+            return run_like_call(call, clone, dict(zip(call.inputs, x, strict=True)))
+
+        try:
+            copy = clone_operation(operation, call.name)
+        except ValueError:
+            return None
+        dtype = getattr(operation, "compute_dtype", "float32")
+        results[batch, inputs] = find_channel_map(run, run_smaller, inputs, batch, dtype)
+    return results[batch, inputs]
+
+
+def _fits(array: Array, shape: Shape, batch: BatchAxis) -> bool:
+    """Whether an array has a shape, whatever the number of examples is."""
+    sizes = enumerate(zip(array.shape, shape, strict=False))
+    return array.ndim == len(shape) and all(
+        wanted in (None, size) or axis == batch.axis for axis, (size, wanted) in sizes
+    )
 
 
 def find_batches_by_running(
@@ -227,6 +250,8 @@ def _run_and_follow(
         inputs[index] = x
         others[index] = np.where(np.moveaxis(is_first, 0, batch.axis), other, x)
     outputs = run_like_call(call, copy, inputs)
+    if len(outputs) != len(expected):  # Keras is wrong about some operations
+        return expected
     sizes = [batch and batch.num_rows * _NUM_FOLLOWED for batch in expected]
     axes = [batch.axis if batch else 0 for batch in expected]
     if all(y.ndim and y.shape[axis] == size for y, axis, size in zip(outputs, axes, sizes, strict=True)):
@@ -408,6 +433,8 @@ def run_like_call(
     if "training" in inspect.signature(operation.call).parameters:
         kwargs = {**kwargs, "training": False}
     outputs = keras.tree.flatten(operation(*args, **kwargs))
+    if any("complex" in str(getattr(y, "dtype", "")) for y in outputs):
+        raise ValueError("complex numbers come out")
     return [np.asarray(ops.convert_to_numpy(ops.cast(y, "float32"))) for y in outputs]
 
 
@@ -425,9 +452,11 @@ def random_input(
     return random.integers(0, 2, known_shape).astype(dtype)
 
 
-def _known_shape(shape: Shape, batch: BatchAxis | None, num_examples: int = _NUM_EXAMPLES) -> tuple[int, ...]:
+def _known_shape(
+    shape: Shape, batch: BatchAxis | None, num_examples: int = _NUM_EXAMPLES, size: int = _SIZE_IF_UNKNOWN
+) -> tuple[int, ...]:
     batch = batch or FIRST_AXIS
-    sizes = [_SIZE_IF_UNKNOWN if size is None else size for size in shape]
+    sizes = [size if known is None else known for known in shape]
     sizes[batch.axis] = num_examples * batch.num_rows
     return tuple(sizes)
 

@@ -76,6 +76,24 @@ def dot(ctx: Context) -> Effect:
     return matmul(ctx) if len(shapes[1]) <= 2 else lock_inputs(ctx)
 
 
+def tensordot(ctx: Context) -> Effect:
+    """As `einsum`, over the axes that are given, or the last ones of both operands."""
+    shapes = _operand_shapes(ctx)
+    if shapes is None:
+        return lock_inputs(ctx)
+    axes = getattr(ctx.operation, "axes", (-1, -1))
+    ranks = [len(shape) for shape in shapes]
+    if isinstance(axes, int):
+        axes = range(ranks[0] - axes, ranks[0]), range(axes)
+    summed = [[int(k) % rank for k in np.atleast_1d(a)] for a, rank in zip(axes, ranks, strict=True)]
+    first = [_elided_letter(k) for k in range(ranks[0])]
+    second = [_elided_letter(ranks[0] + k) for k in range(ranks[1])]
+    for k, other in zip(*summed, strict=True):
+        second[other] = first[k]
+    result = [letter for letter in first + second if (letter in first) != (letter in second)]
+    return _product_effect(ctx, f"{''.join(first)},{''.join(second)}->{''.join(result)}")
+
+
 def dot_layer(ctx: Context) -> Effect:
     """Channels that are summed over become one unit with those they meet. Others go through."""
     layer, (first, second) = ctx.operation, ctx.inputs

@@ -32,6 +32,14 @@ def identity(ctx: Context) -> Effect:
     return Effect(outputs=[ctx.inputs[0].labels])
 
 
+def clip(ctx: Context) -> Effect:
+    """Channels go through if all have the same bounds."""
+    operation = ctx.operation
+    if np.ndim(operation.x_min) or np.ndim(operation.x_max):
+        return lock_inputs(ctx, "clipped to a list of bounds")
+    return unary(ctx)
+
+
 def activation_layer(ctx: Context) -> Effect:
     """Channels go through if the function is known to be elementwise."""
     return unary(ctx) if is_elementwise(ctx.operation.activation) else lock_inputs(ctx)
@@ -68,6 +76,11 @@ def merge(ctx: Context) -> Effect:
         arguments=_constant_edits(ctx, labels),
         work=elementwise_work(labels, ctx.output_shapes[0], factor),
     )
+
+
+def where(ctx: Context) -> Effect:
+    """Channels that meet become one unit, with broadcasting. Without values to choose from, they stay."""
+    return lock_inputs(ctx) if ctx.argument(1, "x1") is None else merge(ctx)
 
 
 def broadcast_labels(ctx: Context, tensors: Sequence[LabeledTensor], rank: int) -> IntArray:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import keras
 
-from keras_taylor.rules import attention, conv, dense, einsum, elementwise, norm, recurrent, shape
+from keras_taylor.rules import attention, einsum, elementwise, indexing, kernels, norm, recurrent, shape
 from keras_taylor.rules.base import (
     Context,
     Effect,
@@ -58,18 +58,18 @@ def _rules_by_name(rows: Sequence[tuple[str, Rule]]) -> dict[str, Rule]:
 # The rules of Keras' layers, by class name.
 LAYERS = _rules_by_name(
     [
-        ("Conv1D Conv2D Conv3D", conv.conv),
-        ("Conv1DTranspose Conv2DTranspose Conv3DTranspose", conv.conv_transpose),
-        ("DepthwiseConv1D DepthwiseConv2D", conv.depthwise),
-        ("SeparableConv1D SeparableConv2D", conv.separable),
-        ("Dense", dense.dense),
+        ("Conv1D Conv2D Conv3D", kernels.conv),
+        ("Conv1DTranspose Conv2DTranspose Conv3DTranspose", kernels.conv_transpose),
+        ("DepthwiseConv1D DepthwiseConv2D", kernels.depthwise),
+        ("SeparableConv1D SeparableConv2D", kernels.separable),
+        ("Dense", kernels.dense),
         ("RNN LSTM GRU SimpleRNN ConvLSTM1D ConvLSTM2D ConvLSTM3D", recurrent.recurrent),
         ("Bidirectional", recurrent.bidirectional),
         ("TimeDistributed", time_distributed),
         ("SpectralNormalization", spectral_normalization),
         ("EinsumDense", einsum.einsum_dense),
-        ("Embedding", dense.embedding),
-        ("ReversibleEmbedding", dense.reversible_embedding),
+        ("Embedding", kernels.embedding),
+        ("ReversibleEmbedding", kernels.reversible_embedding),
         ("BatchNormalization", norm.batch_normalization),
         ("LayerNormalization", norm.layer_normalization),
         ("RMSNormalization", norm.rms_normalization),
@@ -106,11 +106,11 @@ LAYERS = _rules_by_name(
             "AdaptiveMaxPooling3D GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D "
             "GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D "
             "UpSampling1D UpSampling2D UpSampling3D Resizing",
-            conv.pool_or_resize,
+            kernels.pool_or_resize,
         ),
         (
             "ZeroPadding1D ZeroPadding2D ZeroPadding3D Cropping1D Cropping2D Cropping3D CenterCrop",
-            conv.pad_or_crop,
+            kernels.pad_or_crop,
         ),
     ]
 )
@@ -121,36 +121,60 @@ OPERATIONS = _rules_by_name(
         (
             "Relu Relu6 Sigmoid SparseSigmoid Softplus Softsign SoftShrink SparsePlus Silu "
             "Squareplus LogSigmoid LeakyRelu HardSigmoid HardSilu Elu Selu Gelu Celu TanhShrink "
-            "HardTanh HardShrink Threshold Absolute Exp Expm1 Log Log1p Log2 Log10 Negative "
-            "Reciprocal Rsqrt Sqrt Square Sin Cos Tan Sinh Cosh Tanh Arctan Arcsinh Sign Floor "
-            "Ceil Round Erf Clip NanToNum LogicalNot Isfinite Isinf Isnan OnesLike ZerosLike",
+            "HardTanh HardShrink Threshold Absolute Fabs Exp Exp2 Expm1 Log Log1p Log2 Log10 Negative "
+            "Reciprocal Rsqrt Sqrt Cbrt Square Sin Cos Tan Sinh Cosh Tanh Arcsin Arccos Arctan Arcsinh "
+            "Arccosh Arctanh Sinc I0 Deg2rad Rad2deg Sign Signbit Floor Ceil Round Trunc Erf Erfc Erfinv "
+            "NanToNum Real Imag Conjugate Angle LogicalNot BitwiseInvert BitwiseNot Isfinite Isinf Isneginf "
+            "Isposinf Isnan Isreal OnesLike ZerosLike",
             elementwise.unary,
         ),
-        ("Cast SaturateCast StopGradient Copy Identity", elementwise.identity),
-        ("Softmax LogSoftmax Sparsemax", elementwise.softmax),
+        ("Clip", elementwise.clip),
+        ("Cast SaturateCast StopGradient Copy Identity Array ConvertToTensor", elementwise.identity),
+        ("Softmax LogSoftmax Sparsemax Normalize", elementwise.softmax),
         (
-            "Add Subtract Multiply Divide DivideNoNan TrueDivide FloorDivide Power Maximum "
-            "Minimum Mod Where Logaddexp Arctan2 Greater GreaterEqual Less LessEqual Equal "
-            "NotEqual LogicalAnd LogicalOr LogicalXor BitwiseAnd BitwiseOr",
+            "Add Subtract Multiply Divide DivideNoNan TrueDivide FloorDivide Power Maximum Fmax "
+            "Minimum Fmin Mod Fmod Select Logaddexp Logaddexp2 Arctan2 Hypot Ldexp Heaviside Nextafter "
+            "Gcd Lcm Greater GreaterEqual Less LessEqual Equal NotEqual Isclose LogicalAnd LogicalOr "
+            "LogicalXor BitwiseAnd BitwiseOr BitwiseXor BitwiseLeftShift BitwiseRightShift LeftShift "
+            "RightShift FullLike BinaryCrossentropy",
             elementwise.merge,
         ),
-        ("Concatenate", shape.concatenate),
+        ("Where", elementwise.where),
+        ("MaxPool AveragePool", kernels.pool_or_resize),
+        ("Resize GaussianBlur", kernels.resize_images),
+        ("PadImages CropImages", kernels.pad_images),
+        ("Conv DepthwiseConv", kernels.convolve),
+        ("Concatenate Append Hstack Vstack Dstack", shape.concatenate),
         ("Reshape Ravel", shape.reshape),
         ("Transpose", shape.transpose),
         ("Swapaxes", shape.swapaxes),
+        ("Moveaxis", shape.moveaxis),
+        ("BroadcastTo", shape.broadcast_to),
         ("ExpandDims", shape.expand_dims),
         ("Squeeze", shape.squeeze),
-        ("Mean Max Min Amax Amin Sum Var Std Prod Logsumexp Any All", shape.reduce),
+        (
+            "Mean Max Min Amax Amin Sum Var Std Prod Logsumexp Any All Norm Moments Ptp Median "
+            "Argmax Argmin Nanargmax Nanargmin Nanmax Nanmean Nanmedian Nanmin Nanprod Nanstd Nansum Nanvar",
+            shape.reduce,
+        ),
         ("Pad", shape.pad),
-        ("Split", shape.split),
+        ("Split ArraySplit Hsplit Vsplit Dsplit", shape.split),
         ("GetItem", shape.get_item),
         ("Einsum", einsum.einsum),
         ("Matmul", einsum.matmul),
         ("Dot", einsum.dot),
+        ("Tensordot Inner", einsum.tensordot),
         ("DotProductAttention", einsum.dot_product_attention),
         ("Repeat", shape.repeat),
         ("Tile", shape.tile),
-        ("Roll Flip Cumsum Cumprod", shape.along_axis),
+        (
+            "Cumsum Cumprod Nancumsum Nancumprod Diff Sort Argsort Argpartition",
+            shape.along_axis,
+        ),
+        ("IsIn", lock_inputs),
+        ("Take", indexing.take),
+        ("Flip", indexing.flip),
+        ("Roll", indexing.roll),
         ("Tril Triu", shape.triangle),
         ("Stack", shape.stack),
         ("Unstack", shape.unstack),

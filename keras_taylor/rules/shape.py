@@ -1,6 +1,7 @@
 """Operations that only move elements, and those along an axis: reductions, repeats, running sums, stacks."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,16 +18,22 @@ from keras_taylor.rules.base import (
     lock_inputs,
 )
 from keras_taylor.rules.elementwise import broadcast_labels
+from keras_taylor.rules.indexing import edit_index, edit_slice
 from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis
+from keras_taylor.rules.probing import ChannelMap
 from keras_taylor.support.types import BoolArray, IntArray, Shape
 
+# The axis of operations that have no `axis`, for tensors with more than two axes.
+_ACTING_AXES = {"Vstack": 0, "Hstack": 1, "Dstack": 2, "Vsplit": 0, "Hsplit": 1, "Dsplit": 2}
 _ANY_NUM_EXAMPLES = 1_000_003  # a prime number that is larger than other sizes
 
 
 def concatenate(ctx: Context) -> Effect:
     """Channels go through side by side. Along another axis, channels that meet become one unit."""
     rank = len(ctx.output_shapes[0])
-    axis = ctx.operation.axis % rank
+    axis = _acting_axis(ctx, rank)
+    if axis is None:
+        return lock_batch_operation(ctx)
     if any(t.batch_axis == axis for t in ctx.inputs):
         return _concatenate_batches(ctx)
     if all(t.channel_axis != axis for t in ctx.inputs):
@@ -37,6 +44,8 @@ def concatenate(ctx: Context) -> Effect:
     if any(t.shape[axis] is None for t in ctx.inputs):
         return lock_inputs(ctx, "concatenated with an unknown number of channels")
     channels = np.concatenate([t.labels_along(axis) for t in ctx.inputs])
+    if channels.size != ctx.output_shapes[0][axis]:
+        return lock_inputs(ctx, "concatenated with constants")
     return Effect(outputs=[ctx.output_labels(channels, axis)])
 
 
@@ -91,6 +100,27 @@ def swapaxes(ctx: Context) -> Effect:
     return _transpose_effect(ctx, axes)
 
 
+def moveaxis(ctx: Context) -> Effect:
+    """Channels go through; axes change places."""
+    rank = ctx.inputs[0].rank
+    pairs = zip(ctx.operation.destination, ctx.operation.source, strict=True)
+    moved = sorted((destination % rank, source % rank) for destination, source in pairs)
+    axes = [k for k in range(rank) if all(k != source for _, source in moved)]
+    for destination, source in moved:
+        axes.insert(destination, source)
+    return _transpose_effect(ctx, axes)
+
+
+def broadcast_to(ctx: Context) -> Effect:
+    """Channels go through; other axes get larger."""
+    tensor, shape = ctx.inputs[0], ctx.operation.shape
+    if len(ctx.output_shapes[0]) != tensor.rank:
+        return lock_batch_operation(ctx)
+    axis = tensor.channel_axis
+    edits = {} if axis is None else {"shape": _target_shape_edit(shape, axis, tensor.labels_along(axis))}
+    return Effect(outputs=[tensor.labels], config=edits)
+
+
 def expand_dims(ctx: Context) -> Effect:
     """Channels go through; new axes have size 1."""
     rank = len(ctx.output_shapes[0])
@@ -118,7 +148,8 @@ def repeat_vector(ctx: Context) -> Effect:
 def reduce(ctx: Context) -> Effect:
     """Channels go through if the reduction is over other axes."""
     tensor, operation = ctx.inputs[0], ctx.operation
-    given = range(tensor.rank) if operation.axis is None else np.atleast_1d(operation.axis)
+    axis = operation.axes if hasattr(operation, "axes") else operation.axis
+    given = range(tensor.rank) if axis is None else np.atleast_1d(axis)
     axes = tuple(int(k) % tensor.rank for k in given)
     if tensor.batch_axis in axes:
         return lock_batch_operation(ctx)
@@ -126,11 +157,12 @@ def reduce(ctx: Context) -> Effect:
     def move(array: IntArray) -> IntArray:
         return array if operation.keepdims else np.squeeze(array, axes)
 
-    batches = [batch_after(ctx, move)]
+    num_outputs = len(ctx.output_shapes)
+    batches = [batch_after(ctx, move)] * num_outputs
     if tensor.channel_axis in axes:
         return dataclasses.replace(lock_inputs(ctx), batches=batches)
     work = elementwise_work(tensor.labels, tensor.shape)
-    return Effect(outputs=[move(tensor.labels)], work=work, batches=batches)
+    return Effect(outputs=[move(tensor.labels)] * num_outputs, work=work, batches=batches)
 
 
 def pad(ctx: Context) -> Effect:
@@ -161,14 +193,18 @@ def pad(ctx: Context) -> Effect:
 
 def split(ctx: Context) -> Effect:
     """Channels go through to the parts. Where channels leave, the next part starts earlier."""
-    tensor, operation = ctx.inputs[0], ctx.operation
-    axis = operation.axis % tensor.rank
+    tensor = ctx.inputs[0]
+    axis = _acting_axis(ctx, tensor.rank)
     num_parts = len(ctx.output_shapes)
+    if axis is None:
+        return lock_batch_operation(ctx)
     if tensor.batch is not None and tensor.batch.axis == axis:
         return _split_batches(ctx, tensor.batch)
     if tensor.channel_axis != axis:
         return Effect(outputs=[tensor.labels] * num_parts)
     channels = tensor.labels_along(axis)
+    if type(ctx.operation).__name__ == "ArraySplit":
+        return _split_evenly(ctx, channels, axis)
     stops = np.cumsum([shape[axis] for shape in ctx.output_shapes])
     parts = np.split(channels, stops[:-1])
     edit = Edit((channels,), lambda kept: [int(kept[:stop].sum()) for stop in stops[:-1]])
@@ -180,7 +216,7 @@ def split(ctx: Context) -> Effect:
 
 
 def get_item(ctx: Context) -> Effect:
-    """Channels go through an index of integers, slices of step 1, `...` and `None`."""
+    """Channels go through an index of integers, slices, `...` and `None`. One that is picked alone stays."""
     tensor = ctx.inputs[0]
     key = ctx.argument(1, "key")
     entries = list(key) if isinstance(key, (tuple, list)) else [key]
@@ -201,10 +237,8 @@ def get_item(ctx: Context) -> Effect:
     entry, channels = entries[entry_number], tensor.labels_along(channel_axis)
     if entry == slice(None):
         return Effect(outputs=[labels], batches=batches)
-    if not isinstance(entry, slice) or entry.step not in (None, 1):
-        return dataclasses.replace(lock_inputs(ctx), batches=batches)
-    start, stop, _ = entry.indices(channels.size)
-    edit = Edit((channels,), lambda kept: slice(int(kept[:start].sum()), int(kept[:stop].sum())))
+    is_slice = isinstance(entry, slice)
+    edit = edit_slice(ctx, channels, entry) if is_slice else edit_index(channels, np.asarray(entry))
     first_constant = next(i for i in range(len(ctx.constants)) if i not in ctx.input_positions)
     labels = ctx.merge_to_one_axis(labels)
     return Effect(outputs=[labels], arguments={first_constant + entry_number: edit}, batches=batches)
@@ -292,6 +326,50 @@ def batch_after(ctx: Context, move: Callable[[IntArray], IntArray]) -> BatchAxis
     """
     tensor = ctx.inputs[0]
     return None if tensor.batch is None else tensor.batch.after(move, tensor.rank)
+
+
+def follow_channel_map(ctx: Context, channel_map: ChannelMap) -> Effect:
+    """Channels go through as they did on random inputs. Those that make one together become one unit.
+
+    Args:
+        ctx: The call.
+        channel_map: What was found.
+    """
+    units = np.full(channel_map.units.max() + 1, FIXED)
+    inputs = [t.labels_along(t.channel_axis) for t in ctx.inputs if t.channel_axis is not None]
+    for channels in inputs:
+        np.maximum.at(units, channel_map.units, channels)
+    for channels in inputs:
+        ctx.union(channels, units[channel_map.units])
+    outputs = [
+        ctx.output_labels(units[output.units], output.channel_axis, k)
+        for k, output in enumerate(channel_map.outputs)
+    ]
+    work = map(elementwise_work, outputs, ctx.output_shapes)
+    return Effect(outputs=outputs, work=tuple(itertools.chain(*work)))
+
+
+def _acting_axis(ctx: Context, rank: int) -> int | None:
+    """The axis along which an operation splits or joins tensors of this rank; `None` if it flattens them."""
+    name = type(ctx.operation).__name__
+    axis = _ACTING_AXES.get(name, getattr(ctx.operation, "axis", None))
+    return None if axis is None or axis >= rank else axis % rank
+
+
+def _split_evenly(ctx: Context, channels: IntArray, axis: int) -> Effect:
+    """The effect of `array_split`, which takes no sizes: all parts lose the same channels.
+
+    Args:
+        ctx: The call.
+        channels: Labels along the axis.
+        axis: The axis.
+    """
+    num_parts = len(ctx.output_shapes)
+    if channels.size % num_parts:
+        return lock_inputs(ctx, "divided into parts of different sizes")
+    parts = channels.reshape(num_parts, -1)
+    ctx.union(parts, parts[:1])
+    return Effect(outputs=[ctx.output_labels(parts.max(0), axis, k) for k in range(num_parts)])
 
 
 def _concatenate_batches(ctx: Context) -> Effect:

@@ -3,7 +3,6 @@
 Nothing else in the package should touch them, so that a new version of Keras is followed here.
 """
 
-import copy
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
@@ -97,9 +96,12 @@ def call_records(layer: keras.Layer) -> list[list[Node]]:
 
 
 def copy_operation(operation: keras.Operation) -> keras.Operation:
-    """A shallow copy that has not been called, for an operation that cannot be made from a configuration."""
-    clone = copy.copy(operation)
-    clone._inbound_nodes, clone._outbound_nodes = [], []
+    """A shallow copy that has not been called, for an operation that cannot be made from a configuration.
+
+    `copy.copy` would save and load it.
+    """
+    clone: keras.Operation = object.__new__(type(operation))
+    vars(clone).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
     return clone
 
 

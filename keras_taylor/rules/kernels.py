@@ -1,4 +1,4 @@
-"""Convolutions (plain, grouped, depthwise, separable, transposed), pooling, padding."""
+"""Layers with kernels (dense, convolutions of all kinds), embeddings, pooling, padding."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,14 +10,93 @@ from keras import ops
 from keras_taylor.rules.base import (
     Context,
     Effect,
+    WeightLabels,
     Work,
     count_kept,
     elementwise_work,
     layer_channel_axis,
+    lock_batch_operation,
+    lock_inputs,
     num_elements,
 )
-from keras_taylor.rules.elementwise import lock_unless_elementwise
+from keras_taylor.rules.elementwise import cut_constant, lock_unless_elementwise
 from keras_taylor.support.types import IntArray, Tensor
+
+
+def dense(ctx: Context) -> Effect:
+    """Units can leave. The layer reads the last axis; channels on another axis go through."""
+    layer, tensor = ctx.operation, ctx.inputs[0]
+    last = tensor.rank - 1
+    read = tensor.labels_along(last)
+    if tensor.channel_axis not in (None, last):
+        return _beside_channels(ctx, tensor.channel_axis, read.size)
+    units = ctx.new_labels(layer.units)
+    lock_unless_elementwise(ctx, units)
+    return Effect(
+        outputs=[ctx.output_labels(units, last)],
+        weights={"kernel": (read, units), "bias": (units,)},
+        config={"units": count_kept(units)},
+        reads={0: last},
+        work=(Work(2.0 * num_elements(tensor.shape, (last,)), (read, units)),),
+    )
+
+
+def _beside_channels(ctx: Context, axis: int, num_inputs: int) -> Effect:
+    """The effect of a dense layer whose input has channels on another axis: they go through, its units stay.
+
+    Args:
+        ctx: The call.
+        axis: The channel axis of the input.
+        num_inputs: Size of the last axis of the input.
+    """
+    tensor = ctx.inputs[0]
+    channels = tensor.labels_along(axis)
+    lock_unless_elementwise(ctx, channels)
+    positions = num_elements(tensor.shape, (axis, tensor.rank - 1))
+    return Effect(
+        outputs=[ctx.output_labels(channels, axis)],
+        work=(Work(2.0 * positions * num_inputs * ctx.operation.units, (channels,)),),
+    )
+
+
+def embedding(ctx: Context) -> Effect:
+    """Dimensions of the vectors can leave. The inputs are numbers, not channels."""
+    return _look_up(ctx, reverse_weights=())
+
+
+def reversible_embedding(ctx: Context) -> Effect:
+    """As Embedding. In reverse, it reads the dimensions and makes one output for each number."""
+    reverse_weights = () if ctx.operation.tie_weights else ("reverse_embeddings",)
+    if not ctx.argument(1, "reverse", False):
+        return _look_up(ctx, reverse_weights)
+    tensor = ctx.inputs[0]
+    last = tensor.rank - 1
+    if tensor.channel_axis not in (None, last):
+        return lock_inputs(ctx)
+    read = tensor.labels_along(last)
+    return Effect(
+        outputs=[ctx.fixed_labels()],
+        weights=_embedding_weights(read, reverse_weights),
+        config={"output_dim": count_kept(read)},
+        reads={0: last},
+        work=(Work(2.0 * num_elements(ctx.output_shapes[0]), (read,)),),
+    )
+
+
+def _look_up(ctx: Context, reverse_weights: Sequence[str]) -> Effect:
+    """The effect of an embedding that looks up one vector for each number."""
+    ctx.lock(ctx.inputs[0].labels, "read as indices of an embedding")
+    dimensions = ctx.new_labels(ctx.operation.output_dim)
+    return Effect(
+        outputs=[ctx.output_labels(dimensions, -1)],
+        weights=_embedding_weights(dimensions, reverse_weights),
+        config={"output_dim": count_kept(dimensions)},
+    )
+
+
+def _embedding_weights(dimensions: IntArray, reverse_weights: Sequence[str]) -> dict[str, WeightLabels]:
+    """The labels of an embedding's weights: the table, and the transposed tables for the way back."""
+    return {"embeddings": (None, dimensions), **dict.fromkeys(reverse_weights, (dimensions, None))}
 
 
 def conv(ctx: Context) -> Effect:
@@ -103,7 +182,7 @@ def pool_or_resize(ctx: Context) -> Effect:
     channels = ctx.input_labels(0, axis)
     if len(shape) == tensor.rank:
         labels = ctx.output_labels(channels, axis)
-        window = float(np.prod(getattr(layer, "pool_size", 1)))
+        window = float(np.prod(np.broadcast_to(getattr(layer, "pool_size", 1), tensor.rank - 2)))
         return Effect(outputs=[labels], work=elementwise_work(labels, shape, window))
     # Global pooling leaves the axes (batch, channels), and reads each element once.
     labels = ctx.output_labels(channels, 1)
@@ -113,6 +192,33 @@ def pool_or_resize(ctx: Context) -> Effect:
 def pad_or_crop(ctx: Context) -> Effect:
     """Channels go through; the sizes of the spatial axes change."""
     return dataclasses.replace(pool_or_resize(ctx), work=())
+
+
+def resize_images(ctx: Context) -> Effect:
+    """Channels go through one by one; the sizes of the spatial axes may change."""
+    return pool_or_resize(ctx) if ctx.inputs[0].rank == 4 else lock_batch_operation(ctx)
+
+
+def pad_images(ctx: Context) -> Effect:
+    """Channels go through; the sizes of the spatial axes change."""
+    return dataclasses.replace(resize_images(ctx), work=())
+
+
+def convolve(ctx: Context) -> Effect:
+    """Channels that a constant kernel reads can leave. They go through a depthwise convolution."""
+    tensor, operation, kernel = ctx.inputs[0], ctx.operation, ctx.argument(1, "kernel")
+    if ctx.input_positions != [0] or isinstance(kernel, keras.Variable):
+        return lock_inputs(ctx, "convolved with a kernel that is no constant")
+    axis = layer_channel_axis(operation, tensor)
+    read = ctx.input_labels(0, axis)
+    *window, _, num_made = kernel.shape
+    arguments = {1: cut_constant(kernel, -2, read)}
+    if type(operation).__name__ == "DepthwiseConv":
+        filters = np.repeat(read, num_made)
+        work = _conv_work(ctx, axis, window, filters)
+        return Effect(outputs=[ctx.output_labels(filters, axis)], arguments=arguments, work=work)
+    work = _conv_work(ctx, axis, (*window, num_made), read)
+    return Effect(outputs=[ctx.fixed_labels()], arguments=arguments, reads={0: axis}, work=work)
 
 
 def _channelwise_conv(ctx: Context, read: IntArray, axis: int) -> Effect:
