@@ -15,12 +15,12 @@ from keras_taylor.reading.cloning import build_like, clone_operation, copy_weigh
 from keras_taylor.reading.graph import Call, TensorRef
 from keras_taylor.rules.base import KeptLabels, LabeledTensor, Rule, is_from_keras, unknown_operation
 from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace
-from keras_taylor.rules.probing import ChannelMap, ProbedInput, find_channel_map
+from keras_taylor.rules.probing import NUM_PROBED_EXAMPLES, ChannelMap, ProbedInput, find_channel_map
 from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
 from keras_taylor.rules.shape import follow_channel_map
 from keras_taylor.support.types import Array, BoolArray, IntArray, Shape
 
-_NUM_EXAMPLES = 2  # of random inputs
+_NUM_RANDOM_EXAMPLES = 2  # of random inputs
 _NUM_FOLLOWED = 3  # examples of random inputs that are followed
 _SIZE_IF_UNKNOWN = 5  # of random inputs along axes of unknown size
 _SIZES_OF_UNKNOWN = (12, 64)  # the same of probed operations, which may divide an axis or crop it
@@ -129,7 +129,9 @@ def find_rule_by_probing(
         return None
     for size in _SIZES_OF_UNKNOWN:
         inputs = tuple(
-            ProbedInput(_known_shape(shapes[index], batch, size=size), axis, tensor_dtype(call, index))
+            ProbedInput(
+                _known_shape(shapes[index], batch, NUM_PROBED_EXAMPLES, size), axis, tensor_dtype(call, index)
+            )
             for index, axis in zip(call.inputs, axes, strict=True)
         )
         channel_map = _probe(call, inputs, batch, [shapes[index] for index in call.outputs])
@@ -443,7 +445,7 @@ def random_input(
     shape: Shape,
     dtype: str,
     batch: BatchAxis | None = None,
-    num_examples: int = _NUM_EXAMPLES,
+    num_examples: int = _NUM_RANDOM_EXAMPLES,
 ) -> Array:
     """Random values for a tensor of this shape: a few examples, and a small size where none is known."""
     known_shape = _known_shape(shape, batch, num_examples)
@@ -453,7 +455,10 @@ def random_input(
 
 
 def _known_shape(
-    shape: Shape, batch: BatchAxis | None, num_examples: int = _NUM_EXAMPLES, size: int = _SIZE_IF_UNKNOWN
+    shape: Shape,
+    batch: BatchAxis | None,
+    num_examples: int = _NUM_RANDOM_EXAMPLES,
+    size: int = _SIZE_IF_UNKNOWN,
 ) -> tuple[int, ...]:
     batch = batch or FIRST_AXIS
     sizes = [size if known is None else known for known in shape]

@@ -16,7 +16,7 @@ from keras_taylor.support.types import Array, BoolArray, IntArray, Tensor
 Result = TypeVar("Result")
 
 _INPUT_SCALES = (0.1, 1.0, 10.0)  # of random inputs, each with its own seed
-_NUM_EXAMPLES = 2
+NUM_PROBED_EXAMPLES = 2  # in each random input
 _NUM_SUBSETS = 6
 _PROBE_TOLERANCE = {"float32": 1e-5, "float64": 1e-5}  # relative to the largest value
 _LOW_PRECISION_PROBE_TOLERANCE = 1e-2  # for all other types
@@ -153,7 +153,7 @@ class _Probe:
             scale = _INPUT_SCALES[number]
             x, other = ([_draw_input(random, i, scale) for i in self._inputs] for _ in range(2))
             y = [_require_finite(output) for output in self._run(x)]
-            axis, is_first = self._batch.axis, self._batch.rows_of_first(_NUM_EXAMPLES)
+            axis, is_first = self._batch.axis, self._batch.rows_of_first(NUM_PROBED_EXAMPLES)
             mixed = [
                 np.where(np.expand_dims(is_first, [*range(1, a.ndim - axis)]), a, b)
                 for a, b in zip(x, other, strict=True)
