@@ -20,6 +20,7 @@ from keras_taylor.loop.backups import capture, restore_model
 from keras_taylor.loop.fine_tuning import DivergenceError
 from keras_taylor.loop.judging import WatchedMetric
 from keras_taylor.loop.preparation import PreparedRun
+from keras_taylor.loop.route import measure_reached
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units, plan_of
 from keras_taylor.plans.ranking import flatten_scores
@@ -98,10 +99,16 @@ class PrunedModel:
 
 
 class Judgment(NamedTuple):
-    """The costs and the metrics after a round, and whether its model is good enough to go on with."""
+    """The costs and the metrics after a round.
+
+    Attributes:
+        missed: By how much the model misses the goal that the round was to reach, in words.
+        is_good_enough: Whether its metric keeps to its limit.
+    """
 
     costs: dict[str, int | None]
     metrics: dict[str, float]
+    missed: list[str]
     is_good_enough: bool
 
 
@@ -182,7 +189,7 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) 
     run.reporter.say(f"{name}: {messages.describe_round(done, run.route.before)}")
     state.info.rounds.append(done)
     if done.held:
-        accept_round(run, state, pruned, done)
+        accept_round(run, state, pruned, done, judgment.missed)
     gc.collect()  # models are full of cycles: their weights and compiled functions would stay for long
     run.reporter.show(state.info)
     return done
@@ -226,16 +233,19 @@ def judge_round(
     run: PreparedRun, pruned: PrunedModel, target: RoundTarget, watched: WatchedMetric | None
 ) -> Judgment:
     """Measures and evaluates a model where that is needed: at a goal, and for a metric with a limit."""
-    costs, metrics = dict(pruned.plan.after), {}
+    costs, metrics, missed = dict(pruned.plan.after), {}, list[str]()
     reaches_goal = target.goal_index is not None
     if reaches_goal and run.route.measurements is not None:
-        costs.update(run.route.measurements.measure(pruned.model))
+        measured, missed = measure_reached(pruned.model, target, run.route.measurements)
+        costs.update(measured)
     if reaches_goal or watched is not None:
         metrics = run.validation.evaluate(pruned.model)
-    return Judgment(costs, metrics, watched is None or watched.allows(metrics))
+    return Judgment(costs, metrics, missed, watched is None or watched.allows(metrics))
 
 
-def accept_round(run: PreparedRun, state: RunState, pruned: PrunedModel, done: Round) -> None:
+def accept_round(
+    run: PreparedRun, state: RunState, pruned: PrunedModel, done: Round, missed: Sequence[str]
+) -> None:
     """Makes the model of a round the one that the next round starts from."""
     stop = run.route.rounds[done.number - 1].goal_index
     state.model = pruned.model
@@ -245,7 +255,13 @@ def accept_round(run: PreparedRun, state: RunState, pruned: PrunedModel, done: R
         goal = dict(run.route.goals.stops[stop].targets)
         state.models.append(pruned.model)
         state.info.stops.append(
-            {"goal": goal, "round": done.number, "costs": done.costs, "metrics": done.metrics}
+            {
+                "goal": goal,
+                "round": done.number,
+                "costs": done.costs,
+                "metrics": done.metrics,
+                "missed": list(missed),
+            }
         )
 
 
@@ -320,9 +336,12 @@ def finish_run(run: PreparedRun, state: RunState) -> None:
     """Completes the `Info`, the models of the goals, and the backups."""
     info = state.info
     if not info.stop_reason:
-        info.stop_reason = "goal reached" if run.route.rounds else "the model keeps to the goal as it is"
-    if run.backups is not None and info.stop_reason == "goal reached":
-        run.backups.finish()
+        reason = "goal reached" if run.route.rounds else "the model keeps to the goal as it is"
+        info.stop_reason = messages.describe_missed_goals(info.stops) or reason
+        if run.backups is not None:
+            run.backups.finish()
+        if info.stop_reason != reason:
+            stop_run(run, state, info.stop_reason)
     if not state.models or (state.plans and state.models[-1] is not state.model):
         state.models.append(state.model if state.plans else copy_model(run.original))
     if info.metrics:

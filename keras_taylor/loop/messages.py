@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,7 +12,7 @@ from keras_taylor.budget.costs import known_cost
 from keras_taylor.budget.measured_costs import format_amount
 from keras_taylor.loop.fine_tuning import DivergenceError
 from keras_taylor.reports.info import Info
-from keras_taylor.reports.run_record import Round
+from keras_taylor.reports.run_record import GoalRecord, Round
 from keras_taylor.support.arguments import OMITTED, format_value
 from keras_taylor.support.types import Costs
 
@@ -116,6 +116,12 @@ def describe_kept_rounds(num_done: int, num_rounds: int, backed_up: bool) -> str
     if not backed_up:
         return f"{done}. With `backup_dir` they would be kept, and the same call would go on from there."
     return f"{done}; the same call, with the same `backup_dir`, goes on from there."
+
+
+def describe_missed_goals(stops: Sequence[GoalRecord]) -> str:
+    """Returns which goals do not hold by the last measurement, and by how much; empty if all do."""
+    missed = [f"round {stop['round']}: {'; '.join(stop['missed'])}" for stop in stops if stop.get("missed")]
+    return f"the goal does not hold after {', '.join(missed)}" if missed else ""
 
 
 def explain_divergence(error: DivergenceError, num_done: int, learning_rate: float) -> str:

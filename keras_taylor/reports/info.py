@@ -28,7 +28,8 @@ class Info(RunRecord):
         plan: The `Plan` from the original model to the result.
         rounds: A list of `Round`s: the completed ones, and a last one that was undone, if any.
         stops: A list with a dict for each goal that was reached: "goal" (as above), "round" (its number,
-            an int), "costs" (what is left) and "metrics" (name -> float, on the validation data).
+            an int), "costs" (what is left), "metrics" (name -> float, on the validation data) and "missed"
+            (a text for each measured cost that is above the goal after all, a list of strings).
         locked: Group name -> a dict: "channels", the number of channels that cannot leave, an int, and
             "reason", a string.
         inexact: Group name -> a dict, for each group that is open with `exact=False` only: "channels",

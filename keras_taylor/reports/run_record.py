@@ -30,12 +30,13 @@ class RepairRecord(TypedDict):
 
 
 class GoalRecord(TypedDict):
-    """What was left when a goal was reached."""
+    """What was left when a goal was reached, and by how much measurements then missed it, in words."""
 
     goal: dict[str, float | int]
     round: int
     costs: dict[str, int | None]
     metrics: dict[str, float]
+    missed: list[str]
 
 
 class LockedRecord(TypedDict):

@@ -10,6 +10,7 @@ from test_compress import refused
 
 import keras_taylor
 from keras_taylor.budget.goals import Goal, parse_goals
+from keras_taylor.budget.measuring import Measurements
 from keras_taylor.budget.schedule import schedule_rounds
 
 pytestmark = pytest.mark.sweep(4)
@@ -265,6 +266,58 @@ def test_what_is_measured_is_measured_after_the_checks(monkeypatch):
     monkeypatch.setattr("keras_taylor.loop.preparation.Measurements", measure)
     refused(ValueError, "Received: max_drop=0.1", goal={"bytes": 5000}, max_drop=0.1)
     refused(ValueError, "Unknown criterion", goal={"bytes": 5000}, criterion="best")
+
+
+class BusyMachine(Measurements):
+    """A byte for each parameter; finished models are twice as large the first times they are measured."""
+
+    busy_for = 0
+
+    def measure(self, model):
+        factor = 1
+        if model.compiled and self.before and self.busy_for:
+            factor, type(self).busy_for = 2, self.busy_for - 1
+        return dict.fromkeys(self.keys, factor * model.count_params())
+
+
+def dense():
+    """A model that takes little time on every backend, and data."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(30), keras.layers.Dense(3)])
+    model.compile("sgd", "mse")
+    return model, (np.zeros((8, 4)), np.zeros((8, 3)))
+
+
+def test_a_measurement_that_exceeds_the_goal_is_repeated(monkeypatch):
+    monkeypatch.setattr("keras_taylor.loop.preparation.Measurements", BusyMachine)
+    monkeypatch.setattr(BusyMachine, "busy_for", 2)
+    small, info = run({"bytes:keras": 0.3}, *dense(), repair=False, increment=0.3)
+    assert info.stop_reason == "goal reached" and info.stops[-1]["missed"] == []
+    assert info.after["bytes:keras"] == small.count_params()
+
+
+def test_a_goal_that_does_not_hold_when_it_is_measured_again_is_missed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("keras_taylor.loop.preparation.Measurements", BusyMachine)
+    monkeypatch.setattr(BusyMachine, "busy_for", 5)
+    model, data = dense()
+    goals = [{"bytes:keras": 0.15}, {"bytes:keras": 0.3}]
+    arguments = {"increment": 0.15, "repair": False, "backup_dir": tmp_path}
+    with pytest.warns(UserWarning, match="the goal does not hold after round 1: .* asked"):
+        models, info = run(goals, model, data, verbose=2, **arguments)
+    whole, asked = model.count_params(), [round((1 - part) * model.count_params()) for part in (0.15, 0.3)]
+    texts = []
+    for stop, ceiling in zip(info.stops, asked, strict=True):
+        found = stop["costs"]["bytes:keras"]
+        texts.append(f"{found:,} bytes:keras were measured, at most {ceiling:,} bytes:keras asked ")
+    first, second = info.stops
+    assert first["missed"] == [texts[0] + f"({2 * models[0].count_params() / (0.85 * whole) - 1:.1%} more)"]
+    assert second["missed"] == [] and len(models) == 2  # it was not as busy any more
+    assert info.stop_reason == f"the goal does not hold after round 1: {first['missed'][0]}"
+    assert f"stopped: {info.stop_reason}" in capsys.readouterr().out and first["missed"][0] in str(
+        info.to_json()
+    )
+    with pytest.warns(UserWarning, match="the goal does not hold after round 1"):
+        _, again = run(goals, model, data, **arguments)
+    assert again.stop_reason == info.stop_reason
 
 
 def test_criteria_that_count_costs_take_what_stands_for_the_measured_one():
