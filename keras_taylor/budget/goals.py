@@ -94,7 +94,7 @@ def parse_goal(goal: GoalLike, measurable: bool = False) -> Goal:
             "`goal` says how much to remove. Expected a number above 0 and below 1 (0.3 removes 30 % of the "
             f"parameters), or a dict of one or more of {', '.join(map(repr, COSTS))}, each with such a "
             'fraction to remove, or with a whole number that may be left, as {"params": 200_000}. '
-            f"{_measured_costs_hint(targets)}Received: goal={goal!r}"
+            f"`keras_taylor.compress` also takes {describe_measured_costs()}. Received: goal={goal!r}"
         )
     if not measurable:
         refuse_measured(targets, f"goal={goal!r}")
@@ -196,9 +196,3 @@ def _is_fraction(value: object) -> bool:
 
 def _is_amount(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value > 0)
-
-
-def _measured_costs_hint(targets: Mapping[str, object]) -> str:
-    """For the message about a goal that names a measured cost, or almost does: which ones there are."""
-    is_asked = any(isinstance(cost, str) and cost.startswith(("bytes", "latency")) for cost in targets)
-    return f"`keras_taylor.compress` also takes {describe_measured_costs()}. " if is_asked else ""

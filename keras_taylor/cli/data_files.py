@@ -60,6 +60,12 @@ def load_data(
 def _scale_inputs(
     x: Array, divide_by: float, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Array:
+    channels = x.shape[-1] if x.ndim > 1 else 1
+    for name, numbers in (("--mean", mean), ("--std", std)):
+        if numbers is not None and len(numbers) not in (1, channels):
+            raise FileError(
+                f"{name} has {len(numbers)} numbers. Expected one, or one for each of {channels}."
+            )
     x = x.astype("float32") / np.float32(divide_by)
     if mean is not None:
         x -= np.asarray(mean, "float32")
@@ -74,7 +80,13 @@ def _labels_for(model: keras.Model, y: Array) -> Array:
     loss = keras.losses.get(getattr(model, "loss", None))
     name = getattr(loss, "name", None) or getattr(loss, "__name__", "")
     if y.ndim == 1 and name == "categorical_crossentropy":
-        return keras.utils.to_categorical(y, model.outputs[0].shape[-1])
+        num_classes = model.outputs[0].shape[-1]
+        if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= num_classes:
+            raise FileError(
+                f"The labels are no whole numbers from 0 to {num_classes - 1}, one for each class of the "
+                f"model's output. They are of type {y.dtype}, from {y.min()} to {y.max()}."
+            )
+        return keras.utils.to_categorical(y, num_classes)
     return y
 
 
@@ -100,12 +112,20 @@ def _load_digits(validation: float) -> tuple[Examples, Examples]:
 
 def _split(x: Array, y: Array, validation: float) -> tuple[Examples, Examples]:
     """Training and test examples, shuffled in the same way in every call."""
+    if not x.ndim or x.shape[:1] != y.shape[:1]:
+        raise FileError(
+            f"Inputs and labels have one row for each example. These are of shapes {x.shape} and {y.shape}."
+        )
     order = np.random.default_rng(0).permutation(len(x))
     test, train = np.split(order, [max(1, round(validation * len(x)))])
     return (x[train], y[train]), (x[test], y[test])
 
 
 def _load_npz(path: pathlib.Path, validation: float) -> tuple[Examples, Examples]:
+    if not zipfile.is_zipfile(path):
+        raise FileError(
+            f"'{path}' is damaged or not an .npz file. Write it with `np.savez(path, x=..., y=...)`."
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
@@ -148,6 +168,6 @@ def _load_image(file: pathlib.Path, size: tuple[int, int], channels: int) -> Arr
     mode = {1: "grayscale", 3: "rgb", 4: "rgba"}.get(channels)
     try:
         image = keras.utils.load_img(file, color_mode=mode, target_size=size)
-    except Exception as error:
-        raise FileError(f"'{file}' is not an image that can be read ({error}).") from error
+    except Exception as error:  # Pillow's own, of many kinds
+        raise FileError(f"'{file}' is not an image that can be read ({type(error).__name__}).") from error
     return keras.utils.img_to_array(image, data_format="channels_last", dtype="float32")

@@ -1,12 +1,17 @@
 """Models from files, loaded safely."""
 
+import contextlib
+import json
 import pathlib
 import zipfile
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_taylor.support.types import Array
+
+_MOST_FOREIGN = 3  # of foreign classes in a message
 
 
 class FileError(ValueError):
@@ -66,12 +71,33 @@ def _loading_error(path: pathlib.Path, error: Exception) -> FileError:
             f"'{path}' holds Python code (a Lambda layer), which can do anything. If you trust the source "
             "of the file, pass --trust."
         )
-    if "Could not locate" in text or "Unknown layer" in text or "registered" in text:
+    foreign = _foreign_names(path)
+    if foreign or "Could not locate" in text or "Unknown layer" in text or "registered" in text:
+        names = ", ".join(map(repr, foreign)) or f"classes that are not registered ({text[:200]})"
         return FileError(
-            f"'{path}' needs classes that are not registered: {text[:200]}. Register them with "
-            "`keras.saving.register_keras_serializable` in a module, and pass the module with --import."
+            f"'{path}' was refused: it needs {names}, which Keras does not have. If the model is your own, "
+            "pass the module that registers its classes with --import. If it comes from somebody else, never "
+            "import code that came with it: ask for a file that needs none."
         )
     return FileError(f"'{path}' cannot be loaded ({type(error).__name__}: {text[:300]}).")
+
+
+def _foreign_names(path: pathlib.Path) -> list[str]:
+    """The classes and functions that a `.keras` file asks for and Keras does not have."""
+    names: list[str] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict):
+            module, name = value.get("module"), value.get("class_name")
+            if isinstance(module, str) and isinstance(name, str) and module.split(".")[0] != "keras":
+                names.append(f"{module}.{value.get('config') if name == 'function' else name}")
+        for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            collect(one)
+
+    # a file may be damaged in any way, or an older one
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:
+        collect(json.loads(file.read("config.json")))
+    return sorted(set(names))[:_MOST_FOREIGN]
 
 
 def compile_for_targets(model: keras.Model, targets: Array) -> keras.Model:

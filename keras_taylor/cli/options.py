@@ -91,7 +91,8 @@ class InputOptions(OptionGroup):
 
     def __post_init__(self) -> None:
         parse_numbers(self.mean)
-        parse_numbers(self.std)
+        if 0 in (self.divide_by, *(parse_numbers(self.std) or ())):
+            raise FileError("--divide-by and --std divide the inputs. Expected numbers other than 0.")
 
     def load(self, source: str, model: keras.Model) -> tuple[Examples, Examples]:
         """Training and test data for a model, scaled."""

@@ -71,7 +71,7 @@ def check_output(path: str | os.PathLike[str], force: bool, suffix: str | None =
         )
     if not path.parent.is_dir():
         raise FileError(f"There is no directory '{path.parent}' for '{path.name}'. Create it first.")
-    if path.exists() and not force:
+    if (path.exists() or path.is_symlink()) and not force:
         raise FileError(f"'{path}' already exists. Pass --force to overwrite it, or choose another name.")
     if not os.access(path.parent, os.W_OK):
         raise FileError(f"The directory '{path.parent}' cannot be written to.")

@@ -7,12 +7,13 @@ from keras_taylor.cutting.batch_statistics import recompute_statistics, renew_st
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.surgery import copy_model
-from keras_taylor.plans.plan import Plan
+from keras_taylor.plans.plan import Plan, check_plan_class
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.reading.tracing import functional_view
 from keras_taylor.reading.walk import sample_inputs, split_into_batches
+from keras_taylor.support.arguments import check_whole_number
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.replicas import strategy_scope
 from keras_taylor.support.types import BoolArray, Data
@@ -85,6 +86,8 @@ def repair(
     >>> all(one.error_after < one.error_before for one in repairs if one.ridge is not None)
     True
     """
+    check_plan_class(plan)
+    check_whole_number("num_examples", num_examples, 1)
     with strategy_scope(small):
         small, model = functional_view(small), functional_view(model)
         labeled = label_model(model, exact=plan.exact)
@@ -132,6 +135,7 @@ def recalibrate(
     >>> bool(np.isfinite(small.predict(x, verbose=0)).all())
     True
     """
+    check_whole_number("num_examples", num_examples, 1)
     with strategy_scope(model):
         model = functional_view(model)
         feed = Feed(ds, model, batch_size, targets=False)

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_taylor.plans.plan import Plan
+from keras_taylor.plans.plan import Plan, check_plan_class
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.cloning import (
     clone_operation,
@@ -59,6 +59,7 @@ def prune(model: keras.Model, plan: Plan) -> keras.Model:
         >>> small.count_params() <= 0.7 * model.count_params()
         True
     """
+    check_plan_class(plan)
     with strategy_scope(model):
         labeled = label_model(model, exact=plan.exact)
         return build_smaller_compiled(labeled, kept_units(labeled, plan))

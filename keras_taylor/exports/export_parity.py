@@ -75,6 +75,11 @@ def accuracy(targets: Tree, outputs: Sequence[Array]) -> float:
             "one-hot targets. Pass `metric`, a callable `(y, outputs)` that returns a number. Received: "
             f"data with y of shapes {shapes} for outputs of shapes {[y.shape for y in outputs]}"
         )
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= first.shape[-1]:
+        raise ValueError(
+            f"Labels lie beyond the {first.shape[-1]} classes of the output. Received: data with y from "
+            f"{labels.min()} to {labels.max()}"
+        )
     return float((first.argmax(-1) == labels).mean())
 
 

@@ -19,7 +19,7 @@ from keras_taylor.plans.selection import MOVED_TO_SELECTION, Selection
 from keras_taylor.reports.info import Info
 from keras_taylor.scores.criteria import Criterion
 from keras_taylor.scores.scoring import Scoring
-from keras_taylor.support.arguments import MovedArgument, refuse_moved_arguments
+from keras_taylor.support.arguments import MovedArgument, refuse_moved_arguments, takes_data_as_one
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.replicas import is_first_process, strategy_scope
 from keras_taylor.support.types import Data, LayerPatterns
@@ -37,6 +37,7 @@ _MOVED = {
 }
 
 
+@takes_data_as_one
 def compress(
     model: keras.Model,
     ds: Data,

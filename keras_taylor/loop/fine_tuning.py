@@ -15,6 +15,7 @@ from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.loop.judging import BestEpochs
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, losses_by_output
+from keras_taylor.support.arguments import check_whole_number
 from keras_taylor.support.arrays import as_number
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.keras_internals import output_structure
@@ -30,6 +31,18 @@ _STUDENT_LOSS_WEIGHT = 0.5
 # Whether, and how, a model learns from a teacher: the argument `distill` of `compress`.
 Distill: TypeAlias = (
     "bool | keras.distillation.DistillationLoss | Sequence[keras.distillation.DistillationLoss]"
+)
+
+
+# Arguments of `fit` that are whole numbers: the smallest one, and what `None` means.
+_WHOLE_NUMBERS = (
+    ("epochs", 0, ""),
+    ("initial_epoch", 0, ""),
+    ("batch_size", 1, "32 (of arrays)"),
+    ("steps_per_epoch", 1, "all batches"),
+    ("validation_batch_size", 1, "`batch_size`"),
+    ("validation_steps", 1, "all batches"),
+    ("validation_freq", 1, ""),
 )
 
 
@@ -120,7 +133,8 @@ class FineTuner:
             return FitResult({}, [])
         self._best_epochs.forget()  # of larger models
         losses = _StepLosses()
-        callbacks = [*(self.fit_kwargs.get("callbacks") or []), *callbacks, losses, *self.feed.callbacks()]
+        callbacks = [*flat_callbacks(self.fit_kwargs.get("callbacks")), *callbacks, losses]
+        callbacks += self.feed.callbacks()
         arguments = {**self.feed.fit_arguments(), **self.fit_kwargs, "callbacks": callbacks, "verbose": 0}
         with temporary_learning_rate(model, self.learning_rate):
             trainer = model
@@ -136,7 +150,7 @@ class FineTuner:
 
 
 def check_fit_arguments(fit_kwargs: Mapping[str, Any]) -> None:
-    """Refuses arguments that neither `compress` nor `fit` has."""
+    """Refuses arguments that neither `compress` nor `fit` has, and values that mean nothing to `fit`."""
     known = set(inspect.signature(keras.Model.fit).parameters) - {"self", "x", "y"}
     unknown = sorted(set(fit_kwargs) - known)
     if unknown:
@@ -145,6 +159,35 @@ def check_fit_arguments(fit_kwargs: Mapping[str, Any]) -> None:
             f"`compress`, or of `fit`: {', '.join(sorted(known))}. "
             f"Received: {unknown[0]}={fit_kwargs[unknown[0]]!r}"
         )
+    for name, least, or_none in _WHOLE_NUMBERS:
+        if name in fit_kwargs:
+            check_whole_number(name, fit_kwargs[name], least, or_none)
+    epochs, begin = fit_kwargs.get("epochs", 1), fit_kwargs.get("initial_epoch", 0)
+    if begin and begin >= epochs > 0:
+        raise ValueError(
+            "A round trains from `initial_epoch` up to `epochs`, so none would be left. Expected a smaller "
+            f"`initial_epoch`. Received: initial_epoch={begin}, epochs={epochs}"
+        )
+    split = fit_kwargs.get("validation_split")
+    if split is not None and not (isinstance(split, (int, float, np.floating)) and 0 <= split < 1):
+        raise ValueError(f"Expected a share from 0 on and below 1. Received: validation_split={split!r}")
+    weights = fit_kwargs.get("class_weight")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise TypeError(f"Expected a dict from classes to weights. Received: class_weight={weights!r}")
+    flat_callbacks(fit_kwargs.get("callbacks"))
+
+
+def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
+    """Callbacks in the forms that `fit` takes: `None`, one, a nested list, a `CallbackList`."""
+    flat = keras.tree.flatten(getattr(callbacks, "callbacks", callbacks))
+    flat = [one for one in flat if one is not None]
+    wrong = [one for one in flat if not isinstance(one, keras.callbacks.Callback)]
+    if wrong:
+        raise TypeError(
+            "Expected a list of `keras.callbacks.Callback` objects. "
+            f"Received: callbacks with {wrong[0]!r} (of type {type(wrong[0]).__name__})"
+        )
+    return flat
 
 
 def choose_learning_rate(
@@ -161,12 +204,9 @@ def choose_learning_rate(
         repairs: Whether models are repaired before training.
 
     Raises:
-        ValueError: If `wanted` is not a number above 0, or the optimizer follows a schedule.
+        ValueError: If there is a wish, and the optimizer follows a schedule.
     """
     if wanted is not None:
-        is_number = isinstance(wanted, (int, float, np.floating)) and not isinstance(wanted, bool)
-        if not is_number or not 0 < wanted < np.inf:
-            raise ValueError(f"Expected a learning rate above 0. Received: learning_rate={wanted!r}")
         if has_schedule(optimizer):
             raise ValueError(
                 "The model is compiled with a learning rate schedule, which each round follows. Compile it "
@@ -176,6 +216,26 @@ def choose_learning_rate(
     if not repairs or has_schedule(optimizer):
         return None
     return _RATE_AFTER_REPAIR * compiled_learning_rate(optimizer)
+
+
+def check_learning_rate(wanted: float | None) -> None:
+    """Refuses anything but a number above 0, or `None`."""
+    is_number = isinstance(wanted, (int, float, np.floating)) and not isinstance(wanted, bool)
+    if wanted is not None and not (is_number and 0 < wanted < np.inf):
+        raise ValueError(f"Expected a learning rate above 0. Received: learning_rate={wanted!r}")
+
+
+def check_distill(distill: Distill) -> None:
+    """Refuses what says nothing about what a model is to imitate."""
+    losses = keras.tree.flatten(distill)
+    if not all(isinstance(one, keras.distillation.DistillationLoss) for one in losses) and distill not in (
+        True,
+        False,
+    ):
+        raise TypeError(
+            "Expected `True`, `False`, a `keras.distillation.DistillationLoss` or a list of them. "
+            f"Received: distill={distill!r}"
+        )
 
 
 def compiled_learning_rate(optimizer: keras.optimizers.Optimizer) -> float:

@@ -7,13 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_taylor.budget.goals import GoalLike
 from keras_taylor.budget.measured_costs import proxy_cost
 from keras_taylor.budget.measuring import Measurements
 from keras_taylor.budget.schedule import Increment
 from keras_taylor.loop.backups import Backups, describe_call, draw_seed
-from keras_taylor.loop.fine_tuning import Distill, FineTuner, check_fit_arguments, choose_learning_rate
+from keras_taylor.loop.fine_tuning import (
+    Distill,
+    FineTuner,
+    check_distill,
+    check_fit_arguments,
+    check_learning_rate,
+    choose_learning_rate,
+)
 from keras_taylor.loop.judging import MetricLimit, Validation
 from keras_taylor.loop.round_scores import (
     RoundScorer,
@@ -32,6 +40,7 @@ from keras_taylor.reading.tracing import trainable_view
 from keras_taylor.reading.walk import sample_inputs
 from keras_taylor.reports.info import Info
 from keras_taylor.rules.labels import SizeChoices
+from keras_taylor.scores.losses import check_targets
 from keras_taylor.scores.scoring import Scoring, check_compiled, needs_data, uses_model_labels
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.datasets import Feed
@@ -77,6 +86,11 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         check_fit_arguments(self.fit_kwargs)
+        check_learning_rate(self.learning_rate)
+        check_distill(self.distill)
+        for name in ("exact", "repair"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise TypeError(f"Expected `True` or `False`. Received: {name}={getattr(self, name)!r}")
         parse_selection(self.selection)  # refuses another value
 
 
@@ -164,7 +178,10 @@ def prepare_run(
     """
     model = trainable_view(model)
     check_compiled(model, "`compress`")
-    include, exclude = as_name_patterns(model, settings.include), as_name_patterns(model, settings.exclude)
+    include, exclude = (
+        as_name_patterns(model, settings.include),
+        as_name_patterns(model, settings.exclude or ()),
+    )
     labeled = label_model(model, include, exclude, settings.exact)
     reader = ModelReader(include, exclude, settings.exact, labeled.size_choices)
     limit = settings.limit
@@ -179,6 +196,11 @@ def prepare_run(
     tuner = _prepare_tuner(model, feed, fit_kwargs, settings)
     validation = Validation(fit_kwargs, feed.batch_size, limit)
     score_data = prepare_score_data(model, feed, fit_kwargs, settings.scoring)
+    check_targets(model, *feed.known_targets)
+    check_targets(model, *score_data.feed.known_targets, argument="criterion")
+    if isinstance(fit_kwargs.get("validation_data"), tuple):
+        _, y, weights = keras.utils.unpack_x_y_sample_weight(fit_kwargs["validation_data"])
+        check_targets(model, y, weights, "validation_data")
     scored = score_data if needs_data(criterion, score_data.feed) else None
     cost = proxy_cost(next(iter(goals.last.targets)))
     scorer = RoundScorer(model, reader.read, scored, criterion, cost, fit_kwargs.get("class_weight"))

@@ -20,6 +20,15 @@ from keras_taylor.support.types import BoolArray, Costs
 _PLAN_FORMAT = 1  # of `Plan.to_json`
 
 
+def check_plan_class(plan: object) -> None:
+    """Refuses what is no `Plan`."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            "Expected a `keras_taylor.Plan`: what `make_plan` returns, or `Plan.load` of a file. "
+            f"Received: plan={plan!r} (of type {type(plan).__name__})"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
     """Which channels one layer keeps.

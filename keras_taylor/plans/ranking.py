@@ -186,6 +186,11 @@ def flatten_scores(labeled: LabeledModel, scores: Mapping[str, FloatArray]) -> F
     Raises:
         ValueError: for groups that the model does not have, arrays of another shape, NaN.
     """
+    if not isinstance(scores, Mapping):
+        raise TypeError(
+            "Expected what `score` returns, or a dict from names of groups to arrays. "
+            f"Received: scores={scores!r} (of type {type(scores).__name__})"
+        )
     unit_scores = np.full(labeled.num_units, np.inf)
     groups = {group.name: group for group in labeled.groups}
     for name, values in scores.items():

@@ -179,10 +179,6 @@ def read_model(model: keras.Model) -> Graph:
         ValueError: if the model is not built.
     """
     model = functional_view(model)
-    if not isinstance(model, keras.Model):
-        raise ValueError(
-            f"Expected a `keras.Model`. Received: model={model!r} (of type {type(model).__name__})"
-        )
     graph = _open_and_inline(_read_submodel(model, model.name))
     _check_plain_weights(graph)
     return graph

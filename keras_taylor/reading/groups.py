@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, overload
 
 import keras
@@ -412,13 +412,12 @@ def find_producers(patterns: LayerPatterns, graph: Graph, names: Sequence[str], 
     Raises:
         ValueError: if a pattern matches nothing.
     """
-    patterns = [patterns] if isinstance(patterns, (str, keras.Layer)) else list(patterns)
     layers = {layer: name for name, layer in graph.layers()}
     known = list(layers.values()) + [n for n in names if n not in layers.values()]
     found: list[int] = []
-    for pattern in patterns:
+    for pattern in _listed(patterns):
         if isinstance(pattern, str):
-            hits = {n for n in known if re.fullmatch(pattern, n)} or {n for n in known if n == pattern}
+            hits = _matching_names(pattern, known, argument)
         else:
             hits = {layers[pattern]} if pattern in layers else set()
         if not hits:
@@ -432,6 +431,25 @@ def find_producers(patterns: LayerPatterns, graph: Graph, names: Sequence[str], 
     return found
 
 
+def _listed(patterns: LayerPatterns) -> list[str | keras.Layer]:
+    is_one = isinstance(patterns, (str, keras.Layer)) or not isinstance(patterns, Iterable)
+    return [patterns] if is_one else list(patterns)  # anything else is refused
+
+
+def _matching_names(pattern: str, names: Sequence[str], argument: str) -> set[str]:
+    """The names that a regular expression matches, else the name that it is."""
+    same = {name for name in names if name == pattern}
+    try:
+        return {name for name in names if re.fullmatch(pattern, name)} or same
+    except re.error as error:
+        if same:
+            return same
+        raise ValueError(
+            f"`{argument}` has a text that is neither the name of a layer nor a regular expression "
+            f"({error}). Received: {argument}={pattern!r}"
+        ) from error
+
+
 @overload
 def as_name_patterns(model: keras.Model, patterns: LayerPatterns) -> list[str | keras.Layer]: ...
 @overload
@@ -441,8 +459,7 @@ def as_name_patterns(model: keras.Model, patterns: LayerPatterns | None) -> list
     if patterns is None:
         return None
     names = {layer: name for name, layer in read_model(model).layers()}
-    patterns = [patterns] if isinstance(patterns, (str, keras.Layer)) else patterns
-    return [re.escape(names[p]) if p in names else p for p in patterns]
+    return [re.escape(names[p]) if p in names else p for p in _listed(patterns)]
 
 
 def label_model(

@@ -18,6 +18,7 @@ import numpy as np
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.rules.base import is_from_keras
 from keras_taylor.rules.registry import REGISTERED
+from keras_taylor.support.arguments import check_model_class
 from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.keras_internals import (
     Node,
@@ -73,9 +74,10 @@ def functional_view(model: keras.Model) -> keras.Model:
 
     Raises:
         UnsupportedModelError: if its `call` cannot be traced; the message says why.
-        ValueError: if it is not built.
+        ValueError: if it is no model, or not built.
     """
-    if not isinstance(model, keras.Model) or is_functional(model):
+    check_model_class(model)
+    if is_functional(model):
         return model
     if not model.built:
         raise ValueError(

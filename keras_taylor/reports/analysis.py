@@ -23,6 +23,7 @@ from keras_taylor.reports.sensitivity_scan import (
     cost_savings,
 )
 from keras_taylor.scores.criteria import Criterion
+from keras_taylor.support.arguments import takes_data_as_one
 from keras_taylor.support.console import Reporter, Verbose, render_table
 from keras_taylor.support.types import BoolArray, Costs, Data, LayerPatterns
 
@@ -119,6 +120,7 @@ class Analysis:
         return f"{prunable:,} of {total:,} channels can leave: up to {shares}{probed}"
 
 
+@takes_data_as_one
 def analyze(
     model: keras.Model,
     ds: Data | None = None,

@@ -19,6 +19,7 @@ from keras_taylor.scores.losses import (
     BINARY_LOSSES,
     CLASS_LOSSES,
     ONE_HOT_LOSSES,
+    check_targets,
     kind_of,
     losses_by_output,
     mean_divergence,
@@ -26,6 +27,7 @@ from keras_taylor.scores.losses import (
 from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring import check_compiled, needs_data, needs_loss, score_channels
 from keras_taylor.scores.scoring_passes import explain_nonfinite
+from keras_taylor.support.arguments import check_whole_number
 from keras_taylor.support.arrays import as_number
 from keras_taylor.support.console import Clock, Reporter, describe_duration
 from keras_taylor.support.datasets import Feed, flat_inputs
@@ -68,11 +70,7 @@ class ScanSettings:
                 "Expected shares of a group's channels above 0 and below 1, as in (0.25, 0.5, 0.75). "
                 f"Received: fractions={self.fractions!r}"
             )
-        if self.num_examples is not None and self.num_examples < 1:
-            raise ValueError(
-                "Expected one example or more, or `None` for all. "
-                f"Received: num_examples={self.num_examples!r}"
-            )
+        check_whole_number("num_examples", self.num_examples, 1, or_none="all")
         object.__setattr__(self, "fractions", tuple(found))
 
 
@@ -111,6 +109,7 @@ class SensitivityScan:
         self._feed = Feed(ds, self._model, batch_size, steps_per_epoch, targets=False)
         if self._feed.has_targets:
             check_compiled(self._model, "`analyze` on data with labels")
+            check_targets(self._model, *self._feed.known_targets)
         elif self._scored_on_data and needs_loss(self._criterion):
             check_compiled(self._model, f"criterion={self._criterion!r}")
         self._groups: list[Group] = [group for group in labeled.groups if group.num_units > 1]

@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_taylor.support.keras_internals import mask_of_tensor, output_structure
 from keras_taylor.support.replicas import num_replicas
-from keras_taylor.support.types import Array, FloatArray, Tensor, Tree
+from keras_taylor.support.types import Array, BoolArray, FloatArray, Tensor, Tree
 
 # What `compile` takes for one output: a name, a function or a `keras.losses.Loss`.
 OutputLoss: TypeAlias = Any
@@ -174,6 +174,78 @@ def kind_of(loss: OutputLoss | None) -> LossKind:
         name = getattr(function, "__name__", type(loss).__name__)
         return LossKind(name, bool(getattr(loss, "from_logits", False)))
     return LossKind(getattr(loss, "__name__", repr(loss)))
+
+
+def check_targets(model: keras.Model, targets: Tree, weights: Tree = None, argument: str = "ds") -> None:
+    """Refuses targets that do not fit the compiled losses of classes: other backends' messages are obscure.
+
+    Args:
+        model: The model, compiled.
+        targets: Targets in the structure of the model's outputs; others are not checked.
+        weights: Weights of the examples, or of all values. What has no weight may be anything.
+        argument: Name of the argument that holds them, for messages.
+
+    Raises:
+        ValueError: for labels beyond the classes, one-hot targets in place of labels and the reverse, texts.
+    """
+    structure = output_structure(model)
+    is_dict = isinstance(targets, dict)
+    if targets is None or (is_dict and not (isinstance(structure, dict) and set(structure) == set(targets))):
+        return
+    flat, outputs = keras.tree.flatten(targets), model.outputs
+    losses = losses_by_output(model, len(outputs))
+    if len(flat) != len(outputs):
+        return
+    for target, output, loss in zip(flat, outputs, losses, strict=True):
+        if target is not None and loss is not None:
+            labels = target if isinstance(target, np.ndarray) else ops.convert_to_numpy(target)
+            _check_labels(labels, output, loss, weights if len(flat) == 1 else None, argument)
+
+
+def _check_labels(
+    labels: Array, output: keras.KerasTensor, loss: OutputLoss, weights: Array | None, argument: str
+) -> None:
+    name, num_classes = kind_of(loss).name, output.shape[-1]
+    received = f"Received: {argument} with y of shape {labels.shape} and dtype {labels.dtype}"
+    if labels.dtype.kind in "OSU":
+        raise ValueError(f"The targets are no numbers. Expected labels from 0 on for classes. {received}")
+    is_sparse = name == "sparse_categorical_crossentropy"
+    if not (is_sparse or name in ONE_HOT_LOSSES) or not num_classes or getattr(loss, "axis", -1) != -1:
+        return
+    is_one_hot = labels.ndim == len(output.shape) and labels.shape[-1] == num_classes
+    if is_sparse and is_one_hot and num_classes > 1:
+        raise ValueError(
+            f"The loss `{name}` takes the number of a class, and these targets are as wide as the outputs. "
+            "Expected `y.argmax(-1)`, or a model that is compiled with `categorical_crossentropy`. "
+            f"{received}"
+        )
+    if not is_sparse and not is_one_hot:
+        raise ValueError(
+            f"The loss `{name}` takes one number for each of {num_classes} classes. Expected one-hot "
+            "targets, `keras.utils.to_categorical(y)`, or a model that is compiled with "
+            f"`sparse_categorical_crossentropy`. {received}"
+        )
+    if is_sparse:
+        counted = labels.reshape(-1)[_counted(labels, loss, weights)]
+        beyond = counted[(counted < 0) | (counted >= num_classes)]
+        if beyond.size:
+            raise ValueError(
+                f"Labels lie beyond the {num_classes} classes of the model's output. Expected numbers from 0 "
+                f"to {num_classes - 1}. {received}, and {beyond[0]} in it"
+            )
+
+
+def _counted(labels: Array, loss: OutputLoss, weights: Array | None) -> BoolArray:
+    """Which of the flattened labels a loss counts: not those of `ignore_class`, nor those without weight."""
+    flat = labels.reshape(-1)
+    counted = np.ones(flat.shape, bool)
+    if getattr(loss, "ignore_class", None) is not None:
+        counted &= flat != loss.ignore_class
+    if weights is not None:
+        weights = np.asarray(weights if isinstance(weights, np.ndarray) else ops.convert_to_numpy(weights))
+        if len(weights) and flat.size % weights.size == 0:
+            counted &= np.repeat(weights.reshape(-1) != 0, flat.size // weights.size)
+    return counted
 
 
 def mean_divergence(model: keras.Model, reference: Sequence[Array], predicted: Sequence[Array]) -> float:

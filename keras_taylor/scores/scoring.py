@@ -17,9 +17,11 @@ from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.gates import GATE_ROWS
 from keras_taylor.scores.group_statistics import LazyStatistics, statistics_by_group
 from keras_taylor.scores.log_odds import NUM_PROBES, OddsModel
+from keras_taylor.scores.losses import check_targets
 from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring_passes import gather_statistics, measure_loss_changes, refuse_class_weight
 from keras_taylor.scores.sensitivity import measure_sensitivity
+from keras_taylor.support.arguments import check_whole_number, takes_data_as_one
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.replicas import strategy_scope
 from keras_taylor.support.types import Array, Data, FloatArray, LayerPatterns
@@ -65,10 +67,11 @@ class Scoring:
     def __post_init__(self) -> None:
         if self.criterion is not None:
             criteria.get(self.criterion)
-        check_num_examples(self.num_examples)
+        check_whole_number("num_examples", self.num_examples, 1, or_none="a share of the training examples")
         check_labels(self.labels)
 
 
+@takes_data_as_one
 def score(
     model: keras.Model,
     ds: Data | None = None,
@@ -132,6 +135,7 @@ def score(
         labeled = label_model(model, include, exclude, exact)
         criteria.get(criterion)
         check_cost(cost)
+        check_whole_number("num_examples", num_examples, 1, or_none="all")
         feed = None
         if needs_data(criterion, ds):
             with_loss = needs_loss(criterion)
@@ -142,13 +146,9 @@ def score(
             if with_loss and uses_model_labels(feed, labels):
                 num_examples = min(num_examples or MAX_SAMPLED_LABELS, MAX_SAMPLED_LABELS)
                 feed = sample_labels(feed, labeled.graph, num_examples)
+            elif with_loss:
+                check_targets(model, *feed.known_targets)
         return score_channels(labeled, feed, criterion, num_examples, class_weight, cost=cost)
-
-
-def check_num_examples(num_examples: int | None) -> None:
-    """Refuses a number of examples below 1."""
-    if num_examples is not None and num_examples < 1:
-        raise ValueError(f"Expected one example or more, or `None`. Received: num_examples={num_examples!r}")
 
 
 def check_labels(labels: str | None) -> str | None:

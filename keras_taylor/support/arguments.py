@@ -1,14 +1,17 @@
 """Arguments as Python code, and arguments that moved into a value."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import keras
 import numpy as np
 
 OMITTED = "..."
+P = ParamSpec("P")
+Result = TypeVar("Result")
 _MAX_ENTRIES = 50  # of lists and dicts that are written out
 
 
@@ -64,6 +67,56 @@ def refuse_moved_arguments(
         )
     if others and not takes_others:
         raise TypeError(f"{verb}() got an unexpected keyword argument {next(iter(others))!r}")
+
+
+def check_model_class(model: object) -> None:
+    """Refuses what is no Keras model, such as the path of one."""
+    if not isinstance(model, keras.Model):
+        is_path = isinstance(model, (str, os.PathLike))
+        way_out = f"Load the file first: `keras.models.load_model({model!r})`. " if is_path else ""
+        raise ValueError(
+            f"Expected a `keras.Model`. {way_out}Received: model={model!r} (of type {type(model).__name__})"
+        )
+
+
+def check_whole_number(name: str, value: object, least: int, or_none: str = "") -> None:
+    """Refuses anything but a whole number.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        least: The smallest number that is accepted.
+        or_none: What `None` stands for, where it is accepted too.
+
+    Raises:
+        ValueError: for another number.
+        TypeError: for another type.
+    """
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if (value is None and or_none) or (is_whole and value >= least):  # type: ignore[operator]  # a number
+        return
+    raise (ValueError if is_whole else TypeError)(
+        f"Expected a whole number from {least} on{f', or `None` for {or_none}' if or_none else ''}. "
+        f"Received: {name}={value!r}"
+    )
+
+
+def takes_data_as_one(verb: Callable[P, Result]) -> Callable[P, Result]:
+    """A verb `(model, ds, ...)` that says so if it is called as `(model, x, y)`, like `fit`."""
+
+    @functools.wraps(verb)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Result:
+        third = args[2] if len(args) > 2 else None
+        if hasattr(third, "shape") or {"x", "y"} & kwargs.keys():
+            name = f"keras_taylor.{verb.__name__}"
+            received = f"{type(third).__name__} in the third place" if len(args) > 2 else ", ".join(kwargs)
+            raise TypeError(
+                f"`{name}` takes inputs and targets as one argument: {name}(model, (x, y), ...). "
+                f"Received: {received}"
+            )
+        return verb(*args, **kwargs)
+
+    return checked
 
 
 def format_value(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 import keras
 import numpy as np
 
+from keras_taylor.support.arguments import check_whole_number
 from keras_taylor.support.keras_internals import in_order_of_inputs
 from keras_taylor.support.replicas import check_batches
 from keras_taylor.support.types import Array, Data, Shape, Tree
@@ -42,6 +43,8 @@ class Feed:
             the first batch, `None` if the iterable does not know its length.
         has_targets: Whether the first batch has targets.
         has_weights: Whether the first batch has weights.
+        known_targets: Targets and weights, `None` where there are none: those of arrays, or of the first
+            batch.
 
     Raises:
         ValueError: if the data is empty, has no targets where they are needed, holds values that are not
@@ -58,6 +61,8 @@ class Feed:
         sample_weight: Array | None = None,
         targets: bool = True,
     ) -> None:
+        check_whole_number("batch_size", batch_size, 1, or_none=f"{BATCH_SIZE} (of arrays)")
+        check_whole_number("steps_per_epoch", steps_per_epoch, 1, or_none="all batches")
         self.steps_per_epoch = steps_per_epoch
         self.batch_size = batch_size
         self.num_examples: int | None = None
@@ -68,13 +73,16 @@ class Feed:
         if self._arrays is not None:
             if sample_weight is not None:
                 self._arrays = (*self._arrays[:2], sample_weight)
+            for name, part in zip(("x", "y", "sample_weight"), self._arrays, strict=True):
+                _check_are_arrays(name, part)
             self._arrays = tuple(keras.tree.map_structure(_convert_array, part) for part in self._arrays)
             self.num_examples = _count_examples(self._arrays)
         else:
             self._batches = _check_iterable(ds, steps_per_epoch)
             self._num_batches = count_batches(ds) if steps_per_epoch is None else steps_per_epoch
         first = self._check(model, targets)
-        self._first_size = len(keras.tree.flatten(first)[0])
+        self._first_size = len(keras.tree.flatten(first[0])[0])
+        self.known_targets: tuple[Tree, Tree] = (first if self._arrays is None else self._arrays)[1:]
         if (
             self.num_examples is None
             and steps_per_epoch is None
@@ -187,8 +195,8 @@ class Feed:
         rows = np.linspace(0, self.num_examples - 1, num).round().astype(int)
         return keras.tree.map_structure(lambda a: None if a is None else a[rows], part)
 
-    def _check(self, model: keras.Model, targets: bool) -> Tree:
-        """Checks the first examples; returns their inputs."""
+    def _check(self, model: keras.Model, targets: bool) -> Batch:
+        """Checks the first examples; returns them."""
         if self._arrays is not None:
             if not self.num_examples:
                 raise ValueError(
@@ -207,7 +215,7 @@ class Feed:
                 "The data set yields no targets, and they are needed here. Expected `(x, y)` pairs. "
                 f"Received: ds with elements x={_shapes_of(x)}, y=None"
             )
-        return x
+        return first
 
 
 class _BatchesInMemory(keras.utils.PyDataset):
@@ -300,6 +308,16 @@ def _convert_array(array: Any) -> Array | None:
     return keras.ops.convert_to_numpy(array)
 
 
+def _check_are_arrays(name: str, part: Tree) -> None:
+    """Refuses lists of numbers, as `fit` does."""
+    for leaf in keras.tree.flatten(part):
+        if leaf is not None and not getattr(leaf, "shape", ()):
+            raise ValueError(
+                "The data holds Python numbers or texts. Expected arrays: `numpy.asarray(...)` of lists. "
+                f"Received: {name} of type {type(part).__name__} with a {type(leaf).__name__} in it"
+            )
+
+
 def _count_examples(arrays: Batch) -> int:
     sizes = {len(part) for part in keras.tree.flatten(arrays) if part is not None}
     if len(sizes) != 1:
@@ -312,7 +330,9 @@ def _count_examples(arrays: Batch) -> int:
 
 def _check_iterable(ds: Data, steps_per_epoch: int | None) -> Iterable[Any]:
     """The data set, if it can be iterated over more than once."""
-    if not hasattr(ds, "__iter__") and not hasattr(ds, "__getitem__"):
+    if isinstance(ds, list):  # of batches
+        _check_are_arrays("ds", ds)
+    if isinstance(ds, str) or not (hasattr(ds, "__iter__") or hasattr(ds, "__getitem__")):
         raise ValueError(
             "Expected what `model.fit` takes: `(x, y)` arrays, a tf.data.Dataset, a PyDataset, a "
             f"DataLoader or a generator. Received: ds={ds!r} (of type {type(ds).__name__})"

@@ -12,12 +12,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import keras
 import numpy as np
 import pytest
 from command_line import COMPRESS, refused
-from stripes import small_model
+from stripes import small_model, stripes
 
 import keras_taylor
 from keras_taylor.cli import commands, data_files, model_files
@@ -176,6 +177,8 @@ def test_outputs_are_not_overwritten_without_force(run):
     pathlib.Path("small.keras").write_text("precious")
     assert "'small.keras' already exists. Pass --force" in refused(run, *COMPRESS)
     assert pathlib.Path("small.keras").read_text() == "precious"
+    os.symlink("nowhere", "link.keras")
+    assert "'link.keras' already exists. Pass --force" in refused(run, *COMPRESS, "-o", "link.keras")
     assert run(*COMPRESS, "--epochs", "0", "--force")[0] == 0
 
 
@@ -215,6 +218,28 @@ def test_files_that_cannot_be_used(run):
     assert "'old.h5' cannot be loaded" in refused(run, "analyze", "old.h5")
 
 
+FOREIGN = {
+    "own.layers.Net": {"module": "own.layers", "class_name": "Net", "registered_name": "own>Net"},
+    "os.system": {"activation": {"module": "os", "class_name": "function", "config": "system"}},
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_file_with_foreign_code_is_no_invitation_to_import_it(name, run):
+    with zipfile.ZipFile("model.keras") as file:
+        content = {entry: file.read(entry) for entry in file.namelist()}
+    config = json.loads(content["config.json"])
+    layer = next(one for one in config["config"]["layers"] if one["class_name"] == "Conv2D")
+    (layer["config"] if "activation" in FOREIGN[name] else layer).update(FOREIGN[name])
+    with zipfile.ZipFile("foreign.keras", "w") as file:
+        for entry, data in {**content, "config.json": json.dumps(config)}.items():
+            file.writestr(entry, data)
+    message = refused(run, "analyze", "foreign.keras")
+    assert f"it needs '{name}', which Keras does not have" in message
+    assert "never import code that came with it" in message
+
+
 def test_data_that_cannot_be_used(run):
     def compress(data):
         return refused(run, "compress", "model.keras", "--data", data, "-o", "small.keras")
@@ -227,13 +252,26 @@ def test_data_that_cannot_be_used(run):
     np.savez("shape.npz", x=np.zeros((4, 5, 5, 1)), y=np.zeros(4, int))
     assert "has shape (5, 5, 1), expected (8, 8, 1)" in compress("shape.npz")
     pathlib.Path("broken.npz").write_bytes(pathlib.Path("data.npz").read_bytes()[:300])
-    assert "'broken.npz' is damaged" in compress("broken.npz")
+    assert "'broken.npz' is damaged or not an .npz file" in compress("broken.npz")
+    os.symlink("gone.npz", "link.npz")
+    assert "There is no data 'link.npz'" in compress("link.npz")
+    np.savez("single.npz", x=np.float32(1), y=np.int64(0))
+    assert "one row for each example. These are of shapes () and ()" in compress("single.npz")
+    x, y = stripes()
+    np.savez("beyond.npz", x=x, y=y + 5)
+    assert "Labels lie beyond the 3 classes" in compress("beyond.npz")
+    export = ("export", "model.keras", "-o", "model.tflite", "--data", "beyond.npz")
+    assert "Labels lie beyond the 3 classes of the output" in refused(run, *export)
+    np.savez("texts.npz", x=x, y=y.astype(str))
+    assert "The targets are no numbers" in compress("texts.npz")
+    small_model(loss="categorical_crossentropy").save("model.keras")
+    assert "no whole numbers from 0 to 2" in compress("beyond.npz")
     os.mkdir("empty")
     assert "has no directories. Expected one directory of images for each class" in compress("empty")
     os.makedirs("images/cat")
     assert "has no images in its directories cat" in compress("images")
     pathlib.Path("images/cat/1.png").write_text("no image")
-    assert "is not an image that can be read" in compress("images")
+    assert "is not an image that can be read (UnidentifiedImageError)" in compress("images")
 
 
 def test_arguments_that_cannot_be_used(run):
@@ -249,6 +287,12 @@ def test_arguments_that_cannot_be_used(run):
     assert "--round-to takes a whole number, 1 or larger" in refused(run, *COMPRESS, "--round-to", "x")
     assert "--round-to takes a whole number, 1 or larger" in refused(run, *COMPRESS, "--round-to", "0")
     assert "Unknown criterion" in refused(run, *COMPRESS, "--criterion", "best")
+    assert "`exclude` has a text that is neither" in refused(run, *COMPRESS, "--exclude", "[")
+    assert "Received: learning_rate=0.0" in refused(run, *COMPRESS, "--learning-rate", "0", "--epochs", "0")
+    assert "Received: epochs=-1" in refused(run, *COMPRESS, "--epochs", "-1")
+    assert "Received: batch_size=0" in refused(run, *COMPRESS, "--batch-size", "0")
+    assert "Expected numbers other than 0" in refused(run, *COMPRESS, "--std", "1,0")
+    assert "--mean has 3 numbers. Expected one, or" in refused(run, *COMPRESS, "--mean", "1,2,3")
     assert "There is no format 'gif'" in refused(run, *COMPRESS, "--export", "gif")
     assert "does not end in '.html'" in refused(run, *COMPRESS, "--report", "report.txt")
     assert "There is no directory 'nowhere'" in refused(run, *COMPRESS, "-o", "nowhere/small.keras")
