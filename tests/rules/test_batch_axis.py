@@ -76,6 +76,7 @@ def data(num=5):
     return random.normal(size=(num, 4, 3)).astype("float32"), random.normal(size=(num, 3)).astype("float32")
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", FOLDS)
 def test_a_fold_changes_neither_scores_nor_costs_nor_what_a_plan_leaves(name):
     plain, model = network(lambda x: x, lambda y: y), network(*FOLDS[name])
@@ -92,6 +93,56 @@ def test_a_fold_changes_neither_scores_nor_costs_nor_what_a_plan_leaves(name):
         assert costs()["flops"] - same()["flops"] in (0, 20)  # 20: the sum of a mean
         alone = [each.with_one_group_cut()[1] for each in (costs, same)]
         assert costs()["flops"] - alone[0]["flops"] == same()["flops"] - alone[1]["flops"]
+
+
+def attend(x):
+    query, value = layers.Dense(5, name="query")(x), layers.Dense(6, name="value")(x)
+    return layers.Attention(use_scale=True, name="scores")([query, value, layers.Dense(5, name="key")(x)])
+
+
+MIDDLES = {
+    "convolutions": lambda x: layers.SeparableConv1D(5, 3, padding="same", name="last")(
+        layers.BatchNormalization(name="norm")(layers.Conv1D(7, 3, padding="same", name="middle")(x))
+    ),
+    "recurrent": lambda x: layers.LSTM(5, return_sequences=True, name="last")(
+        layers.Bidirectional(layers.GRU(7, return_sequences=True), name="middle")(x)
+    ),
+    "heads": lambda x: layers.MultiHeadAttention(3, 2, name="middle")(x, x),
+    "attention": attend,
+    "normalized": lambda x: layers.RMSNormalization(name="last")(
+        layers.Dense(7, name="middle")(layers.LayerNormalization(name="norm")(x))
+    ),
+    "time distributed": lambda x: layers.TimeDistributed(layers.Dense(5), name="last")(
+        layers.EinsumDense("abc,cd->abd", (2, 7), name="middle")(x)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIDDLES)
+def test_every_kind_of_layer_behind_a_fold(name):
+    inputs = keras.Input((4, 3))
+    x = ops.reshape(layers.Dense(6, "relu", name="first")(inputs), (-1, 2, 6))
+    x = MIDDLES[name](x)
+    x = ops.reshape(x, (-1, 4, x.shape[-1]))
+    model = compiled(inputs, layers.Dense(3, name="head")(layers.Flatten()(x)))
+    exact = name != "normalized"
+    for group in keras_taylor.analyze(model, exact=exact).groups:
+        assert group.prunable or group.name == "head", group.reason
+    helpers.check_law_two(model, data()[0], exact=exact)
+    scores = keras_taylor.score(model, data(), exact=exact)
+    assert all(np.isfinite(values).all() and values.any() for values in scores.values())
+
+
+def test_compress_and_a_wrapper_around_folds():
+    x, y = data(16)
+    model = network(*FOLDS["time outside"])
+    small = keras_taylor.compress(model, (x, y), 0.4, increment=0.4, epochs=1, batch_size=8, verbose=0)
+    assert small.count_params() <= 0.6 * model.count_params()
+    prunable = keras_taylor.PrunableModel(model)
+    prunable.fit(x, y, batch_size=8, verbose=0)
+    prunable.prune(0.4)
+    expected = prunable.predict(x, verbose=0)
+    np.testing.assert_allclose(prunable.strip().predict(x, verbose=0), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_counts_all_rows_of_an_example():

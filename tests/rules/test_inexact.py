@@ -23,7 +23,7 @@ from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gated_model import GatedModel
 
 BUILDERS = {
-    name: zoo.BUILDERS[name] for name in ("layernorm", "causal_transformer", "mlp_mixer", "vit_parts")
+    name: zoo.BUILDERS[name] for name in ("layernorm", "causal_transformer", "mlp_mixer", "vit_parts", "swin")
 }
 
 pytestmark = pytest.mark.sweep(5)
