@@ -11,7 +11,7 @@ import numpy as np
 
 OMITTED = "..."
 P = ParamSpec("P")
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 _MAX_ENTRIES = 50  # of lists and dicts that are written out
 
 
@@ -101,11 +101,11 @@ def check_whole_number(name: str, value: object, least: int, or_none: str = "") 
     )
 
 
-def takes_data_as_one(verb: Callable[P, Result]) -> Callable[P, Result]:
+def takes_data_as_one(verb: Callable[P, Returned]) -> Callable[P, Returned]:
     """A verb `(model, ds, ...)` that says so if it is called as `(model, x, y)`, like `fit`."""
 
     @functools.wraps(verb)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> Result:
+    def checked(*args: P.args, **kwargs: P.kwargs) -> Returned:
         third = args[2] if len(args) > 2 else None
         if hasattr(third, "shape") or {"x", "y"} & kwargs.keys():
             name = f"keras_taylor.{verb.__name__}"
