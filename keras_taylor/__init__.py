@@ -55,6 +55,7 @@ from keras_taylor.exports.exporting import export, measure_artifacts
 from keras_taylor.loop.callbacks import TaylorPruning
 from keras_taylor.loop.compression import compress
 from keras_taylor.loop.compression_run import CompressionInterrupted
+from keras_taylor.loop.fine_tuning import FineTuning
 from keras_taylor.loop.judging import MetricLimit
 from keras_taylor.loop.wrapper import PrunableModel
 from keras_taylor.plans.plan import LayerPlan, Plan
@@ -77,6 +78,7 @@ __all__ = [
     "Artifact",
     "CompressionInterrupted",
     "ExportError",
+    "FineTuning",
     "Group",
     "GroupStatistics",
     "Info",

@@ -19,6 +19,7 @@ def test_public_names():
         "Artifact",
         "CompressionInterrupted",
         "ExportError",
+        "FineTuning",
         "Group",
         "GroupStatistics",
         "Info",
