@@ -35,6 +35,7 @@ Settings and layers of your own:
 
     Selection          how the channels that leave are selected: shares of layers, multiples, floors
     Scoring            where scores come from: a criterion, examples, labels
+    FineTuning         how rounds are fine-tuned: learning rate, whether the best state is kept
     MetricLimit        when to stop: how much worse which metric may become
     criteria           what makes a channel important: the module of all criteria
     register_rule      how a layer class of your own treats channels

@@ -281,8 +281,8 @@ def test_lines_and_tables_say_which_state_was_kept(trained, capsys):
     page = info.to_html()
     for text in (
         "epoch kept",
-        "divergence + loss repaired",
-        "divergence + loss trained",
+        "loss repaired",
+        "loss trained",
         "1 of 3",
         f"{before:.4g}",
     ):
