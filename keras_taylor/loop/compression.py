@@ -70,9 +70,10 @@ def compress(
     Of arrays these are random rows, the same ones for the same data: a twentieth, but at least 128, at most
     1024, and never more than a tenth of all. Of data sets it is a copy of the first batches, with as many
     examples, which are trained on as well. There the loss counts, and a gain over the state before training
-    has to be larger than its standard error. If labels fit the given model's predictions no better than
-    chance, or there are none, it is how far predictions are from the given model's. With fewer than 20
-    examples and no `validation_data` there is no fine-tuning, and a warning says so.
+    has to be larger than half of its standard error. If labels fit the given model's predictions no better
+    than chance, or there are none, it is how far predictions are from the given model's. With fewer than 20
+    examples and no `validation_data` there is no fine-tuning, and a warning says so. A model that knows `ds`
+    by heart is judged by what it remembers, so that its best state is a cautious one: pass `validation_data`.
     `learning_rate=FineTuning(keep_best=False)` turns all of this off.
 
     Args: Start with these

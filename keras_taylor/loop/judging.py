@@ -438,12 +438,13 @@ class BestState(keras.callbacks.Callback):
     def _is_best(self) -> bool:
         """Whether the last state is better than the best one.
 
-        Training is to show that it helps: the state before it is the best one unless the mean gain is larger
-        than its standard error.
+        Training is to show that it helps. The state before it is the best one unless the mean gain is larger
+        than half of its standard error, and than more of it where few examples could mislead.
         """
         gains = self._found[self._best].penalties - self._found[-1].penalties
-        error = _standard_error(gains) if self._best == 0 and len(gains) > 1 else 0.0
-        return bool(gains.mean() > error)
+        if self._best > 0 or len(gains) == 1:
+            return bool(gains.mean() > 0)
+        return bool(gains.mean() > max(0.5, 4 / len(gains) ** 0.5) * _standard_error(gains))
 
 
 class JudgedTraining(NamedTuple):
