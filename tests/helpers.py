@@ -59,10 +59,10 @@ def reachable(model, exact=True):
     return 1 - costs(removal_order.smallest_mask())["params"] / costs()["params"]
 
 
-def random_plan(model, seed=0, fraction=0.4, exact=True):
+def random_plan(model, seed=0, fraction=0.4, exact=True, choices=None):
     """A plan that takes some units, at least one, out of every group that has two or more."""
     random = np.random.default_rng(seed)
-    channels = label_model(model, exact=exact)
+    channels = label_model(model, exact=exact, choices=choices)
     kept = np.ones(channels.num_units, bool)
     for group in channels.groups:
         num = min(group.num_units - 1, max(1, round(fraction * group.num_units)))

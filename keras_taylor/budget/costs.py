@@ -123,8 +123,8 @@ class CostModel:
         )
 
     def _flop_terms(self) -> tuple[Term, ...] | None:
-        work = (work for effect in self._labeled.effects for work in effect.work)
-        return self._sum_terms((one.factor, one.labels) for one in work)
+        effects = (self._labeled.effects[call.number] for call in self._labeled.graph.needed_calls)
+        return self._sum_terms((work.factor, work.labels) for effect in effects for work in effect.work)
 
     def _sum_terms(self, products: Iterable[tuple[float, Sequence[IntArray]]]) -> tuple[Term, ...] | None:
         """Terms for factors and the labels along axes, those with the same widths added; `None`: unknown."""

@@ -49,7 +49,8 @@ def find_memory_places(labeled: LabeledModel) -> list[MemoryPlace]:
     for tensor in graph.inputs:
         if tensor not in place_of:
             add(tensor, 0)
-    for step, (call, effect) in enumerate(zip(graph.calls, labeled.effects, strict=True)):
+    for call in graph.needed_calls:
+        step, effect = call.number, labeled.effects[call.number]
         source = call.inputs[0] if call.inputs else None
         if source in place_of and last_reads[source] == step and _runs_in_place(call, effect, labeled):
             (output,) = call.outputs
@@ -65,9 +66,8 @@ def _last_reads(labeled: LabeledModel) -> dict[int, int]:
     """Tensor -> number of the last call that makes or reads it."""
     graph = labeled.graph
     last = dict.fromkeys(graph.inputs, -1)
-    for step, call in enumerate(graph.calls):
-        last.update(dict.fromkeys(call.outputs, step))
-        last.update(dict.fromkeys(call.inputs, step))
+    for call in graph.needed_calls:
+        last.update(dict.fromkeys((*call.inputs, *call.outputs), call.number))
     last.update(dict.fromkeys(graph.outputs, len(graph.calls)))
     return last
 

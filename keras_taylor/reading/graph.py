@@ -155,6 +155,16 @@ class Graph:
         return self._num_calls[operation] == 1
 
     @functools.cached_property
+    def needed_calls(self) -> list[Call]:
+        """The calls on which an output depends. The others make masks for sub-models, which make their own."""
+        tensors, needed = set(self.outputs), []
+        for call in reversed(self.calls):
+            if not tensors.isdisjoint(call.outputs):
+                tensors.update(call.inputs)
+                needed.append(call)
+        return needed[::-1]
+
+    @functools.cached_property
     def _num_calls(self) -> collections.Counter[keras.Operation]:
         return collections.Counter(call.operation for call in self.calls)
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 import keras
 import numpy as np
@@ -138,7 +139,7 @@ class LabeledModel:
             if getattr(layer, "groups", 1) > 1 and hasattr(layer, "kernel") and layer.kernel.shape[-2] > 1
         }
         space = self.label_space
-        return SizeChoices(space.grouped | grouped, dict(space.split_axes))
+        return SizeChoices(space.grouped | grouped, frozenset(space.passed), dict(space.split_axes))
 
     @functools.cached_property
     def locked_groups(self) -> list[Group]:
@@ -323,7 +324,12 @@ class _Labeling:
                 name = call.name.rpartition("/")[0]
                 self._label_space.union(first, channels, f"has to be as wide as the query of '{name}'")
 
-    def _unite(self, before: IntArray, now: IntArray, name: str) -> None:
+    def _unite(self, before: IntArray | None, now: IntArray | None, name: str) -> None:
+        if before is None or now is None:
+            for labels in (before, now):
+                if labels is not None:
+                    self._label_space.lock(labels, f"stays at another call of a shared layer ('{name}')")
+            return
         fits = all(a == b or 1 in (a, b) for a, b in zip(before.shape, now.shape, strict=False))
         if before.ndim == now.ndim and fits:
             self._label_space.union(before, now, f"shared at several places ('{name}')")
@@ -332,16 +338,17 @@ class _Labeling:
             self._label_space.lock(now, f"shared at several places of different size ('{name}')")
 
 
-def _shared_labels(first: Effect, second: Effect) -> Iterator[tuple[IntArray, IntArray]]:
-    """Pairs of label arrays that must agree in two effects of the same operation."""
-    for name, axes in first.weights.items():
-        for before, now in zip(axes, second.weights.get(name, axes), strict=True):
-            if before is not None and now is not None:
-                yield before, now
-    for key in first.config.keys() & second.config.keys():
-        yield from zip(first.config[key].labels, second.config[key].labels, strict=True)
-    for position in first.arguments.keys() & second.arguments.keys():
-        yield from zip(first.arguments[position].labels, second.arguments[position].labels, strict=True)
+def _shared_labels(first: Effect, second: Effect) -> Iterator[tuple[IntArray | None, IntArray | None]]:
+    """Pairs of label arrays that must agree in two effects of the same operation; `None`: all of it stays."""
+    for before, now in zip(_dependent_labels(first), _dependent_labels(second), strict=True):
+        for key in {**before, **now}:
+            yield from itertools.zip_longest(before.get(key, ()), now.get(key, ()))
+
+
+def _dependent_labels(effect: Effect) -> list[Mapping[Any, Sequence[IntArray | None]]]:
+    """The labels on which weights, configuration values and arguments depend, by their keys."""
+    edits = effect.config, effect.arguments
+    return [effect.weights, *({key: edit.labels for key, edit in each.items()} for each in edits)]
 
 
 class _Grouping(NamedTuple):

@@ -74,19 +74,19 @@ def attention(ctx: Context) -> Effect:
     given = ctx.argument(0, "inputs")
     tensors, masks = ctx.inputs[: len(given)], ctx.inputs[len(given) :]
     are_all_tensors = list(ctx.input_positions[: len(given)]) == [*range(len(given))]
-    if not are_all_tensors or any(t.channel_axis not in (None, t.rank - 1) for t in tensors):
+    if not are_all_tensors:
         return lock_inputs(ctx)
     for mask in masks:
         ctx.lock(mask.labels, "used as an attention mask")
-    query, value, key = tensors[0], tensors[1], tensors[-1]
-    read, channels = query.labels_along(-1), value.labels_along(-1)
-    ctx.union(read, key.labels_along(-1))
+    query, key = tensors[0], tensors[-1]
+    read, channels, others = (ctx.input_labels(number, -1) for number in (0, 1, len(tensors) - 1))
+    ctx.union(read, others)
     factor = 2.0 * size_product((*query.shape[1:-1], *key.shape[1:-1]))
     scores = [ctx.fixed_labels(k) for k in range(1, len(ctx.output_shapes))]
     return Effect(
         outputs=[ctx.output_labels(channels, -1), *scores],
         weights={"scale": (read,)} if len(getattr(ctx.operation.scale, "shape", ())) else {},
-        internal_reads=(InternalRead(query.labels, _gate_query),),
+        internal_reads=(InternalRead(read.reshape([1] * (query.rank - 1) + [-1]), _gate_query),),
         work=(Work(factor, (read,)), Work(factor, (channels,))),
     )
 

@@ -165,7 +165,7 @@ class Effect:
             `call_with_gate(operation, x, gate)` returns the output that the operation has without the
             channels whose gate is zero. `gate` broadcasts against `x`.
         work: Floating point operations of one example; of one row, if an example has several on the first
-            axis.
+            axis. They follow from shapes alone: what locks its channels has the work that it has without any.
         batches: Where the examples are in each output, `None` in the place of one where gates cannot follow
             them. By default they are where they were in the inputs.
         has_rule: False if no rule knows the operation. The report names it.
@@ -284,6 +284,21 @@ class Context:
         """Returns an argument of the call that may be given by position or by name."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
+    def passes_channels(self, mixed: Sequence[int]) -> bool:
+        """Whether channels of the first input pass on an axis that the layer does not mix.
+
+        Then the layer's own units stay, also in a smaller model that has a single channel on this axis.
+
+        Args:
+            mixed: The axes that the layer mixes.
+        """
+        axis = self.inputs[0].channel_axis
+        if axis in mixed:
+            return False
+        if axis is not None:
+            self.space.passed.add(self.name)
+        return self.name in self.space.passed
+
     def merge_to_one_axis(self, labels: IntArray) -> IntArray:
         """Returns labels that vary along one axis at most.
 
@@ -320,11 +335,13 @@ class Context:
 Rule: TypeAlias = Callable[[Context], Effect]
 
 
-def lock_inputs(ctx: Context, reason: str = "read by an operation that mixes channels") -> Effect:
+def lock_inputs(
+    ctx: Context, reason: str = "read by an operation that mixes channels", work: Sequence[Work] = ()
+) -> Effect:
     """The effect of an operation that mixes channels, so that none of them may leave."""
     for tensor in ctx.inputs:
         ctx.lock(tensor.labels, reason)
-    return Effect(outputs=[ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))])
+    return Effect(outputs=[ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))], work=tuple(work))
 
 
 def lock_batch_operation(ctx: Context) -> Effect:

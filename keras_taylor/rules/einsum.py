@@ -40,7 +40,8 @@ def einsum_dense(ctx: Context) -> Effect:
     axis = tensor.channel_axis
     labels = {} if axis is None else {read[axis]: tensor.labels_along(axis)}
     along = next((letter for letter in labels if letter in result), None)
-    if along is None:
+    mixed = [k for k, letter in enumerate(read) if letter not in result]
+    if not ctx.passes_channels(mixed):
         along = next((letter for letter in result if letter not in read), None)
         if along is not None:
             labels[along] = ctx.new_labels(layer.kernel.shape[kernel.index(along)])
@@ -102,9 +103,9 @@ def dot_layer(ctx: Context) -> Effect:
     free = [_labels_without(tensor, axis) for tensor, axis in zip(ctx.inputs, axes, strict=True)]
     rank = len(ctx.output_shapes[0])
     is_plain = rank == free[0].ndim + free[1].ndim - 1 and 0 not in axes
-    if layer.normalize or (not is_plain and any(labels.size > 1 for labels in free)):
+    if layer.normalize:
         return lock_inputs(ctx)
-    if all(labels.size > 1 for labels in free):
+    if not is_plain or all(labels.size > 1 for labels in free):
         for labels in free:
             ctx.lock(labels, "combined with channels on another axis")
         free = [np.zeros(1, np.int64)] * 2
@@ -131,12 +132,10 @@ def dot_product_attention(ctx: Context) -> Effect:
     """
     query, key, value, *masks = ctx.inputs
     head_axis = 2
-    if any(t.channel_axis not in (None, head_axis) for t in (query, key, value)):
-        return lock_inputs(ctx)
-    heads, key_heads = query.labels_along(head_axis), key.labels_along(head_axis)
-    ctx.union(key_heads, value.labels_along(head_axis))
+    heads, key_heads, value_heads = (ctx.input_labels(number, head_axis) for number in range(3))
+    ctx.union(key_heads, value_heads)
     if key_heads.size > 1:  # a single key meets every query and belongs to none
-        shared = np.maximum(key_heads, value.labels_along(head_axis))
+        shared = np.maximum(key_heads, value_heads)
         shared = np.repeat(shared, heads.size // shared.size)
         ctx.union(heads, shared)
         heads = np.maximum(heads, shared)

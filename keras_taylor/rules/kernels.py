@@ -28,8 +28,8 @@ def dense(ctx: Context) -> Effect:
     layer, tensor = ctx.operation, ctx.inputs[0]
     last = tensor.rank - 1
     read = tensor.labels_along(last)
-    if tensor.channel_axis not in (None, last):
-        return _beside_channels(ctx, tensor.channel_axis, read.size)
+    if ctx.passes_channels((last,)):
+        return _beside_channels(ctx, read.size)
     units = ctx.new_labels(layer.units)
     lock_unless_elementwise(ctx, units)
     return Effect(
@@ -41,22 +41,17 @@ def dense(ctx: Context) -> Effect:
     )
 
 
-def _beside_channels(ctx: Context, axis: int, num_inputs: int) -> Effect:
+def _beside_channels(ctx: Context, num_inputs: int) -> Effect:
     """The effect of a dense layer whose input has channels on another axis: they go through, its units stay.
 
     Args:
         ctx: The call.
-        axis: The channel axis of the input.
         num_inputs: Size of the last axis of the input.
     """
-    tensor = ctx.inputs[0]
-    channels = tensor.labels_along(axis)
-    lock_unless_elementwise(ctx, channels)
-    positions = num_elements(tensor.shape, (axis, tensor.rank - 1))
-    return Effect(
-        outputs=[ctx.output_labels(channels, axis)],
-        work=(Work(2.0 * positions * num_inputs * ctx.operation.units, (channels,)),),
-    )
+    labels = ctx.inputs[0].labels
+    lock_unless_elementwise(ctx, labels)
+    work = elementwise_work(labels, ctx.output_shapes[0], 2.0 * num_inputs)
+    return Effect(outputs=[labels], work=work)
 
 
 def embedding(ctx: Context) -> Effect:
@@ -69,11 +64,8 @@ def reversible_embedding(ctx: Context) -> Effect:
     reverse_weights = () if ctx.operation.tie_weights else ("reverse_embeddings",)
     if not ctx.argument(1, "reverse", False):
         return _look_up(ctx, reverse_weights)
-    tensor = ctx.inputs[0]
-    last = tensor.rank - 1
-    if tensor.channel_axis not in (None, last):
-        return lock_inputs(ctx)
-    read = tensor.labels_along(last)
+    last = ctx.inputs[0].rank - 1
+    read = ctx.input_labels(0, last)
     return Effect(
         outputs=[ctx.fixed_labels()],
         weights=_embedding_weights(read, reverse_weights),

@@ -114,11 +114,14 @@ class SizeChoices:
     Attributes:
         grouped: Names of convolutions with several groups of several channels. With one channel left in each
             group they would be read as depthwise, and whole groups would leave.
+        passed: Names of layers through which channels pass on an axis that the layers do not mix. Their own
+            units stay. With one channel left on that axis they would leave.
         split_axes: Name of an operation that spreads channels over several axes -> the axis on which they are
             units from there on.
     """
 
     grouped: frozenset[str] = frozenset()
+    passed: frozenset[str] = frozenset()
     split_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -149,7 +152,7 @@ class LabelSpace:
         exact: As given.
         grouped: Names of grouped convolutions that keep their number of groups, even if each group has one
             channel.
-        split_axes: As in `SizeChoices`, of all operations so far.
+        passed, split_axes: As in `SizeChoices`, of all operations so far.
         normalized: `NormalizedLabels` of each operation that normalizes channels together.
         producers: `Producer` of each range of labels, in ascending order.
         reasons: Why labels were locked.
@@ -157,7 +160,8 @@ class LabelSpace:
 
     def __init__(self, exact: bool = True, choices: SizeChoices | None = None) -> None:
         choices = choices or SizeChoices()
-        self.exact, self.grouped, self.split_axes = exact, choices.grouped, dict(choices.split_axes)
+        self.exact, self.grouped = exact, choices.grouped
+        self.passed, self.split_axes = set(choices.passed), dict(choices.split_axes)
         self.normalized: list[NormalizedLabels] = []
         self.producers: list[Producer] = []
         self.reasons = ["the model's output"]  # goes before all others

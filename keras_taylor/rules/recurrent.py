@@ -59,13 +59,16 @@ def apply_to_each_step(ctx: Context, rule: Rule) -> Effect:
         rule: The rule of the inner layer.
     """
     tensor = ctx.inputs[0]
-    if len(ctx.inputs) > 1 or tensor.rank < 3 or tensor.channel_axis == 1:
+    if len(ctx.inputs) > 1 or tensor.rank < 3:
         return lock_inputs(ctx)
+    if tensor.channel_axis == 1:
+        ctx.lock(tensor.labels, "read step by step")
+    labels = tensor.labels[:, 0] * (tensor.channel_axis != 1)
     num_steps = size_product(tensor.shape[1:2])
     inner = dataclasses.replace(
         ctx,
         operation=ctx.operation.layer,
-        inputs=[LabeledTensor(tensor.labels[:, 0], _without_time(tensor.shape), tensor.batch)],
+        inputs=[LabeledTensor(labels, _without_time(tensor.shape), tensor.batch)],
         output_shapes=[_without_time(shape) for shape in ctx.output_shapes],
     )
     effect = _effect_of_wrapper(rule(inner))

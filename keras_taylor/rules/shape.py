@@ -1,7 +1,6 @@
 """Operations that only move elements, and those along an axis: reductions, repeats, running sums, stacks."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -159,9 +158,9 @@ def reduce(ctx: Context) -> Effect:
 
     num_outputs = len(ctx.output_shapes)
     batches = [batch_after(ctx, move)] * num_outputs
-    if tensor.channel_axis in axes:
-        return dataclasses.replace(lock_inputs(ctx), batches=batches)
     work = elementwise_work(tensor.labels, tensor.shape)
+    if tensor.channel_axis in axes:
+        return dataclasses.replace(lock_inputs(ctx, work=work), batches=batches)
     return Effect(outputs=[move(tensor.labels)] * num_outputs, work=work, batches=batches)
 
 
@@ -345,8 +344,7 @@ def follow_channel_map(ctx: Context, channel_map: ChannelMap) -> Effect:
         ctx.output_labels(units[output.units], output.channel_axis, k)
         for k, output in enumerate(channel_map.outputs)
     ]
-    work = map(elementwise_work, outputs, ctx.output_shapes)
-    return Effect(outputs=outputs, work=tuple(itertools.chain(*work)))
+    return Effect(outputs=outputs)
 
 
 def _acting_axis(ctx: Context, rank: int) -> int | None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import zoo
 from helpers import NAMES, case
-from keras import layers
+from keras import layers, ops
 
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.groups import label_model
@@ -64,6 +64,49 @@ def test_flops_of_one_layer(flops, stack):
 def test_flops_of_a_layer_used_twice_count_twice():
     shared = layers.Dense(3)
     assert flops_of(shared, shared, shape=(3,)) == 2 * 2 * 3 * 3
+
+
+def stepwise(x):
+    return layers.TimeDistributed(layers.Dense(6))(x)
+
+
+def fused(x):
+    """Heads and positions in each other's place: channels lie where the positions belong."""
+    x = ops.transpose(layers.Reshape((4, 5, 1))(x), (0, 2, 1, 3))
+    return ops.dot_product_attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("flops", "operation"),
+    [
+        (4 * 5, lambda x: ops.mean(x, axis=1)),
+        (2 * 4 * 5 * 6, stepwise),
+        (2 * 2 * 4 * 4 * 5, lambda x: layers.Attention()([x, x])),
+        (2 * 4 * 4 * 5, lambda x: layers.Dot((2, 2))([x, x])),
+        (2 * 2 * 4 * 5 * 5, fused),
+        (2 * 4 * 5 * 11, lambda x: layers.ReversibleEmbedding(11, 5)(x, reverse=True)),
+        (0, layers.Lambda(zoo.doubled)),
+    ],
+)
+@pytest.mark.parametrize("has_channels", [False, True])
+def test_flops_do_not_depend_on_whether_channels_are_locked(flops, operation, has_channels):
+    x = inputs = keras.Input((5, 4))
+    before = 5 * 4
+    if has_channels:
+        x = layers.Dense(4)(x)
+        before = 2 * 5 * 4 * 4
+    else:
+        x = ops.relu(x)
+    assert costs_of(keras.Model(inputs, operation(layers.Permute((2, 1))(x))))["flops"] == before + flops
+
+
+def test_masks_that_nothing_reads_cost_nothing():
+    tokens = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(11, 4, mask_zero=True)(tokens)
+    inner = keras.Input((6, 4))
+    nested = keras.Model(inner, layers.Flatten()(ops.relu(inner)))
+    costs = costs_of(keras.Model(tokens, nested(x)))
+    assert (costs["flops"], costs["activation_memory"]) == (6 * 4, 4 * (6 + 6 * 4))
 
 
 def test_flops_of_a_whole_network():
