@@ -156,7 +156,7 @@ class Graph:
 
     @functools.cached_property
     def needed_calls(self) -> list[Call]:
-        """The calls on which an output depends. The others make masks for sub-models, which make their own."""
+        """The calls on which an output depends. Others make masks for sub-models, which make their own."""
         tensors, needed = set(self.outputs), []
         for call in reversed(self.calls):
             if not tensors.isdisjoint(call.outputs):
