@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -17,6 +17,9 @@ from keras_taylor.reading.walk import InputBatch, Walk
 from keras_taylor.rules.base import override_attributes
 from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.types import Array, FloatArray, Tensor
+
+# Over which share of a training's steps moving statistics average at most, and over how many at least.
+_SHARE_AVERAGED, _LEAST_AVERAGED = 1 / 10, 4
 
 
 class _Moments(NamedTuple):
@@ -92,6 +95,33 @@ def recompute_statistics(graph: Graph, batches: Sequence[InputBatch]) -> None:
         walk.free_after(number)
 
 
+class ShorterAverages(keras.callbacks.Callback):
+    """Lets moving statistics average over a tenth of a training's steps, where they would over more.
+
+    With the usual momentum of 0.99 they would lag behind the weights at the end of a short training.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._momenta: list[tuple[keras.layers.BatchNormalization, float]] = []
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Sets the momentum for as many steps as there will be, if that is known."""
+        steps = self.params.get("steps")
+        if steps is None:
+            return
+        num_averaged = max(_SHARE_AVERAGED * steps * self.params["epochs"], _LEAST_AVERAGED)
+        for layer in _normalizations_inside(self.model):
+            self._momenta.append((layer, layer.momentum))
+            layer.momentum = min(layer.momentum, 1 - 1 / num_averaged)
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Restores the momentum."""
+        for layer, momentum in self._momenta:
+            layer.momentum = momentum
+        self._momenta.clear()
+
+
 class _ChannelSums:
     """Adds up values, and gives the moments of each channel.
 
@@ -137,14 +167,17 @@ def _record_moments(
     Yields:
         The sums of the operation itself or of the layers inside, in the order in which they run.
     """
-    inside = [operation, *layers_inside(operation)] if isinstance(operation, keras.Layer) else []
     read: dict[keras.layers.BatchNormalization, _ChannelSums] = {}
     with contextlib.ExitStack() as stack:
-        for layer in inside:
-            if isinstance(layer, keras.layers.BatchNormalization):
-                call = _call_recorded(layer, read)
-                stack.enter_context(override_attributes(layer, call=call))
+        for layer in _normalizations_inside(operation):
+            stack.enter_context(override_attributes(layer, call=_call_recorded(layer, read)))
         yield read
+
+
+def _normalizations_inside(operation: keras.Operation) -> list[keras.layers.BatchNormalization]:
+    """The BatchNormalizations among an operation and the layers inside of it."""
+    inside = [operation, *layers_inside(operation)] if isinstance(operation, keras.Layer) else []
+    return [layer for layer in inside if isinstance(layer, keras.layers.BatchNormalization)]
 
 
 def _call_recorded(

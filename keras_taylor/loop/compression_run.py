@@ -11,7 +11,7 @@ import keras
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.feasibility import describe_reach
 from keras_taylor.budget.schedule import RoundTarget
-from keras_taylor.cutting.batch_statistics import renew_statistics
+from keras_taylor.cutting.batch_statistics import ShorterAverages, renew_statistics
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.surgery import build_smaller_compiled, copy_model
@@ -166,7 +166,8 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) 
     with clock.phase("repair"):
         repairs = repair_round(run, pruned)
     with clock.phase("fit"):
-        fitted = run.tuner.train(pruned.model, state.model, run.reporter.callback(f"{name}: fine-tuning"))
+        callbacks = [*run.reporter.callback(f"{name}: fine-tuning"), ShorterAverages()]
+        fitted = run.tuner.train(pruned.model, state.model, callbacks)
     judgment = judge_round(run, pruned, target, watched)
     done = Round(
         number=number,

@@ -216,3 +216,21 @@ def test_fine_tuning_starts_from_what_inference_computes():
     variances = [statistics_of(one.get_layer("norm"))[1] for one in results]
     np.testing.assert_allclose(variances[1], variances[0], rtol=0.05)
     assert relative_difference(predict(trained, x), predict(repaired, x)) < 0.06  # 0.3 without
+
+
+@pytest.mark.parametrize(("given", "in_rounds"), [(0.99, 0.8), (0.5, 0.5)])
+def test_statistics_average_over_a_tenth_of_a_round(given, in_rounds):
+    inputs = keras.Input((8, 8, 3))
+    model = randomized(keras.Model(inputs, network(inputs, momentum=given)))
+    model.compile("sgd", "mse")
+    x, momenta = inputs_for(model, 100), set()
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            momenta.add(round(self.model.get_layer("norm").momentum, 6))
+
+    options = {"goal": 0.3, "increment": 0.3, "criterion": "magnitude", "verbose": 0}
+    fit = {"epochs": 2, "batch_size": 4, "callbacks": [Look()]}
+    small = keras_taylor.compress(model, (x, np.zeros((100, 4))), **options, **fit)
+    assert momenta == {in_rounds}  # 50 steps
+    assert small.get_layer("norm").momentum == model.get_layer("norm").momentum == given
