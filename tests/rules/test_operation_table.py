@@ -187,12 +187,12 @@ def observed(name):
         except Exception:
             continue
         labeled = label_model(model)
-        reasons = {group.name: group.reason for group in labeled.locked_groups}
-        if reasons.get("before", "model output") != "model output":
+        call, effect = labeled.graph.calls[-1], labeled.effects[-1]
+        if not effect.reads and not any(labeled.labels[index].any() for index in call.outputs):
             return "locked", None
         if labeled.probed:
             return "probed", f"`{name}({arguments})`"
-        return "rule", rule_for(labeled.graph.calls[-1].operation).__doc__.splitlines()[0]
+        return "rule", rule_for(call.operation).__doc__.splitlines()[0]
     return None
 
 
