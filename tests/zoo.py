@@ -444,6 +444,18 @@ def split_and_slice():
 
 
 @model
+def reordered():
+    """Channels are picked, rolled, flipped, divided into pairs, and made into pixels."""
+    x = inputs = keras.Input(SIZE)
+    x = ops.take(conv(x, 10, "conv1"), [9, 1, 2, 3, 0, 5], axis=-1)
+    x = ops.flip(ops.roll(x, 2, axis=-1), axis=-1)
+    x = conv(ops.moveaxis(ops.moveaxis(x, -1, 1), 1, -1), 8, "conv2")
+    x = ops.concatenate([x[..., ::2] * x[..., 1::2], ops.glu(conv(x, 6, "conv3"))], axis=-1)
+    x = ops.depth_to_space(conv(x, 16, "conv4"), 2)
+    return classified(inputs, ops.max_pool(ops.image.resize(x, (9, 9)), 2, 2))
+
+
+@model
 def repeat_vector():
     x = inputs = keras.Input((5,))
     x = layers.Dense(6, activation="relu", name="dense1")(x)

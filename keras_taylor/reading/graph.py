@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_taylor.reading.tracing import (
     CallSequence,
@@ -23,7 +22,6 @@ from keras_taylor.reading.tracing import (
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import (
-    Node,
     input_structure,
     nodes_in_order,
     output_structure,
@@ -427,8 +425,15 @@ def _flatten_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tupl
 
 
 def _has_flat_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether there is nothing to flatten, as in most calls: `keras.tree` is slow on PyTorch."""
-    return not kwargs and not any(map(keras.tree.is_nested, args))
+    """Whether there is nothing to flatten, as in most calls: `keras.tree` is slow on PyTorch.
+
+    A list of numbers, such as the indices of `take`, is one argument: some of them may leave.
+    """
+    return not kwargs and not any(keras.tree.is_nested(x) and not _is_list_of_numbers(x) for x in args)
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(x) in (int, float) for x in value)
 
 
 def _read_submodel(model: keras.Model, name: str) -> SubmodelGraph:
@@ -444,18 +449,10 @@ def _submodel_graph(model: keras.Layer, function: keras.Function) -> SubmodelGra
         outputs=output_structure(function),
         input_layers=tuple(map(producer, keras.tree.flatten(inputs))),
         sites=tuple(
-            Site(node.operation, _with_whole_indices(node), node.arguments.kwargs, tuple(node.outputs))
+            Site(node.operation, node.arguments.args, node.arguments.kwargs, tuple(node.outputs))
             for node in nodes_in_order(function)
         ),
     )
-
-
-def _with_whole_indices(node: Node) -> tuple[Any, ...]:
-    """Positional arguments of a recorded call, indices of `take` as an array: a list would be flattened."""
-    args: tuple[Any, ...] = node.arguments.args
-    if type(node.operation).__name__ == "Take" and isinstance(args[1], (list, tuple)):
-        return args[0], np.asarray(args[1])
-    return args
 
 
 def _function_of(model: keras.Model, name: str) -> keras.Function:

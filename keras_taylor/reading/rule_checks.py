@@ -431,7 +431,7 @@ def run_like_call(
     flat = [ops.convert_to_tensor(inputs[x.index]) if isinstance(x, TensorRef) else x for x in call.flat]
     for position, value in (arguments or {}).items():
         flat[position] = value
-    args, kwargs = keras.tree.pack_sequence_as((call.args, call.kwargs), flat)
+    args, kwargs = call.site.packed(flat)
     if "training" in inspect.signature(operation.call).parameters:
         kwargs = {**kwargs, "training": False}
     outputs = keras.tree.flatten(operation(*args, **kwargs))

@@ -61,7 +61,8 @@ def take(ctx: Context) -> Effect:
     if axis is None or axis % tensor.rank == tensor.batch_axis:
         return lock_batch_operation(ctx)
     axis %= tensor.rank
-    index = np.asarray(ops.convert_to_numpy(ctx.argument(1, "indices")))
+    given = ctx.argument(1, "indices")
+    index = np.asarray(ops.convert_to_numpy(given))
     new_axes = tuple(range(axis, axis + index.ndim))
 
     def move(array: IntArray) -> IntArray:
@@ -71,12 +72,16 @@ def take(ctx: Context) -> Effect:
     if tensor.channel_axis != axis:
         return Effect(outputs=[move(tensor.labels)], batches=batches)
     channels = tensor.labels_along(axis)
-    if index.ndim > 1 or index.max() >= channels.size or index.min() < -channels.size:
+    is_outside = index.max() >= channels.size or index.min() < -channels.size
+    if index.ndim > 1 or is_outside or isinstance(given, tuple):
         return dataclasses.replace(lock_inputs(ctx), batches=batches)
     labels = ctx.output_labels(channels[index], axis) if index.ndim else ctx.fixed_labels()
     if labels.size == 1:
         ctx.lock(channels[index], "the only channel on its axis")
-    return Effect(outputs=[labels], arguments={1: edit_index(channels, index)}, batches=batches)
+    edit = edit_index(channels, index)
+    if isinstance(given, list):
+        edit = Edit(edit.labels, lambda kept: edit_index(channels, index).new_value(kept).tolist())
+    return Effect(outputs=[labels], arguments={1: edit}, batches=batches)
 
 
 def flip(ctx: Context) -> Effect:

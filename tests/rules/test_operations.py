@@ -7,6 +7,7 @@ import zoo
 from helpers import BACKEND, check_law_two
 from keras import layers, ops
 
+from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.groups import label_model
 
 BLUR = np.ones((2, 2), "float32")[..., None, None]
@@ -119,3 +120,20 @@ def test_groups_and_units(case):
 def test_gates_at_zero_equal_the_pruned_model(case):
     model = model_with(CASES[case][0])
     check_law_two(model, zoo.inputs_of(model))
+
+
+@pytest.mark.parametrize(
+    ("operation", "layer"),
+    [
+        (lambda x: ops.image.resize(x, (9, 9)), lambda: layers.Resizing(9, 9)),
+        (lambda x: ops.max_pool(x, 2, 2), lambda: layers.MaxPooling2D(2)),
+        (lambda x: ops.average_pool(x, (3, 2), (2, 1)), lambda: layers.AveragePooling2D((3, 2), (2, 1))),
+        (lambda x: ops.image.crop_images(x, 1, 1, 1, 1), lambda: layers.Cropping2D(1)),
+        (lambda x: ops.depthwise_conv(x, np.tile(BLUR, (1, 1, 8, 1))), lambda: layers.DepthwiseConv2D(2)),
+        (lambda x: ops.conv(x, np.tile(BLUR, (1, 1, 8, 3))), lambda: layers.Conv2D(3, 2)),
+    ],
+)
+def test_an_operation_works_as_much_as_its_layer(operation, layer):
+    both = [model_with(operation), model_with(layer())]
+    flops = [CostModel(label_model(model))()["flops"] for model in both]
+    assert flops[0] == flops[1]
