@@ -156,6 +156,22 @@ def test_channels_of_several_tensors_are_one_unit():
     check_law_two(model, zoo.inputs_of(model), tolerance=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("function", "units"),
+    [
+        (lambda xs: xs[0] * xs[1], {"before0": 8}),
+        (lambda xs: xs[0] * ops.mean(xs[1], (1, 2), keepdims=True), {"before0": 8}),
+        (lambda xs: xs[0] * ops.mean(xs[1], -1, keepdims=True), {}),
+        (lambda xs: ops.concatenate(xs, -1), {"before0": 8}),
+    ],
+)
+def test_a_lambda_of_several_tensors(function, units):
+    model = image_model(lambda *xs: layers.Lambda(function)(list(xs)), (6, 6, 3), 2)
+    assert list(units_of(label_model(model)).values()) == list(units.values())
+    if units:
+        check_law_two(model, zoo.inputs_of(model))
+
+
 @keras.saving.register_keras_serializable("probing")
 class PixelShuffle(layers.Layer):
     """As people write it, for images of any size."""
