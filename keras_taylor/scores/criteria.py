@@ -58,10 +58,10 @@ To make it a criterion of this package, with a name:
 1. Write the function below. Its docstring has the formula and the source ("this project" if it is new).
    Read statistics that only data gives through `_required`, which refuses statistics that were not gathered:
 
-       def signal_to_noise(statistics: GroupStatistics) -> FloatArray:
-           mean = _required(statistics.mean, statistics)
-           variance = _required(statistics.mean_square, statistics) - np.square(mean)
-           return np.abs(mean) / np.sqrt(np.maximum(variance, 0) + 1e-12)
+        def signal_to_noise(statistics: GroupStatistics) -> FloatArray:
+            mean = _required(statistics.mean, statistics)
+            variance = _required(statistics.mean_square, statistics) - np.square(mean)
+            return np.abs(mean) / np.sqrt(np.maximum(variance, 0) + 1e-12)
 
 2. List it: in `LOSS_CRITERIA` if it needs the loss on data (as this one does), in `ACTIVATION_CRITERIA` if
    it needs data and no loss, else in `DATA_FREE_CRITERIA`.
