@@ -192,7 +192,8 @@ def test_sentences_are_short(page):
 
 
 def test_how_sentences_are_counted():
-    text = "# A title\n\nOne two three. Four `five` [six](x.md)!\n\n- Seven.\n- Eight (nine).\n\n```python\nx = 1\n```\n"
+    text = "# A title\n\nOne two three. Four `five` [six](x.md)!\n\n- Seven.\n- Eight (nine).\n"
+    text += "\n```python\nx = 1\n```\n"
     assert [len(sentence.split()) for sentence in sentences_of(text)] == [3, 3, 1, 2]
 
 

@@ -64,6 +64,7 @@ def _table_of_results() -> str:
             text = (ROOT / source).read_text("utf-8")
             title = text.partition("\n")[0].removeprefix("# ")
             found = re.search(r"^(.*?); Python .*?(\d{4}-\d\d-\d\d)\.?$", text, re.M)
-            machine, date = (found[1], found[2].replace("-", "\N{NON-BREAKING HYPHEN}")) if found else ("", "")
+            machine, date = found.groups() if found else ("", "")
+            date = date.replace("-", "\N{NON-BREAKING HYPHEN}")
             rows.append(f"| [{title}]({posixpath.basename(target)}) | {machine} | {date} |")
     return "\n".join(rows)
