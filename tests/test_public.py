@@ -1,6 +1,7 @@
 """The public names, and that the package is imported without a heavy extra."""
 
 import inspect
+import pathlib
 import pydoc
 import re
 import subprocess
@@ -97,3 +98,8 @@ def test_all_of_criteria_are_documented_functions():
 def test_import_needs_no_picture_library():
     code = "import sys; sys.modules['matplotlib'] = None; import keras_taylor; keras_taylor.Info"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_citation_names_this_version():
+    citation = (pathlib.Path(__file__).parents[1] / "CITATION.cff").read_text()
+    assert f"\nversion: {keras_taylor.__version__}\n" in citation
