@@ -247,7 +247,7 @@ def test_a_model_that_is_not_compiled():
         ({"fractions": (0.5, 1.0)}, r"above 0 and below 1, .* Received: fractions=\(0.5, 1.0\)"),
         ({"fractions": ()}, r"Received: fractions=\(\)"),
         ({"fractions": (float("nan"),)}, r"Received: fractions=\(nan,\)"),
-        ({"num_examples": 0}, "one example or more, or `None` for all. Received: num_examples=0"),
+        ({"num_examples": 0}, "a whole number from 1 on, or `None` for all. Received: num_examples=0"),
         ({"criterion": "best"}, "Unknown criterion.* Received: criterion='best'"),
         ({"verbose": 3}, "Received: verbose=3"),
     ],
