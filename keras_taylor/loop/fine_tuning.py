@@ -124,7 +124,7 @@ class FineTuner:
         if not self.trains:
             return FitResult({}, [], self._untrained_record())
         self._best_epochs.forget()  # of larger models
-        losses, of_user = _StepLosses(), list(self.fit_kwargs.get("callbacks") or [])
+        losses, of_user = _StepLosses(), self._user_callbacks
         callbacks = [*of_user, *callbacks, losses, *self.feed.callbacks()]
         best = None
         if self.judge is not None:
@@ -142,6 +142,11 @@ class FineTuner:
             raise DivergenceError(failure)
         numbers = {name: [as_number(value) for value in values] for name, values in history.items()}
         return FitResult(numbers, losses.values, best and best.finish(failure), failure)
+
+    @property
+    def _user_callbacks(self) -> list[keras.callbacks.Callback]:
+        given = self.fit_kwargs.get("callbacks") or []
+        return keras.tree.flatten(getattr(given, "callbacks", given))
 
     def _untrained_record(self) -> JudgedRecord | None:
         if not self.obstacle:
