@@ -201,7 +201,8 @@ class _EdgeGates:
     """
 
     def __init__(self, units: IntArray, axis: int, batch: BatchAxis) -> None:
-        self._batch, self._axis, self._rank = batch, axis, units.ndim
+        self._batch, self._axis = batch, axis
+        self._other_axes = [k for k in range(units.ndim) if k not in (axis, batch.axis)]
         self._repeats = 1
         self._start: int | None = None
         flat = units.reshape(-1)
@@ -229,9 +230,7 @@ class _EdgeGates:
             gate = ops.tile(ops.repeat(gate, self._batch.inner, axis=0), (self._batch.outer, 1))
         if self._batch.axis > self._axis:
             gate = ops.transpose(gate)
-        return ops.expand_dims(
-            gate, [k for k in range(self._rank) if k not in (self._axis, self._batch.axis)]
-        )
+        return ops.expand_dims(gate, self._other_axes)
 
 
 class _GatedNormalization(NamedTuple):

@@ -154,13 +154,23 @@ def averages_examples(loss: Tree) -> bool:
 
 def losses_by_output(model: keras.Model, num_outputs: int) -> list[OutputLoss | None]:
     """The compiled loss of each flattened output, `None` where there is none."""
-    loss = getattr(model, "loss", None)
-    if isinstance(loss, dict):
-        structure = output_structure(model)
-        names = sorted(structure) if isinstance(structure, dict) else model.output_names
-        return [loss.get(name) for name in names]
-    flat = list(loss) if isinstance(loss, (list, tuple)) else [loss]
-    return flat * num_outputs if len(flat) == 1 else flat
+    loss, structure = getattr(model, "loss", None), output_structure(model)
+    if isinstance(loss, dict) and not isinstance(structure, dict):
+        return [loss.get(name) for name in model.output_names]
+    losses = _losses_of_leaves(loss, structure)
+    return losses * num_outputs if len(losses) == 1 else losses
+
+
+def _losses_of_leaves(loss: Tree, structure: Tree) -> list[OutputLoss | None]:
+    """The loss of each leaf of a structure of outputs; losses are nested as it is, or less deeply."""
+    if isinstance(loss, dict) and isinstance(structure, dict):
+        pairs = [(loss.get(name), structure[name]) for name in sorted(structure)]
+    elif isinstance(loss, (list, tuple)):
+        parts = structure if isinstance(structure, (list, tuple)) and len(structure) == len(loss) else loss
+        pairs = list(zip(loss, parts, strict=True))
+    else:
+        return [loss] * len(keras.tree.flatten(structure))
+    return [leaf for pair in pairs for leaf in _losses_of_leaves(*pair)]
 
 
 def kind_of(loss: OutputLoss | None) -> LossKind:

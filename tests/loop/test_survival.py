@@ -664,7 +664,7 @@ model.save_weights(sys.argv[1] + "/done.weights.h5")
 
 def start(directory, seed):
     folder = pathlib.Path(__file__).parent
-    path = os.pathsep.join([str(folder), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([*map(str, [folder, *folder.parents[:2]]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(directory), str(seed)],
         env={**os.environ, "PYTHONPATH": path, "KERAS_BACKEND": keras.backend.backend()},

@@ -137,6 +137,8 @@ def test_what_is_no_goal_is_refused(goal):
         "`goal` says how much to remove. Expected a number above 0 and below 1 (0.3 removes 30 % of the "
         "parameters), or a dict of one or more of 'params', 'flops', 'activation_memory', each with such a "
         'fraction to remove, or with a whole number that may be left, as {"params": 200_000}. '
+        "`keras_taylor.compress` also takes 'bytes', 'latency', or one of these with a format (saved-model, "
+        "litert, litert-float16, litert-dynamic, litert-int8, onnx, keras) as in 'bytes:litert-int8'. "
         f"Received: goal={goal!r}"
     )
 
