@@ -14,6 +14,7 @@ from keras_taylor.loop.fine_tuning import DivergenceError
 from keras_taylor.reports.info import Info
 from keras_taylor.reports.run_record import GoalRecord, Round
 from keras_taylor.support.arguments import OMITTED, format_value
+from keras_taylor.support.optimizers import describe_learning_rate
 from keras_taylor.support.types import Costs
 
 _UNIT_NAMES = {"params": "parameters", "flops": "FLOPs", "activation_memory": "bytes of activations"}
@@ -58,6 +59,8 @@ def describe_run(model: keras.Model, info: Info, outline: RoundOutline) -> Itera
     )
     steps = ", then ".join(_describe_steps(info.criterion, outline))
     yield f"{goals}{detail}; rounds: {outline.num_rounds}; in each: {steps}"
+    if outline.epochs:
+        yield f"learning rate: {describe_learning_rate(model, outline.learning_rate)}"
     if info.round_to > 1:
         yield f"every group of channels keeps a multiple of {info.round_to}"
     frozen = [layer.name for layer in model.layers if layer.weights and not layer.trainable]
@@ -81,9 +84,7 @@ def _describe_steps(criterion: str, outline: RoundOutline) -> Iterator[str]:
         yield "repair"
     if outline.epochs:
         optimizer = "" if outline.carries_optimizer else " with a new optimizer"
-        rate = outline.learning_rate
-        at_rate = "" if rate is None else f" at a learning rate of {rate:.3g}"
-        yield f"fine-tuning{optimizer}{at_rate}, epochs: {outline.epochs}"
+        yield f"fine-tuning{optimizer}, epochs: {outline.epochs}"
 
 
 def _describe_goal(cost: str, value: float | int, before: int) -> str:

@@ -100,6 +100,8 @@ def functional_view(model: keras.Model) -> keras.Model:
         view.dtype_policy = model.dtype_policy
     if getattr(model, "compiled", False):
         view.compile(**compile_arguments(model))
+        if hasattr(model, "history"):
+            view.history = model.history
     return view
 
 

@@ -16,6 +16,9 @@ from keras_taylor.support.keras_internals import (
 )
 from keras_taylor.support.types import Masks
 
+# A rate that is lower by these factors looks decayed: than what the last `fit` logged, than a class' default.
+_BELOW_LOGGED, _BELOW_DEFAULT = 5, 20
+
 
 class CutWeight(NamedTuple):
     """The origin of a weight of a smaller model.
@@ -35,6 +38,45 @@ def has_schedule(optimizer: keras.optimizers.Optimizer) -> bool:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return has_schedule(optimizer.inner_optimizer)
     return not isinstance(rate, (int, float))
+
+
+def describe_learning_rate(model: keras.Model, chosen: float | None) -> str:
+    """The learning rate of a fine-tuning and where it comes from; says if the compiled one looks decayed.
+
+    Args:
+        model: The compiled model.
+        chosen: The rate; `None`: as compiled.
+    """
+    optimizer = model.optimizer
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    if hasattr(inner, "optimizers"):
+        return "those of the compiled optimizers"
+    if has_schedule(optimizer):
+        setting = learning_rate_setting(inner)
+        name = getattr(setting, "__name__", type(setting).__name__)
+        return f"the compiled schedule, `{name}`, from its start in each round"
+    compiled = float(keras.ops.convert_to_numpy(inner.learning_rate))
+    source = f"the compiled rate, {compiled:.3g}"
+    if chosen is not None:
+        source = f"{chosen:.3g}, {chosen / compiled:.3g} times {source}" if compiled else f"{chosen:.3g}"
+    return source + _describe_decay(model, inner, compiled)
+
+
+def _describe_decay(model: keras.Model, optimizer: keras.optimizers.Optimizer, rate: float) -> str:
+    """Why a compiled rate looks like one that a callback has lowered, in words; empty if it does not."""
+    record = getattr(getattr(model, "history", None), "history", {})
+    highest = float(max(record.get("learning_rate", [0.0])))
+    default = inspect.signature(type(optimizer)).parameters.get("learning_rate")
+    usual = default.default if default is not None else None
+    if rate <= highest / _BELOW_LOGGED:
+        sign = f"the last `fit` went up to {highest:.3g}"
+    elif record or not int(optimizer.iterations):  # no callback has lowered it
+        return ""
+    elif isinstance(usual, float) and rate <= usual / _BELOW_DEFAULT:
+        sign = f"it has trained, and `{type(optimizer).__name__}` begins with {usual:.3g} by default"
+    else:
+        return ""
+    return f", which looks decayed ({sign}): pass `learning_rate` for a higher one"
 
 
 def fresh_optimizer(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:

@@ -122,6 +122,42 @@ def test_a_learning_rate_beside_a_schedule_is_refused():
         keras_taylor.compress(model, stripes(), learning_rate=0.01)
 
 
+def rate_line(model, capsys, **arguments):
+    keras_taylor.compress(model, stripes(), 0.2, increment=0.2, verbose=2, **arguments)
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if one.startswith("learning rate: "))
+    return line.removeprefix("learning rate: ")
+
+
+def test_the_learning_rate_is_said_and_where_it_comes_from(capsys):
+    model = small_model()
+    assert rate_line(model, capsys) == "0.005, 0.1 times the compiled rate, 0.05"
+    assert rate_line(model, capsys, repair=False) == "the compiled rate, 0.05"
+    assert rate_line(model, capsys, learning_rate=0.1) == "0.1, 2 times the compiled rate, 0.05"
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 20)
+    model = small_model(optimizer=keras.optimizers.SGD(schedule))
+    assert rate_line(model, capsys) == "the compiled schedule, `CosineDecay`, from its start in each round"
+
+
+def test_a_learning_rate_that_a_callback_left_behind_is_said_to_look_decayed(capsys, tmp_path):
+    model = small_model(optimizer=keras.optimizers.Adam(0.001))
+    lower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 10)
+    model.fit(*stripes(), epochs=3, callbacks=[lower], verbose=0)
+    text = "1e-07, 0.1 times the compiled rate, 1e-06, which looks decayed (%s): pass `learning_rate` "
+    text += "for a higher one"
+    assert rate_line(model, capsys) == text % "the last `fit` went up to 0.0001"
+    model.save(tmp_path / "model.keras")
+    model = keras.models.load_model(tmp_path / "model.keras")
+    assert rate_line(model, capsys) == text % "it has trained, and `Adam` begins with 0.001 by default"
+
+
+def test_a_low_learning_rate_that_no_callback_has_lowered_looks_like_none_that_is_decayed(capsys):
+    model = small_model(optimizer=keras.optimizers.Adam(1e-5))
+    said = "1e-06, 0.1 times the compiled rate, 1e-05"
+    assert rate_line(model, capsys) == said
+    model.fit(*stripes(), verbose=0)
+    assert rate_line(model, capsys) == said
+
+
 @pytest.mark.parametrize("rate", [0, -0.1, float("nan"), "fast", True])
 def test_a_learning_rate_that_is_none(rate):
     with pytest.raises(ValueError, match=r"Expected a learning rate above 0. Received: learning_rate="):
