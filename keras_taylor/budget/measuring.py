@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 import keras
@@ -18,6 +17,7 @@ from keras_taylor.exports.exporting import convert_model
 from keras_taylor.exports.formats import VARIANTS, ExportSettings, check_installed
 from keras_taylor.exports.timing import time_model
 from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.support.atomic_files import scratch_folder
 from keras_taylor.support.replicas import num_processes
 from keras_taylor.support.types import BoolArray, Costs
 
@@ -87,7 +87,7 @@ class Measurements:
 
     def measure(self, model: keras.Model) -> dict[str, int]:
         """Exports a model and measures it: measured part -> bytes or nanoseconds."""
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             return {key: self._measure_cost(model, folder, self._costs[key]) for key in self.keys}
 
     def _measure_cost(self, model: keras.Model, folder: str, cost: MeasuredCost) -> int:

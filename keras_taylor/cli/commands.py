@@ -138,6 +138,8 @@ def compress_command(
     written = [*paths.intermediate[: len(others)], paths.result]
     for path, one in zip(written, [*others, small], strict=True):
         write_file(path, one.save)
+    write_text(paths.info, info.to_json())
+    written.append(paths.info)
     artifacts = [
         _export_variant(one, path, variant, (train, test), general.force)
         for variant, path_of_small in paths.exports.items()
@@ -150,14 +152,16 @@ def compress_command(
         # their times can be compared because they are measured in turn
         artifacts = keras_taylor.measure_artifacts(artifacts)
         info.artifacts = {"before": artifacts[::2], "after": artifacts[1::2]}
+        write_text(paths.info, info.to_json())
+        written += [pathlib.Path(artifact.path) for artifact in artifacts]
     if paths.report:
         write_text(paths.report, info.to_html())
-    write_text(paths.info, info.to_json())
+        written.append(paths.report)
     if general.as_json:
         print(info.to_json())
     else:
         print(info)
-        _print_written(*written, paths.info, *([paths.report] if paths.report else []))
+        _print_written(*written)
 
 
 @app.command(
@@ -188,7 +192,11 @@ def export_command(
         raise FileError("litert-int8 is calibrated on examples: pass --data.")
     examples = inputs.load(data, loaded) if data else None
     artifact = _export_variant(loaded, path, target.format, examples, general.force, **target.arguments())
-    print(artifact.to_json() if general.as_json else artifact)
+    if general.as_json:
+        print(artifact.to_json())
+    else:
+        print(artifact)
+        _print_written(path)
 
 
 @app.command("report", epilog="Example: keras-taylor report small.json -o report.html")

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Self
@@ -15,6 +14,7 @@ import numpy as np
 from keras_taylor.exports.formats import ExportSettings
 from keras_taylor.rules.base import override_attributes
 from keras_taylor.support.arrays import padded_batches, random_inputs, read_arrays, write_arrays
+from keras_taylor.support.atomic_files import scratch_folder
 from keras_taylor.support.keras_internals import functional_class, layers_inside, sequential_function
 from keras_taylor.support.types import Array, Tensor, Tree
 
@@ -86,7 +86,7 @@ def save_and_convert(
             That is enough to measure size and speed, which do not depend on the ranges of activations.
         convert: `convert_file`, or a function that has another process call it.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         source, examples = os.path.join(folder, "model.keras"), None
         model.save(source)
         if settings.quantize == "int8":
@@ -248,7 +248,7 @@ def _input_signature(model: keras.Model, batch_size: int | None) -> list[Any]:
 
 
 def _write_litert(model: keras.Model, target: str, settings: ExportSettings, calibration: str | None) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         _write_saved_model(model, folder, settings.batch_size)
         content = _convert_to_litert(folder, settings, model.inputs, calibration)
     with open(target, "wb") as file:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_taylor.exports.artifacts import Artifact, ExportError
-from keras_taylor.support.types import Array, Tree
+from keras_taylor.support.types import Array, Shape, Tree
 
 # By `quantize`: largest accepted difference, relative to an output's largest absolute value.
 TOLERANCES: Final[dict[str | None, float]] = {None: 1e-4, "float16": 1e-2, "dynamic": 0.1, "int8": 0.1}
@@ -62,25 +62,40 @@ def accuracy(targets: Tree, outputs: Sequence[Array]) -> float:
     Raises:
         ValueError: for other targets or outputs.
     """
-    (first, *more) = outputs
+    labels = labels_of_classes(targets, [output.shape for output in outputs])
+    return float((outputs[0].argmax(-1) == labels).mean())
+
+
+def labels_of_classes(targets: Tree, shapes: Sequence[Shape]) -> Array:
+    """Targets as integers of the shape of the one output, without its last axis.
+
+    Args:
+        targets: As in `accuracy`.
+        shapes: Shapes of the flattened outputs.
+
+    Raises:
+        ValueError: for other targets or outputs, and for labels beyond the classes.
+    """
+    (shape, *more) = shapes
     labels = np.asarray(targets) if not more and not isinstance(targets, (list, tuple, dict)) else None
-    if labels is not None and labels.shape == first.shape and first.shape[-1] > 1:
+    num_classes = shape[-1] or 0
+    if labels is not None and labels.shape == shape and num_classes > 1:
         labels = labels.argmax(-1)
-    elif labels is not None and labels.shape == (*first.shape[:-1], 1):
+    elif labels is not None and labels.shape == (*shape[:-1], 1):
         labels = labels[..., 0]
-    if labels is None or labels.shape != first.shape[:-1] or first.shape[-1] < 2:
-        shapes = [np.shape(y) for y in keras.tree.flatten(targets)]
+    if labels is None or labels.shape != shape[:-1] or num_classes < 2:
         raise ValueError(
             "Accuracy is defined for one output with classes along its last axis, and integer labels or "
             "one-hot targets. Pass `metric`, a callable `(y, outputs)` that returns a number. Received: "
-            f"data with y of shapes {shapes} for outputs of shapes {[y.shape for y in outputs]}"
+            f"data with y of shapes {[np.shape(y) for y in keras.tree.flatten(targets)]} for outputs of "
+            f"shapes {list(shapes)}"
         )
-    if labels.min(initial=0) < 0 or labels.max(initial=0) >= first.shape[-1]:
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= num_classes:
         raise ValueError(
-            f"Labels lie beyond the {first.shape[-1]} classes of the output. Received: data with y from "
+            f"Labels lie beyond the {num_classes} classes of the output. Received: data with y from "
             f"{labels.min()} to {labels.max()}"
         )
-    return float((first.argmax(-1) == labels).mean())
+    return labels
 
 
 def tolerance_violation(artifact: Artifact, tolerance: float, max_drop: float) -> str:

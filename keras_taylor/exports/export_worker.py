@@ -210,6 +210,12 @@ class WorkerPool:
             self._workers[key] = Worker(backend, self._lock)
         return self._workers[key]
 
+    def start(self, backend: str) -> bool:
+        """Starts the worker for a backend, which loads its libraries alone; whether there was none yet."""
+        with self._lock:
+            known = self._workers.get((os.getpid(), backend))
+            return self.worker_for(backend) is not known
+
     def run(self, backend: str, request: JobRequest) -> JobAnswer:
         """Has the worker for a backend do a job."""
         with self._lock:

@@ -3,28 +3,30 @@
 import dataclasses
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 
 import keras
+from rich.console import Console
 
 from keras_taylor.exports.artifacts import Artifact, ExportError, size_on_disk
 from keras_taylor.exports.conversion import save_and_convert
 from keras_taylor.exports.export_checks import check_calibration, check_limits, check_model, check_target
 from keras_taylor.exports.export_failures import conversion_failure, run_failure, shorten
 from keras_taylor.exports.export_parity import compare_outputs, size_violation, tolerance_violation
-from keras_taylor.exports.export_worker import JobError, run_job
+from keras_taylor.exports.export_worker import JobError, run_job, workers
 from keras_taylor.exports.formats import ExportSettings, check_installed, checked_format
 from keras_taylor.exports.inspection import Inspection
 from keras_taylor.exports.source_models import (
     ExportExamples,
     Reference,
+    check_accuracy_is_defined,
     default_tolerance,
     find_user_modules,
 )
 from keras_taylor.exports.timing import ExportedFile
 from keras_taylor.support.arrays import read_arrays, write_arrays
-from keras_taylor.support.atomic_files import AtomicFile
+from keras_taylor.support.atomic_files import AtomicFile, scratch_folder
+from keras_taylor.support.console import Reporter
 from keras_taylor.support.types import Array, Data, Tree
 
 _MAX_REPETITIONS = 100
@@ -122,6 +124,13 @@ def export(
     check_target(target, format, overwrite)
     check_installed(format)
     examples = ExportExamples.collect(model, samples, calibration, data)
+    if metric is None:
+        check_accuracy_is_defined(model, examples)
+    backend = _backend_for(format)
+    if workers.start(backend):  # while the model's own outputs are computed
+        Reporter(console=Console(stderr=True, soft_wrap=True)).say(
+            f"export: starting a process with Keras on {backend}, which takes some seconds the first time"
+        )
     reference = Reference(model, examples, metric)
     with AtomicFile(target) as draft:
         convert_model(model, draft.path, settings, examples.calibration)
@@ -241,7 +250,7 @@ def _inspect(
     Raises:
         ExportError: if the file does not run.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
 
         def write_table(name: str, arrays: Sequence[Array]) -> tuple[str, str]:
             source, outputs = (os.path.join(folder, f"{name}-{part}.npz") for part in ("inputs", "outputs"))

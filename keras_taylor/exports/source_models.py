@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 import keras
 import numpy as np
 
-from keras_taylor.exports.export_parity import TOLERANCES, accuracy
+from keras_taylor.exports.export_parity import TOLERANCES, accuracy, labels_of_classes
 from keras_taylor.reading.walk import calls_without_trace
 from keras_taylor.support.arrays import as_float32, outputs_in_batches, random_inputs
 from keras_taylor.support.datasets import Feed, flat_inputs, inputs_and_targets
@@ -77,6 +77,13 @@ class ExportExamples:
         else:
             flat = random_inputs(model.inputs, _NUM_SAMPLES)
         return cls(flat, calibrated, flat_data, targets)
+
+
+def check_accuracy_is_defined(model: keras.Model, examples: ExportExamples) -> None:
+    """Refuses targets that have no accuracy, as far as the shapes of the model's outputs are known."""
+    shapes = [tuple(output.shape[1:]) for output in model.outputs]
+    if examples.data is not None and not any(None in shape for shape in shapes):
+        labels_of_classes(examples.targets, [(len(examples.data[0]), *shape) for shape in shapes])
 
 
 class FlatModels:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any, Final, NotRequired, TypedDict
@@ -14,6 +13,7 @@ from keras_taylor.exports.conversion import save_and_convert
 from keras_taylor.exports.formats import VARIANTS, ExportSettings, Variant
 from keras_taylor.exports.runners import KerasRunner, Runner, load_runner, random_examples, start_runtime
 from keras_taylor.reading.walk import calls_without_trace
+from keras_taylor.support.atomic_files import scratch_folder
 from keras_taylor.support.types import Array
 
 _NUM_WARM_UP_CALLS = 5
@@ -205,7 +205,7 @@ def _time_layer(variant: Variant, layer: IsolatedLayer, batch_size: int) -> int 
     batch_size *= layer.get("num_rows", 1)
     try:
         model = _build_model(layer)
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             runner = (
                 KerasRunner(model)
                 if variant.format == "keras"

@@ -1,17 +1,34 @@
-"""Files that take their final name only when they are complete."""
+"""Files that take their final name only when they are complete, and what killed processes left of others."""
 
+import contextlib
+import hashlib
 import os
 import pathlib
+import re
 import secrets
 import shutil
+import socket
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
+
+_DRAFT: Final = ".unfinished-"
+_SCRATCH: Final = "keras_taylor-"
+_NAMESPACE = "/proc/self/ns/pid"  # containers number their processes themselves
+_MACHINE = socket.gethostname() + (os.readlink(_NAMESPACE) if os.path.islink(_NAMESPACE) else "")
+_HOST: Final = hashlib.sha256(_MACHINE.encode()).hexdigest()[:8]
+_LONGEST_RUN = 24 * 3600.0  # seconds; of a process on another machine, which cannot be asked for
 
 
 class AtomicFile:
     """A context for a file or directory that is written beside its target, under a temporary name.
 
-    The temporary file is removed on exit unless `move_to` moved it away.
+    The temporary file is removed on exit unless `move_to` moved it away. Those of processes that were killed
+    before are removed on entry.
 
     Args:
         target: The path that the file will have.
@@ -22,9 +39,16 @@ class AtomicFile:
     """
 
     def __init__(self, target: pathlib.Path) -> None:
-        self.path = target.with_name(f".unfinished-{secrets.token_hex(4)}-{target.name}").absolute()
+        self._target = target.absolute()
+        self.path = self._target.with_name(f"{_DRAFT}{_owner()}-{secrets.token_hex(4)}-{target.name}")
 
     def __enter__(self) -> Self:
+        for left in _left_behind(self.path.parent, _DRAFT):
+            if left.name.endswith(f"-{self._target.name}.old") and not self._target.exists():
+                with contextlib.suppress(OSError):  # another process is faster
+                    left.rename(self._target)  # it was about to be replaced
+            elif left.name.endswith((f"-{self._target.name}", f"-{self._target.name}.old")):
+                _remove(left)
         return self
 
     def __exit__(
@@ -53,6 +77,45 @@ class AtomicFile:
             raise
         _remove(old)
         return target
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A temporary directory. Those of processes that were killed before are removed."""
+    for left in _left_behind(pathlib.Path(tempfile.gettempdir()), _SCRATCH):
+        _remove(left)
+    return tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{_owner()}-")
+
+
+def _owner() -> str:
+    return f"{_HOST}-{os.getpid()}"
+
+
+def _left_behind(folder: pathlib.Path, prefix: str) -> Iterator[pathlib.Path]:
+    """Files and directories of this user in a folder whose process has ended."""
+    for path in folder.glob(f"{prefix}*"):
+        found = re.match(rf"{re.escape(prefix)}(\w+)-(\d+)-", path.name)
+        try:
+            status = path.lstat()
+        except OSError:  # its process is faster
+            continue
+        is_own = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+        if found and is_own and not stat.S_ISLNK(status.st_mode):
+            host, process = found.groups()
+            if not _may_run(host, int(process), time.time() - status.st_mtime):
+                yield path
+
+
+def _may_run(host: str, process: int, seconds: float) -> bool:
+    """Whether a process may still run that wrote something so many seconds ago."""
+    if host != _HOST or sys.platform == "win32":  # where a signal 0 would end the process
+        return seconds < _LONGEST_RUN
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return seconds < _LONGEST_RUN  # numbers of processes come again
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -77,7 +77,8 @@ def test_a_file_under_its_size_by_words(run):
 @pytest.mark.slow
 def test_original_and_result_are_exported_and_measured_together(run):
     code, out, _ = run(*COMPRESS, "--epochs", "0", "--export", "litert-dynamic", "--report", "report.html")
-    assert code == 0 and "original-small-litert-dynamic.tflite" in out
+    names = "original-small-litert-dynamic.tflite, small-litert-dynamic.tflite, report.html"
+    assert code == 0 and f"written: small.keras, small.json, {names}" in " ".join(out.split())
     info = keras_taylor.Info.from_json(pathlib.Path("small.json").read_text())
     ((before, after),) = info.exported()
     assert before.num_bytes > after.num_bytes > 0 and after.quantize == "dynamic"

@@ -571,6 +571,18 @@ def test_the_process_imports_nothing_of_the_working_directory(trapped_folder, mo
     assert export_worker.installed_first(path, str(trapped_folder)) == expected
 
 
+def test_the_first_export_says_at_once_what_it_does(tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise keras_taylor.ExportError(capsys.readouterr().err)
+
+    export_worker.workers.close()
+    monkeypatch.setattr(exporting, "Reference", fail)
+    with pytest.raises(keras_taylor.ExportError, match="starting a process with Keras on tensorflow"):
+        keras_taylor.export(conv1d(), tmp_path / "a.onnx")
+    with pytest.raises(keras_taylor.ExportError, match=r"^$"):
+        keras_taylor.export(conv1d(), tmp_path / "a.onnx")
+
+
 def test_arguments_are_documented():
     names = [n for n in inspect.signature(keras_taylor.export).parameters if n not in ("model", "path")]
     assert all(f"        {name}: " in keras_taylor.export.__doc__ for name in names)
