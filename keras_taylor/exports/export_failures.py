@@ -36,10 +36,11 @@ def _conversion_advice(error: Exception, settings: ExportSettings) -> str:
     name = error.error_name if isinstance(error, JobError) else type(error).__name__
     if name in ("LoadingError", "ModuleNotFoundError"):
         return (
-            "It does not load in the process that converts it, where Keras runs on TensorFlow. Classes of "
-            "your own must be registered (`keras.saving.register_keras_serializable`) in a module that can "
-            "be imported, not in a script or notebook. A layer that calls functions of another backend "
-            "cannot be exported to this format. "
+            "It does not load in the process that converts it, where Keras runs on TensorFlow. Put your own "
+            "classes in a module that can be imported, and register them "
+            "(`keras.saving.register_keras_serializable`), or install `cloudpickle`, with which those of a "
+            "script or notebook are sent as they are. A layer that calls functions of another backend cannot "
+            "be exported to this format. "
         )
     if name != "ConverterError":
         return ""

@@ -9,7 +9,6 @@ no job for a while.
 
 import atexit
 import contextlib
-import importlib
 import json
 import os
 import signal
@@ -18,11 +17,12 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypedDict
 
-from keras_taylor.exports import conversion, inspection, timing
+from keras_taylor.exports import conversion, inspection, source_models, timing
 from keras_taylor.exports.formats import ExportSettings
+from keras_taylor.exports.source_models import UserCode
 
 IDLE_SECONDS = 60
 CAN_FORK = sys.platform == "linux"  # macOS' system libraries do not survive a fork, Windows has none
@@ -48,14 +48,14 @@ class JobRequest(TypedDict):
 
     Attributes:
         job: Key of `JOBS`.
-        modules: Names of modules to import first.
+        code: The user's own classes.
         path: The user's `sys.path`.
         folder: The user's working directory.
         arguments: Arguments of the job's function.
     """
 
     job: str
-    modules: list[str]
+    code: UserCode
     path: list[str]
     folder: str
     arguments: dict[str, Any]
@@ -69,13 +69,13 @@ class JobAnswer(TypedDict, total=False):
     message: str
 
 
-def run_job(backend: str, job: str, modules: Iterable[str] = (), **arguments: Any) -> Any:
+def run_job(backend: str, job: str, code: UserCode | None = None, **arguments: Any) -> Any:
     """Has the process for a backend do a job. Starts the process if there is none.
 
     Args:
         backend: Keras' backend in that process.
         job: Key of `JOBS`.
-        modules: Names of modules to import first: they register the user's classes.
+        code: The user's own classes, which the process loads first.
         **arguments: Arguments of the job's function, as JSON can hold them.
 
     Returns:
@@ -86,7 +86,7 @@ def run_job(backend: str, job: str, modules: Iterable[str] = (), **arguments: An
     """
     request: JobRequest = {
         "job": job,
-        "modules": sorted(modules),
+        "code": code or {"modules": [], "pickles": {}},
         "path": [os.path.abspath(entry) for entry in sys.path],
         "folder": os.getcwd(),
         "arguments": arguments,
@@ -273,8 +273,7 @@ def execute_job(request: JobRequest) -> JobAnswer:
     """Does a job in this process; returns its result or its error."""
     try:
         sys.path[:] = request["path"]  # the user's modules are found as in the user's process
-        for name in request["modules"]:
-            importlib.import_module(name)
+        source_models.load_user_code(request["code"])
         sys.path[:] = installed_first(request["path"], request["folder"])
         return {"result": JOBS[request["job"]](**request["arguments"])}
     except Exception as error:

@@ -21,7 +21,7 @@ from keras_taylor.exports.source_models import (
     Reference,
     check_accuracy_is_defined,
     default_tolerance,
-    find_user_modules,
+    find_user_code,
 )
 from keras_taylor.exports.timing import ExportedFile
 from keras_taylor.support.arrays import read_arrays, write_arrays
@@ -53,8 +53,8 @@ def export(
 
     It works the same on every backend: another process, which runs Keras on TensorFlow, loads a copy of
     the model and converts it. It runs the result and compares the outputs with those of the model on its
-    own backend. Only then is the file moved to `path`. Your own layers must be registered
-    (`keras.saving.register_keras_serializable`) in a module that can be imported.
+    own backend. Only then is the file moved to `path`. Your own layers may be in a module that can be
+    imported; or, with the package `cloudpickle`, in a script or notebook.
 
     The file is for inference: layers that do something in training only, such as dropout and augmentation,
     are not in it. LiteRT and ONNX files compute in float32 where the model does in half precision.
@@ -192,7 +192,7 @@ def measure_artifacts(
         latencies = run_job(
             _backend_for(*{artifact.format for artifact in artifacts}),
             "time_files",
-            modules=find_user_modules(),
+            code=find_user_code(),
             files=files,
             batch_size=batch_size,
             repetitions=repetitions,
@@ -229,7 +229,7 @@ def convert_model(
         run_job(
             _backend_for(settings.format),
             "convert",
-            find_user_modules(model),
+            find_user_code(model),
             source=source,
             target=target,
             settings=dataclasses.asdict(settings),
@@ -264,7 +264,7 @@ def _inspect(
             inspection: Inspection = run_job(
                 _backend_for(settings.format),
                 "inspect",
-                find_user_modules(model),
+                find_user_code(model),
                 format=settings.format,
                 path=str(path),
                 names=[tensor.name for tensor in model.inputs],

@@ -1,10 +1,17 @@
 """The Keras model that is exported: its layers, the modules that define them, its outputs on examples."""
 
+import base64
+import contextlib
 import dataclasses
+import importlib
+import importlib.util
+import json
+import pickle
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypedDict
 
 import keras
 import numpy as np
@@ -18,7 +25,7 @@ from keras_taylor.support.types import Array, Data, FloatArray, Tree
 
 _NUM_SAMPLES = 32
 _MAX_CALIBRATION = 200
-_OWN_MODULES: Final = ("keras", "keras_taylor", "builtins", "__main__")
+_NOT_OWN: Final = ("keras", "keras_taylor", "builtins")  # packages whose classes are not the user's
 
 Metric = Callable[[Any, Any], float]
 
@@ -33,13 +40,69 @@ def default_tolerance(model: keras.Model, quantize: str | None) -> float:
     return TOLERANCES["float16" if quantize is None and has_half_precision(model) else quantize]
 
 
-def find_user_modules(model: keras.Model | None = None) -> list[str]:
-    """Names of the modules that register the user's classes and functions when they are imported."""
-    objects = list(keras.saving.get_custom_objects().values())
-    if model is not None:
-        objects += [type(layer) for layer in layers_inside(model)]
-    modules = {getattr(each, "__module__", None) for each in objects}
-    return sorted(name for name in modules if name and name.split(".")[0] not in _OWN_MODULES)
+class UserCode(TypedDict):
+    """What another process needs to load a model with classes and functions of the user's own.
+
+    Attributes:
+        modules: Names of the modules that register them when they are imported.
+        pickles: Those that no import brings, by the name under which Keras looks for them, as pickles in
+            base64.
+    """
+
+    modules: list[str]
+    pickles: dict[str, str]
+
+
+def find_user_code(model: keras.Model | None = None) -> UserCode:
+    """The user's classes and functions that Keras knows, and those of a model's layers.
+
+    Classes of a script or notebook are pickled by value, those that are not registered by reference. Without
+    the package `cloudpickle` there are only modules. What cannot be pickled is left out.
+    """
+    registered = keras.saving.get_custom_objects()
+    types = [] if model is None else [type(each) for each in (model, *layers_inside(model))]
+    known = {**{keras.saving.get_registered_name(each): each for each in types}, **registered}
+    own = {name: value for name, value in known.items() if _root_module(value) not in _NOT_OWN}
+    modules = {value.__module__ for value in own.values() if _root_module(value) != "__main__"}
+    pickles = {}
+    if importlib.util.find_spec("cloudpickle") is not None:
+        import cloudpickle
+
+        needed = None if model is None else json.dumps(model.get_config(), default=str)
+        for name, value in own.items():
+            if (name not in registered or _is_made_here(value)) and (needed is None or name in needed):
+                with contextlib.suppress(Exception):  # anything can be in a class
+                    pickles[name] = base64.b64encode(cloudpickle.dumps(value)).decode()
+    return {"modules": sorted(modules), "pickles": pickles}
+
+
+def load_user_code(code: UserCode) -> None:
+    """Makes Keras know what `find_user_code` found in another process, the user's own.
+
+    A pickle that does not load is left out: a model that needs it does not load either.
+    """
+    for name in code["modules"]:
+        importlib.import_module(name)
+    for name, text in code["pickles"].items():
+        try:
+            value = pickle.loads(base64.b64decode(text))
+        except Exception:
+            traceback.print_exc()
+            continue
+        package, is_registered, short = name.rpartition(">")
+        if is_registered:
+            keras.saving.register_keras_serializable(package, short)(value)
+        else:
+            keras.saving.get_custom_objects()[name] = value
+
+
+def _is_made_here(value: Any) -> bool:
+    """Whether a class or function is none that an import makes."""
+    return _root_module(value) == "__main__" or "<locals>" in getattr(value, "__qualname__", "")
+
+
+def _root_module(value: Any) -> str:
+    return (getattr(value, "__module__", None) or "builtins").split(".")[0]
 
 
 @dataclasses.dataclass(frozen=True)

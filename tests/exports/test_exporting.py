@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import itertools
 import json
@@ -308,16 +309,60 @@ def test_a_crash_of_the_converter_is_an_error_and_the_next_export_works(tmp_path
     assert keras_taylor.export(conv1d(), tmp_path / "model.onnx").num_bytes > 0
 
 
-def test_a_class_that_the_process_cannot_import(tmp_path):
+SCRIPT = """
+import threading
+import keras
+
+FACTOR = 3
+
+def scaled(x):
+    return FACTOR * x
+
+@keras.saving.register_keras_serializable("script")
+class Base(keras.layers.Layer):
+    def call(self, x):
+        return scaled(x)
+
+@keras.saving.register_keras_serializable("script")
+class Registered(Base):
+    def call(self, x):
+        return super().call(x) + 1
+
+@keras.saving.register_keras_serializable("script")
+class NotInTheModel(Base):
+    lock = threading.Lock()
+
+class Plain(keras.layers.Layer):
+    def call(self, x):
+        return x * x
+"""
+
+
+def test_classes_of_a_script_or_notebook(tmp_path, monkeypatch):
+    """By value, registered or not; another process cannot import them."""
+    script = {"__name__": "__main__"}
+    with keras.saving.custom_object_scope({}):
+        exec(SCRIPT, script)
+        model = keras.Sequential([keras.Input((4,)), script["Registered"](), script["Plain"]()])
+        for name in ("own.onnx", "own.keras"):
+            assert keras_taylor.export(model, tmp_path / name).relative_difference < 1e-5
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "cloudpickle" else find(name)
+        )
+        with pytest.raises(keras_taylor.ExportError, match="or install `cloudpickle`") as caught:
+            keras_taylor.export(model, tmp_path / "model.tflite")
+    assert "register_keras_serializable" in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == ["own.keras", "own.onnx"]
+
+
+def test_a_class_that_is_made_in_a_function(tmp_path):
     class Local(keras.layers.Layer):
         def call(self, x):
             return x + 1
 
     model = keras.Sequential([keras.Input((4,)), Local()])
-    with pytest.raises(keras_taylor.ExportError, match="must be registered") as caught:
-        keras_taylor.export(model, tmp_path / "model.tflite")
-    assert "register_keras_serializable" in str(caught.value)
-    assert os.listdir(tmp_path) == []
+    assert keras_taylor.export(model, tmp_path / "own.tflite").relative_difference < 1e-5
 
 
 def test_what_lite_rt_has_no_operation_for_says_so(tmp_path):
@@ -554,7 +599,8 @@ def test_a_process_without_work_ends(monkeypatch):
     with pytest.raises(JobError, match="KeyError: 'no such job'"):
         run_job("numpy", "no such job")
     process.wait(timeout=20)
-    request = {"path": sys.path, "folder": os.getcwd(), "modules": ["no_such_module"], "job": "convert"}
+    code = {"modules": ["no_such_module"], "pickles": {}}
+    request = {"path": sys.path, "folder": os.getcwd(), "code": code, "job": "convert"}
     assert export_worker.execute_job(request)["error"] == "ModuleNotFoundError"
 
 
@@ -565,7 +611,7 @@ def test_the_process_imports_nothing_of_the_working_directory(trapped_folder, mo
         run_job("numpy", "no such job")
     (trapped_folder / "own.py").write_text("raise ValueError('found')")
     with pytest.raises(JobError, match="ValueError: found"):
-        run_job("numpy", "no such job", ["own"])
+        run_job("numpy", "no such job", {"modules": ["own"], "pickles": {}})
     path = ["", "lib", str(trapped_folder), "/usr/lib"]
     expected = [str(trapped_folder / "lib"), "/usr/lib", str(trapped_folder)]
     assert export_worker.installed_first(path, str(trapped_folder)) == expected
