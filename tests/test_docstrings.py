@@ -51,16 +51,36 @@ def small_classifier():
     return model
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_examples_run(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def given():
+    """What examples may use."""
     random = np.random.default_rng(0)
     x, y = random.normal(size=(64, 8, 8, 1)).astype("float32"), random.integers(0, 3, 64)
-    test = EXAMPLES[name]
-    test.globs = {
-        **test.globs, "keras": keras, "np": np, "keras_taylor": keras_taylor, "model": small_classifier(),
+    return {
+        "keras": keras, "np": np, "keras_taylor": keras_taylor, "model": small_classifier(),
         "x": x, "y": y, "x_val": x[:16], "y_val": y[:16],
     }  # fmt: skip
+
+
+FIRST_LINE = "small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)\n"
+
+
+@pytest.fixture(scope="module")
+def after_first_line():
+    """What there is after the line with which many examples begin; it runs once for all of them."""
+    names = given()
+    exec(FIRST_LINE, names)
+    return names
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_run(name, tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    test = EXAMPLES[name]
+    if test.examples[0].source == FIRST_LINE:
+        test.globs = {**test.globs, **request.getfixturevalue("after_first_line")}
+        test.examples = test.examples[1:]
+    else:
+        test.globs = {**test.globs, **given()}
     failures = []
     options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     doctest.DocTestRunner(Checker(), verbose=False, optionflags=options).run(test, out=failures.append)

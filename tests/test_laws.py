@@ -24,16 +24,21 @@ from keras_taylor.scores.gated_model import GatedModel
 TOLERANCE = {"mixed_dtype": 2e-2}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_empty_plan_changes_nothing_to_the_bit(name):
+def of_every_model(test):
+    """Marks a law: it is checked on each model of the zoo."""
+    return pytest.mark.laws(4)(pytest.mark.parametrize("name", NAMES)(test))
+
+
+@of_every_model
+def test_an_empty_plan_changes_no_weight_by_a_bit(name):
     model, x = case(name).model, case(name).x
     same = keras_taylor.prune(model, keras_taylor.Plan())
     assert same is not model
     # calls of a shared layer that are equally deep may be recorded in another order
     if name not in (*helpers.OPENED, "detector"):
         assert json.loads(same.to_json()) == json.loads(model.to_json())
-    for before, after in zip(predict(model, x), predict(same, x), strict=True):
-        np.testing.assert_array_equal(after, before)
+    # how PyTorch rounds depends on where in the memory a matrix begins
+    assert relative_difference(predict(same, x), predict(model, x)) <= 1e-6
     for before, after in zip(model.weights, same.weights, strict=True):
         assert before is not after
         np.testing.assert_array_equal(
@@ -41,7 +46,7 @@ def test_an_empty_plan_changes_nothing_to_the_bit(name):
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@of_every_model
 def test_gates_at_zero_equal_the_pruned_model(name):
     model, x, plan, small = case(name).model, case(name).x, case(name).plan, case(name).small
     channels = label_model(model)
@@ -56,7 +61,7 @@ def test_gates_at_zero_equal_the_pruned_model(name):
     assert relative_difference(open_gates, closed_gates) > 1e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@of_every_model
 def test_costs_are_those_of_the_plan(name):
     model, plan, small = case(name).model, case(name).plan, case(name).small
     assert plan.before["params"] == model.count_params()
@@ -65,7 +70,7 @@ def test_costs_are_those_of_the_plan(name):
     assert plan.after == CostModel(label_model(small))()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@of_every_model
 def test_pruning_twice_equals_pruning_once(name):
     model, first, small = case(name).model, case(name).plan, case(name).small
     second = helpers.random_plan(small, seed=3, fraction=0.2)
@@ -77,7 +82,7 @@ def test_pruning_twice_equals_pruning_once(name):
         np.testing.assert_array_equal(keras.ops.convert_to_numpy(a), keras.ops.convert_to_numpy(b), a.path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@of_every_model
 def test_names_flags_and_settings_survive(name):
     model, small = case(name).model, case(name).small
     model = copy_model(model) if name in helpers.OPENED else model
@@ -103,7 +108,7 @@ def test_names_flags_and_settings_survive(name):
     assert small.loss == model.loss
 
 
-@pytest.mark.parametrize("name", NAMES)
+@of_every_model
 def test_the_reached_reduction_is_the_goal_or_one_unit_more(name):
     model = case(name).model
     scores, goal = helpers.random_scores(model, seed=5), 0.5 * helpers.reachable(model)
@@ -118,7 +123,7 @@ def test_the_reached_reduction_is_the_goal_or_one_unit_more(name):
     assert costs(kept)["params"] > ceiling
 
 
-@pytest.mark.parametrize("name", NAMES)
+@of_every_model
 def test_no_verb_changes_the_model_and_the_pruned_one_trains(name):
     model, x = case(name).model, case(name).x
     y = helpers.targets_of(model, x)
@@ -157,10 +162,13 @@ assert "keras_taylor" not in sys.modules
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """Predictions of all pruned models, saved, and loaded in one fresh process."""
+def loaded(request, tmp_path_factory):
+    """Predictions of the pruned models that are asked for, saved, and loaded in one fresh process."""
     folder = tmp_path_factory.mktemp("saved")
-    names = [n for n in zoo.BUILDERS if n != "channels_first" or helpers.BACKEND != "tensorflow"]
+    asking = [item for item in request.session.items if "loaded" in item.fixturenames]
+    names = [item.callspec.params["name"] for item in asking if not item.get_closest_marker("skip")]
+    if helpers.BACKEND == "tensorflow":
+        names = [name for name in names if name != "channels_first"]
     for name in names:
         case(name).small.save(folder / f"{name}.keras")
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(zoo.__file__)}
@@ -170,7 +178,7 @@ def loaded(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
+@of_every_model
 def test_a_saved_model_predicts_the_same_without_the_package(name, loaded):
     with np.load(loaded / f"{name}.npz") as arrays:
         after = list(arrays.values())

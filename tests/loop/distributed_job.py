@@ -13,7 +13,6 @@ import pathlib
 import signal
 import sys
 
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
@@ -49,13 +48,13 @@ class Job:
             start(int(os.environ.get("NUM_DEVICES", NUM_DEVICES[backend])))
 
     def _devices_jax(self, number):
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={number}"
+        os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={number}"
         import keras
 
         keras.distribution.set_distribution(keras.distribution.DataParallel())
 
     def _sharded_jax(self, number):
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={number}"
+        os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={number}"
         import keras
 
         mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"))
@@ -67,7 +66,7 @@ class Job:
         )
 
     def _processes_jax(self, number):
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={number // 2}"
+        os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={number // 2}"
         import jax
 
         # an engine that waits for a worker that died says so after this many seconds, by default 100

@@ -44,7 +44,7 @@ def test_narrow_strided_convolutions_train():
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 @pytest.mark.parametrize("strides", [2, (1, 3)])
-def test_values_are_the_same_to_the_bit(data_format, strides):
+def test_values_are_the_same(data_format, strides):
     if data_format == "channels_first" and BACKEND == "tensorflow":
         pytest.skip("TensorFlow has no such convolution on a CPU")
     inputs = keras.Input((9, 9, 9))
@@ -52,5 +52,7 @@ def test_values_are_the_same_to_the_bit(data_format, strides):
     model = keras.Model(inputs, x)
     same = keras_taylor.prune(model, keras_taylor.Plan())
     data = np.random.default_rng(0).normal(size=(4, 9, 9, 9)).astype("float32")
-    np.testing.assert_array_equal(same.predict(data, verbose=0), model.predict(data, verbose=0))
+    np.testing.assert_allclose(
+        same.predict(data, verbose=0), model.predict(data, verbose=0), rtol=1e-6, atol=1e-6
+    )
     assert same.get_layer("conv").get_config() == model.get_layer("conv").get_config()
