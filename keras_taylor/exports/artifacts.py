@@ -54,10 +54,10 @@ class Artifact:
         difference: Largest absolute difference from the Keras model's outputs.
         relative_difference: Largest difference in an output, divided by that output's largest
             absolute value; the maximum over all outputs.
-        agreement: Fraction of predictions (argmax over the last axis) that equal the Keras model's.
-            `None` if no output has two or more classes, or if the Keras model predicts the same class
-            for all samples.
-        metric: Accuracy of the artifact on `data`, or the value of `metric`; `None` without `data`.
+        agreement: Share of predictions that equal the Keras model's, each class that it predicts weighted
+            the same: of classes (argmax over the last axis), or of a mask (above 0.5; of logits 0).
+            `None` if no output has either, or if the Keras model predicts the same for all samples.
+        metric: The artifact's metric on `data`; `None` without `data`.
         model_metric: The same for the Keras model.
         latency_ms: Median time of one call in milliseconds, on one thread of this machine's CPU. The
             format "keras" uses as many threads as its backend takes.
@@ -68,6 +68,10 @@ class Artifact:
             does not tell.
         arena_bytes: LiteRT only, for one batch: the most bytes of tensors that are alive at the same
             time, see `inspection.arena_size`. `None` for other formats.
+        relative_error: Root mean square of the differences of an output, divided by the standard deviation
+            of its values; the maximum over all outputs. `None` in what an earlier version wrote.
+        metric_name: Name of the metric; `None` without `data`.
+        verdict: By what the file was accepted, one line.
 
     Example:
 
@@ -95,6 +99,9 @@ class Artifact:
     latency_batch: int
     peak_memory: int | None
     arena_bytes: int | None
+    relative_error: float | None = None
+    metric_name: str | None = None
+    verdict: str = ""
 
     def to_json(self) -> str:
         """Writes all attributes as text.
@@ -139,7 +146,8 @@ class Artifact:
             ) from error
 
     def __str__(self) -> str:
-        return render_table(artifact_table([self]), width=140)
+        table = render_table(artifact_table([self]), width=140)
+        return f"{table}\n{self.verdict}" if self.verdict else table
 
 
 def artifact_table(artifacts: Sequence[Artifact]) -> Table:

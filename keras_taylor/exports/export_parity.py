@@ -1,16 +1,22 @@
 """Comparison of an artifact's outputs with the Keras model's, and the differences that are accepted."""
 
 from collections.abc import Sequence
-from typing import Final, TypedDict
+from typing import Final, Literal, NamedTuple, TypeAlias, TypedDict
 
 import keras
 import numpy as np
 
 from keras_taylor.exports.artifacts import Artifact, ExportError
-from keras_taylor.support.types import Array, Shape, Tree
+from keras_taylor.support.types import Array, FloatArray, Shape, Tree
 
-# By `quantize`: largest accepted difference, relative to an output's largest absolute value.
+# What an output says: one of several classes, yes or no, numbers; or nobody knows.
+OutputKind: TypeAlias = Literal["classes", "mask", "numbers", "unknown"]
+
+# By `quantize`: largest accepted error.
 TOLERANCES: Final[dict[str | None, float]] = {None: 1e-4, "float16": 1e-2, "dynamic": 0.1, "int8": 0.1}
+_MAX_DROP = 0.02  # of a metric that is better the larger it is
+_MAX_GROWTH = 0.1  # of another one, as a share of its value
+LOSSY: Final = ("dynamic", "int8")  # precisions whose outputs are judged by what they say
 _DIFFERS = "The exported model differs from the Keras model"
 _WAYS_OUT = (
     "Expected a difference within the tolerance. Pass `samples` that resemble the model's real inputs, "
@@ -18,38 +24,106 @@ _WAYS_OUT = (
 )
 
 
-class OutputDifferences(TypedDict):
-    """Attributes of an `Artifact` that compare its outputs with the Keras model's."""
+class OutputError(NamedTuple):
+    """How far one output is from the Keras model's.
 
+    Attributes:
+        kind: What the output says.
+        difference: Largest absolute difference.
+        relative_difference: The same, divided by the output's largest absolute value.
+        relative_error: Root mean square of the differences, divided by the output's spread.
+        agreement: Share of predictions that are the Keras model's; `None` if there are none.
+    """
+
+    kind: OutputKind
     difference: float
     relative_difference: float
+    relative_error: float
     agreement: float | None
 
 
-def compare_outputs(outputs: Sequence[Array], reference: Sequence[Array]) -> OutputDifferences:
-    """Differences of flattened outputs from the Keras model's.
+class OutputDifferences(TypedDict):
+    """Attributes of an `Artifact`: the largest ones of its outputs, of agreements the smallest."""
+
+    difference: float
+    relative_difference: float
+    relative_error: float
+    agreement: float | None
+
+
+class MetricValues(NamedTuple):
+    """A metric of the Keras model and of the artifact."""
+
+    name: str
+    larger_is_better: bool
+    before: float
+    after: float
+
+
+class Verdict(NamedTuple):
+    """Whether an artifact is accepted, and in one line by what, or why not."""
+
+    is_accepted: bool
+    text: str
+
+
+def compare_output(ours: Array, theirs: Array, kind: OutputKind = "unknown") -> OutputError:
+    """How far one output is from the Keras model's.
 
     Raises:
         ExportError: if the shapes differ.
     """
-    absolute, relative, agreements = 0.0, 0.0, []
-    for ours, theirs in zip(outputs, reference, strict=True):
-        if ours.shape != theirs.shape:
-            raise ExportError(
-                "The exported model's outputs have other shapes than the Keras model's. Expected "
-                f"{theirs.shape}. Received: an output of shape {ours.shape}"
-            )
-        difference = np.abs(ours.astype("float32") - theirs)
-        worst = float(np.where(np.isfinite(difference), difference, np.inf).max(initial=0))
-        absolute = max(absolute, worst)
-        scale = float(np.abs(theirs).max(initial=0))
-        relative = max(relative, worst / scale if scale else worst)
-        if theirs.ndim > 1 and theirs.shape[-1] > 1:
-            predicted = theirs.argmax(-1)
-            if (predicted != predicted.flat[0]).any():  # agreement on a constant proves nothing
-                agreements.append(float((ours.argmax(-1) == predicted).mean()))
-    agreement = min(agreements, default=None)
-    return {"difference": absolute, "relative_difference": relative, "agreement": agreement}
+    if ours.shape != theirs.shape:
+        raise ExportError(
+            "The exported model's outputs have other shapes than the Keras model's. Expected "
+            f"{theirs.shape}. Received: an output of shape {ours.shape}"
+        )
+    difference = np.abs(ours.astype("float64") - theirs)
+    difference = np.where(np.isfinite(difference), difference, np.inf)
+    worst, scale = float(difference.max(initial=0)), float(np.abs(theirs).max(initial=0))
+    relative_error = _root_mean_square(difference) / (_spread(theirs) or 1.0)
+    return OutputError(kind, worst, worst / (scale or 1.0), relative_error, _agreement(ours, theirs, kind))
+
+
+def summarize_errors(errors: Sequence[OutputError]) -> OutputDifferences:
+    """The errors of several outputs as attributes of an `Artifact`."""
+    return {
+        "difference": max((error.difference for error in errors), default=0.0),
+        "relative_difference": max((error.relative_difference for error in errors), default=0.0),
+        "relative_error": max((error.relative_error for error in errors), default=0.0),
+        "agreement": min((e.agreement for e in errors if e.agreement is not None), default=None),
+    }
+
+
+def _agreement(ours: Array, theirs: Array, kind: OutputKind) -> float | None:
+    """The share of predictions that are the Keras model's. Each class that it predicts weighs the same.
+
+    Else an empty mask would agree with nearly all of a small object's. `None` without predictions, and where
+    they are the same everywhere, which proves nothing.
+    """
+    if kind == "mask":
+        middle = 0.5 if theirs.min(initial=0) >= 0 and theirs.max(initial=0) <= 1 else 0.0  # else logits
+        predicted, found = ((y > middle).ravel().astype(int) for y in (theirs, ours))
+    elif kind != "numbers" and theirs.ndim > 1 and theirs.shape[-1] > 1:
+        predicted, found = (y.argmax(-1).ravel() for y in (theirs, ours))
+    else:
+        return None
+    classes, indices = np.unique(predicted, return_inverse=True)
+    if len(classes) < 2:
+        return None
+    hits = np.bincount(indices, weights=predicted == found)
+    return float((hits / np.bincount(indices)).mean())
+
+
+def _spread(output: FloatArray) -> float:
+    """The standard deviation of an output around the means of its channels; of a constant one its size."""
+    channels = output.astype("float64").reshape(-1, output.shape[-1] if output.ndim > 1 else 1)
+    size, spread = _root_mean_square(channels), _root_mean_square(channels - channels.mean(0))
+    return spread if spread > 1e-5 * size else size
+
+
+def _root_mean_square(values: FloatArray) -> float:
+    return float(np.sqrt(np.square(values).mean()))
 
 
 def accuracy(targets: Tree, outputs: Sequence[Array]) -> float:
@@ -98,26 +172,64 @@ def labels_of_classes(targets: Tree, shapes: Sequence[Shape]) -> Array:
     return labels
 
 
-def tolerance_violation(artifact: Artifact, tolerance: float, max_drop: float) -> str:
-    """How an artifact's outputs or metric differ by more than is accepted, `""` if they do not."""
-    relative, agreement = artifact.relative_difference, artifact.agreement
-    error = relative
-    if artifact.quantize in ("dynamic", "int8") and agreement is not None and np.isfinite(relative):
-        error = min(relative, 1 - agreement)
-    # `not <=` in place of `>`, so that NaN is a violation
-    if not error <= tolerance:
-        classes = "" if agreement is None else f", and {1 - agreement:.1%} of the predictions differ"
-        return (
-            f"{_DIFFERS}: the largest difference is {artifact.difference:.3g}, {relative:.3g} of the "
-            f"output's largest value{classes}. The tolerance is {tolerance:.3g}. {_WAYS_OUT}"
+def judge(
+    quantize: str | None,
+    errors: Sequence[OutputError],
+    metric: MetricValues | None,
+    tolerance: float,
+    max_drop: float | None = None,
+) -> Verdict:
+    """Whether an exported model is as good as the Keras model.
+
+    What is quantized to int8 is judged by its metric if there is one, else by what its outputs say. In
+    floating point every value counts, too.
+
+    Args:
+        quantize: The precision.
+        errors: How far each output is from the Keras model's.
+        metric: The metric on the user's data, `None` without data.
+        tolerance: Largest error to accept; `inf`: any, if a metric decides.
+        max_drop: How much worse the metric may be; `None`: 0.02, or a tenth of its value if it is better
+            the smaller it is.
+    """
+    if not all(np.isfinite(error.difference) for error in errors):
+        return Verdict(False, f"{_DIFFERS}: its outputs are not finite, or far too large. {_WAYS_OUT}")
+    verdicts = [_judge_output(error, tolerance, quantize in LOSSY) for error in errors]
+    worst = min(verdicts, key=lambda verdict: verdict.is_accepted)
+    if metric is None or not worst.is_accepted:
+        return worst
+    by_metric = _judge_metric(metric, max_drop)
+    return by_metric if quantize in LOSSY or not by_metric.is_accepted else worst
+
+
+def _judge_metric(metric: MetricValues, max_drop: float | None) -> Verdict:
+    name, is_larger_better, before, after = metric
+    if max_drop is None:
+        max_drop = _MAX_DROP if is_larger_better else _MAX_GROWTH * abs(before)
+    worse = before - after if is_larger_better else after - before
+    if not worse <= max_drop:  # in place of `>`, so that NaN is a violation
+        return Verdict(
+            False,
+            f"{_DIFFERS}: '{name}' {'falls' if is_larger_better else 'grows'} from {before:.4g} to "
+            f"{after:.4g}. The largest accepted drop is {max_drop:.3g}. {_WAYS_OUT}",
         )
-    before, after = artifact.model_metric, artifact.metric
-    if before is not None and after is not None and not before - after <= max_drop:
-        return (
-            f"{_DIFFERS}: the metric falls from {before:.4g} to {after:.4g}. The largest accepted drop is "
-            f"{max_drop:.3g}. {_WAYS_OUT}"
-        )
-    return ""
+    less = "less" if is_larger_better else "more"
+    return Verdict(True, f"judged by '{name}': {after:.4g}, at most {max_drop:.3g} {less} than {before:.4g}")
+
+
+def _judge_output(error: OutputError, tolerance: float, is_lossy: bool) -> Verdict:
+    """By the values of an output; if it is lossy, in its own terms as well."""
+    worst, spread = error.relative_difference, error.relative_error
+    found = {f"the largest difference is {worst:.3g} of the largest value": worst}
+    if is_lossy:
+        found = {f"the error is {spread:.3g} of the spread of the values": spread, **found}
+        if error.agreement is not None:
+            what = "of the mask" if error.kind == "mask" else "of the classes"
+            found = {f"{error.agreement:.1%} {what} agree": 1 - error.agreement, **found}
+    accepted = [text for text, value in found.items() if value <= tolerance]
+    if accepted:
+        return Verdict(True, f"judged by its outputs: {accepted[0]} (tolerance {tolerance:.3g})")
+    return Verdict(False, f"{_DIFFERS}: {', '.join(found)}. The tolerance is {tolerance:.3g}. {_WAYS_OUT}")
 
 
 def size_violation(artifact: Artifact, max_bytes: float | None, max_arena_bytes: float | None) -> str:

@@ -12,15 +12,15 @@ from keras_taylor.exports.artifacts import Artifact, ExportError, size_on_disk
 from keras_taylor.exports.conversion import save_and_convert
 from keras_taylor.exports.export_checks import check_calibration, check_limits, check_model, check_target
 from keras_taylor.exports.export_failures import conversion_failure, run_failure, shorten
-from keras_taylor.exports.export_parity import compare_outputs, size_violation, tolerance_violation
+from keras_taylor.exports.export_parity import Verdict, judge, size_violation, summarize_errors
 from keras_taylor.exports.export_worker import JobError, run_job, workers
 from keras_taylor.exports.formats import ExportSettings, check_installed, checked_format
 from keras_taylor.exports.inspection import Inspection
 from keras_taylor.exports.source_models import (
     ExportExamples,
+    ExportMetric,
     Reference,
-    check_accuracy_is_defined,
-    default_tolerance,
+    accepted_error,
     find_user_code,
 )
 from keras_taylor.exports.timing import ExportedFile
@@ -44,7 +44,7 @@ def export(
     data: Data = None,
     metric: Callable[[Tree, Tree], float] | None = None,
     tolerance: float | None = None,
-    max_drop: float = 0.02,
+    max_drop: float | None = None,
     max_bytes: float | None = None,
     max_arena_bytes: float | None = None,
     overwrite: bool = False,
@@ -82,15 +82,18 @@ def export(
         samples: Inputs to compare outputs on, with the structure and shapes that the model takes, batch
             axis first. Default `None`: those of `calibration`, else of `data` (at most 32), else
             32 random examples (standard normal reals, integers 0 and 1).
-        data: `(x, y)`, or batches of these, to compute `metric` on for the artifact and the model.
+        data: `(x, y)`, or batches of these, to compute a metric on for the artifact and the model.
             Default `None`: no metric is computed.
         metric: A callable `(y, outputs)` that returns a number, the larger the better. It gets arrays, or
-            lists of arrays for a model with several outputs. Default `None`: accuracy, for integer labels
-            or one-hot `y` and a single output with classes along its last axis.
-        tolerance: Largest relative difference to accept, see `Artifact.relative_difference`. Default
-            `None`: 1e-4 for float32, 1e-2 for "float16", 0.1 for "dynamic" and "int8". The last two are
-            also accepted if no larger fraction of the predicted classes differs.
-        max_drop: Largest drop of the metric to accept. Default 0.02.
+            lists of arrays for a model with several outputs. Default `None`: the first metric that the
+            model is compiled with; without one the accuracy, for integer labels or one-hot `y` and a single
+            output with classes along its last axis; else the compiled loss.
+        tolerance: Largest error to accept. Default `None`: in float32 1e-4, for "float16" 1e-2, of
+            `Artifact.relative_difference`. For "dynamic" and "int8" with `data` the metric decides; without,
+            0.1 of each output in its own terms: of `1 - agreement` for classes and masks, of
+            `relative_error` for numbers. `Artifact.verdict` says it in one line.
+        max_drop: How much worse the metric may be. Default `None`: 0.02; a tenth of its value for a compiled
+            metric or loss that is better the smaller it is.
         max_bytes: Largest size to accept, in bytes. Default `None`: any.
         max_arena_bytes: LiteRT only: largest `Artifact.arena_bytes` to accept. Default `None`: any. A
             microcontroller limits both `max_bytes` (flash) and `max_arena_bytes` (RAM). Leave it some
@@ -124,19 +127,18 @@ def export(
     check_target(target, format, overwrite)
     check_installed(format)
     examples = ExportExamples.collect(model, samples, calibration, data)
-    if metric is None:
-        check_accuracy_is_defined(model, examples)
+    on_data = None if data is None else ExportMetric(model, examples, metric)
     backend = _backend_for(format)
     if workers.start(backend):  # while the model's own outputs are computed
         Reporter(console=Console(stderr=True, soft_wrap=True)).say(
             f"export: starting a process with Keras on {backend}, which takes some seconds the first time"
         )
-    reference = Reference(model, examples, metric)
+    reference = Reference(model, examples, on_data)
+    limits = accepted_error(model, quantize, data is not None) if tolerance is None else tolerance, max_drop
     with AtomicFile(target) as draft:
         convert_model(model, draft.path, settings, examples.calibration)
-        artifact = _inspect(model, draft.path, settings, reference)
-        accepted = default_tolerance(model, quantize) if tolerance is None else tolerance
-        violation = tolerance_violation(artifact, accepted, max_drop)
+        artifact, verdict = _inspect(model, draft.path, settings, reference, limits)
+        violation = "" if verdict.is_accepted else verdict.text
         violation = violation or size_violation(artifact, max_bytes, max_arena_bytes)
         if violation:
             rejected = draft.move_to(target.with_name(target.name + ".rejected"))
@@ -243,9 +245,13 @@ def convert_model(
 
 
 def _inspect(
-    model: keras.Model, path: pathlib.Path, settings: ExportSettings, reference: Reference
-) -> Artifact:
-    """Runs and measures a file that was converted from a model.
+    model: keras.Model,
+    path: pathlib.Path,
+    settings: ExportSettings,
+    reference: Reference,
+    limits: tuple[float, float | None],
+) -> tuple[Artifact, Verdict]:
+    """Runs, measures and judges a file that was converted from a model; `limits` are as `judge` takes them.
 
     Raises:
         ExportError: if the file does not run.
@@ -275,17 +281,23 @@ def _inspect(
         except JobError as error:
             raise run_failure(error, model, settings) from error
         outputs, *data_outputs = [read_arrays(target) for _, target in tables]
-    return Artifact(
+    errors = reference.compare(outputs)
+    metric = reference.metric_values(*data_outputs) if data_outputs else None
+    verdict = judge(settings.quantize, errors, metric, *limits)
+    artifact = Artifact(
         path=str(path),
         format=settings.format,
         quantize=settings.quantize,
         batch_size=settings.batch_size,
         num_bytes=size_on_disk(path),
-        **compare_outputs(outputs, reference.outputs),
-        metric=reference.score(data_outputs[0]) if data_outputs else None,
-        model_metric=reference.metric_value,
+        **summarize_errors(errors),
+        metric=metric and metric.after,
+        model_metric=metric and metric.before,
+        metric_name=metric and metric.name,
+        verdict=verdict.text,
         **inspection,
     )
+    return artifact, verdict
 
 
 def _backend_for(*formats: str) -> str:

@@ -6,26 +6,45 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import pickle
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self, TypedDict
 
 import keras
 import numpy as np
 
-from keras_taylor.exports.export_parity import TOLERANCES, accuracy, labels_of_classes
+from keras_taylor.exports.export_parity import (
+    LOSSY,
+    TOLERANCES,
+    MetricValues,
+    OutputError,
+    OutputKind,
+    accuracy,
+    compare_output,
+    labels_of_classes,
+)
+from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reading.walk import calls_without_trace
-from keras_taylor.support.arrays import as_float32, outputs_in_batches, random_inputs
+from keras_taylor.support.arguments import larger_is_better
+from keras_taylor.support.arrays import as_float32, as_number, outputs_in_batches, random_inputs
 from keras_taylor.support.datasets import Feed, flat_inputs, inputs_and_targets
-from keras_taylor.support.keras_internals import layers_inside
+from keras_taylor.support.keras_internals import layers_inside, output_structure, producer
 from keras_taylor.support.types import Array, Data, FloatArray, Tree
 
 _NUM_SAMPLES = 32
 _MAX_CALIBRATION = 200
 _NOT_OWN: Final = ("keras", "keras_taylor", "builtins")  # packages whose classes are not the user's
+_EITHER_LOSS = ("crossentropy", "ce")
+# Parts of the names of losses and activations, by what their output says.
+_WORDS: Final[dict[OutputKind, tuple[str, ...]]] = {
+    "classes": ("categorical", "kl_div", "softmax"),
+    "mask": ("binary", "sigmoid"),
+    "numbers": ("mean_", "squared", "absolute", "huber", "log_cosh"),
+}
 
 Metric = Callable[[Any, Any], float]
 
@@ -35,8 +54,13 @@ def has_half_precision(model: keras.Model) -> bool:
     return any(layer.compute_dtype in ("float16", "bfloat16") for layer in layers_inside(model))
 
 
-def default_tolerance(model: keras.Model, quantize: str | None) -> float:
-    """The tolerance for a precision. A model that computes in half precision is no more accurate itself."""
+def accepted_error(model: keras.Model, quantize: str | None, has_metric: bool) -> float:
+    """The tolerance for a precision; any error where a metric decides.
+
+    A model that computes in half precision is no more accurate itself.
+    """
+    if has_metric and quantize in LOSSY:
+        return math.inf
     return TOLERANCES["float16" if quantize is None and has_half_precision(model) else quantize]
 
 
@@ -142,11 +166,73 @@ class ExportExamples:
         return cls(flat, calibrated, flat_data, targets)
 
 
-def check_accuracy_is_defined(model: keras.Model, examples: ExportExamples) -> None:
+class ExportMetric:
+    """The metric of outputs for the user's data.
+
+    It is a callable of the user's, else the first compiled metric, else the accuracy. For targets that
+    have no accuracy it is the compiled loss.
+
+    Args:
+        model: The model that is exported.
+        examples: The examples, with data.
+        metric: A callable `(y, outputs)`, or `None`.
+
+    Raises:
+        ValueError: for targets that have no accuracy, if the model is not compiled.
+    """
+
+    def __init__(self, model: keras.Model, examples: ExportExamples, metric: Metric | None = None) -> None:
+        self._targets, self._metric = examples.targets, metric
+        settings = compile_settings(model) if metric is None else None
+        self._compiled: keras.Model | None = None
+        if metric is None and not (settings and _has_metrics(settings)):
+            try:
+                _check_accuracy_is_defined(model, examples)
+                settings = None
+            except ValueError:
+                if not settings or settings["loss"] is None:
+                    raise
+        if settings:
+            self._compiled = _model_of_outputs(model, settings)
+
+    def score(self, outputs: Sequence[Array]) -> tuple[str, float]:
+        """Name and value of the metric for flattened outputs."""
+        if self._compiled is not None:
+            values = self._compiled.evaluate(list(outputs), self._targets, verbose=0, return_dict=True)
+            name = next((name for name in values if not name.endswith("loss")), "loss")
+            return name, as_number(values[name])
+        if self._metric is None:
+            return "accuracy", accuracy(self._targets, outputs)
+        name = getattr(self._metric, "__name__", "metric")
+        return name, float(self._metric(self._targets, outputs[0] if len(outputs) == 1 else outputs))
+
+    def larger_is_better(self, name: str) -> bool:
+        """Whether a metric of this name is better the larger it is: the user's own are."""
+        return self._compiled is None or larger_is_better(name)
+
+
+def _has_metrics(settings: Mapping[str, Any]) -> bool:
+    found = [settings["metrics"], settings["weighted_metrics"]]
+    return any(one is not None for one in keras.tree.flatten(found))
+
+
+def _check_accuracy_is_defined(model: keras.Model, examples: ExportExamples) -> None:
     """Refuses targets that have no accuracy, as far as the shapes of the model's outputs are known."""
     shapes = [tuple(output.shape[1:]) for output in model.outputs]
     if examples.data is not None and not any(None in shape for shape in shapes):
         labels_of_classes(examples.targets, [(len(examples.data[0]), *shape) for shape in shapes])
+
+
+def _model_of_outputs(model: keras.Model, settings: Mapping[str, Any]) -> keras.Model:
+    """A model from outputs to the same outputs, compiled as another one is: it evaluates those of a file."""
+    inputs = [keras.Input(output.shape[1:]) for output in model.outputs]
+    named = zip(inputs, _output_names(model), strict=True)
+    outputs = [keras.layers.Identity(name=name, dtype="float32")(x) for x, name in named]
+    structure = output_structure(model)
+    packed = outputs[0] if structure is None else keras.tree.pack_sequence_as(structure, outputs)
+    result = keras.Model(inputs, packed)
+    result.compile(**{**settings, "optimizer": "sgd", "run_eagerly": True, "jit_compile": False})
+    return result
 
 
 class FlatModels:
@@ -175,18 +261,19 @@ class Reference:
     Args:
         model: The model that is exported.
         examples: The examples to run it on.
-        metric: A callable `(y, outputs)`; `None` for accuracy.
+        metric: The metric on `examples.data`; `None` without data.
 
     Attributes:
         examples: The examples.
         outputs: Flattened outputs for `examples.samples`.
-        metric_value: The metric on `examples.data`, `None` where there are none.
 
     Raises:
         ValueError: if outputs are not finite.
     """
 
-    def __init__(self, model: keras.Model, examples: ExportExamples, metric: Metric | None = None) -> None:
+    def __init__(
+        self, model: keras.Model, examples: ExportExamples, metric: ExportMetric | None = None
+    ) -> None:
         self.examples, self._metric = examples, metric
         self.outputs = _predict(model, examples.samples)
         if not all(np.isfinite(output).all() for output in self.outputs):
@@ -200,13 +287,56 @@ class Reference:
                 "Pass `samples` that resemble the model's real inputs.",
                 stacklevel=3,
             )
-        self.metric_value = None if examples.data is None else self.score(_predict(model, examples.data))
+        self._kinds = _kinds_of_outputs(model, self.outputs)
+        self._before = metric.score(_predict(model, examples.data or ())) if metric else ("", 0.0)
 
-    def score(self, outputs: Sequence[Array]) -> float:
-        """The metric of flattened outputs for `examples.data`."""
+    def compare(self, outputs: Sequence[Array]) -> list[OutputError]:
+        """How far each of an artifact's outputs for `examples.samples` is from the model's."""
+        return [compare_output(*one) for one in zip(outputs, self.outputs, self._kinds, strict=True)]
+
+    def metric_values(self, outputs: Sequence[Array]) -> MetricValues | None:
+        """The metric of the model and of an artifact that has these outputs for `examples.data`."""
         if self._metric is None:
-            return accuracy(self.examples.targets, outputs)
-        return float(self._metric(self.examples.targets, outputs[0] if len(outputs) == 1 else outputs))
+            return None
+        (name, before), (_, after) = self._before, self._metric.score(outputs)
+        return MetricValues(name, self._metric.larger_is_better(name), before, after)
+
+
+def _kinds_of_outputs(model: keras.Model, outputs: Sequence[FloatArray]) -> list[OutputKind]:
+    """What each output says, by its compiled loss, else by its activation, else by its values."""
+    loss = getattr(model, "loss", None)
+    losses = [loss.get(name) for name in _output_names(model)] if isinstance(loss, dict) else [loss]
+    if isinstance(loss, (list, tuple)):
+        losses = list(keras.tree.flatten(loss))
+    losses = losses * len(outputs) if len(losses) == 1 else losses
+    if len(losses) != len(outputs):
+        losses = [None] * len(outputs)
+    return [_kind_of_output(*one) for one in zip(losses, model.outputs, outputs, strict=True)]
+
+
+def _kind_of_output(loss: Any, tensor: keras.KerasTensor, output: FloatArray) -> OutputKind:
+    if isinstance(loss, str) and loss not in _EITHER_LOSS:
+        loss = keras.losses.get(loss)
+    loss = loss if isinstance(loss, str) else getattr(loss, "fn", loss)
+    layer = producer(tensor)
+    activation = getattr(layer, "activation", layer)
+    for name in (loss if isinstance(loss, str) else _name_of(loss), _name_of(activation)):
+        if name in _EITHER_LOSS:
+            return "classes" if output.shape[-1] > 1 else "mask"
+        for kind, words in _WORDS.items():
+            if any(word in name.lower() for word in words):
+                return kind
+    is_distribution = output.ndim > 1 and output.shape[-1] > 1 and output.min(initial=0) >= 0
+    return "classes" if is_distribution and np.allclose(output.sum(-1), 1, atol=1e-3) else "unknown"
+
+
+def _output_names(model: keras.Model) -> list[str]:
+    """The names by which `compile` knows outputs; a Sequential model does not list them."""
+    return getattr(model, "output_names", None) or [producer(tensor).name for tensor in model.outputs]
+
+
+def _name_of(value: Any) -> str:
+    return str(getattr(value, "__name__", type(value).__name__))
 
 
 def _predict(model: keras.Model, arrays: Sequence[Array]) -> list[FloatArray]:

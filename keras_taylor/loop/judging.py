@@ -8,14 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_taylor.support.arguments import MovedArgument
+from keras_taylor.support.arguments import MovedArgument, larger_is_better
 from keras_taylor.support.arrays import as_number
 from keras_taylor.support.datasets import BATCH_SIZE, EndWatch, count_batches
 from keras_taylor.support.replicas import check_batches
 from keras_taylor.support.types import Data
-
-# A metric with one of these in its name is better the larger it is.
-_LARGER_IS_BETTER = ("acc", "auc", "precision", "recall", "f1", "fbeta", "iou", "dice", "r2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +76,7 @@ class MetricLimit:
         """
         if self.mode != "auto":
             return 1 if self.mode == "max" else -1
-        return 1 if any(part in name.lower() for part in _LARGER_IS_BETTER) else -1
+        return 1 if larger_is_better(name) else -1
 
     def worst_allowed(self, name: str, reference: float) -> float:
         """Returns the worst value that the limit allows.

@@ -1,4 +1,4 @@
-"""Arguments as Python code, and arguments that moved into a value."""
+"""Arguments as Python code, names of metrics, and arguments that moved into a value."""
 
 import dataclasses
 import functools
@@ -13,6 +13,13 @@ OMITTED = "..."
 P = ParamSpec("P")
 Returned = TypeVar("Returned")
 _MAX_ENTRIES = 50  # of lists and dicts that are written out
+# A metric with one of these in its name is better the larger it is.
+_LARGER_IS_BETTER = ("acc", "auc", "precision", "recall", "f1", "fbeta", "iou", "dice", "r2")
+
+
+def larger_is_better(name: str) -> bool:
+    """Whether larger values of a metric are better, by its name."""
+    return any(part in name.lower() for part in _LARGER_IS_BETTER)
 
 
 class MovedArgument(NamedTuple):

@@ -19,7 +19,14 @@ from helpers import BACKEND, fingerprint, predict, random_plan
 import keras_taylor
 from keras_taylor.exports import conversion, export_worker, exporting, runners
 from keras_taylor.exports.artifacts import Artifact, artifact_table, size_on_disk
-from keras_taylor.exports.export_parity import TOLERANCES, accuracy, compare_outputs, tolerance_violation
+from keras_taylor.exports.export_parity import (
+    TOLERANCES,
+    MetricValues,
+    OutputError,
+    accuracy,
+    compare_output,
+    judge,
+)
 from keras_taylor.exports.export_worker import JobError, run_job
 from keras_taylor.exports.formats import checked_format
 from keras_taylor.support.console import render_table
@@ -295,6 +302,50 @@ def test_accuracy_on_data_and_a_metric_of_ones_own(made, tmp_path):
     assert artifact.metric == 53
 
 
+def small_object():
+    """A U-Net's output: a mask of a small object; one pixel is wrong by far after int8."""
+    inputs = keras.Input((8, 8, 1))
+    x = keras.layers.Conv2D(8, 3, padding="same", activation="relu")(inputs)
+    return keras.Model(
+        inputs, keras.layers.Conv2D(1, 3, padding="same", activation="sigmoid", name="mask")(x)
+    )
+
+
+def test_int8_is_judged_by_the_compiled_metric_or_in_the_terms_of_the_output(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = small_object()
+    x = np.random.default_rng(0).standard_normal((40, 8, 8, 1)).astype("float32")
+    y = (x > 1).astype("float32")
+    options = {"quantize": "int8", "calibration": x, "overwrite": True}
+    path = tmp_path / "mask.tflite"
+    assert keras_taylor.export(model, path, **options).verdict.startswith("judged by its outputs: ")
+    model.compile("adam", "binary_crossentropy", metrics=[keras.metrics.BinaryIoU([1], name="iou")])
+    model.fit(x, y, epochs=5, verbose=0)
+    artifact = keras_taylor.export(model, path, data=(x, y), **options)
+    assert artifact.metric_name == "iou"
+    assert artifact.model_metric == pytest.approx(model.evaluate(x, y, verbose=0)[1], abs=1e-5)
+    assert artifact.verdict.startswith("judged by 'iou': ") and artifact.verdict in str(artifact)
+    with pytest.raises(keras_taylor.ExportError, match=r"of the mask agree, the error is .* of the spread"):
+        keras_taylor.export(model, path, data=(x, y), tolerance=0, **options)
+    with pytest.raises(keras_taylor.ExportError, match="'iou' falls from"):
+        keras_taylor.export(model, path, data=(x, y), max_drop=-1, **options)
+
+
+def test_the_loss_is_the_metric_of_targets_without_an_accuracy(tmp_path):
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, {"b": keras.layers.Dense(1, name="one")(inputs), "a": 2 * inputs})
+    model.compile("sgd", {"a": "mse", "b": "mae"})
+    x = np.random.default_rng(0).standard_normal((40, 4)).astype("float32")
+    y = {"a": x, "b": x[:, :1]}
+    artifact = keras_taylor.export(model, tmp_path / "a.onnx", data=(x, y))
+    expected = model.evaluate(x, y, verbose=0, return_dict=True)["loss"]
+    assert (artifact.metric_name, artifact.metric) == ("loss", pytest.approx(expected, rel=1e-4))
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    artifact = keras_taylor.export(model, tmp_path / "b.onnx", data=(x, x[:, :1]))
+    assert (artifact.metric_name, artifact.metric) == ("mae", pytest.approx(artifact.model_metric, rel=1e-4))
+
+
 def test_layers_of_the_users_own_module(tmp_path):
     model = keras.Sequential([keras.Input((4,)), exported_layers.Doubled(), keras.layers.Dense(3)])
     assert keras_taylor.export(model, tmp_path / "own.onnx").relative_difference < 1e-5
@@ -389,7 +440,7 @@ def test_a_fall_of_the_metric_is_moved_aside(tmp_path):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     x = np.random.default_rng(0).standard_normal((20, 4)).astype("float32")
     falling = itertools.count(1, -1)  # the Keras model is asked first
-    with pytest.raises(keras_taylor.ExportError, match="the metric falls from 1 to 0"):
+    with pytest.raises(keras_taylor.ExportError, match="'<lambda>' falls from 1 to 0"):
         keras_taylor.export(
             model, tmp_path / "a.onnx", data=(x, x[:, 0]), metric=lambda y, outputs: next(falling)
         )
@@ -537,42 +588,70 @@ def test_a_missing_package_names_the_extra(package, tmp_path, monkeypatch):
         keras_taylor.export(conv1d(), tmp_path / "a.onnx")
 
 
-def outputs_off_by(amount):
-    return [np.array([[1.0, 2.0 + amount], [4.0, 3.0]], "float32")]
+def compared(ours, theirs, kind="unknown"):
+    return compare_output(np.array(ours, "float32"), np.array(theirs, "float32"), kind)
+
+
+def off_by(amount):
+    return compared([[1, 2 + amount], [4, 3]], [[1, 2], [4, 3]])
 
 
 def test_differences_and_what_is_made_of_them():
-    reference = outputs_off_by(0)
-    found = compare_outputs(outputs_off_by(0.1), reference)
-    assert found["difference"] == pytest.approx(0.1)
-    assert found["relative_difference"] == pytest.approx(0.025)
-    assert found["agreement"] == 1
-    assert compare_outputs(outputs_off_by(-3), reference)["agreement"] == 0.5
-    assert (
-        compare_outputs([reference[0][:1]], [reference[0][:1]])["agreement"] is None
-    )  # one class, no evidence
-    assert compare_outputs(outputs_off_by(np.nan), reference)["relative_difference"] == np.inf
+    found = off_by(0.1)
+    assert found.difference == pytest.approx(0.1)
+    assert found.relative_difference == pytest.approx(0.025)
+    assert found.relative_error == pytest.approx((0.01 / 4) ** 0.5 / (2.5 / 2) ** 0.5)
+    assert found.agreement == 1 and off_by(-3).agreement == 0.5
+    assert compared([[1, 2]], [[1, 2]]).agreement is None  # one class, no evidence
+    assert compared([[1, 2], [4, 3]], [[1, 2], [4, 3]], "numbers").agreement is None
+    assert off_by(np.nan).relative_difference == np.inf
     with pytest.raises(keras_taylor.ExportError, match="other shapes"):
-        compare_outputs([np.ones((2, 3))], reference)
+        compared(np.ones((2, 3)), np.ones((2, 2)))
+
+
+def test_an_empty_mask_agrees_with_half_of_a_small_object():
+    theirs = np.zeros((1, 100))
+    theirs[0, :2] = 0.9
+    assert compared(theirs, theirs, "mask").agreement == 1
+    assert compared(theirs * 0.5, theirs, "mask").agreement == 0.5
+    assert compared(20 * theirs - 9, 20 * theirs - 8, "mask").agreement == 1  # logits
 
 
 def test_what_is_accepted():
-    fields = {f.name: None for f in dataclasses.fields(Artifact)}
-    exact = Artifact(**{**fields, "difference": 1.0, "relative_difference": 0.2, "agreement": 0.95})
-    half = dataclasses.replace(exact, agreement=0.5)
-    assert tolerance_violation(exact, 0.1, 0) != ""
-    assert tolerance_violation(exact, 0.2, 0) == ""
-    assert tolerance_violation(dataclasses.replace(exact, quantize="int8"), 0.1, 0) == ""
-    assert "50.0% of the predictions differ" in tolerance_violation(
-        dataclasses.replace(half, quantize="int8"), 0.1, 0
+    one = OutputError("classes", 1.0, 0.2, 0.3, 0.95)
+    assert not judge(None, [one], None, 0.1).is_accepted
+    assert judge(None, [one], None, 0.2).is_accepted
+    assert (
+        judge("int8", [one], None, 0.1).text
+        == "judged by its outputs: 95.0% of the classes agree (tolerance 0.1)"
     )
-    lost = dataclasses.replace(exact, quantize="int8", relative_difference=np.inf)
-    assert tolerance_violation(lost, 0.1, 0) != ""
-    falls = dataclasses.replace(exact, metric=0.8, model_metric=0.9)
-    assert "the metric falls from 0.9 to 0.8. The largest accepted drop is 0.05. " in tolerance_violation(
-        falls, 0.2, 0.05
+    half = one._replace(agreement=0.5, kind="mask")
+    refused = judge("int8", [one, half], None, 0.1)
+    assert (
+        not refused.is_accepted and "50.0% of the mask agree, the error is 0.3 of the spread" in refused.text
     )
-    assert tolerance_violation(falls, 0.2, 0.11) == ""
+    assert judge("int8", [half._replace(relative_error=0.05)], None, 0.1).is_accepted
+    numbers = one._replace(kind="numbers", agreement=None)
+    assert not judge("int8", [one, numbers], None, 0.1).is_accepted  # each output on its own
+    lost = one._replace(difference=np.inf)
+    assert "not finite" in judge("int8", [lost], MetricValues("accuracy", True, 0.9, 0.9), np.inf).text
+
+
+def test_a_metric_decides_about_what_is_quantized():
+    far = [OutputError("mask", 1.0, 0.9, 0.9, 0.5)]
+    falls = MetricValues("accuracy", True, 0.9, 0.8)
+    refused = judge("int8", far, falls, np.inf, 0.05)
+    assert not refused.is_accepted
+    assert "'accuracy' falls from 0.9 to 0.8. The largest accepted drop is 0.05. " in refused.text
+    accepted = judge("int8", far, falls, np.inf, 0.11)
+    assert accepted == (True, "judged by 'accuracy': 0.8, at most 0.11 less than 0.9")
+    assert not judge("int8", far, falls, 0.1, 0.11).is_accepted  # a tolerance was asked for
+    assert not judge(None, far, falls, 0.1, 0.11).is_accepted
+    assert (
+        "'mae' grows from 100 to 111" in judge("int8", far, MetricValues("mae", False, 100, 111), np.inf).text
+    )
+    assert judge("int8", far, MetricValues("mae", False, 100, 109), np.inf).is_accepted
+    assert not judge("int8", far, falls._replace(after=np.nan), np.inf).is_accepted
 
 
 def test_accuracy_of_labels_and_of_one_hot_targets():
