@@ -35,6 +35,7 @@ Settings and layers of your own:
 
     Selection          how the channels that leave are selected: shares of layers, multiples, floors
     Scoring            where scores come from: a criterion, examples, labels
+    FineTuning         how rounds are fine-tuned: learning rate, whether the best state is kept
     MetricLimit        when to stop: how much worse which metric may become
     criteria           what makes a channel important: the module of all criteria
     register_rule      how a layer class of your own treats channels
@@ -55,6 +56,7 @@ from keras_taylor.exports.exporting import export, measure_artifacts
 from keras_taylor.loop.callbacks import TaylorPruning
 from keras_taylor.loop.compression import compress
 from keras_taylor.loop.compression_run import CompressionInterrupted
+from keras_taylor.loop.fine_tuning import FineTuning
 from keras_taylor.loop.judging import MetricLimit
 from keras_taylor.loop.wrapper import PrunableModel
 from keras_taylor.plans.plan import LayerPlan, Plan
@@ -77,6 +79,7 @@ __all__ = [
     "Artifact",
     "CompressionInterrupted",
     "ExportError",
+    "FineTuning",
     "Group",
     "GroupStatistics",
     "Info",

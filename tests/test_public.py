@@ -20,6 +20,7 @@ def test_public_names():
         "Artifact",
         "CompressionInterrupted",
         "ExportError",
+        "FineTuning",
         "Group",
         "GroupStatistics",
         "Info",

@@ -123,7 +123,7 @@ def compress_command(
         exact=not channels.inexact,
         selection=pruning.selection(),
         repair=pruning.repair,
-        learning_rate=tuning.learning_rate,
+        learning_rate=keras_taylor.FineTuning(tuning.learning_rate, tuning.keep_best),
         max_drop=pruning.max_drop,
         distill=tuning.distill,
         epochs=tuning.epochs,

@@ -197,6 +197,14 @@ class FineTuningOptions(OptionGroup):
             help="Default: the learning rate of the compiled model, or 0.001; after a repair a tenth of it."
         ),
     ] = None
+    keep_best: Annotated[
+        bool,
+        typer.Option(
+            "--keep-best/--keep-last",
+            help="Which state of a round's model is kept: the best one on the test data, by the loss, or the "
+            "accuracy with --max-drop; or the last one.",
+        ),
+    ] = True
     distill: Annotated[
         bool, typer.Option("--distill", help="Fine-tune with the given model as the teacher.")
     ] = False

@@ -24,7 +24,7 @@ from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
 from keras_taylor.reports.info import Info
-from keras_taylor.support.identity import IdentitySet
+from keras_taylor.support.optimizers import persistent_variables
 from keras_taylor.support.replicas import bytes_from_first_process, from_first_process, is_first_process
 from keras_taylor.support.types import Array
 
@@ -69,7 +69,7 @@ class StoredState(NamedTuple):
 
 def capture(model: keras.Model, plans: list[Plan], info: Info, seed: int) -> State:
     """The `State` of a run whose last round led to `model`."""
-    variables = _read_values(_persistent_variables(model))
+    variables = _read_values(persistent_variables(model))
     optimizer = _read_values(model.optimizer.variables)
     return State(plans, info, seed, variables, optimizer, type(model.optimizer).__name__)
 
@@ -89,7 +89,7 @@ def restore_model(original: keras.Model, state: State) -> keras.Model:
     for plan in state.plans:
         labeled = label_model(model, exact=plan.exact)
         model = build_smaller_compiled(labeled, kept_units(labeled, plan), compiled_as=original, carry=False)
-    if not _assign_values(_persistent_variables(model), state.variables):
+    if not _assign_values(persistent_variables(model), state.variables):
         raise ValueError(
             "The state does not fit the model that its plans lead to; another version of Keras may "
             "have written it. Pass another directory, or delete the file. "
@@ -352,12 +352,6 @@ def _digest_file(file: io.BytesIO | io.BufferedRandom) -> str:
 def _round_of(path: pathlib.Path) -> int:
     """The round in the name of a state's file."""
     return int(cast("re.Match[str]", _FILE_NAME.fullmatch(path.name)).group(1))
-
-
-def _persistent_variables(model: keras.Model) -> list[keras.Variable]:
-    """Weights and the seeds of random layers, without the variables of metrics."""
-    of_metrics = IdentitySet(model.metrics_variables)
-    return [variable for variable in model.variables if variable not in of_metrics]
 
 
 def _read_values(variables: Iterable[keras.Variable]) -> list[Array]:

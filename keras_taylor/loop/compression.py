@@ -12,7 +12,7 @@ from keras_taylor.budget.goals import GoalLike
 from keras_taylor.budget.schedule import Increment
 from keras_taylor.loop import messages
 from keras_taylor.loop.compression_run import complete_run
-from keras_taylor.loop.fine_tuning import Distill
+from keras_taylor.loop.fine_tuning import Distill, FineTuning, parse_fine_tuning
 from keras_taylor.loop.judging import MOVED_TO_LIMIT, MetricLimit, parse_metric_limit
 from keras_taylor.loop.preparation import CompressionSettings, PreparedRun, prepare_run
 from keras_taylor.plans.selection import MOVED_TO_SELECTION, Selection
@@ -51,7 +51,7 @@ def compress(
     selection: Selection | None = None,
     repair: bool = True,
     distill: Distill = False,
-    learning_rate: float | None = None,
+    learning_rate: float | FineTuning | None = None,
     max_drop: float | MetricLimit | None = None,
     backup_dir: str | os.PathLike[str] | None = None,
     return_info: bool = False,
@@ -64,6 +64,18 @@ def compress(
     Convolutional Neural Networks for Resource Efficient Inference, 2017 (arXiv 1611.06440); the default
     scores extend Molchanov et al., Importance Estimation for Neural Network Pruning, 2019 (arXiv
     1906.10771), see `keras_taylor.criteria`.
+
+    A round keeps the best state of its model: the one before training, or that after one of the epochs, with
+    the optimizer's state of that time. States are compared on `validation_data`, by the metric of `max_drop`,
+    or else the loss. Without `validation_data` a part of `ds` is held out for it, from scores and repair too.
+    Of arrays these are random rows, the same ones for the same data: a twentieth, but at least 128, at most
+    1024, and never more than a tenth of all. Of data sets it is a copy of the first batches, with as many
+    examples, which are trained on as well. There the loss counts, and a gain over the state before training
+    has to be larger than half of its standard error. If labels fit the given model's predictions no better
+    than chance, or there are none, it is how far predictions are from the given model's. With fewer than 20
+    examples and no `validation_data` a repaired model is not trained; a line and `info` say so. A model that
+    knows `ds` by heart is judged by what it remembers, so that its best state is a cautious one: pass
+    `validation_data`. `learning_rate=FineTuning(keep_best=False)` turns all of this off.
 
     Args: Start with these
         model: The trained model, a built and compiled Sequential or Functional `keras.Model`. It does not
@@ -120,28 +132,28 @@ def compress(
         exact: `False`: channels that are normalized together may leave too, such as the residual stream of
             a transformer or a ConvNeXt, although the others change then (see `analyze`). Default `True`.
         repair: Whether to refit the layers that lost inputs, by least squares, after each cut (see
-            `keras_taylor.repair`). With `epochs=0` they are fitted to the original, on at most 512
-            examples. Otherwise they are fitted to the model of the round before, on one in 32 of the
-            examples that a round trains on, 128 to 512, and less thoroughly, since training does the rest.
-            Default `True`.
+            `keras_taylor.repair`), on at most 512 examples. They are fitted to the original, or to the model
+            of the round before once training has changed it. Default `True`.
         distill: Fine-tune with the given model as the teacher (`keras.distillation.Distiller`). `True`: the
             student imitates the outputs (Hinton et al., 2015, arXiv 1503.02531). A
             `keras.distillation.DistillationLoss` or a list of them: it imitates what these say, features
             for instance. The compiled loss on the labels makes up half of the loss, or none of it if `ds`
             has no labels. Weights of examples and classes are refused, since the distiller ignores them.
             Default `False`.
-        learning_rate: Learning rate of the fine-tuning, a float above 0. `None` (the default): the compiled
-            rate if `repair` is off, a tenth of it otherwise, since a repaired model has less to learn and
-            more to lose. A schedule that the optimizer was compiled with is kept. Your own callbacks that
-            set the rate (cycles, rewinding) have the last word. The result has the compiled rate again.
+        learning_rate: Learning rate of the fine-tuning, a float above 0, or a `FineTuning`, which also says
+            whether the best state is kept. `None` (the default): the compiled rate if `repair` is off, a
+            tenth of it otherwise, since a repaired model has less to learn and more to lose. A schedule that
+            the optimizer was compiled with is kept. Your own callbacks that set the rate (cycles, rewinding)
+            have the last word. The result has the compiled rate again.
 
     Returns:
         A plain, smaller `keras.Model`, fine-tuned and compiled as `model` is. With `return_info=True` a
         tuple of it and an `Info`. For a list of goals a list of models instead: one for each goal that was
         reached, and that of the last round if the run ended between two goals. If the loss or a weight
-        becomes NaN or infinite in fine-tuning, that round is undone, a warning says so, and the model is
-        that of the round before (an unpruned copy if there is none). With `backup_dir` the same call for a
-        model that is compiled with a lower learning rate goes on from there.
+        becomes NaN or infinite in fine-tuning, a warning says so, and the round keeps the best state before
+        that. With `FineTuning(keep_best=False)` that round is undone and ends the run: the model is that of
+        the round before (an unpruned copy if there is none). With `backup_dir` the same call for a model that
+        is compiled with a lower learning rate goes on from there.
 
     Raises:
         ValueError: Before any work, for a goal that cannot be reached, data that does not fit, a model that
@@ -169,20 +181,22 @@ def compress(
         selection=Selection() if selection is None else selection,
         repair=repair,
         distill=distill,
-        learning_rate=learning_rate,
+        tuning=parse_fine_tuning(learning_rate),
         limit=parse_metric_limit(max_drop),
         backup_dir=backup_dir,
         fit_kwargs=fit_kwargs,
     )
     with strategy_scope(model), Reporter(verbose if is_first_process() else 0) as reporter:
         run = prepare_run(model, ds, settings, reporter)
-        run.info.command = messages.format_call(_arguments_to_repeat(run, max_drop))
+        run.info.command = messages.format_call(_arguments_to_repeat(run, learning_rate, max_drop))
         state = complete_run(run)
     result = state.models if isinstance(goal, (list, tuple)) else state.models[-1]
     return (result, state.info) if return_info else result
 
 
-def _arguments_to_repeat(run: PreparedRun, max_drop: float | MetricLimit | None) -> Mapping[str, Any]:
+def _arguments_to_repeat(
+    run: PreparedRun, learning_rate: float | FineTuning | None, max_drop: float | MetricLimit | None
+) -> Mapping[str, Any]:
     """The arguments of a call that repeats a run; those that have their default value are left out.
 
     The criterion is the one that was chosen. Layers are written as name patterns. `backup_dir` and
@@ -199,7 +213,7 @@ def _arguments_to_repeat(run: PreparedRun, max_drop: float | MetricLimit | None)
         "selection": settings.selection,
         "repair": settings.repair,
         "distill": settings.distill,
-        "learning_rate": settings.learning_rate,
+        "learning_rate": learning_rate,
         "max_drop": max_drop,
     }
     defaults = {name: one.default for name, one in inspect.signature(compress).parameters.items()}

@@ -78,6 +78,11 @@ class RunState:
     plans: list[Plan]
     models: list[keras.Model]
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the model has been fine-tuned since the original."""
+        return any(one.held and one.kept_epoch > 0 for one in self.info.rounds)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrunedModel:
@@ -171,10 +176,12 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) 
     with clock.phase("prune"):
         pruned = prune_round(run, state, labeled, unit_scores, target)
     with clock.phase("repair"):
-        repairs = repair_round(run, pruned)
+        repairs = repair_round(run, pruned, thorough=not state.is_trained)
     with clock.phase("fit"):
         fitted = run.tuner.train(pruned.model, state.model, run.reporter.callback(f"{name}: fine-tuning"))
     judgment = judge_round(run, pruned, target, watched)
+    if fitted.failure:
+        warnings.warn(messages.explain_failure(fitted.failure, number, run.tuner.current_rate), stacklevel=4)
     done = Round(
         number=number,
         costs=judgment.costs,
@@ -184,6 +191,7 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) 
         seconds=clock.seconds,
         repairs=[repair_record(one) for one in repairs],
         metrics=judgment.metrics,
+        judged=fitted.judged,
         held=judgment.is_good_enough,
     )
     run.reporter.say(f"{name}: {messages.describe_round(done, run.route.before)}")
@@ -207,26 +215,26 @@ def prune_round(
 ) -> PrunedModel:
     """Cuts the units that leave in this round.
 
-    Without fine-tuning the original is cut: a repair to the original is better than a repair of repairs.
+    As long as no training was kept, the original is cut: a repair to it is better than a repair of repairs.
     """
     kept = run.route.choose_units(labeled, unit_scores, target)
     plan = plan_of(labeled, CostModel(labeled), kept, unit_scores)
     total_plan = state.info.plan.compose(plan)
-    if not run.tuner.trains:
+    if not state.is_trained:
         labeled = label_model(run.original, exact=run.settings.exact)
         kept = kept_units(labeled, total_plan)
     small = build_smaller_compiled(labeled, kept, compiled_as=run.original, carry=run.carries_optimizer)
     return PrunedModel(small, labeled, kept, plan, total_plan)
 
 
-def repair_round(run: PreparedRun, pruned: PrunedModel) -> list[LayerRepair]:
-    """Refits the layers that lost inputs, with less care for what training does as well."""
+def repair_round(run: PreparedRun, pruned: PrunedModel, thorough: bool) -> list[LayerRepair]:
+    """Refits the layers that lost inputs, and if `thorough` those behind them."""
     if not run.settings.repair:
         return []
-    trains, inputs = run.tuner.trains, run.repair_inputs
-    repairs = refit(pruned.source, pruned.kept, pruned.model, inputs, thorough=not trains)
+    inputs = run.repair_inputs
+    repairs = refit(pruned.source, pruned.kept, pruned.model, inputs, thorough=thorough)
     graph = read_model(pruned.model)
-    return repairs + renew_statistics(graph, split_into_batches(inputs), training=trains)
+    return repairs + renew_statistics(graph, split_into_batches(inputs), training=run.tuner.trains)
 
 
 def judge_round(
@@ -281,11 +289,14 @@ def announce_run(run: PreparedRun) -> None:
         repairs=run.settings.repair,
         carries_optimizer=run.carries_optimizer,
         learning_rate=run.tuner.learning_rate,
-        epochs=run.tuner.epochs,
+        epochs=run.tuner.epochs if run.tuner.trains else 0,
+        judged_on=run.tuner.judge.examples if run.tuner.judge is not None else "",
     )
     goals, route = run.route.goals.stops, run.route
     for line in messages.describe_run(run.original, run.info, outline):
         run.reporter.say(line)
+    if run.tuner.obstacle:
+        run.reporter.say(messages.explain_no_training(run.tuner.obstacle))
     for line in describe_reach(goals, route.before, route.smallest):
         run.reporter.say(line)
 

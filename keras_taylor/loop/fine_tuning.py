@@ -12,8 +12,9 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.cutting.surgery import copy_model
-from keras_taylor.loop.judging import BestEpochs
+from keras_taylor.loop.judging import BestEpochs, BestState, Judge
 from keras_taylor.reading.cloning import compile_settings
+from keras_taylor.reports.run_record import JudgedRecord
 from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, losses_by_output
 from keras_taylor.support.arguments import check_whole_number
 from keras_taylor.support.arrays import as_number
@@ -47,23 +48,23 @@ _WHOLE_NUMBERS = (
 
 
 class DivergenceError(Exception):
-    """Fine-tuning led to a loss or to weights that are not finite.
-
-    Attributes:
-        what: What happened: "the loss became NaN".
-        where: "at fine-tuning step 17" (the first one is 1), or "by the end of fine-tuning".
-    """
-
-    def __init__(self, what: str, where: str) -> None:
-        super().__init__(f"{what} {where}")
-        self.what, self.where = what, where
+    """Fine-tuning led to a loss or to weights that are not finite."""
 
 
 class FitResult(NamedTuple):
-    """What `fit` recorded: metrics by epoch, as `History.history`, and the loss of every step."""
+    """What happened in a training.
+
+    Attributes:
+        history: Metrics by epoch, as `History.history`.
+        step_losses: The loss of every step.
+        judged: Which state was kept; `None` if states were not compared.
+        failure: Why the last state could not be used, in words; empty if it could.
+    """
 
     history: dict[str, list[float]]
     step_losses: list[float]
+    judged: JudgedRecord | None = None
+    failure: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,6 +77,8 @@ class FineTuner:
         fit_kwargs: Arguments of `fit`, those of the data left out.
         distill: As in `compress`.
         learning_rate: Learning rate of each round; `None`: that of the optimizer.
+        judge: Says which state of a model is kept; `None`: the last one.
+        obstacle: Why models are not trained after all, in words; empty if they are.
 
     Raises:
         ValueError: If `fit` cannot train with this data.
@@ -86,6 +89,8 @@ class FineTuner:
     fit_kwargs: Mapping[str, Any]
     distill: Distill = False
     learning_rate: float | None = None
+    judge: Judge | None = None
+    obstacle: str = ""
 
     def __post_init__(self) -> None:
         if self.trains:
@@ -99,7 +104,7 @@ class FineTuner:
     @property
     def trains(self) -> bool:
         """Whether there is any fine-tuning."""
-        return self.epochs != 0
+        return self.epochs != 0 and not self.obstacle
 
     @property
     def current_rate(self) -> float:
@@ -126,27 +131,42 @@ class FineTuner:
             callbacks: Callbacks besides those of the user.
 
         Raises:
-            DivergenceError: If the loss or a weight became NaN or infinite. Training stops at the first
-                such loss.
+            DivergenceError: If the loss or a weight became NaN or infinite and there is no judge, who
+                would keep a state before that. Training stops at the first such loss.
         """
         if not self.trains:
-            return FitResult({}, [])
+            return FitResult({}, [], self._untrained_record())
         self._best_epochs.forget()  # of larger models
-        losses = _StepLosses()
-        callbacks = [*flat_callbacks(self.fit_kwargs.get("callbacks")), *callbacks, losses]
-        callbacks += self.feed.callbacks()
+        losses, of_user = _StepLosses(), flat_callbacks(self.fit_kwargs.get("callbacks"))
+        callbacks = [*of_user, *callbacks, losses, *self.feed.callbacks()]
+        best = None
+        if self.judge is not None:
+            # with a teacher, `fit` validates another loss; callbacks may change weights after that
+            best = BestState(self.judge, model, reads_logs=not (self.distill or of_user))
+            callbacks.append(best)
         arguments = {**self.feed.fit_arguments(), **self.fit_kwargs, "callbacks": callbacks, "verbose": 0}
         with temporary_learning_rate(model, self.learning_rate):
             trainer = model
             if self.distill:
                 trainer = make_distiller(model, self._teacher, self.distill, self.feed.has_targets)
             history = trainer.fit(**arguments).history
-        if losses.first_not_finite is not None:
-            what = f"the loss became {_name_not_finite(losses.first_not_finite)}"
-            raise DivergenceError(what, f"at fine-tuning step {len(losses.values)}")
-        _check_weights_finite(model, origin)
+            failure = losses.failure() or _describe_weights_not_finite(model, origin)
+            judged = best and best.finish(failure)  # restores the optimizer, too: not after its own rate
+        if failure and best is None:
+            raise DivergenceError(failure)
         numbers = {name: [as_number(value) for value in values] for name, values in history.items()}
-        return FitResult(numbers, losses.values)
+        return FitResult(numbers, losses.values, judged, failure)
+
+    def _untrained_record(self) -> JudgedRecord | None:
+        if not self.obstacle:
+            return None
+        return {
+            "epoch": 0,
+            "measure": "",
+            "examples": "",
+            "metrics": [],
+            "reason": f"not trained, {self.obstacle}",
+        }
 
 
 def check_fit_arguments(fit_kwargs: Mapping[str, Any]) -> None:
@@ -190,6 +210,41 @@ def flat_callbacks(callbacks: Any) -> list[keras.callbacks.Callback]:
     return flat
 
 
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """Says how each round of `compress` is fine-tuned.
+
+    `compress` takes it as `learning_rate`. A plain number is short for `FineTuning(number)`.
+
+    Args:
+        learning_rate: The learning rate, a float above 0. `None` (the default): as in `compress`.
+        keep_best: Whether a round keeps the best state of its model, the one before training among them, as
+            `compress` says. `False`: it keeps the last one, and all examples are trained on. Default `True`.
+
+    Raises:
+        ValueError: If `learning_rate` is not a number above 0.
+
+    Example:
+
+    >>> tuning = keras_taylor.FineTuning(0.01, keep_best=False)
+    >>> small = keras_taylor.compress(model, (x, y), goal=0.3, learning_rate=tuning)
+    """
+
+    learning_rate: float | None = None
+    keep_best: bool = True
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        is_number = isinstance(rate, (int, float, np.floating)) and not isinstance(rate, bool)
+        if rate is not None and not (is_number and 0 < rate < np.inf):
+            raise ValueError(f"Expected a learning rate above 0. Received: learning_rate={rate!r}")
+
+
+def parse_fine_tuning(learning_rate: float | FineTuning | None) -> FineTuning:
+    """Returns the `FineTuning` that a user passes as `learning_rate`, a number or a whole one."""
+    return learning_rate if isinstance(learning_rate, FineTuning) else FineTuning(learning_rate)
+
+
 def choose_learning_rate(
     optimizer: keras.optimizers.Optimizer, wanted: float | None, repairs: bool
 ) -> float | None:
@@ -216,13 +271,6 @@ def choose_learning_rate(
     if not repairs or has_schedule(optimizer):
         return None
     return _RATE_AFTER_REPAIR * compiled_learning_rate(optimizer)
-
-
-def check_learning_rate(wanted: float | None) -> None:
-    """Refuses anything but a number above 0, or `None`."""
-    is_number = isinstance(wanted, (int, float, np.floating)) and not isinstance(wanted, bool)
-    if wanted is not None and not (is_number and 0 < wanted < np.inf):
-        raise ValueError(f"Expected a learning rate above 0. Received: learning_rate={wanted!r}")
 
 
 def check_distill(distill: Distill) -> None:
@@ -349,6 +397,13 @@ class _StepLosses(keras.callbacks.Callback):
             self.first_not_finite = total
             self.model.stop_training = True
 
+    def failure(self) -> str:
+        """At which step the loss became NaN or infinite, in words; empty if it did not."""
+        if self.first_not_finite is None:
+            return ""
+        name = _name_not_finite(self.first_not_finite)
+        return f"the loss became {name} at fine-tuning step {len(self.values)}"
+
 
 def _check_trainable(feed: Feed, fit_kwargs: Mapping[str, Any], distills: bool) -> None:
     """Refuses data without labels if there is no teacher, and weights if there is one.
@@ -356,7 +411,7 @@ def _check_trainable(feed: Feed, fit_kwargs: Mapping[str, Any], distills: bool) 
     Keras' distiller would ignore weights of examples and classes.
     """
     feed.check_end()
-    feed.check_devices(split=fit_kwargs.get("validation_split") or 0)
+    feed.check_devices()
     if not (feed.has_targets or distills):
         raise ValueError(
             "The data set yields no labels to fine-tune with. Expected `(x, y)` pairs, `distill=True` (the "
@@ -374,13 +429,13 @@ def _check_trainable(feed: Feed, fit_kwargs: Mapping[str, Any], distills: bool) 
             )
 
 
-def _check_weights_finite(model: keras.Model, origin: keras.Model) -> None:
-    """Refuses weights that are not finite, unless they were not finite before training."""
+def _describe_weights_not_finite(model: keras.Model, origin: keras.Model) -> str:
+    """Which weights are not finite that were finite before training, in words; empty if there are none."""
     for new, old in zip(model.weights, origin.weights, strict=False):
         value = _find_not_finite(new)
         if value is not None and _find_not_finite(old) is None:
-            what = f"the weights '{new.path}' became {_name_not_finite(value)}"
-            raise DivergenceError(what, "by the end of fine-tuning")
+            return f"the weights '{new.path}' became {_name_not_finite(value)} by the end of fine-tuning"
+    return ""
 
 
 def _find_not_finite(variable: keras.Variable) -> float | None:

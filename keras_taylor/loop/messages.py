@@ -33,6 +33,7 @@ class RoundOutline:
         carries_optimizer: Whether the optimizer's state goes on from round to round.
         learning_rate: That of the fine-tuning; `None`: the compiled one.
         epochs: Epochs of fine-tuning.
+        judged_on: The examples on which states of a model are compared, in words; empty if they are not.
     """
 
     num_rounds: int
@@ -42,6 +43,7 @@ class RoundOutline:
     carries_optimizer: bool
     learning_rate: float | None
     epochs: int
+    judged_on: str = ""
 
 
 def describe_run(model: keras.Model, info: Info, outline: RoundOutline) -> Iterator[str]:
@@ -85,6 +87,8 @@ def _describe_steps(criterion: str, outline: RoundOutline) -> Iterator[str]:
     if outline.epochs:
         optimizer = "" if outline.carries_optimizer else " with a new optimizer"
         yield f"fine-tuning{optimizer}, epochs: {outline.epochs}"
+        if outline.judged_on:
+            yield f"the best state on {outline.judged_on} is kept"
 
 
 def _describe_goal(cost: str, value: float | int, before: int) -> str:
@@ -103,8 +107,10 @@ def describe_round(done: Round, before: Costs) -> str:
     parts = [f"{done.params:,} parameters left ({_share_gone(done.costs, before, 'params')} gone)"]
     if done.flops is not None:
         parts.append(f"{_share_gone(done.costs, before, 'flops')} of FLOPs gone")
-    parts += [f"{name} {values[-1]:.4g}" for name, values in done.history.items() if values]
-    return ", ".join(parts) + f", {sum(done.seconds.values()):.1f} s"
+    parts += [f"{name} {value:.4g}" for name, value in done.kept_history.items()]
+    parts.append(f"{sum(done.seconds.values()):.1f} s")
+    verdict = done.verdict()
+    return ", ".join(parts) + (f"; {verdict}" if verdict else "")
 
 
 def _share_gone(costs: Costs, before: Costs, cost: str) -> str:
@@ -129,8 +135,24 @@ def explain_divergence(error: DivergenceError, num_done: int, learning_rate: flo
     """Returns why fine-tuning ended the run, what to change, and which model the result is."""
     result = f"that of round {num_done}" if num_done else "an unpruned copy of the model"
     return (
-        f"{error.what} in round {num_done + 1} {error.where}: lower the learning rate ({learning_rate:.4g} "
-        f"now); the result is {result}"
+        f"{error} in round {num_done + 1}: lower the learning rate ({learning_rate:.4g} now); the result is "
+        f"{result}"
+    )
+
+
+def explain_no_training(obstacle: str) -> str:
+    """Returns why there is no fine-tuning after all, and what to do."""
+    return (
+        f"no fine-tuning, since nothing could tell whether it helps: {obstacle}. Pass `validation_data`, or "
+        "`learning_rate=keras_taylor.FineTuning(keep_best=False)`"
+    )
+
+
+def explain_failure(failure: str, number: int, learning_rate: float) -> str:
+    """Returns why an earlier state of a round was kept, and what to change."""
+    return (
+        f"{failure} in round {number}: an earlier state of its model is kept; lower the learning rate "
+        f"({learning_rate:.4g} now)"
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,19 +18,17 @@ from keras_taylor.loop.backups import Backups, describe_call, draw_seed
 from keras_taylor.loop.fine_tuning import (
     Distill,
     FineTuner,
+    FineTuning,
     check_distill,
     check_fit_arguments,
-    check_learning_rate,
     choose_learning_rate,
 )
-from keras_taylor.loop.judging import MetricLimit, Validation
+from keras_taylor.loop.judging import MetricLimit, Validation, judge_training
 from keras_taylor.loop.round_scores import (
     RoundScorer,
     ScoreData,
-    count_trained,
     default_criterion,
     prepare_score_data,
-    share_of_trained,
 )
 from keras_taylor.loop.route import Route, check_goals, plan_route, resume_route
 from keras_taylor.plans.plan import Plan
@@ -43,14 +42,10 @@ from keras_taylor.rules.labels import SizeChoices
 from keras_taylor.scores.losses import check_targets
 from keras_taylor.scores.scoring import Scoring, check_compiled, needs_data, uses_model_labels
 from keras_taylor.support.console import Reporter
-from keras_taylor.support.datasets import Feed
+from keras_taylor.support.datasets import Batch, Feed
 from keras_taylor.support.optimizers import has_schedule
 from keras_taylor.support.types import Data, LayerPatterns, Tree
 
-# Layer names, regular expressions that match whole names, or layers.
-
-# Examples of a repair before fine-tuning: share of what a round trains on, least, most.
-_REPAIR_EXAMPLES = 1 / 32, 128, 512
 _DATA_ARGUMENTS = ("batch_size", "steps_per_epoch", "sample_weight")
 
 
@@ -59,10 +54,10 @@ class CompressionSettings:
     """The arguments of a call of `compress`, beside the model and the data.
 
     Attributes:
-        goal, increment, include, exclude, exact, repair, distill, learning_rate, backup_dir: As in
-            `compress`.
+        goal, increment, include, exclude, exact, repair, distill, backup_dir: As in `compress`.
         scoring: How channels are scored.
         selection: How the channels that leave are selected.
+        tuning: How rounds are fine-tuned.
         limit: How much worse a metric may become; `None`: any amount.
         fit_kwargs: Arguments of `fit`.
 
@@ -79,14 +74,13 @@ class CompressionSettings:
     selection: Selection = dataclasses.field(default_factory=Selection)
     repair: bool = True
     distill: Distill = False
-    learning_rate: float | None = None
+    tuning: FineTuning = dataclasses.field(default_factory=FineTuning)
     limit: MetricLimit | None = None
     backup_dir: str | os.PathLike[str] | None = None
     fit_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fit_arguments(self.fit_kwargs)
-        check_learning_rate(self.learning_rate)
         check_distill(self.distill)
         for name in ("exact", "repair"):
             if not isinstance(getattr(self, name), (bool, np.bool_)):
@@ -121,6 +115,7 @@ class PreparedRun:
         scorer: Scores the model of each round.
         tuner: Trains the model of each round.
         validation: Evaluates the model of each round.
+        num_examples: Examples of the training data, those that are held out among them; `None`: unknown.
         info: The `Info` of the run, as it begins or goes on.
         plans: The plans of the rounds that are done already, by an earlier call.
         backups: Keeps the state after each round; `None`: nothing is kept.
@@ -136,6 +131,7 @@ class PreparedRun:
     scorer: RoundScorer
     tuner: FineTuner
     validation: Validation
+    num_examples: int | None
     info: Info
     plans: Sequence[Plan]
     backups: Backups | None
@@ -150,9 +146,7 @@ class PreparedRun:
     @functools.cached_property
     def repair_inputs(self) -> Tree:
         """The inputs of all repairs, read from the data once."""
-        num_trained = count_trained(self.tuner.feed, self.tuner.fit_kwargs)
-        num_examples = share_of_trained(num_trained, *_REPAIR_EXAMPLES)
-        return sample_inputs(self.tuner.feed, graphs.read_model(self.original), num_examples)
+        return sample_inputs(self.tuner.feed, graphs.read_model(self.original))
 
     def seed_round(self, number: int) -> None:
         """Sets the random seed of a round to a function of its number, so that it can be repeated."""
@@ -190,11 +184,12 @@ def prepare_run(
     )
     route = None if goals.measured else plan_route(goals)
     feed, fit_kwargs = _split_fit_arguments(model, ds, settings)
+    validation = Validation(fit_kwargs, feed.batch_size, limit)
+    tuner = _prepare_tuner(model, feed, fit_kwargs, settings, validation)
+    feed, num_examples = tuner.feed, feed.num_examples
     criterion = settings.scoring.criterion or default_criterion(
         labeled, settings.repair, uses_model_labels(feed, settings.scoring.labels)
     )
-    tuner = _prepare_tuner(model, feed, fit_kwargs, settings)
-    validation = Validation(fit_kwargs, feed.batch_size, limit)
     score_data = prepare_score_data(model, feed, fit_kwargs, settings.scoring)
     check_targets(model, *feed.known_targets)
     check_targets(model, *score_data.feed.known_targets, argument="criterion")
@@ -216,6 +211,7 @@ def prepare_run(
         scorer=scorer,
         tuner=tuner,
         validation=validation,
+        num_examples=num_examples,
         info=Info.before_a_run(
             labeled,
             route.before,
@@ -239,16 +235,48 @@ def _split_fit_arguments(
     fit_kwargs = dict(settings.fit_kwargs)
     batch_size, steps_per_epoch, weights = (fit_kwargs.pop(name, None) for name in _DATA_ARGUMENTS)
     needs_targets = settings.scoring.labels == "data"
-    return Feed(ds, model, batch_size, steps_per_epoch, weights, targets=needs_targets), fit_kwargs
+    feed = Feed(ds, model, batch_size, steps_per_epoch, weights, targets=needs_targets)
+    split = fit_kwargs.pop("validation_split", None)
+    if split and fit_kwargs.get("validation_data") is None:
+        feed, fit_kwargs["validation_data"] = _split_for_validation(feed, split)
+    return feed, fit_kwargs
+
+
+def _split_for_validation(feed: Feed, share: float) -> tuple[Feed, Batch]:
+    """The first examples to train on, and the last ones as validation data, parted as `fit` does.
+
+    Raises:
+        ValueError: If one of the parts has no examples.
+    """
+    total = feed.num_examples if feed.holds_arrays else None
+    num_trained = 0 if total is None or not 0 < share < 1 else math.floor(total * (1.0 - share))
+    if total is None or num_trained in (0, total):
+        raise ValueError(
+            "`validation_split` is the share of arrays, above 0 and below 1, that is left for validation. "
+            "Expected arrays, and an example at least in each part; or `validation_data`. Received: "
+            f"validation_split={share!r}, ds with {total or 'an unknown number of'} examples"
+        )
+    rest, held_out = feed.split(np.arange(num_trained, total))
+    return rest, held_out.as_arrays()
 
 
 def _prepare_tuner(
-    model: keras.Model, feed: Feed, fit_kwargs: Mapping[str, Any], settings: CompressionSettings
+    model: keras.Model,
+    feed: Feed,
+    fit_kwargs: Mapping[str, Any],
+    settings: CompressionSettings,
+    validation: Validation,
 ) -> FineTuner:
     rate = None
     if fit_kwargs.get("epochs", 1) != 0:
-        rate = choose_learning_rate(model.optimizer, settings.learning_rate, settings.repair)
-    return FineTuner(model, feed, fit_kwargs, settings.distill, rate)
+        rate = choose_learning_rate(model.optimizer, settings.tuning.learning_rate, settings.repair)
+    tuner = FineTuner(model, feed, fit_kwargs, settings.distill, rate)
+    if not (tuner.trains and settings.tuning.keep_best):
+        return tuner
+    judged = judge_training(model, feed, validation)
+    # a model that is cut and not repaired has much to learn, even from a few examples
+    obstacle = judged.obstacle if settings.repair else ""
+    return dataclasses.replace(tuner, feed=judged.feed, judge=judged.judge, obstacle=obstacle)
 
 
 def _with_backups(run: PreparedRun, directory: str | os.PathLike[str]) -> PreparedRun:
@@ -306,6 +334,7 @@ def _describe_run_settings(run: PreparedRun) -> dict[str, Any]:
         epochs=tuner.epochs,
         batch_size=tuner.feed.batch_size,
         steps_per_epoch=tuner.feed.steps_per_epoch,
-        validation_split=tuner.fit_kwargs.get("validation_split"),
-        examples=tuner.feed.num_examples,
+        validation_split=settings.fit_kwargs.get("validation_split"),
+        keep_best=settings.tuning.keep_best,
+        examples=run.num_examples,
     )

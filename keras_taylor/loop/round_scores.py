@@ -76,19 +76,19 @@ def prepare_score_data(
     Args:
         model: The original model.
         training: The data of the training.
-        fit_kwargs: Arguments of `fit`: "epochs" and "validation_split" count here.
+        fit_kwargs: Arguments of `fit`: "epochs" counts here.
         scoring: As in `compress`.
 
     Raises:
         ValueError: If the data does not fit the model.
     """
     labels, num_examples = scoring.labels, scoring.num_examples
-    feed, num_trained, split = training, count_trained(training, fit_kwargs), _validation_split(fit_kwargs)
+    feed, num_trained = training, count_trained(training, fit_kwargs)
     if scoring.ds is not None:
         feed = Feed(scoring.ds, model, training.batch_size, targets=labels == "data")
-        num_trained, split = None, 0.0
+        num_trained = None
     if num_examples is None:
-        available = min(_MAX_SCORED, int((feed.num_examples or _MAX_SCORED) * (1 - split)))
+        available = min(_MAX_SCORED, feed.num_examples or _MAX_SCORED)
         wanted = share_of_trained(num_trained, _SCORED_SHARE, _MIN_SCORED, available)
         size = feed.batch_size or BATCH_SIZE  # whole batches: a smaller last one would be compiled apart
         num_examples = min(-(-wanted // size) * size, available)
@@ -266,15 +266,15 @@ class MaskedScorer:
                 target.assign(_scatter(source, target, masks))
 
 
-def count_trained(feed: Feed, fit_kwargs: Mapping[str, Any]) -> float | None:
+def count_trained(feed: Feed, fit_kwargs: Mapping[str, Any]) -> int | None:
     """Returns how many examples `fit` trains on, one counted once an epoch; `None`: unknown, or none."""
     epochs = fit_kwargs.get("epochs", 1)
     if not epochs or feed.num_examples is None:
         return None
-    return feed.num_examples * (1 - _validation_split(fit_kwargs)) * epochs
+    return feed.num_examples * epochs
 
 
-def share_of_trained(num_trained: float | None, share: float, least: int, most: int) -> int:
+def share_of_trained(num_trained: int | None, share: float, least: int, most: int) -> int:
     """Returns how many examples a task beside the training may take, so that it costs a share of it.
 
     Args:
@@ -283,10 +283,6 @@ def share_of_trained(num_trained: float | None, share: float, least: int, most: 
         least, most: Bounds; `most` if `num_trained` is unknown.
     """
     return most if num_trained is None else min(max(round(num_trained * share), least), most)
-
-
-def _validation_split(fit_kwargs: Mapping[str, Any]) -> float:
-    return fit_kwargs.get("validation_split") or 0.0
 
 
 def _compose(plans: Sequence[Plan]) -> Plan | None:

@@ -59,8 +59,8 @@ def plot_rounds(record: RunRecord, path: str | os.PathLike[str] | IO[Any], **sav
     first.set(ylabel="parameters", ylim=(0, None))
     for panel, names in zip(axes[1:], panels, strict=True):
         for name in names:
-            rounds = [one for one in record.rounds if one.history.get(name)]
-            values = [one.history[name][-1] for one in rounds]
+            rounds = [one for one in record.rounds if name in one.kept_history]
+            values = [one.kept_history[name] for one in rounds]
             panel.plot([one.number for one in rounds], values, marker="o", label=name)
         panel.legend(framealpha=0)
     for panel in axes[:-1]:

@@ -53,6 +53,19 @@ class InexactRecord(TypedDict):
     changes: list[str]
 
 
+class JudgedRecord(TypedDict):
+    """Which state of a round's model was kept: as repaired (epoch 0), or after an epoch of training.
+
+    `metrics` has an entry for each state that was judged, the repaired one first.
+    """
+
+    epoch: int
+    measure: str
+    examples: str
+    metrics: list[dict[str, float]]
+    reason: str
+
+
 @dataclasses.dataclass
 class Round:
     """One round of `compress`: score, prune, repair, fine-tune.
@@ -74,6 +87,10 @@ class Round:
             alone). Values are `None` where they do not apply. Empty without repair.
         metrics: Name -> float: the loss and the metrics on the validation data after the round. Empty
             unless `max_drop` is set or the round reached a goal.
+        judged: Which state of the model the round kept, a dict: "epoch" (an int; 0 is the model before
+            training), "metrics" (a list of dicts, name -> float: of the model before training, then after
+            each epoch), "measure" (the name of the metric that was compared), "examples" (on which ones, a
+            string) and "reason" (why it is epoch 0, a string). `None` if states were not compared.
         held: A bool. `False` if a metric became worse by more than `max_drop`: the round was undone.
 
     Example:
@@ -93,7 +110,59 @@ class Round:
     seconds: dict[str, float]
     repairs: list[RepairRecord] = dataclasses.field(default_factory=list)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    judged: JudgedRecord | None = None
     held: bool = True
+
+    @property
+    def num_epochs(self) -> int:
+        """How many epochs of fine-tuning there were, those that were not kept among them."""
+        return max(map(len, self.history.values()), default=0)
+
+    @property
+    def kept_epoch(self) -> int:
+        """The epoch whose model was kept, an int; 0: the one before fine-tuning."""
+        return self.num_epochs if self.judged is None else self.judged["epoch"]
+
+    @property
+    def kept_history(self) -> dict[str, float]:
+        """Name -> float: the history at the epoch that was kept, as far as it is known.
+
+        Of the model before training only the metrics on the validation data are known.
+        """
+        last = self.kept_epoch - 1
+        if last >= 0:
+            return {name: values[last] for name, values in self.history.items() if last < len(values)}
+        found = self.judged["metrics"][0] if self.judged is not None and self.judged["metrics"] else {}
+        named = {f"val_{name}": value for name, value in found.items()}
+        return {name: named[name] for name in self.history if name in named}
+
+    @property
+    def judged_values(self) -> list[float]:
+        """The compared metric before training and after it, where there was any: a list of floats.
+
+        After training is the epoch that was kept, or the last one if none was.
+        """
+        if self.judged is None:
+            return []
+        values = [metrics[self.judged["measure"]] for metrics in self.judged["metrics"]]
+        return values[:1] + ([values[self.kept_epoch or -1]] if values[1:] else [])
+
+    def verdict(self) -> str:
+        """Which state was kept, and why, in one line; empty if states were not compared.
+
+        Example:
+
+        >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
+        >>> info.rounds[0].verdict()
+        'epoch ... of 1 kept...'
+        """
+        if self.judged is None:
+            return ""
+        parts = [f"epoch {self.kept_epoch} of {self.num_epochs} kept"] if self.num_epochs else []
+        parts += [self.judged["reason"]] if self.judged["reason"] else []
+        when = ("before training", "after it")
+        found = ", ".join(f"{value:.4g} {at}" for value, at in zip(self.judged_values, when, strict=False))
+        return ", ".join(parts) + (f": {self.judged['measure']} {found}" if found else "")
 
     @property
     def label(self) -> str:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from keras_taylor.budget.measured_costs import format_amount
 from keras_taylor.exports.artifacts import artifact_row
-from keras_taylor.reports.run_record import RunRecord
+from keras_taylor.reports.run_record import Round, RunRecord
 from keras_taylor.support.types import Costs
 
 
@@ -40,14 +40,28 @@ class TextTable:
 def rounds_table(record: RunRecord) -> TextTable:
     """Costs, metrics and seconds of each round; row 0 is the original model."""
     metrics = list(dict.fromkeys(name for one in record.rounds for name in one.history))
-    measured = record.measured()
-    rows = [["0", *_cost_cells(record.before, measured), *[""] * len(metrics), ""]]
+    measured, verdicts = record.measured(), _verdict_columns(record)
+    rows = [["0", *_cost_cells(record.before, measured), *[""] * (len(metrics) + len(verdicts)), ""]]
     for one in record.rounds:
-        values = [f"{one.history[name][-1]:.4g}" if one.history.get(name) else "" for name in metrics]
-        rows.append(
-            [one.label, *_cost_cells(one.costs, measured), *values, f"{sum(one.seconds.values()):.1f}"]
-        )
-    return TextTable("Rounds", ["round", "parameters", "FLOPs", *measured, *metrics, "seconds"], rows)
+        values = [f"{one.kept_history[name]:.4g}" if name in one.kept_history else "" for name in metrics]
+        verdict = _verdict_cells(one) if verdicts else []
+        seconds = f"{sum(one.seconds.values()):.1f}"
+        rows.append([one.label, *_cost_cells(one.costs, measured), *values, *verdict, seconds])
+    header = ["round", "parameters", "FLOPs", *measured, *metrics, *verdicts, "seconds"]
+    return TextTable("Rounds", header, rows)
+
+
+def _verdict_columns(record: RunRecord) -> list[str]:
+    """Names of the columns that say which states were kept; empty if none were compared."""
+    measures = {one.judged["measure"] for one in record.rounds if one.judged is not None} - {""}
+    return [
+        name for measure in measures for name in ("epoch kept", f"{measure} repaired", f"{measure} trained")
+    ]
+
+
+def _verdict_cells(one: Round) -> list[str]:
+    values = [f"{value:.4g}" for value in one.judged_values]
+    return [f"{one.kept_epoch} of {one.num_epochs}", *values, *[""] * (2 - len(values))]
 
 
 def _cost_cells(costs: Costs, measured: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_taylor.support.keras_internals import mask_of_tensor, output_structure
+from keras_taylor.support.keras_internals import compile_arguments, mask_of_tensor, output_structure
 from keras_taylor.support.replicas import num_replicas
 from keras_taylor.support.types import Array, BoolArray, FloatArray, Tensor, Tree
 
@@ -55,16 +55,21 @@ class ExampleLoss(keras.losses.Loss):
 
     def __call__(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The sum (or mean) over examples of each one's weighted loss, a float32 scalar."""
+        values = self.of_examples(y_true, y_pred, sample_weight)
+        total = ops.sum(values)
+        if not self.mean:
+            return total
+        return total / ops.cast(ops.shape(values)[0] * num_replicas(), total.dtype)  # as Keras' own means
+
+    def of_examples(self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The weighted loss of each example, float32 `(batch,)`."""
         mask = mask_of_tensor(y_pred)
         y_pred = ops.convert_to_tensor(y_pred, dtype="float32")
         values = self._values(ops.convert_to_tensor(y_true, dtype="float32"), y_pred)
         for weight in (mask, sample_weight):
             if weight is not None:
                 values = _multiply_weights(values, ops.cast(ops.convert_to_tensor(weight), values.dtype))
-        total = ops.sum(ops.mean(values, tuple(range(1, len(values.shape)))))
-        if not self.mean:
-            return total
-        return total / ops.cast(ops.shape(values)[0] * num_replicas(), total.dtype)  # as Keras' own means
+        return ops.mean(values, tuple(range(1, len(values.shape))))
 
     def _values(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """Values of shape `(batch, ...)`."""
@@ -173,6 +178,54 @@ def _losses_of_leaves(loss: Tree, structure: Tree) -> list[OutputLoss | None]:
     return [leaf for pair in pairs for leaf in _losses_of_leaves(*pair)]
 
 
+def _by_output(model: keras.Model, values: Tree, num_outputs: int, shared: bool = False) -> list[Any]:
+    """The targets, weights or factors of each flattened output; `None` where there are none.
+
+    Args:
+        model: The model.
+        values: One for the only output, or a structure as `fit` and `compile` take it.
+        num_outputs: The number of flattened outputs.
+        shared: Whether one is for all outputs.
+    """
+    if isinstance(values, dict) and not isinstance(output_structure(model), dict):
+        return [values.get(name) for name in model.output_names]
+    flat = keras.tree.flatten(values)
+    if shared and len(flat) == 1:
+        return flat * num_outputs
+    return flat if len(flat) == num_outputs else [None] * num_outputs
+
+
+class OutputLabels:
+    """The labels of some examples, and how well outputs fit them.
+
+    Args:
+        model: A compiled model.
+        y, weights: Labels and weights of the examples as `fit` takes them; `None`: there are none.
+        num_outputs: The number of the model's flattened outputs.
+    """
+
+    def __init__(self, model: keras.Model, y: Tree, weights: Tree, num_outputs: int) -> None:
+        factors = (compile_arguments(model) or {}).get("loss_weights")
+        columns = (
+            losses_by_output(model, num_outputs),
+            _by_output(model, y, num_outputs),
+            _by_output(model, weights, num_outputs, shared=True),
+            _by_output(model, factors, num_outputs, shared=True),
+        )
+        self._labeled = [
+            (number, ExampleLoss(loss), target, weight, 1.0 if factor is None else factor)
+            for number, (loss, target, weight, factor) in enumerate(zip(*columns, strict=True))
+            if loss is not None and target is not None
+        ]
+
+    def losses(self, outputs: Sequence[Array]) -> FloatArray:
+        """The weighted loss of each example, added up over the outputs; float64 `(num_examples,)`."""
+        total = np.zeros(len(outputs[0]))
+        for number, loss, target, weight, factor in self._labeled:
+            total += factor * ops.convert_to_numpy(loss.of_examples(target, outputs[number], weight))
+        return total
+
+
 def kind_of(loss: OutputLoss | None) -> LossKind:
     """The kind of one output's loss; the name is "None" for an output without a loss."""
     if isinstance(loss, str):
@@ -259,16 +312,33 @@ def _counted(labels: Array, loss: OutputLoss, weights: Array | None) -> BoolArra
 
 
 def mean_divergence(model: keras.Model, reference: Sequence[Array], predicted: Sequence[Array]) -> float:
-    """Mean over a model's flattened outputs of the `divergence` of predictions from a reference."""
+    """Mean over examples, and over a model's flattened outputs, of the divergence from a reference."""
+    return float(example_divergences(model, reference, predicted).mean())
+
+
+def example_divergences(
+    model: keras.Model, reference: Sequence[Array], predicted: Sequence[Array]
+) -> FloatArray:
+    """The mean `divergence` of each example over a model's flattened outputs.
+
+    Args:
+        model: The model, compiled: its losses tell classes from numbers.
+        reference, predicted: For each output an array `(num_examples, ...)`.
+
+    Returns:
+        A float64 array `(num_examples,)`.
+    """
     losses = losses_by_output(model, len(predicted))
-    return float(np.mean([divergence(*one) for one in zip(losses, reference, predicted, strict=True)]))
+    columns = [divergence(*one) for one in zip(losses, reference, predicted, strict=True)]
+    means = [column.reshape(len(column), -1).mean(1) for column in columns]
+    return np.asarray(np.mean(means, axis=0))
 
 
-def divergence(loss: OutputLoss | None, reference: Array, predicted: Array) -> float:
-    """Mean over examples of how far the predictions of one output are from a reference.
+def divergence(loss: OutputLoss | None, reference: Array, predicted: Array) -> FloatArray:
+    """How far predictions of one output are from a reference, float64 `(num_examples, ...)`.
 
     For classes, with p the reference and q the predicted probabilities, the Kullback-Leibler divergence
-    sum(p log(p / q)) in nats; for numbers sum((predicted - reference)^2) / sum(reference^2).
+    sum(p log(p / q)) in nats; for numbers (predicted - reference)^2 / mean(reference^2).
 
     Args:
         loss: The loss that the output was compiled with; `None` counts as a loss of numbers.
@@ -278,11 +348,11 @@ def divergence(loss: OutputLoss | None, reference: Array, predicted: Array) -> f
     reference, predicted = reference.astype(np.float64), predicted.astype(np.float64)
     if name in BINARY_LOSSES:
         p, q = ((1 / (1 + np.exp(-y)) if from_logits else y) for y in (reference, predicted))
-        return float((_relative_entropy(p, q) + _relative_entropy(1 - p, 1 - q)).mean())
+        return _relative_entropy(p, q) + _relative_entropy(1 - p, 1 - q)
     if name in CLASS_LOSSES | ONE_HOT_LOSSES and reference.shape[-1] > 1:
         p, q = ((_softmax(y) if from_logits else y) for y in (reference, predicted))
-        return float(_relative_entropy(p, q).sum(-1).mean())
-    return float(np.square(predicted - reference).mean() / max(np.square(reference).mean(), 1e-30))
+        return _relative_entropy(p, q).sum(-1)
+    return np.square(predicted - reference) / max(np.square(reference).mean(), 1e-30)
 
 
 def _relative_entropy(p: FloatArray, q: FloatArray) -> FloatArray:

@@ -16,7 +16,7 @@ import numpy as np
 from keras_taylor.support.arguments import check_whole_number
 from keras_taylor.support.keras_internals import in_order_of_inputs
 from keras_taylor.support.replicas import check_batches
-from keras_taylor.support.types import Array, Data, Shape, Tree
+from keras_taylor.support.types import Array, Data, IntArray, Shape, Tree
 
 MANY_EXAMPLES = 100_000  # of data of unknown length, when it is time to say so
 _INFINITE, _UNKNOWN = -1, -2  # cardinalities of a tf.data.Dataset
@@ -123,12 +123,11 @@ class Feed:
         may_be_endless = self._arrays is None and self._num_batches is None and num_examples is None
         return [EndWatch(self._first_size)] if may_be_endless else []
 
-    def check_devices(self, num_examples: int | None = None, split: float = 0.0) -> None:
+    def check_devices(self, num_examples: int | None = None) -> None:
         """Refuses batches that cannot be divided among the devices, as far as their sizes are known.
 
         Args:
             num_examples: As in `fit_arguments`.
-            split: The fraction of arrays that `fit` keeps for validation.
 
         Raises:
             ValueError: see `replicas.check_batches`.
@@ -137,11 +136,9 @@ class Feed:
             limited = num_examples is not None and num_examples < (self.num_examples or sys.maxsize)
             check_batches(num_examples if limited else None, self._first_size)
             return
-        total = min(num_examples or self.num_examples, self.num_examples)
-        trained = int(total * (1 - split))
-        for part in (trained, total - trained):
-            if part:
-                check_batches(part, self.batch_size or BATCH_SIZE)
+        check_batches(
+            min(num_examples or self.num_examples, self.num_examples), self.batch_size or BATCH_SIZE
+        )
 
     def batches(self, num_examples: int | None = None) -> Iterator[Batch]:
         """Iterates over `(x, y, sample_weight)` batches of one epoch.
@@ -188,12 +185,35 @@ class Feed:
             kept.num_examples = sum(len(keras.tree.flatten(batch)[0]) for batch in batches)
         return kept
 
+    def split(self, held_out: IntArray) -> tuple[Feed, Feed]:
+        """Two feeds of arrays: one without the rows of these numbers, and one of these rows alone."""
+        rest = np.setdiff1d(np.arange(self.num_examples or 0), held_out)
+        return self._of_rows(rest), self._of_rows(held_out)
+
+    def _of_rows(self, rows: IntArray) -> Feed:
+        part = copy.copy(self)
+        part._arrays = tuple(_take_rows(one, rows) for one in self._arrays or ())
+        part.num_examples = len(rows)
+        return part
+
+    @property
+    def holds_arrays(self) -> bool:
+        """Whether all examples are in memory, as arrays."""
+        return self._arrays is not None
+
+    def as_arrays(self, num_examples: int | None = None) -> Batch:
+        """`(x, y, sample_weight)` of as many examples as in `fit_arguments`, as arrays."""
+        parts = [keras.utils.unpack_x_y_sample_weight(part) for part in self.take(num_examples)]
+        return tuple(
+            None if one[0] is None else keras.tree.map_structure(_join_arrays, *one)
+            for one in zip(*parts, strict=True)
+        )
+
     def _spread(self, part: Tree, num: int | None) -> Tree:
         """`num` rows, evenly spread over the array, since data is often sorted by class."""
         if num is None or self.num_examples is None or num >= self.num_examples:
             return part
-        rows = np.linspace(0, self.num_examples - 1, num).round().astype(int)
-        return keras.tree.map_structure(lambda a: None if a is None else a[rows], part)
+        return _take_rows(part, np.linspace(0, self.num_examples - 1, num).round().astype(int))
 
     def _check(self, model: keras.Model, targets: bool) -> Batch:
         """Checks the first examples; returns them."""
@@ -260,10 +280,7 @@ def inputs_and_targets(feed: Feed, model: keras.Model) -> tuple[list[Array], Tre
     """All flattened inputs, as `flat_inputs` gives them, and the targets in their own structure."""
     parts = [(_flatten_inputs(x, model), y) for x, y, _ in feed.batches()]
     x = [np.concatenate(column) for column in zip(*(x for x, _ in parts), strict=True)]
-    y = keras.tree.map_structure(
-        lambda *ys: np.concatenate([keras.ops.convert_to_numpy(one) for one in ys]), *(y for _, y in parts)
-    )
-    return x, y
+    return x, keras.tree.map_structure(_join_arrays, *(y for _, y in parts))
 
 
 def _flatten_inputs(x: Tree, model: keras.Model) -> list[Array]:
@@ -425,6 +442,14 @@ def _limit_batches(batches: Iterable[Batch], num_examples: int) -> Iterator[Batc
         left -= len(keras.tree.flatten(arrays[0])[0])
         if left <= 0:
             return
+
+
+def _take_rows(part: Tree, rows: IntArray) -> Tree:
+    return keras.tree.map_structure(lambda a: None if a is None else a[rows], part)
+
+
+def _join_arrays(*arrays: Any) -> Array:
+    return np.concatenate([keras.ops.convert_to_numpy(one) for one in arrays])
 
 
 def _slice_rows(part: Tree, start: int, stop: int) -> Tree:

@@ -1,4 +1,4 @@
-"""Fresh optimizers, and the state that an optimizer has after a cut."""
+"""Fresh optimizers, the state that an optimizer has after a cut, and states of a model to go back to."""
 
 import contextlib
 import inspect
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_taylor.support.arrays import copy_kept
-from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.keras_internals import (
     is_excluded_from_decay,
     learning_rate_setting,
@@ -192,3 +192,28 @@ def _with_wrapped(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizer
         if one is not None and one not in found:
             found.update(dict.fromkeys(_with_wrapped(one)))
     return list(found)
+
+
+def persistent_variables(model: keras.Model) -> list[keras.Variable]:
+    """Weights and the seeds of random layers, without the variables of metrics."""
+    of_metrics = IdentitySet(model.metrics_variables)
+    return [variable for variable in model.variables if variable not in of_metrics]
+
+
+class ModelState:
+    """The present values of a compiled model's variables, and of its optimizer's.
+
+    Args:
+        model: The model. Its optimizer is built, if it is not yet.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        self._variables = [*persistent_variables(model), *model.optimizer.variables]
+        self._values = [copy_kept(variable) for variable in self._variables]
+
+    def restore(self) -> None:
+        """Gives the variables these values again."""
+        for variable, value in zip(self._variables, self._values, strict=True):
+            variable.assign(value)

@@ -470,10 +470,11 @@ def test_lines_in_a_pipe(capsys):
     keras_taylor.compress(small_model(), stripes(), increment=0.15)
     lines = capsys.readouterr().out.splitlines()
     assert re.match(r"remove 30 % of 1,\d{3} parameters \(1,\d{3} trainable\); rounds: 2; ", lines[0])
+    assert re.match(r"learning rate: 0\.005, 0\.1 times", lines[1])
     assert re.match(
-        r"params: 1,\d{3} now, at most \d+ asked for, \d+ \(\d\d\.\d% less\) can be reached", lines[1]
+        r"params: 1,\d{3} now, at most \d+ asked for, \d+ \(\d\d\.\d% less\) can be reached", lines[2]
     )
-    assert [line.split(":")[0] for line in lines[2:]] == ["round 1/2", "round 2/2"]
+    assert [line.split(":")[0] for line in lines[3:]] == ["round 1/2", "round 2/2"]
     assert all("\x1b" not in line and "\r" not in line for line in lines)
 
 

@@ -281,7 +281,10 @@ def trained(model):
 def test_compress_a_subclassed_model():
     model, labels = trained(Classifier())
     weights = [np.array(w) for w in model.get_weights()]
-    small, info = keras_taylor.compress(model, (IMAGES, labels), 0.4, return_info=True, verbose=0)
+    last = keras_taylor.FineTuning(keep_best=False)
+    small, info = keras_taylor.compress(
+        model, (IMAGES, labels), 0.4, learning_rate=last, return_info=True, verbose=0
+    )
     assert type(small).__name__ == "Functional" and small.name == "classifier"
     assert small.count_params() <= 0.6 * model.count_params() == 0.6 * info.before["params"]
     assert small.optimizer is not model.optimizer
