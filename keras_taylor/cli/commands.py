@@ -15,8 +15,9 @@ import typer
 from rich.console import Console
 
 import keras_taylor
-from keras_taylor.cli.data_files import Examples
+from keras_taylor.cli.data_files import DataSplit
 from keras_taylor.cli.demo import compress_digits_network
+from keras_taylor.cli.held_out import print_if_known, print_test_metrics
 from keras_taylor.cli.model_files import FileError, compile_for_targets
 from keras_taylor.cli.options import (
     Backend,
@@ -35,7 +36,13 @@ from keras_taylor.cli.options import (
     SensitivityOptions,
     parse_goal_texts,
 )
-from keras_taylor.cli.outputs import check_output, check_plot, compress_paths, write_file, write_text
+from keras_taylor.cli.outputs import (
+    check_output,
+    check_plot,
+    compress_paths,
+    write_file,
+    write_text,
+)
 from keras_taylor.cli.signatures import flat_options
 from keras_taylor.exports.export_worker import installed_first
 from keras_taylor.exports.formats import VARIANTS
@@ -62,8 +69,11 @@ def analyze_command(
     plot = check_plot(sensitivity.plot, sensitivity.data, general.force)
     loaded, train = model.load(), None
     if sensitivity.data:
-        train, _ = inputs.load(sensitivity.data, loaded)
+        split = inputs.load(sensitivity.data, loaded)
+        train = split.train
         loaded = compile_for_targets(loaded, train[1])
+        if not general.as_json:
+            print(split.description)
     analysis = keras_taylor.analyze(
         loaded,
         train,
@@ -111,11 +121,13 @@ def compress_command(
     paths = compress_paths(outputs, goal, general.force)
     keras.utils.set_random_seed(tuning.seed)
     original = model.load()
-    train, test = inputs.load(data, original)
-    original = compile_for_targets(original, train[1])
+    split = inputs.load(data, original)
+    original = compile_for_targets(original, split.train[1])
+    if not general.as_json:
+        print(split.description)
     models, info = keras_taylor.compress(
         original,
-        train,
+        split.train,
         goal,
         increment=pruning.increment,
         criterion=pruning.criterion,
@@ -128,7 +140,7 @@ def compress_command(
         distill=tuning.distill,
         epochs=tuning.epochs,
         batch_size=tuning.batch_size,
-        validation_data=test,
+        validation_data=split.validation,
         backup_dir=outputs.resume or None,
         verbose=0 if general.as_json else "auto",
         return_info=True,
@@ -141,7 +153,7 @@ def compress_command(
     write_text(paths.info, info.to_json())
     written.append(paths.info)
     artifacts = [
-        _export_variant(one, path, variant, (train, test), general.force)
+        _export_variant(one, path, variant, split, general.force)
         for variant, path_of_small in paths.exports.items()
         for one, path in (
             (original, path_of_small.with_name(f"original-{path_of_small.name}")),
@@ -161,6 +173,8 @@ def compress_command(
         print(info.to_json())
     else:
         print(info)
+        print_test_metrics(original, small, split.test)
+        print_if_known(original, split)
         _print_written(*written)
 
 
@@ -190,8 +204,10 @@ def export_command(
     loaded = model.load()
     if not data and target.format == "litert-int8":
         raise FileError("litert-int8 is calibrated on examples: pass --data.")
-    examples = inputs.load(data, loaded) if data else None
-    artifact = _export_variant(loaded, path, target.format, examples, general.force, **target.arguments())
+    split = inputs.load(data, loaded) if data else None
+    if split is not None and not general.as_json:
+        print(split.description)
+    artifact = _export_variant(loaded, path, target.format, split, general.force, **target.arguments())
     if general.as_json:
         print(artifact.to_json())
     else:
@@ -251,13 +267,13 @@ def _export_variant(
     model: keras.Model,
     path: pathlib.Path,
     name: str,
-    examples: tuple[Examples, Examples] | None,
+    split: DataSplit | None,
     force: bool,
     **options: Any,
 ) -> keras_taylor.Artifact:
     """Exports a model; calibrates on the training examples, and measures on the test examples."""
     variant = VARIANTS[name]
-    train, test = examples or (None, None)
+    train, test = (split.train, split.test) if split is not None else (None, None)
     return keras_taylor.export(
         model,
         path,

@@ -1,5 +1,6 @@
-"""Training and test data from files, loaded safely."""
+"""Training, validation and test data from files, loaded safely."""
 
+import dataclasses
 import pathlib
 import zipfile
 from collections.abc import Sequence
@@ -13,60 +14,111 @@ from keras_taylor.support.types import Array
 
 # Inputs, the examples first, and their targets.
 Examples: TypeAlias = tuple[Array, Array]
+# The parts of a source by name, "train" and perhaps "validation" and "test", and what to say of it.
+_Source: TypeAlias = tuple[dict[str, Examples], list[str]]
 
-_NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")
+SPLIT_SEED = 0
+_SUFFIXES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+_NUM_NAMED = 10  # classes
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSplit:
+    """What was loaded, in three parts.
+
+    Attributes:
+        train: What the model is fine-tuned on, and scored on.
+        validation: What rounds are judged by.
+        test: What is measured at the end only.
+        description: One line: how many examples and classes, the range of the inputs, how they were split.
+    """
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    description: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """The inputs are divided by a number, less `mean`, divided by `std`: one number, or one a channel."""
+
+    divide_by: float = 1.0
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
 
 
 def load_data(
     source: str,
     model: keras.Model,
-    validation: float = 0.2,
-    divide_by: float = 1.0,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> tuple[Examples, Examples]:
-    """Training and test data for a model.
+    validation: float = 0.1,
+    test: float = 0.2,
+    scaling: Scaling = Scaling(),
+) -> DataSplit:
+    """Training, validation and test data for a model.
 
     Args:
         source: "digits" (scikit-learn's 8x8 handwritten digits), an `.npz` file with
-            `x_train`, `y_train` (and `x_test`, `y_test`) or `x`, `y`, or a directory with one
-            directory of images for each class.
+            `x_train`, `y_train` (perhaps `x_val`, `y_val`, `x_test`, `y_test`) or `x`, `y`, or a directory
+            with one directory of images for each class.
         model: The model. Images are scaled to the size of its input.
-        validation: The fraction of the examples that becomes the test data if the source has none.
-        divide_by, mean, std: The inputs are divided by the first, less the second, divided
-            by the third; `mean` and `std` hold one number, or one for each channel.
+        validation: The fraction of the training examples that becomes the validation data if the source has
+            none.
+        test: The fraction of all examples that becomes the test data if the source has none.
+        scaling: How the inputs are scaled.
 
     Returns:
-        `((x_train, y_train), (x_test, y_test))`, NumPy arrays; the inputs are float32.
+        The parts, NumPy arrays; the inputs are float32.
 
     Raises:
         FileError: for data that is missing, damaged or pickled, or does not fit the model.
     """
     if source == "digits":
-        train, test = _load_digits(validation)
+        parts, said = _load_digits()
     elif pathlib.Path(source).is_dir():
-        train, test = _load_images(pathlib.Path(source), model, validation)
+        parts, said = _load_images(pathlib.Path(source), model)
     elif pathlib.Path(source).exists():
-        train, test = _load_npz(pathlib.Path(source), validation)
+        parts, said = _load_npz(pathlib.Path(source))
     else:
         raise FileError(
             f"There is no data '{source}'. Expected 'digits', an .npz file or a directory of images."
         )
-    x_train, x_test = (_scale_inputs(x, divide_by, mean, std) for x, _ in (train, test))
-    _check_shape(x_train, model, source)
-    return (x_train, _labels_for(model, train[1])), (x_test, _labels_for(model, test[1]))
+    split_off = []
+    for name, share in (("test", test), ("validation", validation)):
+        if name not in parts:
+            parts["train"], parts[name] = _split(parts["train"], share, f"--{name}")
+            split_off.append(name)
+    train, validation_part, test_part = (
+        (_scale_inputs(x, scaling), _labels_for(model, y))
+        for x, y in (parts[name] for name in ("train", "validation", "test"))
+    )
+    _check_shape(train[0], model, source)
+    sizes = [len(y) for _, y in (train, validation_part, test_part)]
+    about = [
+        f"{sizes[0]} examples to train, {sizes[1]} to validate, {sizes[2]} to test",
+        *_about_labels(parts["train"][1]),
+        f"inputs from {train[0].min():g} to {train[0].max():g}",
+        *said,
+        *([f"split off with seed {SPLIT_SEED}: {' and '.join(split_off)}"] if split_off else []),
+    ]
+    return DataSplit(train, validation_part, test_part, f"data: {'; '.join(about)}")
 
 
-def _scale_inputs(
-    x: Array, divide_by: float, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Array:
+def _about_labels(y: Array) -> list[str]:
+    """How many classes there are, if the targets are labels."""
+    is_label = y.dtype.kind in "iub" and y.size == len(y)
+    return [f"{len(np.unique(y))} classes"] if is_label else []
+
+
+def _scale_inputs(x: Array, scaling: Scaling) -> Array:
+    mean, std = scaling.mean, scaling.std
     channels = x.shape[-1] if x.ndim > 1 else 1
     for name, numbers in (("--mean", mean), ("--std", std)):
         if numbers is not None and len(numbers) not in (1, channels):
             raise FileError(
                 f"{name} has {len(numbers)} numbers. Expected one, or one for each of {channels}."
             )
-    x = x.astype("float32") / np.float32(divide_by)
+    x = x.astype("float32") / np.float32(scaling.divide_by)
     if mean is not None:
         x -= np.asarray(mean, "float32")
     if std is not None:
@@ -101,27 +153,31 @@ def _check_shape(x: Array, model: keras.Model, source: str) -> None:
         )
 
 
-def _load_digits(validation: float) -> tuple[Examples, Examples]:
+def _load_digits() -> _Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise FileError('The digits need scikit-learn: pip install "keras-taylor[data]"') from error
     x, y = load_digits(return_X_y=True)
-    return _split(x.reshape(-1, 8, 8, 1) / 16, y, validation)
+    return {"train": (x.reshape(-1, 8, 8, 1) / 16, y)}, []
 
 
-def _split(x: Array, y: Array, validation: float) -> tuple[Examples, Examples]:
-    """Training and test examples, shuffled in the same way in every call."""
+def _split(examples: Examples, share: float, option: str) -> tuple[Examples, Examples]:
+    """All but a share of the examples, and the share, shuffled in the same way in every call."""
+    x, y = examples
     if not x.ndim or x.shape[:1] != y.shape[:1]:
         raise FileError(
             f"Inputs and labels have one row for each example. These are of shapes {x.shape} and {y.shape}."
         )
-    order = np.random.default_rng(0).permutation(len(x))
-    test, train = np.split(order, [max(1, round(validation * len(x)))])
-    return (x[train], y[train]), (x[test], y[test])
+    num = max(1, round(share * len(x)))
+    if num >= len(x):
+        raise FileError(f"{option} {share:g} of {len(x)} examples leaves none to train on.")
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(x))
+    part, rest = np.split(order, [num])
+    return (x[rest], y[rest]), (x[part], y[part])
 
 
-def _load_npz(path: pathlib.Path, validation: float) -> tuple[Examples, Examples]:
+def _load_npz(path: pathlib.Path) -> _Source:
     if not zipfile.is_zipfile(path):
         raise FileError(
             f"'{path}' is damaged or not an .npz file. Write it with `np.savez(path, x=..., y=...)`."
@@ -129,12 +185,15 @@ def _load_npz(path: pathlib.Path, validation: float) -> tuple[Examples, Examples
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
-            if names.issuperset(_NPZ_NAMES):
-                x_train, y_train, x_test, y_test = (file[name] for name in _NPZ_NAMES)
-                return (x_train, y_train), (x_test, y_test)
-            for x, y in (("x_train", "y_train"), ("x", "y")):
-                if {x, y} <= names:
-                    return _split(file[x], file[y], validation)
+            parts = {
+                part: (file[f"x_{suffix}"], file[f"y_{suffix}"])
+                for suffix, part in _SUFFIXES.items()
+                if {f"x_{suffix}", f"y_{suffix}"} <= names
+            }
+            if "train" not in parts and {"x", "y"} <= names:
+                parts["train"] = file["x"], file["y"]
+            if "train" in parts:
+                return parts, []
     except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
         if "pickle" in str(error):
             raise FileError(
@@ -147,8 +206,7 @@ def _load_npz(path: pathlib.Path, validation: float) -> tuple[Examples, Examples
     )
 
 
-def _load_images(directory: pathlib.Path, model: keras.Model, validation: float) -> tuple[Examples, Examples]:
-    """Examples from a directory with one directory of images for each class."""
+def _load_images(directory: pathlib.Path, model: keras.Model) -> _Source:
     classes = sorted(p.name for p in directory.iterdir() if p.is_dir())
     if not classes:
         raise FileError(f"'{directory}' has no directories. Expected one directory of images for each class.")
@@ -160,7 +218,9 @@ def _load_images(directory: pathlib.Path, model: keras.Model, validation: float)
             labels.append(label)
     if not images:
         raise FileError(f"'{directory}' has no images in its directories {', '.join(classes)}.")
-    return _split(np.stack(images), np.array(labels), validation)
+    named = ", ".join(classes[:_NUM_NAMED]) + (", ..." if len(classes) > _NUM_NAMED else "")
+    said = [f"classes in the order of their names: {named}", f"images resized to {height} x {width}"]
+    return {"train": (np.stack(images), np.array(labels))}, said
 
 
 def _load_image(file: pathlib.Path, size: tuple[int, int], channels: int) -> Array:

@@ -28,10 +28,18 @@ def compress_digits_network(goal: Goals) -> keras_taylor.Info:
     model = small_network()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(2e-3), loss, metrics=["accuracy"])
-    train, test = load_data("digits", model)
-    print("training a network on 1,438 handwritten digits")
-    model.fit(*train, epochs=15, batch_size=64, verbose=0)
+    split = load_data("digits", model)
+    print(split.description)
+    print("training a network on the digits")
+    model.fit(*split.train, epochs=15, batch_size=64, verbose=0)
     _, info = keras_taylor.compress(
-        model, train, goal, increment=0.1, epochs=2, batch_size=64, validation_data=test, return_info=True
+        model,
+        split.train,
+        goal,
+        increment=0.1,
+        epochs=2,
+        batch_size=64,
+        validation_data=split.validation,
+        return_info=True,
     )
     return info

@@ -10,7 +10,7 @@ import keras
 import typer
 
 from keras_taylor.budget.goals import GoalLike, goals_from_texts
-from keras_taylor.cli.data_files import Examples, load_data
+from keras_taylor.cli.data_files import DataSplit, Scaling, load_data
 from keras_taylor.cli.model_files import FileError, load_model
 from keras_taylor.cli.signatures import OptionGroup
 from keras_taylor.exports.formats import VARIANTS
@@ -22,8 +22,8 @@ Goals: TypeAlias = GoalLike | list[GoalLike]
 RequiredData = Annotated[
     str,
     typer.Option(
-        help="'digits', an .npz file (x_train, y_train, x_test, y_test; or x, y), or a directory with one "
-        "directory of images for each class.",
+        help="'digits', an .npz file (x_train, y_train, perhaps x_val, y_val, x_test, y_test; or x, y), or a "
+        "directory with one directory of images for each class.",
         show_default=False,
         rich_help_panel="Data",
     ),
@@ -79,7 +79,7 @@ class ModelOptions(OptionGroup):
 
 @dataclasses.dataclass(frozen=True)
 class InputOptions(OptionGroup):
-    """How to scale the inputs of the data."""
+    """How to split the data, and how to scale its inputs."""
 
     panel: ClassVar[str] = "Data"
 
@@ -88,16 +88,33 @@ class InputOptions(OptionGroup):
         str, typer.Option(help="Then subtract this: one number, or one for each channel (0.5,0.4,0.4).")
     ] = ""
     std: Annotated[str, typer.Option(help="Then divide by this: one number, or one for each channel.")] = ""
+    validation: Annotated[
+        float,
+        typer.Option(
+            help="The fraction of the training data that judges rounds, if there is no x_val, y_val."
+        ),
+    ] = 0.1
+    test: Annotated[
+        float,
+        typer.Option(
+            help="The fraction of the data that is measured at the end only, if there is no x_test, y_test."
+        ),
+    ] = 0.2
 
     def __post_init__(self) -> None:
         parse_numbers(self.mean)
+        for option, share in (("--validation", self.validation), ("--test", self.test)):
+            if not 0 < share < 1:
+                raise FileError(
+                    f"{option} is a fraction of the examples, above 0 and below 1. Received: {share:g}"
+                )
         if 0 in (self.divide_by, *(parse_numbers(self.std) or ())):
             raise FileError("--divide-by and --std divide the inputs. Expected numbers other than 0.")
 
-    def load(self, source: str, model: keras.Model) -> tuple[Examples, Examples]:
-        """Training and test data for a model, scaled."""
-        mean, std = parse_numbers(self.mean), parse_numbers(self.std)
-        return load_data(source, model, divide_by=self.divide_by, mean=mean, std=std)
+    def load(self, source: str, model: keras.Model) -> DataSplit:
+        """Training, validation and test data for a model, scaled."""
+        scaling = Scaling(self.divide_by, parse_numbers(self.mean), parse_numbers(self.std))
+        return load_data(source, model, self.validation, self.test, scaling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +182,9 @@ class PruningOptions(OptionGroup):
     ] = True
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Undo a round that makes the test accuracy worse by more than this, and stop."),
+        typer.Option(
+            help="Undo a round that makes the validation accuracy worse by more than this, and stop."
+        ),
     ] = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from command_line import COMPRESS, refused
 from stripes import small_model, stripes
 
 import keras_taylor
-from keras_taylor.cli import commands, data_files, model_files
+from keras_taylor.cli import commands, model_files
 from keras_taylor.cli.options import PruningOptions, parse_goal_texts
 from keras_taylor.support.datasets import BATCH_SIZE
 
@@ -369,33 +369,6 @@ def test_extras_that_are_missing_are_named(run, monkeypatch):
     assert run(*COMPRESS, "--epochs", "0")[0] == 0
     code, _, err = run("report", "small.json", "-o", "report.html")
     assert code == 1 and 'pip install "keras-taylor[report]"' in err and not os.path.exists("report.html")
-
-
-def test_folders_of_images(tmp_path):
-    random = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        for number in range(5):
-            image = random.integers(0, 256, (10, 12, 1)).astype("uint8")
-            keras.utils.save_img(tmp_path / name / f"{number}.png", image, scale=False)
-    (x, y), (x_test, y_test) = data_files.load_data(str(tmp_path), small_model(), divide_by=255)
-    assert x.shape == (8, 8, 8, 1) and x_test.shape == (2, 8, 8, 1) and x.dtype == np.float32
-    assert x.min() >= 0 and 0.5 < x.max() <= 1 and set(y) | set(y_test) == {0, 1}
-
-
-def test_inputs_are_scaled_channel_by_channel(tmp_path):
-    x = np.full((4, 8, 8, 1), 100, "uint8")
-    np.savez(tmp_path / "data.npz", x=x, y=np.arange(4)[:, None])
-    path = str(tmp_path / "data.npz")
-    (x, y), _ = data_files.load_data(path, small_model(), divide_by=200, mean=[0.25], std=[0.5])
-    assert np.allclose(x, 0.5) and y.ndim == 1
-
-
-@pytest.mark.parametrize("loss", ["categorical_crossentropy", keras.losses.CategoricalCrossentropy()])
-def test_labels_are_as_the_compiled_loss_wants_them(tmp_path, loss):
-    np.savez(tmp_path / "data.npz", x=np.zeros((5, 8, 8, 1)), y=np.array([0, 1, 2, 0, 1]))
-    (_, y), (_, y_test) = data_files.load_data(str(tmp_path / "data.npz"), small_model(loss=loss))
-    assert y.shape == (4, 3) and y_test.shape == (1, 3) and (y.sum(1) == 1).all()
 
 
 def test_a_model_that_is_not_compiled_gets_the_loss_that_its_outputs_want():

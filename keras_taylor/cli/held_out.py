@@ -1,0 +1,36 @@
+"""What the command line says of examples that the model was not trained on."""
+
+import keras
+
+from keras_taylor.cli.data_files import DataSplit, Examples
+
+_NUM_COMPARED = 1000  # examples
+# A loss on held-out examples that is at most this share above the training part's is no larger.
+_SAME_LOSS = 0.1
+
+
+def print_if_known(model: keras.Model, split: DataSplit) -> None:
+    """Says so if the model seems to have been trained on the held-out examples, too.
+
+    It knows them if its loss there equals that on the training examples. Accuracies on them are then too
+    good, before and after.
+    """
+    parts = (split.train, split.validation)
+    known, held_out = (_metrics(model, (x[:_NUM_COMPARED], y[:_NUM_COMPARED]))["loss"] for x, y in parts)
+    if held_out <= (1 + _SAME_LOSS) * known:
+        print(
+            f"note: the model's loss on the validation part, {held_out:.4g}, is no larger than on the "
+            f"training part, {known:.4g}. If it was trained on both, what is measured there is too good."
+        )
+
+
+def print_test_metrics(original: keras.Model, small: keras.Model, test: Examples) -> None:
+    """Prints the loss and the metrics of both models on the test examples."""
+    before, after = _metrics(original, test), _metrics(small, test)
+    shown = [f"{name} {value:.4g} -> {after[name]:.4g}" for name, value in before.items() if name in after]
+    print(f"on the {len(test[0])} test examples: {', '.join(shown)}")
+
+
+def _metrics(model: keras.Model, examples: Examples) -> dict[str, float]:
+    values = model.evaluate(*examples, batch_size=128, verbose=0, return_dict=True)
+    return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
