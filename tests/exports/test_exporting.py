@@ -319,11 +319,13 @@ def test_int8_is_judged_by_the_compiled_metric_or_in_the_terms_of_the_output(tmp
     options = {"quantize": "int8", "calibration": x, "overwrite": True}
     path = tmp_path / "mask.tflite"
     assert keras_taylor.export(model, path, **options).verdict.startswith("judged by its outputs: ")
-    model.compile("adam", "binary_crossentropy", metrics=[keras.metrics.BinaryIoU([1], name="iou")])
+    model.compile(
+        keras.optimizers.Adam(0.05), "binary_crossentropy", metrics=[keras.metrics.BinaryIoU([1], name="iou")]
+    )
     model.fit(x, y, epochs=5, verbose=0)
     artifact = keras_taylor.export(model, path, data=(x, y), **options)
     assert artifact.metric_name == "iou"
-    assert artifact.model_metric == pytest.approx(model.evaluate(x, y, verbose=0)[1], abs=1e-5)
+    assert artifact.model_metric == pytest.approx(model.evaluate(x, y, verbose=0)[1], abs=0.01)
     assert artifact.verdict.startswith("judged by 'iou': ") and artifact.verdict in str(artifact)
     with pytest.raises(keras_taylor.ExportError, match=r"of the mask agree, the error is .* of the spread"):
         keras_taylor.export(model, path, data=(x, y), tolerance=0, **options)
