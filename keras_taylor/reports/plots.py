@@ -61,7 +61,7 @@ def plot_rounds(record: RunRecord, path: str | os.PathLike[str] | IO[Any], **sav
         for name in names:
             rounds = [one for one in record.rounds if name in one.kept_history]
             values = [one.kept_history[name] for one in rounds]
-            panel.plot([one.number for one in rounds], values, marker="o", label=name)
+            panel.plot([one.number for one in rounds], values, marker="o", label=_plain(name))
         panel.legend(framealpha=0)
     for panel in axes[:-1]:
         panel.tick_params(labelbottom=False)
@@ -92,7 +92,7 @@ def _draw_metric_curve(panel: Axes, record: RunRecord, curve: MetricCurve) -> No
         if point.held:
             style = {"marker": "o", "fillstyle": "full" if point.params in reached else "none"}
         panel.plot([point.params], [point.value], color=line.get_color(), **style)
-    panel.set(xlabel="parameters", ylabel=f"validation {curve.metric}")
+    panel.set(xlabel="parameters", ylabel=f"validation {_plain(curve.metric)}")
 
 
 def rounds_as_svg(record: RunRecord) -> str:
@@ -118,7 +118,7 @@ def plot_sensitivity(
     is_map = len(sensitivity.curves) > _MAX_LINES
     figure = _new_figure(8, 1.6 + 0.24 * len(sensitivity.curves) if is_map else 4.5)
     axes = figure.subplots()
-    title = f"{metric} of the whole model: {sensitivity.baseline[metric]:.4g}"
+    title = f"{_plain(metric)} of the whole model: {sensitivity.baseline[metric]:.4g}"
     if is_map:
         _draw_heat_map(figure, axes, sensitivity, metric)
         title += f"; left of the red bar the {sensitivity.measure} grows by at most "
@@ -140,14 +140,14 @@ def _draw_lines(axes: Axes, sensitivity: Sensitivity, metric: str) -> None:
         values = np.append(sensitivity.baseline[metric], curve.values[metric])[first]
         if is_loss:
             values = values - sensitivity.baseline[metric]
-        axes.plot(num_gone / len(curve.order), values, marker="o", markersize=4, label=name)
+        axes.plot(num_gone / len(curve.order), values, marker="o", markersize=4, label=_plain(name))
     if is_loss:
         limit = max(sensitivity.max_increase, _SMALLEST_INCREASE)
         lowest = min([np.nanmin(np.asarray(line.get_ydata())) for line in axes.lines], default=0)
         axes.axhline(limit, color="grey", linestyle=":", linewidth=1, label=f"an increase of {limit:.2g}")
         axes.set_yscale("symlog", linthresh=limit)
         axes.set_ylim(bottom=1.2 * lowest - 0.1 * limit)
-    axes.set(ylabel=f"{metric}, increase" if is_loss else metric, xlim=(0, 1))
+    axes.set(ylabel=f"{_plain(metric)}, increase" if is_loss else _plain(metric), xlim=(0, 1))
     axes.xaxis.set_major_formatter(_import_matplotlib("matplotlib.ticker").PercentFormatter(1, symbol=" %"))
     axes.legend(framealpha=0, fontsize="small")
 
@@ -168,14 +168,14 @@ def _draw_heat_map(figure: Figure, axes: Axes, sensitivity: Sensitivity, metric:
         cells,
         None,
         axes,
-        label=f"{metric}, increase" if is_loss else metric,
+        label=f"{_plain(metric)}, increase" if is_loss else _plain(metric),
         extend="min" if is_loss else "neither",
         shrink=min(1, 4 / figure.get_size_inches()[1]),
     )
     fractions = [f"{100 * fraction:.3g} %" for fraction in sensitivity.fractions]
     axes.set_xticks(range(len(fractions)), fractions)
     axes.tick_params(top=True, labeltop=True)
-    axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.set_yticks(range(len(names)), [_plain(name) for name in names], fontsize="small")
     for row, (name, num) in enumerate(sensitivity.num_dispensable().items()):
         # a bar after the last cell that costs no more than `max_increase`
         column = np.searchsorted(sensitivity.curves[name].num_gone, num, side="right") - 0.5
@@ -197,6 +197,11 @@ def check_picture(path: str | os.PathLike[str]) -> None:
             f"The name of a picture ends in one of {', '.join(f'.{one}' for one in known)}. "
             f"Received: path={str(path)!r}"
         )
+
+
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it as it is: no formulas between dollars, not left out for an underscore."""
+    return name.replace("$", r"\$").replace("_", " _", 1 if name.startswith("_") else 0)
 
 
 def _new_figure(width: float, height: float) -> Figure:

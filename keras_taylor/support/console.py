@@ -106,7 +106,13 @@ def render_table(table: Table, width: int = 100) -> str:
     """A rich table as plain text of at most `width` columns."""
     # in a notebook rich would display the table itself, or write it with colors
     console = Console(
-        file=io.StringIO(), width=width, force_jupyter=False, force_terminal=False, color_system=None
+        file=io.StringIO(),
+        width=width,
+        force_jupyter=False,
+        force_terminal=False,
+        color_system=None,
+        markup=False,  # names may hold brackets
+        emoji=False,
     )
     with console.capture() as captured:
         console.print(table)
