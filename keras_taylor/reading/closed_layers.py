@@ -11,7 +11,15 @@ from typing import Any, NamedTuple, TypeAlias
 import keras
 import numpy as np
 
-from keras_taylor.rules.base import Context, Edit, Effect, InternalRead, Work, override_attributes
+from keras_taylor.rules.base import (
+    Context,
+    Edit,
+    Effect,
+    InternalRead,
+    Work,
+    override_attributes,
+    unknown_operation,
+)
 from keras_taylor.rules.labels import FIXED
 from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.types import Array, BoolArray, IntArray, Tensor
@@ -82,6 +90,9 @@ class InnerStructure:
 
     def make_effect(self, ctx: Context) -> Effect:
         """The rule of such a layer: channels of its inputs and outputs stay, units inside can leave."""
+        if not self.groups:  # what is known is the work
+            work = tuple(Work(f, tuple(np.full(len(u), FIXED) for u in axes)) for f, axes in self.work)
+            return dataclasses.replace(unknown_operation(ctx), work=work)
         for tensor in ctx.inputs:
             ctx.lock(tensor.labels, f"read by {type(ctx.operation).__name__}, which loses only units inside")
         new_labels = [ctx.space.new_labels(num, f"{ctx.name}/{name}") for name, num in self.groups]

@@ -104,7 +104,7 @@ def find_rule_by_rebuilding(
         label_graph: Makes the `groups.LabeledModel` of a graph.
 
     Returns:
-        `None` if nothing inside can leave, or if the layer is not closed.
+        `None` if the inside cannot be read, or if the layer is not closed.
     """
     has_unknown_size = any(None in shapes[index] for index in call.inputs)
     if not call.closed_reason or not has_unknown_size or not call.operation.weights:
@@ -135,7 +135,7 @@ def _describe_layer(call: Call, shapes: Sequence[Shape], without: Sequence[str] 
 def _find_structure(
     call: Call, shapes: Sequence[Shape], label_graph: Callable[[Graph], LabeledGraph]
 ) -> InnerStructure | None:
-    """The units inside a layer, with the configuration values that count them; `None` if none can leave."""
+    """The units inside a layer, with the configuration values that count them; `None` if nothing is seen."""
     try:
         first = _read_at_sizes(call, shapes, 0, label_graph)
         rebuilder = LayerRebuilder(call, shapes)
@@ -145,7 +145,7 @@ def _find_structure(
                 call, shapes, known.counting_keys
             ):
                 structure = _describe_inside(call, shapes, first, first)
-                return combine_groups(structure, known.searches, rebuilder)
+                return combine_groups(structure, known.searches, rebuilder) or structure.restricted_to([])
         second = _read_at_sizes(call, shapes, 1, label_graph)
         if not _have_same_calls(first.labeled, second.labeled):
             return None
@@ -160,7 +160,7 @@ def _find_structure(
         counting_keys = tuple(combined.config)
         key = _describe_layer(call, shapes, counting_keys)
         _known_searches.append(_KnownSearch(counting_keys, key, searches))
-    return combined
+    return combined or structure.restricted_to([])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

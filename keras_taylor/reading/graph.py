@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,6 +26,8 @@ from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import (
     Node,
     input_structure,
+    layers_inside,
+    mask_of_tensor,
     nodes_in_order,
     output_structure,
     producer,
@@ -240,6 +243,8 @@ def _check_plain_weights(graph: Graph) -> None:
 def _open_and_inline(root: SubmodelGraph) -> Graph:
     """The graph of a model or opened layer: first the layers inside are opened, then all is inlined."""
     openings = _Openings()
+    if is_functional(root.model):
+        openings.find_masks(_function_of(root.model, root.model.name))
     openings.visit(root)
     return _Inliner(openings, root).graph
 
@@ -259,6 +264,20 @@ class _Openings:
         self._sites: dict[keras.Layer, list[Site]] = {}  # sites with different arguments, already opened
         self._first_sequences: dict[keras.Layer, tuple[CallSequence, SubmodelGraph]] = {}
         self._changing: set[keras.Layer] = set()  # layers that do other things at one call than at another
+        self._masked: set[keras.Layer] = set()  # layers that masks may reach
+
+    def find_masks(self, function: keras.Function) -> None:
+        """Finds the layers of a model that get tensors with masks, with all that is inside of them.
+
+        Masks travel on tensors beside the arguments, and from a model into its sub-models. If a layer hides
+        that it makes some, any tensor may have one.
+        """
+        nodes = [n for n in nodes_in_order(function) if isinstance(n.operation, keras.Layer)]
+        masked = [n for n in nodes if any(mask_of_tensor(x) is not None for x in n.arguments.keras_tensors)]
+        if any(_hides_mask(n.operation) for n in nodes) or any(_has_own_insides(n.operation) for n in masked):
+            masked = nodes
+        for node in masked:
+            self._masked.update((node.operation, *layers_inside(node.operation)))
 
     def visit(self, submodel: SubmodelGraph, prefix: str = "") -> None:
         """Opens everything inside a model or opened layer."""
@@ -282,7 +301,11 @@ class _Openings:
 
     def _open(self, site: Site, name: str) -> None:
         operation = site.operation
-        if isinstance(operation, keras.Model) and is_functional(operation):
+        if operation in self._masked and is_openable(operation) and _may_use_masks(operation):
+            self._reasons[site] = (
+                "a mask reaches it that is no argument (`attention_mask=` instead of `mask_zero` opens it)"
+            )
+        elif isinstance(operation, keras.Model) and is_functional(operation):
             if operation not in self._models:
                 self._models[operation] = _read_submodel(operation, name)
             self._submodels[site] = self._models[operation]
@@ -398,6 +421,30 @@ class _Inliner:
         )
         spec = site.operation.compute_output_spec(*args, **kwargs)
         return _einsum_sizes(site.operation, shapes, [tuple(t.shape) for t in keras.tree.flatten(spec)])
+
+
+def _hides_mask(layer: keras.Layer) -> bool:
+    """Whether a layer attaches a mask to its output that is not known before it runs."""
+
+    def makes_mask(each: keras.Layer) -> bool:
+        return isinstance(each, keras.layers.Masking) or getattr(each, "mask_zero", False)
+
+    is_known = "reverse" not in inspect.signature(layer.call).parameters  # a `ReversibleEmbedding` hides it
+    return any(map(makes_mask, layers_inside(layer))) or (makes_mask(layer) and not is_known)
+
+
+def _has_own_insides(layer: keras.Layer) -> bool:
+    """Whether a layer is a sub-model or the user's own: what becomes of its masks is seen when it runs."""
+    return is_functional(layer) or (is_openable(layer) and not is_attention(layer))
+
+
+def _may_use_masks(layer: keras.Layer) -> bool:
+    """Whether a layer may compute with a mask that its input carries, or hand it on."""
+    return any(
+        each.supports_masking or any("mask" in name for name in inspect.signature(each.call).parameters)
+        for each in (layer, *layers_inside(layer))
+        if is_openable(each)
+    )
 
 
 def _is_called_alike(first: Site, second: Site) -> bool:
