@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import keras
+from keras.src.backend import get_keras_mask, set_keras_mask
 
 from keras_taylor.support.types import Shape, Tensor, Tree
 
@@ -137,16 +138,17 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
 def mask_of_tensor(tensor: Tensor) -> Tensor | None:
     """The mask that a layer attached to a tensor, `None` if it has none.
 
-    Layers hand masks on to each other in this attribute, with no public way to it.
+    Layers hand masks on to each other like this, with no public way to it: in an attribute, or beside tensors
+    that take none, as JAX's within a compiled step.
     """
-    return getattr(tensor, "_keras_mask", None)
+    return get_keras_mask(tensor)
 
 
 def copy_mask(source: Tensor, target: Tensor) -> Tensor:
     """The target, with the mask that a layer attached to the source."""
     mask = mask_of_tensor(source)
     if mask is not None:
-        target._keras_mask = mask
+        set_keras_mask(target, mask)
     return target
 
 
