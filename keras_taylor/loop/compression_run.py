@@ -353,6 +353,8 @@ def finish_run(run: PreparedRun, state: RunState) -> None:
             run.backups.finish()
         if info.stop_reason != reason:
             stop_run(run, state, info.stop_reason)
+    if lag := messages.describe_lag(info):
+        run.reporter.say(lag)
     if not state.models or (state.plans and state.models[-1] is not state.model):
         state.models.append(state.model if state.plans else copy_model(run.original))
     if info.metrics:

@@ -131,6 +131,23 @@ def describe_missed_goals(stops: Sequence[GoalRecord]) -> str:
     return f"the goal does not hold after {', '.join(missed)}" if missed else ""
 
 
+def describe_lag(info: Info) -> str:
+    """Returns that FLOPs fell by less than half as much as parameters, and the goal that helps; else ""."""
+    params, flops = (info.reduction.get(cost) for cost in ("params", "flops"))
+    if (
+        "params" not in info.goal
+        or len(info.goal) > 1
+        or params is None
+        or flops is None
+        or 2 * flops >= params
+    ):
+        return ""
+    return (
+        f"{params:.1%} of the parameters are gone, and {flops:.1%} of the FLOPs. If it is speed that counts: "
+        f'goal={{"flops": {params:.2g}}}'
+    )
+
+
 def explain_divergence(error: DivergenceError, num_done: int, learning_rate: float) -> str:
     """Returns why fine-tuning ended the run, what to change, and which model the result is."""
     result = f"that of round {num_done}" if num_done else "an unpruned copy of the model"

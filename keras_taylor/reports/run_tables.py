@@ -38,10 +38,12 @@ class TextTable:
 
 
 def rounds_table(record: RunRecord) -> TextTable:
-    """Costs, metrics and seconds of each round; row 0 is the original model."""
+    """Costs, metrics and seconds of each round; row 0 is the given model, on the validation data."""
     metrics = list(dict.fromkeys(name for one in record.rounds for name in one.history))
     measured, verdicts = record.measured(), _verdict_columns(record)
-    rows = [["0", *_cost_cells(record.before, measured), *[""] * (len(metrics) + len(verdicts)), ""]]
+    given = {f"val_{name}": f"{value:.4g}" for name, value in record.metrics.get("before", {}).items()}
+    first = [given.get(name, "") for name in metrics]
+    rows = [["0", *_cost_cells(record.before, measured), *first, *[""] * len(verdicts), ""]]
     for one in record.rounds:
         values = [f"{one.kept_history[name]:.4g}" if name in one.kept_history else "" for name in metrics]
         verdict = _verdict_cells(one) if verdicts else []

@@ -478,6 +478,35 @@ def test_lines_in_a_pipe(capsys):
     assert all("\x1b" not in line and "\r" not in line for line in lines)
 
 
+def test_the_first_row_of_the_table_is_the_given_model(capsys):
+    model, data = small_model(), stripes()
+    before = model.evaluate(*data, verbose=0, return_dict=True)
+    _, info = keras_taylor.compress(
+        model, data, increment=0.3, validation_data=data, verbose=0, return_info=True
+    )
+    first, *_ = re.findall(r"^│ +([01]) (.*)", str(info), re.M)
+    assert first[0] == "0" and {f"{before['loss']:.4g}", f"{before['accuracy']:.4g}"} <= set(first[1].split())
+
+
+@pytest.mark.parametrize(("exclude", "says"), [("conv.*", True), ("hidden", False)])
+def test_a_goal_that_leaves_the_flops_says_so(capsys, exclude, says):
+    layers = [
+        *(keras.layers.Conv2D(6, 3, padding="same", name=f"conv{k}") for k in range(3)),
+        *(keras.layers.Flatten(), keras.layers.Dense(12, name="hidden"), keras.layers.Dense(3)),
+    ]
+    model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    _, info = keras_taylor.compress(
+        model, stripes(), 0.4, increment=0.4, epochs=0, exclude=exclude, return_info=True
+    )
+    params, flops = info.reduction["params"], info.reduction["flops"]
+    line = (
+        f"{params:.1%} of the parameters are gone, and {flops:.1%} of the FLOPs. If it is speed that counts: "
+        f'goal={{"flops": {params:.2g}}}'
+    )
+    assert (line in capsys.readouterr().out.splitlines()) == says == (2 * flops < params)
+
+
 def test_first_line_says_where_scores_come_from(capsys):
     keras_taylor.compress(small_model(), stripes(), increment=0.3, criterion="magnitude", epochs=0)
     assert "in each: 'magnitude' scores without data, then" in capsys.readouterr().out
