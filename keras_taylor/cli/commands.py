@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import pathlib
 import shlex
@@ -93,7 +94,7 @@ def analyze_command(
             "unknown": analysis.unknown,
             "sensitivity": analysis.sensitivity and analysis.sensitivity.to_dict(),
         }
-        print(json.dumps(content, default=str))
+        _print_json(content)
     else:
         print(analysis)
         if plot:
@@ -170,7 +171,7 @@ def compress_command(
         write_text(paths.report, info.to_html())
         written.append(paths.report)
     if general.as_json:
-        print(info.to_json())
+        _print_json(json.loads(info.to_json()))
     else:
         print(info)
         print_test_metrics(original, small, split.test)
@@ -209,7 +210,7 @@ def export_command(
         print(split.description)
     artifact = _export_variant(loaded, path, target.format, split, general.force, **target.arguments())
     if general.as_json:
-        print(artifact.to_json())
+        _print_json(json.loads(artifact.to_json()))
     else:
         print(artifact)
         _print_written(path)
@@ -257,6 +258,19 @@ def demo_command(
 def _command_line() -> str:
     """The command that was typed, ready to be pasted into a shell."""
     return shlex.join(["keras-taylor", *sys.argv[1:]])
+
+
+def _print_json(content: Any) -> None:
+    """Prints one line of JSON, which knows no NaN and no infinity: they are `null`."""
+    print(json.dumps(_with_nulls(content), default=str, allow_nan=False))
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_nulls(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_written(*paths: pathlib.Path) -> None:

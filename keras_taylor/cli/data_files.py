@@ -77,7 +77,7 @@ def load_data(
         parts, said = _load_digits()
     elif pathlib.Path(source).is_dir():
         parts, said = _load_images(pathlib.Path(source), model)
-    elif pathlib.Path(source).exists():
+    elif pathlib.Path(source).is_file():
         parts, said = _load_npz(pathlib.Path(source))
     else:
         raise FileError(
@@ -192,8 +192,12 @@ def _load_npz(path: pathlib.Path) -> _Source:
             }
             if "train" not in parts and {"x", "y"} <= names:
                 parts["train"] = file["x"], file["y"]
+            if not all(isinstance(array, np.ndarray) for pair in parts.values() for array in pair):
+                raise FileError(f"'{path}' holds something else than arrays. Write it with `np.savez`.")
             if "train" in parts:
                 return parts, []
+    except FileError:
+        raise
     except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
         if "pickle" in str(error):
             raise FileError(
@@ -207,13 +211,13 @@ def _load_npz(path: pathlib.Path) -> _Source:
 
 
 def _load_images(directory: pathlib.Path, model: keras.Model) -> _Source:
-    classes = sorted(p.name for p in directory.iterdir() if p.is_dir())
+    classes = sorted(p.name for p in directory.iterdir() if p.is_dir() and not _is_hidden(p))
     if not classes:
         raise FileError(f"'{directory}' has no directories. Expected one directory of images for each class.")
     height, width, channels = model.inputs[0].shape[1:]
     images, labels = [], []
     for label, name in enumerate(classes):
-        for file in sorted((directory / name).iterdir()):
+        for file in sorted(p for p in (directory / name).iterdir() if not _is_hidden(p)):
             images.append(_load_image(file, (height, width), channels))
             labels.append(label)
     if not images:
@@ -221,6 +225,11 @@ def _load_images(directory: pathlib.Path, model: keras.Model) -> _Source:
     named = ", ".join(classes[:_NUM_NAMED]) + (", ..." if len(classes) > _NUM_NAMED else "")
     said = [f"classes in the order of their names: {named}", f"images resized to {height} x {width}"]
     return {"train": (np.stack(images), np.array(labels))}, said
+
+
+def _is_hidden(path: pathlib.Path) -> bool:
+    """Whether a system or program made a file for itself (`.DS_Store`, `.git`, `Thumbs.db`)."""
+    return path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini")
 
 
 def _load_image(file: pathlib.Path, size: tuple[int, int], channels: int) -> Array:

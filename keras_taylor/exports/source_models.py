@@ -183,17 +183,20 @@ class ExportMetric:
 
     def __init__(self, model: keras.Model, examples: ExportExamples, metric: Metric | None = None) -> None:
         self._targets, self._metric = examples.targets, metric
-        settings = compile_settings(model) if metric is None else None
         self._compiled: keras.Model | None = None
-        if metric is None and not (settings and _has_metrics(settings)):
-            try:
-                _check_accuracy_is_defined(model, examples)
-                settings = None
-            except ValueError:
-                if not settings or settings["loss"] is None:
-                    raise
-        if settings:
+        if metric is not None:
+            return
+        settings = compile_settings(model) or {"loss": None, "metrics": None, "weighted_metrics": None}
+        has_metrics = _has_metrics(settings)
+        try:
+            _check_accuracy_is_defined(model, examples)
+        except ValueError:
+            # metrics of labels beyond the classes would be wrong without a word
+            if _takes_labels(settings["loss"]) or not (has_metrics or settings["loss"] is not None):
+                raise
             self._compiled = _model_of_outputs(model, settings)
+        else:
+            self._compiled = _model_of_outputs(model, settings) if has_metrics else None
 
     def score(self, outputs: Sequence[Array]) -> tuple[str, float]:
         """Name and value of the metric for flattened outputs."""
@@ -214,6 +217,13 @@ class ExportMetric:
 def _has_metrics(settings: Mapping[str, Any]) -> bool:
     found = [settings["metrics"], settings["weighted_metrics"]]
     return any(one is not None for one in keras.tree.flatten(found))
+
+
+def _takes_labels(loss: Any) -> bool:
+    """Whether a loss takes the number of a class for each example or pixel."""
+    loss = keras.losses.get(loss) if isinstance(loss, str) and loss not in _EITHER_LOSS else loss
+    name = _name_of(getattr(loss, "fn", loss))
+    return name == "sparse_categorical_crossentropy" and getattr(loss, "ignore_class", None) is None
 
 
 def _check_accuracy_is_defined(model: keras.Model, examples: ExportExamples) -> None:

@@ -101,6 +101,18 @@ def test_a_file_for_a_microcontroller(run):
     assert "tiny.tflite.rejected" in err and not os.path.exists("tiny.tflite")
 
 
+def strict_json(text):
+    """JSON as other languages read it, without NaN and infinity; nothing stands beside it."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.once
+def test_json_stays_json_when_something_goes_wrong(run):
+    with pytest.warns(UserWarning, match="lower the learning rate"):
+        code, out, _ = run(*COMPRESS, "--json", "--learning-rate", "1e30")
+    assert code == 0 and "null" in json.dumps(strict_json(out)["rounds"])  # what became NaN
+
+
 @pytest.mark.once
 def test_json_for_machines(run):
     code, out, _ = run(*COMPRESS, "--json", "--epochs", "0", "--goal", "flops=100000")
@@ -256,6 +268,13 @@ def test_data_that_cannot_be_used(run):
     assert "'broken.npz' is damaged or not an .npz file" in compress("broken.npz")
     os.symlink("gone.npz", "link.npz")
     assert "There is no data 'link.npz'" in compress("link.npz")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("pipe.npz")  # nobody writes to it
+        assert "There is no data 'pipe.npz'" in compress("pipe.npz")
+    with zipfile.ZipFile("notes.npz", "w") as file:
+        file.writestr("x.npy", "no array")
+        file.writestr("y.npy", "no array")
+    assert "'notes.npz' holds something else than arrays" in compress("notes.npz")
     np.savez("single.npz", x=np.float32(1), y=np.int64(0))
     assert "one row for each example. These are of shapes () and ()" in compress("single.npz")
     x, y = stripes()

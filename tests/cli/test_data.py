@@ -20,6 +20,9 @@ def test_folders_of_images(tmp_path):
         for number in range(5):
             image = random.integers(0, 256, (10, 12, 1)).astype("uint8")
             keras.utils.save_img(tmp_path / name / f"{number}.png", image, scale=False)
+    for name in (".DS_Store", "cat/.DS_Store", "dog/Thumbs.db"):  # what systems leave in folders
+        (tmp_path / name).write_text("no image")
+    (tmp_path / ".cache").mkdir()
     split = data_files.load_data(str(tmp_path), small_model(), scaling=data_files.Scaling(255))
     (x, y), (_, y_validation), (x_test, y_test) = split.train, split.validation, split.test
     assert x.shape == (7, 8, 8, 1) and x_test.shape == (2, 8, 8, 1) and x.dtype == np.float32
