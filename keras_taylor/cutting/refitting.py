@@ -1,7 +1,8 @@
 """Refits the layers of a smaller model that lost inputs to the outputs of the original model."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import keras
 import numpy as np
@@ -17,6 +18,9 @@ from keras_taylor.reading.walk import InputBatch, Walk, run_batches, split_into_
 from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.types import Array, BoolArray, IntArray, Tensor
 
+# Yields numbered calls as they are, and notes how many are done.
+Track: TypeAlias = Callable[[Sequence[tuple[int, Call]]], Iterable[tuple[int, Call]]]
+
 _HELD_OUT_SHARE = 1 / 4  # of the batches
 
 
@@ -26,6 +30,7 @@ def refit(
     small: keras.Model,
     inputs: Sequence[Array],
     thorough: bool = True,
+    track: Track = iter,
 ) -> list[LayerRepair]:
     """Refits, in place, the layers of a smaller model that lost inputs, from the input to the output.
 
@@ -40,6 +45,7 @@ def refit(
         inputs: Flattened inputs as arrays, batch axis first, in random order.
         thorough: `False` for a model that is trained afterwards. It leaves out what training does as well:
             refitting layers that lost no inputs, the slack of rectifiers, and most of the rows.
+        track: What the numbered calls of the model go through, to show progress.
 
     Returns:
         The result for each layer that lost inputs, and with `thorough` also for later layers.
@@ -56,7 +62,7 @@ def refit(
         thorough=thorough,
     )
     walks = _PairedWalks(labeled, kept, small, batches, options)
-    repairs = walks.refit_layers()
+    repairs = walks.refit_layers(track)
     wanted, outputs_after = walks.held_out_outputs()
     if all(repair.ridge is None for repair in repairs):
         return repairs
@@ -92,10 +98,10 @@ class _PairedWalks:
         self._before_linear_layers = _tensors_before_linear_layers(self._new.graph)
         self._changed: set[int] = set()  # numbers of tensors whose values differ from the original's
 
-    def refit_layers(self) -> list[LayerRepair]:
+    def refit_layers(self, track: Track) -> list[LayerRepair]:
         """Runs both models to the end, and refits layers on the way."""
         repairs: dict[str, LayerRepair] = {}
-        for number, call in enumerate(self._new.graph.calls):
+        for number, call in track(list(enumerate(self._new.graph.calls))):
             self._old.run(number)
             masks = self._matrix_masks(number)
             if masks is not None and call.name not in repairs and self._is_to_refit(call, masks):

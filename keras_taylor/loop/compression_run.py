@@ -1,6 +1,7 @@
 """The algorithm of `compress`, round by round: score, prune, repair, fine-tune, judge, back up."""
 
 import dataclasses
+import functools
 import gc
 import warnings
 from collections.abc import Sequence
@@ -176,7 +177,7 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) 
     with clock.phase("prune"):
         pruned = prune_round(run, state, labeled, unit_scores, target)
     with clock.phase("repair"):
-        repairs = repair_round(run, pruned, thorough=not state.is_trained)
+        repairs = repair_round(run, pruned, f"{name}: repair", thorough=not state.is_trained)
     with clock.phase("fit"):
         fitted = run.tuner.train(pruned.model, state.model, run.reporter.callback(f"{name}: fine-tuning"))
     judgment = judge_round(run, pruned, target, watched)
@@ -227,12 +228,13 @@ def prune_round(
     return PrunedModel(small, labeled, kept, plan, total_plan)
 
 
-def repair_round(run: PreparedRun, pruned: PrunedModel, thorough: bool) -> list[LayerRepair]:
+def repair_round(run: PreparedRun, pruned: PrunedModel, phase: str, thorough: bool) -> list[LayerRepair]:
     """Refits the layers that lost inputs, and if `thorough` those behind them."""
     if not run.settings.repair:
         return []
     inputs = run.repair_inputs
-    repairs = refit(pruned.source, pruned.kept, pruned.model, inputs, thorough=thorough)
+    track = functools.partial(run.reporter.track, phase=phase)
+    repairs = refit(pruned.source, pruned.kept, pruned.model, inputs, thorough, track)
     graph = read_model(pruned.model)
     return repairs + renew_statistics(graph, split_into_batches(inputs), training=run.tuner.trains)
 

@@ -13,15 +13,17 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import keras
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 Verbose: TypeAlias = Literal["auto", 0, 1, 2]
 Item = TypeVar("Item")
 
+_SECONDS_BETWEEN_LINES = 15
+
 
 class Reporter:
-    """Prints lines, and a live bar where a terminal or a notebook can show it.
+    """Prints lines, and shows progress: as a live bar in a terminal or notebook, else in a line every 15 s.
 
     Args:
         verbose: 0 is silent. 1 shows lines and a live bar, in a notebook also a live table and plot.
@@ -39,7 +41,7 @@ class Reporter:
         interactive = self._console.is_terminal or self._console.is_jupyter
         self._silent = verbose == 0
         self._live = verbose in ("auto", 1) and interactive
-        self._bar: Progress | None = None
+        self._progress: Progress | _ProgressLines | None = None
         self._view: Any = None  # IPython's display handle
 
     def say(self, text: str) -> None:
@@ -62,10 +64,12 @@ class Reporter:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
+                TimeRemainingColumn(elapsed_when_finished=True),
             )
-            self._bar = Progress(*columns, console=self._console, transient=True)
-            self._bar.start()
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._progress.start()
+        elif not self._silent:
+            self._progress = _ProgressLines(self)
         return self
 
     def __exit__(
@@ -74,24 +78,64 @@ class Reporter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if isinstance(self._progress, Progress):
+            self._progress.stop()
+        self._progress = None
 
     def track(self, items: Sequence[Item], phase: str) -> Iterator[Item]:
-        """Yields the items, and moves the bar named `phase` after each."""
-        if self._bar is None:
+        """Yields the items, and notes the progress of `phase` after each."""
+        if self._progress is None:
             yield from items
             return
-        task = self._bar.add_task(phase, total=len(items))
+        task = self._progress.add_task(phase, total=len(items))
         for item in items:
             yield item
-            self._bar.advance(task)
-        self._bar.remove_task(task)
+            self._progress.advance(task)
+        self._progress.remove_task(task)
 
     def callback(self, phase: str) -> list[keras.callbacks.Callback]:
-        """A list with a Keras callback that moves the bar named `phase`; an empty list without a bar."""
-        return [] if self._bar is None else [_BatchProgress(self._bar, phase)]
+        """A list with a Keras callback that notes the progress of `phase`; empty if nothing shows it."""
+        return [] if self._progress is None else [_BatchProgress(self._progress, phase)]
+
+
+class _ProgressLines:
+    """Says at most every 15 seconds how far a phase is, with the methods of rich's `Progress`.
+
+    Args:
+        reporter: What prints the lines.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._say = reporter.say
+        self._phases: dict[TaskID, tuple[str, float | None, float]] = {}
+        self._steps: dict[TaskID, int] = {}
+        self._last_line = time.monotonic()
+
+    def add_task(self, description: str, total: float | None = None) -> TaskID:
+        """Begins a phase of so many steps."""
+        task = TaskID(len(self._phases))
+        self._phases[task], self._steps[task] = (description, total, time.monotonic()), 0
+        return task
+
+    def advance(self, task_id: TaskID) -> None:
+        """Notes a step; prints a line if the last one is long ago."""
+        self._steps[task_id] += 1
+        now = time.monotonic()
+        if now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        phase, total, start = self._phases[task_id]
+        steps = self._steps[task_id]
+        left = (
+            ""
+            if total is None
+            else f" of {total}, {describe_duration((total - steps) * (now - start) / steps)} left"
+        )
+        self._say(f"{phase}: step {steps}{left}")
+
+    def remove_task(self, task_id: TaskID) -> None:
+        """Ends a phase."""
+        self._steps.pop(task_id)
 
 
 def describe_duration(seconds: float) -> str:
@@ -143,19 +187,19 @@ def _can_show_bars(console: Console) -> bool:
 
 
 class _BatchProgress(keras.callbacks.Callback):
-    """Moves a bar batch by batch."""
+    """Notes progress batch by batch."""
 
-    def __init__(self, bar: Progress, phase: str) -> None:
+    def __init__(self, progress: Progress | _ProgressLines, phase: str) -> None:
         super().__init__()
-        self._bar, self._phase = bar, phase
+        self._progress, self._phase = progress, phase
         self._task = TaskID(0)
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         steps, epochs = self.params.get("steps"), self.params.get("epochs") or 1
-        self._task = self._bar.add_task(self._phase, total=steps * epochs if steps else None)
+        self._task = self._progress.add_task(self._phase, total=steps * epochs if steps else None)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        self._bar.advance(self._task)
+        self._progress.advance(self._task)
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
-        self._bar.remove_task(self._task)
+        self._progress.remove_task(self._task)

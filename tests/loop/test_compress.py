@@ -520,6 +520,21 @@ def test_silence(capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_without_a_terminal_a_line_every_15_seconds_says_how_far_it_is(capsys, monkeypatch):
+    """Time goes by as the clock says: 7 seconds a step."""
+    seconds = iter(range(0, 10**6, 7))
+    monkeypatch.setattr("time.monotonic", lambda: next(seconds))
+    keras_taylor.compress(small_model(), stripes(), increment=0.3, batch_size=8)
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if ": step " in line]
+    for phase in ("scoring", "repair", "fine-tuning"):
+        assert any(
+            re.fullmatch(rf"round 1/1: {phase}: step \d+ of \d+, about \d+ s left", line) for line in said
+        )
+    keras_taylor.compress(small_model(), stripes(), increment=0.3, batch_size=8, verbose=0)
+    assert capsys.readouterr().out == ""
+
+
 def test_live_bar_in_a_terminal():
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with Reporter("auto", console) as reporter:
