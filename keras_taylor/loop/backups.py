@@ -24,6 +24,7 @@ from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
 from keras_taylor.reports.info import Info
+from keras_taylor.support.atomic_files import exclusive
 from keras_taylor.support.optimizers import persistent_variables
 from keras_taylor.support.replicas import bytes_from_first_process, from_first_process, is_first_process
 from keras_taylor.support.types import Array
@@ -163,10 +164,34 @@ class Backups:
         """Finds the newest state; returns the content of its file, empty if there is none."""
         self._directory = _check_writable(self._given)
         self.state = self._newest()
-        for path in self._directory.glob(_UNFINISHED):  # left by runs that were killed while they wrote
-            path.unlink(missing_ok=True)
         self._latest = self.state.path if self.state else None
         return self._latest.read_bytes() if self._latest else b""
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A context of rounds: no other process can have one for the same directory.
+
+        What killed processes left half-written is removed. Where a system or a file system has no such
+        locks, nobody is refused.
+
+        Raises:
+            ValueError: if another process is in such a context.
+        """
+        with contextlib.ExitStack() as stack:
+
+            def hold() -> bytes:
+                if not stack.enter_context(exclusive(self._directory)):
+                    raise ValueError(
+                        "`backup_dir` is in use: another process runs `compress` with it now, and two would "
+                        "remove each other's states. Wait until that one ends, or pass another directory. "
+                        f"Received: backup_dir={str(self._directory)!r}"
+                    )
+                for path in self._directory.glob(_UNFINISHED):
+                    path.unlink(missing_ok=True)
+                return b""
+
+            bytes_from_first_process(hold)
+            yield
 
     def write(self, state: State) -> None:
         """Adds a state, and keeps the one before. If that fails, it warns and the run continues."""
@@ -266,8 +291,12 @@ class Backups:
 
     def _paths(self) -> list[pathlib.Path]:
         """The files of all states, newest first."""
-        paths = [path for path in self._directory.iterdir() if _FILE_NAME.fullmatch(path.name)]
-        return sorted(paths, key=lambda path: (_round_of(path), path.stat().st_mtime_ns), reverse=True)
+        times = {}
+        for path in self._directory.iterdir():
+            if _FILE_NAME.fullmatch(path.name):
+                with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                    times[path] = _round_of(path), path.stat().st_mtime_ns
+        return sorted(times, key=times.__getitem__, reverse=True)
 
 
 def _check_writable(directory: str | os.PathLike[str]) -> pathlib.Path:

@@ -1,5 +1,6 @@
 """The public verb `compress`."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -189,7 +190,8 @@ def compress(
     with strategy_scope(model), Reporter(verbose if is_first_process() else 0) as reporter:
         run = prepare_run(model, ds, settings, reporter)
         run.info.command = messages.format_call(_arguments_to_repeat(run, learning_rate, max_drop))
-        state = complete_run(run)
+        with contextlib.nullcontext() if run.backups is None else run.backups.held():
+            state = complete_run(run)
     result = state.models if isinstance(goal, (list, tuple)) else state.models[-1]
     return (result, state.info) if return_info else result
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import os
 import pathlib
 import re
@@ -84,6 +85,35 @@ def scratch_folder() -> tempfile.TemporaryDirectory[str]:
     for left in _left_behind(pathlib.Path(tempfile.gettempdir()), _SCRATCH):
         _remove(left)
     return tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{_owner()}-")
+
+
+@contextlib.contextmanager
+def exclusive(directory: pathlib.Path) -> Iterator[bool]:
+    """A context that at most one process has for a directory; gives `False` if another one has it.
+
+    The system ends it with the process, in whatever way that ends. Where a system or a file system has no
+    such locks, everybody gets `True`.
+    """
+    try:
+        fcntl = importlib.import_module("fcntl")
+        handle = os.open(directory, os.O_RDONLY)
+    except (ImportError, OSError):  # on Windows
+        yield True
+        return
+    try:
+        free = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:  # of file systems in networks, say
+            pass
+        yield free
+        if free:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # children that were forked have the handle, too
+    finally:
+        os.close(handle)
 
 
 def _owner() -> str:

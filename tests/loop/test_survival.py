@@ -331,6 +331,36 @@ def test_what_a_killed_run_left_half_written_is_removed(copied):
     assert rounds_in(copied) == [1, 2]
 
 
+HOLDER = """
+import pathlib, sys
+from keras_taylor.support.atomic_files import exclusive
+with exclusive(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.once
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of directories")
+def test_two_processes_at_once_in_one_directory(copied):
+    """The second one is refused, and leaves alone what the first one writes."""
+    (copied / "unfinished-12345.tmp").write_bytes(b"half of a state")
+    names = states(copied)
+    command = [sys.executable, "-c", HOLDER, str(copied)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(
+            ValueError, match=r"another process runs `compress` with it now.*Received: backup_dir="
+        ):
+            run(backup_dir=copied)
+        assert states(copied) == names
+        other.kill()
+    assert run(backup_dir=copied)[1].stop_reason == "goal reached"
+    assert run(backup_dir=copied)[1].stop_reason == "goal reached"  # nothing is held after a run
+
+
 # --- disks that are full --------------------------------------------------------------------
 
 
