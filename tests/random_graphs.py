@@ -376,7 +376,7 @@ def einsum_dense(choose):
     if x.ndim == 4:
         first, second, channels = x.shape[1:]
         equations = (
-            ("...x,xy->...y", (first, second, width)),
+            ("...x,xy->...y", width),
             ("abcd,de->abce", (first, second, width)),
             ("abcd,ce->abed", (first, width, channels)),
         )
