@@ -21,6 +21,7 @@ from keras_taylor.cli import commands
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text("utf-8") for path in sorted(DOCS.rglob("*.md"))}
+PAGES["../README.md"] = (ROOT / "README.md").read_text("utf-8")
 FIRST_MODEL = "start/first_model.md"
 MAX_WORDS = 25  # of a sentence, in the mean of a page
 
@@ -126,6 +127,7 @@ def pages(folder, monkeypatch, tmp_path, capsys):
         data = {name: values[: 64 if name.endswith("_val") else 256] for name, values in data.items()}
         model = keras.models.load_model(kept)
         model.save("model.keras")
+        model.save("trained.keras")
         parts = {"x_train": "x", "y_train": "y", "x_test": "x_val", "y_test": "y_val"}
         np.savez("data.npz", **{part: data[name] for part, name in parts.items()})
         return {"keras": keras, "keras_taylor": keras_taylor, "np": np, "model": model, **data}
