@@ -46,7 +46,14 @@ Settings and layers of your own:
 `UnsupportedModelError`. The same on the command line: `keras-taylor --help`.
 """
 
+import sys
+
 __version__ = "0.1.0"
+
+# `python -m keras_taylor` begins here, with the working directory first on the path: a `keras.py` that lies
+# there must not pass for the library. The command then closes the directory.
+if sys.argv[:1] == ["-m"] and "-m keras_taylor" in " ".join(sys.orig_argv) and not sys.flags.safe_path:
+    sys.path.append(sys.path.pop(0))
 
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.repairing import recalibrate, repair

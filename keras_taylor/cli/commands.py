@@ -126,26 +126,30 @@ def compress_command(
     original = compile_for_targets(original, split.train[1])
     if not general.as_json:
         print(split.description)
-    models, info = keras_taylor.compress(
-        original,
-        split.train,
-        goal,
-        increment=pruning.increment,
-        criterion=pruning.criterion,
-        exclude=channels.exclude or (),
-        exact=not channels.inexact,
-        selection=pruning.selection(),
-        repair=pruning.repair,
-        learning_rate=keras_taylor.FineTuning(tuning.learning_rate, tuning.keep_best),
-        max_drop=pruning.max_drop,
-        distill=tuning.distill,
-        epochs=tuning.epochs,
-        batch_size=tuning.batch_size,
-        validation_data=split.validation,
-        backup_dir=outputs.resume or None,
-        verbose=0 if general.as_json else "auto",
-        return_info=True,
-    )
+    try:
+        models, info = keras_taylor.compress(
+            original,
+            split.train,
+            goal,
+            increment=pruning.increment,
+            criterion=pruning.criterion,
+            exclude=channels.exclude or (),
+            exact=not channels.inexact,
+            selection=pruning.selection(),
+            repair=pruning.repair,
+            learning_rate=keras_taylor.FineTuning(tuning.learning_rate, tuning.keep_best),
+            max_drop=pruning.max_drop,
+            distill=tuning.distill,
+            epochs=tuning.epochs,
+            batch_size=tuning.batch_size,
+            validation_data=split.validation,
+            backup_dir=outputs.resume or None,
+            verbose=0 if general.as_json else "auto",
+            return_info=True,
+        )
+    except keras_taylor.CompressionInterrupted as interrupt:  # typer would end without a word
+        way_on = "the same command continues" if outputs.resume else "with --resume it could be continued"
+        _fail(f"interrupted after {len(interrupt.info.rounds)} complete rounds; {way_on}.", 130)
     info.command = _command_line()
     *others, small = models if isinstance(models, list) else [models]
     written = [*paths.intermediate[: len(others)], paths.result]
@@ -307,8 +311,6 @@ def main() -> None:
     _restart_on_backend()
     try:
         app(standalone_mode=True)
-    except keras_taylor.CompressionInterrupted as interrupt:
-        _fail(f"{interrupt}. With --resume, the same command continues the run.", 130)
     except (ValueError, TypeError, ImportError, OSError, keras_taylor.ExportError) as error:
         _fail(" ".join(str(error).split()), 1)
 

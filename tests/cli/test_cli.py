@@ -186,6 +186,21 @@ def test_a_killed_run_continues(run, monkeypatch):
 
 
 @pytest.mark.once
+def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
+    @functools.wraps(keras.Model.fit)
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keras.Model, "fit", interrupt)
+    code, _, err = run(*COMPRESS)
+    said = "keras-taylor: interrupted after 0 complete rounds; "
+    assert (code, err) == (130, f"{said}with --resume it could be continued.\n")
+    code, _, err = run(*COMPRESS, "--resume", "state")
+    assert (code, err) == (130, f"{said}the same command continues.\n")
+    assert not os.path.exists("small.keras")
+
+
+@pytest.mark.once
 def test_outputs_are_not_overwritten_without_force(run):
     pathlib.Path("small.keras").write_text("precious")
     assert "'small.keras' already exists. Pass --force" in refused(run, *COMPRESS)
@@ -429,6 +444,15 @@ def test_nothing_in_the_working_directory_is_imported(trapped_folder):
     run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment)
     assert "channels can leave" in run(command).stdout
     assert run([*command, "--import", "own"]).stdout.startswith(f"{trapped_folder}\n")
+
+
+@pytest.mark.once
+def test_python_m_imports_nothing_of_the_working_directory(trapped_folder):
+    package = os.path.dirname(os.path.dirname(keras_taylor.__file__))
+    command = [sys.executable, "-m", "keras_taylor", "--help"]
+    environment = {**os.environ, "PYTHONPATH": package}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "analyze" in done.stdout, done.stderr
 
 
 @pytest.mark.once
