@@ -213,7 +213,8 @@ class FineTuningOptions(OptionGroup):
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="Default: the learning rate of the compiled model, or 0.001; after a repair a tenth of it."
+            help="The rate that each round begins with, and falls from. Default: that of the compiled model, "
+            "or 0.001; after a repair a tenth of it, or what trials find in rounds of 500 steps or more."
         ),
     ] = None
     keep_best: Annotated[

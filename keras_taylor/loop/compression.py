@@ -141,11 +141,14 @@ def compress(
             for instance. The compiled loss on the labels makes up half of the loss, or none of it if `ds`
             has no labels. Weights of examples and classes are refused, since the distiller ignores them.
             Default `False`.
-        learning_rate: Learning rate of the fine-tuning, a float above 0, or a `FineTuning`, which also says
-            whether the best state is kept. `None` (the default): the compiled rate if `repair` is off, a
-            tenth of it otherwise, since a repaired model has less to learn and more to lose. A schedule that
-            the optimizer was compiled with is kept. Your own callbacks that set the rate (cycles, rewinding)
-            have the last word. The result has the compiled rate again.
+        learning_rate: Learning rate that each round begins with, a float above 0, or a `FineTuning`, which
+            also says whether the best state is kept. Within the round it falls to zero by a cosine. `None`
+            (the default): the compiled rate if `repair` is off. Otherwise a tenth of it, since a repaired
+            model has less to learn and more to lose; in rounds of 500 steps or more, short trials on the same
+            batches find a higher one: up to five rates, each three times the one before, in at most a tenth
+            of the round's steps. The highest one that is not clearly worse than the best is taken. A schedule
+            that the optimizer was compiled with is kept. Your own callbacks that set the rate (cycles,
+            rewinding) have the last word. The result has the compiled rate again.
 
     Returns:
         A plain, smaller `keras.Model`, fine-tuned and compiled as `model` is. With `return_info=True` a

@@ -182,7 +182,8 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) 
         fitted = run.tuner.train(pruned.model, state.model, run.reporter.callback(f"{name}: fine-tuning"))
     judgment = judge_round(run, pruned, target, watched)
     if fitted.failure:
-        warnings.warn(messages.explain_failure(fitted.failure, number, run.tuner.current_rate), stacklevel=4)
+        rate = run.tuner.current_rate if fitted.rate is None else fitted.rate["peak"]
+        warnings.warn(messages.explain_failure(fitted.failure, number, rate), stacklevel=4)
     done = Round(
         number=number,
         costs=judgment.costs,
@@ -193,6 +194,7 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) 
         repairs=[repair_record(one) for one in repairs],
         metrics=judgment.metrics,
         judged=fitted.judged,
+        learning_rate=fitted.rate,
         held=judgment.is_good_enough,
     )
     run.reporter.say(f"{name}: {messages.describe_round(done, run.route.before)}")
@@ -291,6 +293,7 @@ def announce_run(run: PreparedRun) -> None:
         repairs=run.settings.repair,
         carries_optimizer=run.carries_optimizer,
         learning_rate=run.tuner.learning_rate,
+        tries_rates=run.tuner.search is not None,
         epochs=run.tuner.epochs if run.tuner.trains else 0,
         judged_on=run.tuner.judge.examples if run.tuner.judge is not None else "",
     )

@@ -1,10 +1,9 @@
 """Trains the pruned model of a round, and notices when training diverges."""
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import keras
@@ -13,18 +12,21 @@ from keras import ops
 
 from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.loop.judging import BestEpochs, BestState, Judge
+from keras_taylor.loop.learning_rates import (
+    CosineDecay,
+    RateSearch,
+    compiled_learning_rate,
+    temporary_learning_rate,
+)
 from keras_taylor.reading.cloning import compile_settings
-from keras_taylor.reports.run_record import JudgedRecord
+from keras_taylor.reports.run_record import JudgedRecord, RateRecord
 from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, losses_by_output
 from keras_taylor.support.arguments import check_whole_number
 from keras_taylor.support.arrays import as_number
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.keras_internals import output_structure
-from keras_taylor.support.optimizers import has_schedule
 from keras_taylor.support.types import Tensor
 
-# Learning rate of a repaired model, as a share of the compiled one.
-_RATE_AFTER_REPAIR = 0.1
 TEMPERATURE = 3.0
 # Weight of the compiled loss if there are labels; the teacher's loss has the rest.
 _STUDENT_LOSS_WEIGHT = 0.5
@@ -58,12 +60,14 @@ class FitResult(NamedTuple):
         history: Metrics by epoch, as `History.history`.
         step_losses: The loss of every step.
         judged: Which state was kept; `None` if states were not compared.
+        rate: The learning rate, and how it was found; `None`: a schedule of the optimizer.
         failure: Why the last state could not be used, in words; empty if it could.
     """
 
     history: dict[str, list[float]]
     step_losses: list[float]
     judged: JudgedRecord | None = None
+    rate: RateRecord | None = None
     failure: str = ""
 
 
@@ -76,7 +80,9 @@ class FineTuner:
         feed: The training data.
         fit_kwargs: Arguments of `fit`, those of the data left out.
         distill: As in `compress`.
-        learning_rate: Learning rate of each round; `None`: that of the optimizer.
+        learning_rate: Learning rate that each round, or its trials, begin with; `None`: the optimizer follows
+            a schedule.
+        search: Finds a higher one; `None`: there are no trials.
         judge: Says which state of a model is kept; `None`: the last one.
         obstacle: Why models are not trained after all, in words; empty if they are.
 
@@ -89,6 +95,7 @@ class FineTuner:
     fit_kwargs: Mapping[str, Any]
     distill: Distill = False
     learning_rate: float | None = None
+    search: RateSearch | None = None
     judge: Judge | None = None
     obstacle: str = ""
 
@@ -139,23 +146,35 @@ class FineTuner:
         self._best_epochs.forget()  # of larger models
         losses, of_user = _StepLosses(), flat_callbacks(self.fit_kwargs.get("callbacks"))
         callbacks = [*of_user, *callbacks, losses, *self.feed.callbacks()]
+        trainer, rate = self._trainer_of(model), self._start_rate
         best = None
         if self.judge is not None:
             # with a teacher, `fit` validates another loss; callbacks may change weights after that
             best = BestState(self.judge, model, reads_logs=not (self.distill or of_user))
             callbacks.append(best)
-        arguments = {**self.feed.fit_arguments(), **self.fit_kwargs, "callbacks": callbacks, "verbose": 0}
+        arguments = {**self.feed.fit_arguments(), **self.fit_kwargs, "verbose": 0, "callbacks": callbacks}
         with temporary_learning_rate(model, self.learning_rate):
-            trainer = model
-            if self.distill:
-                trainer = make_distiller(model, self._teacher, self.distill, self.feed.has_targets)
+            if rate is not None:
+                rate = self.search.find(model, trainer, rate["peak"]) if self.search is not None else rate
+                callbacks.insert(0, CosineDecay(rate["peak"]))  # those of the user have the last word
             history = trainer.fit(**arguments).history
             failure = losses.failure() or _describe_weights_not_finite(model, origin)
             judged = best and best.finish(failure)  # restores the optimizer, too: not after its own rate
         if failure and best is None:
             raise DivergenceError(failure)
         numbers = {name: [as_number(value) for value in values] for name, values in history.items()}
-        return FitResult(numbers, losses.values, judged, failure)
+        return FitResult(numbers, losses.values, judged, rate, failure)
+
+    @property
+    def _start_rate(self) -> RateRecord | None:
+        if self.learning_rate is None:
+            return None
+        return {"peak": self.learning_rate, "steps": 0, "measure": "", "trials": []}
+
+    def _trainer_of(self, model: keras.Model) -> keras.Model:
+        if not self.distill:
+            return model
+        return make_distiller(model, self._teacher, self.distill, self.feed.has_targets)
 
     def _untrained_record(self) -> JudgedRecord | None:
         if not self.obstacle:
@@ -217,7 +236,8 @@ class FineTuning:
     `compress` takes it as `learning_rate`. A plain number is short for `FineTuning(number)`.
 
     Args:
-        learning_rate: The learning rate, a float above 0. `None` (the default): as in `compress`.
+        learning_rate: The learning rate that a round begins with, a float above 0. `None` (the default): as
+            in `compress`.
         keep_best: Whether a round keeps the best state of its model, the one before training among them, as
             `compress` says. `False`: it keeps the last one, and all examples are trained on. Default `True`.
 
@@ -245,34 +265,6 @@ def parse_fine_tuning(learning_rate: float | FineTuning | None) -> FineTuning:
     return learning_rate if isinstance(learning_rate, FineTuning) else FineTuning(learning_rate)
 
 
-def choose_learning_rate(
-    optimizer: keras.optimizers.Optimizer, wanted: float | None, repairs: bool
-) -> float | None:
-    """Returns the learning rate of every round; `None` if the optimizer keeps its own rate or schedule.
-
-    Without a wish it is a tenth of the compiled rate for a repaired model. Such a model needs little
-    training, and the rate that its training began with would lead it away.
-
-    Args:
-        optimizer: The optimizer that the original is compiled with.
-        wanted: What the user asks for.
-        repairs: Whether models are repaired before training.
-
-    Raises:
-        ValueError: If there is a wish, and the optimizer follows a schedule.
-    """
-    if wanted is not None:
-        if has_schedule(optimizer):
-            raise ValueError(
-                "The model is compiled with a learning rate schedule, which each round follows. Compile it "
-                f"with a number, or leave `learning_rate` out. Received: learning_rate={wanted!r}"
-            )
-        return float(wanted)
-    if not repairs or has_schedule(optimizer):
-        return None
-    return _RATE_AFTER_REPAIR * compiled_learning_rate(optimizer)
-
-
 def check_distill(distill: Distill) -> None:
     """Refuses what says nothing about what a model is to imitate."""
     losses = keras.tree.flatten(distill)
@@ -284,25 +276,6 @@ def check_distill(distill: Distill) -> None:
             "Expected `True`, `False`, a `keras.distillation.DistillationLoss` or a list of them. "
             f"Received: distill={distill!r}"
         )
-
-
-def compiled_learning_rate(optimizer: keras.optimizers.Optimizer) -> float:
-    """Returns the current learning rate of an optimizer."""
-    return float(ops.convert_to_numpy(optimizer.learning_rate))
-
-
-@contextlib.contextmanager
-def temporary_learning_rate(model: keras.Model, rate: float | None) -> Iterator[None]:
-    """A context in which a compiled model trains at another learning rate; `None`: at its own."""
-    if rate is None:
-        yield
-        return
-    before = compiled_learning_rate(model.optimizer)
-    model.optimizer.learning_rate = rate
-    try:
-        yield
-    finally:
-        model.optimizer.learning_rate = before
 
 
 def make_distiller(

@@ -1,6 +1,7 @@
 """What a model is worth on examples that it is not trained on: which state is kept, when a run ends."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -228,6 +229,10 @@ class Validation:
         """Whether there is data that can be read more than once."""
         return self._data is not None
 
+    def feed(self, model: keras.Model) -> Feed:
+        """The data, as `fit` takes it."""
+        return Feed(self._data, model, self._batch_size, self._steps, targets=False)
+
     def evaluate(self, model: keras.Model) -> dict[str, float]:
         """Returns the loss and the metrics of a model; empty without data."""
         if self._data is None:
@@ -311,19 +316,34 @@ class Judge(Protocol):
             logs: What `fit` found of it at the end of an epoch; `None`: nothing.
         """
 
+    def of_examples(self) -> "HeldOutJudge":
+        """A judge of single examples, not of more than some hundred."""
+
 
 class MetricJudge:
     """Compares the metric with a limit, or else the loss, on the validation data.
 
     Args:
         validation: Evaluates models; it has data.
+        given: The model before pruning, compiled.
     """
 
     examples = "the validation data"
 
-    def __init__(self, validation: Validation) -> None:
-        self._validation, self._limit = validation, validation.limit
+    def __init__(self, validation: Validation, given: keras.Model) -> None:
+        self._validation, self._limit, self._given = validation, validation.limit, given
         self.measure = "loss"
+
+    def of_examples(self) -> "HeldOutJudge":
+        """See `Judge`."""
+        return self._of_examples
+
+    @functools.cached_property
+    def _of_examples(self) -> "HeldOutJudge":
+        feed = self._validation.feed(self._given)
+        num = min(feed.num_examples or _HELD_OUT[2], _HELD_OUT[2])
+        examples = f"{num} examples of the validation data"
+        return HeldOutJudge(self._given, feed.as_arrays(num), feed.batch_size or BATCH_SIZE, examples)
 
     def assess(self, model: keras.Model, logs: Mapping[str, float] | None = None) -> Assessment:
         """See `Judge`."""
@@ -367,7 +387,11 @@ class HeldOutJudge:
         order = np.random.default_rng(0).permutation(num)
         shuffled = self._labels.losses([one[order] for one in self._wanted])
         growth = shuffled - self._labels.losses(self._wanted)
-        self.measure = "loss" if growth.mean() > _CLEARLY * _standard_error(growth) else "divergence"
+        self.measure = "loss" if growth.mean() > _CLEARLY * standard_error(growth) else "divergence"
+
+    def of_examples(self) -> "HeldOutJudge":
+        """See `Judge`."""
+        return self
 
     def assess(self, model: keras.Model, logs: Mapping[str, float] | None = None) -> Assessment:
         """See `Judge`."""
@@ -382,8 +406,8 @@ class HeldOutJudge:
         return [y[: self._num_examples] for y in keras.tree.flatten(outputs)]
 
 
-def _standard_error(values: FloatArray) -> float:
-    """Of the mean; infinite for one value."""
+def standard_error(values: FloatArray) -> float:
+    """The standard error of the mean; infinite for one value."""
     return float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else math.inf
 
 
@@ -447,7 +471,7 @@ class BestState(keras.callbacks.Callback):
         gains = self._found[self._best].penalties - self._found[-1].penalties
         if self._best > 0 or len(gains) == 1:
             return bool(gains.mean() > 0)
-        return bool(gains.mean() > max(0.5, 4 / len(gains) ** 0.5) * _standard_error(gains))
+        return bool(gains.mean() > max(0.5, 4 / len(gains) ** 0.5) * standard_error(gains))
 
 
 class JudgedTraining(NamedTuple):
@@ -478,7 +502,7 @@ def judge_training(given: keras.Model, feed: Feed, validation: Validation) -> Ju
         validation: Evaluates models on the validation data, if there is any.
     """
     if validation.has_data:
-        return JudgedTraining(feed, MetricJudge(validation))
+        return JudgedTraining(feed, MetricJudge(validation, given))
     if num_processes() > 1:
         return JudgedTraining(feed, None)  # each would hold out examples of its own
     num, total = share_of_trained(feed.num_examples, *_HELD_OUT), feed.num_examples

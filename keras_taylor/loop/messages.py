@@ -12,7 +12,7 @@ from keras_taylor.budget.costs import known_cost
 from keras_taylor.budget.measured_costs import format_amount
 from keras_taylor.loop.fine_tuning import DivergenceError
 from keras_taylor.reports.info import Info
-from keras_taylor.reports.run_record import GoalRecord, Round
+from keras_taylor.reports.run_record import GoalRecord, RateRecord, Round
 from keras_taylor.support.arguments import OMITTED, format_value
 from keras_taylor.support.optimizers import describe_learning_rate
 from keras_taylor.support.types import Costs
@@ -31,7 +31,8 @@ class RoundOutline:
         draws_labels: Whether labels are drawn from the model's own predictions.
         repairs: Whether the layers that lose inputs are refitted.
         carries_optimizer: Whether the optimizer's state goes on from round to round.
-        learning_rate: That of the fine-tuning; `None`: the compiled one.
+        learning_rate: That of the fine-tuning, or of the first trial; `None`: the optimizer has a schedule.
+        tries_rates: Whether trials find a higher one.
         epochs: Epochs of fine-tuning.
         judged_on: The examples on which states of a model are compared, in words; empty if they are not.
     """
@@ -42,6 +43,7 @@ class RoundOutline:
     repairs: bool
     carries_optimizer: bool
     learning_rate: float | None
+    tries_rates: bool
     epochs: int
     judged_on: str = ""
 
@@ -62,7 +64,10 @@ def describe_run(model: keras.Model, info: Info, outline: RoundOutline) -> Itera
     steps = ", then ".join(_describe_steps(info.criterion, outline))
     yield f"{goals}{detail}; rounds: {outline.num_rounds}; in each: {steps}"
     if outline.epochs:
-        yield f"learning rate: {describe_learning_rate(model, outline.learning_rate)}"
+        rate = describe_learning_rate(model, outline.learning_rate)
+        yield f"learning rate: {rate}" + (
+            "; each round tries it and higher ones" if outline.tries_rates else ""
+        )
     if info.round_to > 1:
         yield f"every group of channels keeps a multiple of {info.round_to}"
     frozen = [layer.name for layer in model.layers if layer.weights and not layer.trainable]
@@ -86,7 +91,8 @@ def _describe_steps(criterion: str, outline: RoundOutline) -> Iterator[str]:
         yield "repair"
     if outline.epochs:
         optimizer = "" if outline.carries_optimizer else " with a new optimizer"
-        yield f"fine-tuning{optimizer}, epochs: {outline.epochs}"
+        falling = "" if outline.learning_rate is None else " at a learning rate that falls to zero"
+        yield f"fine-tuning{optimizer}{falling}, epochs: {outline.epochs}"
         if outline.judged_on:
             yield f"the best state on {outline.judged_on} is kept"
 
@@ -109,8 +115,19 @@ def describe_round(done: Round, before: Costs) -> str:
         parts.append(f"{_share_gone(done.costs, before, 'flops')} of FLOPs gone")
     parts += [f"{name} {value:.4g}" for name, value in done.kept_history.items()]
     parts.append(f"{sum(done.seconds.values()):.1f} s")
+    if done.learning_rate is not None and done.learning_rate["trials"]:
+        parts.append(_describe_trials(done.learning_rate))
     verdict = done.verdict()
     return ", ".join(parts) + (f"; {verdict}" if verdict else "")
+
+
+def _describe_trials(rate: RateRecord) -> str:
+    """Which learning rate was chosen, and why."""
+    found = ", ".join(f"{value:.4g} at {one:.3g}" for one, value in rate["trials"])
+    return (
+        f"learning rate {rate['peak']:.3g}, the highest that is not clearly worse than the best "
+        f"({rate['measure']} after {rate['steps']} steps: {found})"
+    )
 
 
 def _share_gone(costs: Costs, before: Costs, cost: str) -> str:

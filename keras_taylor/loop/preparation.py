@@ -21,9 +21,10 @@ from keras_taylor.loop.fine_tuning import (
     FineTuning,
     check_distill,
     check_fit_arguments,
-    choose_learning_rate,
+    flat_callbacks,
 )
 from keras_taylor.loop.judging import MetricLimit, Validation, judge_training
+from keras_taylor.loop.learning_rates import RateSearch, choose_learning_rate, plan_trials
 from keras_taylor.loop.round_scores import (
     RoundScorer,
     ScoreData,
@@ -44,6 +45,7 @@ from keras_taylor.scores.scoring import Scoring, check_compiled, needs_data, use
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.datasets import Batch, Feed
 from keras_taylor.support.optimizers import has_schedule
+from keras_taylor.support.replicas import num_processes
 from keras_taylor.support.types import Data, LayerPatterns, Tree
 
 _DATA_ARGUMENTS = ("batch_size", "steps_per_epoch", "sample_weight")
@@ -276,7 +278,21 @@ def _prepare_tuner(
     judged = judge_training(model, feed, validation)
     # a model that is cut and not repaired has much to learn, even from a few examples
     obstacle = judged.obstacle if settings.repair else ""
-    return dataclasses.replace(tuner, feed=judged.feed, judge=judged.judge, obstacle=obstacle)
+    tuner = dataclasses.replace(tuner, feed=judged.feed, judge=judged.judge, obstacle=obstacle)
+    return dataclasses.replace(tuner, search=_prepare_search(tuner, settings))
+
+
+def _prepare_search(tuner: FineTuner, settings: CompressionSettings) -> RateSearch | None:
+    """The trials of learning rates that each round begins with, if there are any."""
+    callbacks = flat_callbacks(tuner.fit_kwargs.get("callbacks"))
+    is_set = settings.tuning.learning_rate is not None or tuner.learning_rate is None
+    is_set |= any(isinstance(one, keras.callbacks.LearningRateScheduler) for one in callbacks)
+    num_epochs = tuner.epochs - tuner.fit_kwargs.get("initial_epoch", 0)
+    num_trials, num_steps = plan_trials((tuner.feed.num_steps or 0) * num_epochs)
+    if is_set or not num_trials or not settings.repair or tuner.judge is None or num_processes() > 1:
+        return None
+    class_weight = tuner.fit_kwargs.get("class_weight")
+    return RateSearch(tuner.judge.of_examples(), tuner.feed, num_trials, num_steps, class_weight)
 
 
 def _with_backups(run: PreparedRun, directory: str | os.PathLike[str]) -> PreparedRun:

@@ -66,6 +66,15 @@ class JudgedRecord(TypedDict):
     reason: str
 
 
+class RateRecord(TypedDict):
+    """The highest learning rate of a round, and the trials that found it: rates, each with what it led to."""
+
+    peak: float
+    steps: int
+    measure: str
+    trials: list[list[float]]
+
+
 @dataclasses.dataclass
 class Round:
     """One round of `compress`: score, prune, repair, fine-tune.
@@ -91,6 +100,10 @@ class Round:
             training), "metrics" (a list of dicts, name -> float: of the model before training, then after
             each epoch), "measure" (the name of the metric that was compared), "examples" (on which ones, a
             string) and "reason" (why it is epoch 0, a string). `None` if states were not compared.
+        learning_rate: The learning rate of the fine-tuning, a dict: "peak" (a float, from which it falls to
+            zero, unless a callback of yours sets it), and of the trials that chose it "steps" (an int),
+            "measure" (a string) and "trials" (a list of `[rate, value]`; empty without them). `None` without
+            fine-tuning, and if the optimizer follows a schedule.
         held: A bool. `False` if a metric became worse by more than `max_drop`: the round was undone.
 
     Example:
@@ -111,6 +124,7 @@ class Round:
     repairs: list[RepairRecord] = dataclasses.field(default_factory=list)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     judged: JudgedRecord | None = None
+    learning_rate: RateRecord | None = None
     held: bool = True
 
     @property

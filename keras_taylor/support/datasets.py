@@ -43,6 +43,7 @@ class Feed:
             the first batch, `None` if the iterable does not know its length.
         has_targets: Whether the first batch has targets.
         has_weights: Whether the first batch has weights.
+        first_size: Number of examples in the first batch; of arrays, as many as are looked at first.
         known_targets: Targets and weights, `None` where there are none: those of arrays, or of the first
             batch.
 
@@ -81,14 +82,14 @@ class Feed:
             self._batches = _check_iterable(ds, steps_per_epoch)
             self._num_batches = count_batches(ds) if steps_per_epoch is None else steps_per_epoch
         first = self._check(model, targets)
-        self._first_size = len(keras.tree.flatten(first[0])[0])
+        self.first_size = len(keras.tree.flatten(first[0])[0])
         self.known_targets: tuple[Tree, Tree] = (first if self._arrays is None else self._arrays)[1:]
         if (
             self.num_examples is None
             and steps_per_epoch is None
             and self._num_batches not in (None, math.inf)
         ):
-            self.num_examples = int(self._num_batches or 0) * self._first_size
+            self.num_examples = int(self._num_batches or 0) * self.first_size
 
     def fit_arguments(self, num_examples: int | None = None) -> dict[str, Any]:
         """Keyword arguments of `fit` for all examples, or for `num_examples` of them.
@@ -121,7 +122,7 @@ class Feed:
     def callbacks(self, num_examples: int | None = None) -> list[keras.callbacks.Callback]:
         """Callbacks for a pass: one that warns if data of unknown length does not end for long."""
         may_be_endless = self._arrays is None and self._num_batches is None and num_examples is None
-        return [EndWatch(self._first_size)] if may_be_endless else []
+        return [EndWatch(self.first_size)] if may_be_endless else []
 
     def check_devices(self, num_examples: int | None = None) -> None:
         """Refuses batches that cannot be divided among the devices, as far as their sizes are known.
@@ -134,7 +135,7 @@ class Feed:
         """
         if self._arrays is None or self.num_examples is None:
             limited = num_examples is not None and num_examples < (self.num_examples or sys.maxsize)
-            check_batches(num_examples if limited else None, self._first_size)
+            check_batches(num_examples if limited else None, self.first_size)
             return
         check_batches(
             min(num_examples or self.num_examples, self.num_examples), self.batch_size or BATCH_SIZE
@@ -188,13 +189,21 @@ class Feed:
     def split(self, held_out: IntArray) -> tuple[Feed, Feed]:
         """Two feeds of arrays: one without the rows of these numbers, and one of these rows alone."""
         rest = np.setdiff1d(np.arange(self.num_examples or 0), held_out)
-        return self._of_rows(rest), self._of_rows(held_out)
+        return self.of_rows(rest), self.of_rows(held_out)
 
-    def _of_rows(self, rows: IntArray) -> Feed:
+    def of_rows(self, rows: IntArray) -> Feed:
+        """A feed of these rows of arrays, in this order."""
         part = copy.copy(self)
         part._arrays = tuple(_take_rows(one, rows) for one in self._arrays or ())
         part.num_examples = len(rows)
         return part
+
+    @property
+    def num_steps(self) -> int | None:
+        """Batches in an epoch; `None`: unknown."""
+        if self.holds_arrays:
+            return -(-(self.num_examples or 0) // (self.batch_size or BATCH_SIZE))
+        return None if self._num_batches in (None, math.inf) else int(self._num_batches or 0)
 
     @property
     def holds_arrays(self) -> bool:

@@ -57,7 +57,7 @@ def describe_learning_rate(model: keras.Model, chosen: float | None) -> str:
         return f"the compiled schedule, `{name}`, from its start in each round"
     compiled = float(keras.ops.convert_to_numpy(inner.learning_rate))
     source = f"the compiled rate, {compiled:.3g}"
-    if chosen is not None:
+    if chosen is not None and chosen != compiled:
         source = f"{chosen:.3g}, {chosen / compiled:.3g} times {source}" if compiled else f"{chosen:.3g}"
     return source + _describe_decay(model, inner, compiled)
 
