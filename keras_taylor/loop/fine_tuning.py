@@ -25,7 +25,7 @@ from keras_taylor.support.arguments import check_whole_number
 from keras_taylor.support.arrays import as_number
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.keras_internals import output_structure
-from keras_taylor.support.types import Tensor
+from keras_taylor.support.types import Tensor, Tree
 
 TEMPERATURE = 3.0
 # Weight of the compiled loss if there are labels; the teacher's loss has the rest.
@@ -292,7 +292,7 @@ def make_distiller(
         has_labels: Whether there are labels: half of the loss is the compiled one then.
     """
     settings = compile_settings(student) or {}
-    model = keras.distillation.Distiller(
+    model = _Distiller(
         teacher,
         student,
         imitation_loss(student) if distill is True else distill,
@@ -307,6 +307,31 @@ def make_distiller(
         jit_compile=student.jit_compile,
     )
     return model
+
+
+class _Distiller(keras.distillation.Distiller):
+    """Takes the student's loss as it is compiled: with weights, in any structure, with regularizers.
+
+    Keras' own adds up losses without weights, and on PyTorch it takes no dicts or lists of them.
+    """
+
+    def compute_loss(
+        self,
+        x: Tree = None,
+        y: Tree = None,
+        y_pred: Tree = None,
+        sample_weight: Tree = None,
+        training: bool = True,
+    ) -> Tensor:
+        imitation = super().compute_loss(x, None, y_pred, training=training)
+        if y is None or not self.student_loss_weight:
+            return imitation
+        loss = self.student.compute_loss(y=y, y_pred=y_pred)
+        total = imitation + self.student_loss_weight * loss
+        # these are means that have a value without the student's loss already
+        self.student_loss_tracker.update_state(2 * loss)
+        self.total_loss_tracker.update_state(2 * total - imitation)
+        return total
 
 
 def imitation_loss(

@@ -90,3 +90,27 @@ def test_weights_are_refused():
         keras_taylor.compress(model, (x, y), distill=True, class_weight={0: 2.0})
     with pytest.raises(ValueError, match=r"`distill` and `sample_weight` do not go together"):
         keras_taylor.compress(model, (x, y, np.ones(len(y))), distill=True)
+
+
+@pytest.mark.parametrize("kind", ["dict", "list"])
+def test_the_compiled_loss_counts_as_compiled(kind):
+    """Of several outputs in a dict or list, weighted, with a regularizer."""
+    inputs = keras.Input((4,))
+    outputs = [
+        keras.layers.Dense(3, name="first", kernel_regularizer="l2")(inputs),
+        keras.layers.Dense(1, name="second")(inputs),
+    ]
+    losses, weights = [keras.losses.SparseCategoricalCrossentropy(from_logits=True), "mse"], [1.0, 0.1]
+    y = [np.arange(16) % 3, np.ones((16, 1), "float32")]
+    if kind == "dict":
+        outputs, losses, weights, y = (
+            dict(zip("ab", each, strict=True)) for each in (outputs, losses, weights, y)
+        )
+    model = keras.Model(inputs, outputs)
+    model.compile(keras.optimizers.SGD(0.0), losses, loss_weights=weights)
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    wanted = model.evaluate(x, y, verbose=0, return_dict=True)["loss"]
+    history = (
+        make_distiller(model, keras.models.clone_model(model)).fit(x, y, batch_size=16, verbose=0).history
+    )
+    np.testing.assert_allclose(history["student_loss"], [wanted], rtol=1e-5)
