@@ -385,7 +385,7 @@ def einsum_dense(choose):
             ("abc,cd->abd", (x.shape[1], width), "d"),
             ("abc,cde->abde", (x.shape[1], width, size), "de"),
             ("abc,bcd->abd", (x.shape[1], width), None),
-            ("abc,bd->adc", (width, x.shape[-1]), "d"),
+            ("abc,bd->adc", (width, x.shape[-1]), None),  # no bias: see `backend_faults`
         )
     )
     return layers.EinsumDense(equation, shape, activation=choose.activation(), bias_axes=bias)(x)

@@ -1,5 +1,6 @@
-"""Faults of backends that end the process, and how models keep out of them."""
+"""Faults of backends, and how models keep out of them, or what is said of them."""
 
+import warnings
 from collections.abc import Iterable
 
 import keras
@@ -10,22 +11,41 @@ _REGISTER_WIDTH = 16  # numbers of 4 bytes that the largest register of a CPU ho
 
 
 def avoid_faults(layers: Iterable[keras.Layer]) -> None:
-    """Makes layers compute the same in another way where the backend would end the process.
+    """Makes layers compute in another way where the backend would end the process; warns of wrong values.
 
     On PyTorch (2.13, oneDNN 3.12, on a CPU), the derivative of a 1x1 convolution by its kernel writes beyond
     its memory, if the convolution has a stride and fewer input channels than a register holds. Pruned
     shortcuts get such widths. These layers drop the positions that they skip before the convolution, which
     then has no stride. The values are the same to the bit.
 
+    On TensorFlow, Keras (3.15) takes a bias of one axis for one of the last axis, if both axes are as long.
+
     Args:
         layers: Layers that a model was built from. They are changed in place. A file holds nothing of this.
     """
+    if keras.backend.backend() == "tensorflow":
+        for layer in layers:
+            _warn_of_bias_axis(layer)
     if keras.backend.backend() != "torch":
         return
     for layer in layers:
         is_plain = isinstance(layer, keras.layers.Conv2D) and not _overrides_convolution(layer)
         if is_plain and set(layer.kernel_size) == {1} != set(layer.strides) and layer.groups == 1:
             _skip_positions_first(layer)
+
+
+def _warn_of_bias_axis(layer: keras.Layer) -> None:
+    """Warns if Keras' `ops.add` on TensorFlow takes a bias for one of the last axis."""
+    if not isinstance(layer, keras.layers.EinsumDense) or layer.bias is None:
+        return
+    sizes = [size for size in layer.bias.shape if size > 1]
+    if len(sizes) == 1 and layer.bias.shape[-1] == 1 and layer.partial_output_shape[-1] == sizes[0]:
+        warnings.warn(
+            f"Keras on TensorFlow adds the bias of '{layer.name}' along the last axis, which is as long as "
+            f"the axis that it is for ({sizes[0]}). Its values are wrong there, not on other backends: keep "
+            "another number of its channels.",
+            stacklevel=2,
+        )
 
 
 def _overrides_convolution(layer: keras.Layer) -> bool:

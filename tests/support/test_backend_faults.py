@@ -11,6 +11,7 @@ from helpers import BACKEND
 from keras import layers
 
 import keras_taylor
+from keras_taylor.plans.plan import LayerPlan
 
 # Without the guard this ends in "double free or corruption" or a segmentation fault, with AVX2 for sure.
 SCRIPT = """
@@ -56,3 +57,21 @@ def test_values_are_the_same(data_format, strides):
         same.predict(data, verbose=0), model.predict(data, verbose=0), rtol=1e-6, atol=1e-6
     )
     assert same.get_layer("conv").get_config() == model.get_layer("conv").get_config()
+
+
+@pytest.mark.parametrize(("num_kept", "is_wrong"), [(4, True), (3, False)])
+def test_a_bias_that_keras_adds_along_another_axis_is_warned_of(num_kept, is_wrong, recwarn):
+    """The warning is right: with as many units as the last axis has, the values differ from the sum's."""
+    inputs = keras.Input((6, 4))
+    x = layers.EinsumDense("abc,bd->adc", (5, 4), bias_axes="d", name="mix")(inputs)
+    model = keras.Model(inputs, layers.Dense(2)(layers.Flatten()(x)))
+    model.get_layer("mix").bias.assign(np.arange(5.0)[:, None])
+    plan = keras_taylor.Plan({"mix": LayerPlan(5, tuple(range(num_kept)))})
+    small = keras_taylor.prune(model, plan)
+    mix = small.get_layer("mix")
+    data = np.ones((1, 6, 4), "float32")
+    kernel, bias = (keras.ops.convert_to_numpy(w) for w in (mix.kernel, mix.bias))
+    expected = np.einsum("abc,bd->adc", data, kernel) + bias
+    differs = np.abs(keras.ops.convert_to_numpy(mix(data)) - expected).max() > 0.5
+    said = [str(w.message) for w in recwarn if "along the last axis" in str(w.message)]
+    assert differs == bool(said) == (is_wrong and BACKEND == "tensorflow")
