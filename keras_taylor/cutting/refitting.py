@@ -14,7 +14,7 @@ from keras_taylor.reading.closed_layers import record_inside
 from keras_taylor.reading.graph import Call, Graph, single_layer_graph
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.matmul_views import MatrixMasks, matmul_view, to_float32
-from keras_taylor.reading.walk import InputBatch, Walk, run_batches, split_into_batches
+from keras_taylor.reading.walk import InputBatch, Walk, fixed_batch_size, run_batches, split_into_batches
 from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.types import Array, BoolArray, IntArray, Tensor
 
@@ -50,7 +50,7 @@ def refit(
     Returns:
         The result for each layer that lost inputs, and with `thorough` also for later layers.
     """
-    batches = split_into_batches(inputs)
+    batches = split_into_batches(inputs, fixed_batch_size(labeled.graph))
     if len(batches) == 1:
         batches *= 2  # a single example is used both to fit and to judge
     num_held_out = max(round(_HELD_OUT_SHARE * len(batches)), 1)

@@ -12,7 +12,7 @@ from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.reading.tracing import functional_view
-from keras_taylor.reading.walk import sample_inputs, split_into_batches
+from keras_taylor.reading.walk import fixed_batch_size, sample_inputs, split_into_batches
 from keras_taylor.support.arguments import check_whole_number
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.replicas import strategy_scope
@@ -97,7 +97,9 @@ def repair(
         inputs = sample_inputs(feed, labeled.graph, num_examples)
         repaired = copy_model(small)
         repairs = refit(labeled, kept, repaired, inputs)
-        repairs += renew_statistics(graphs.read_model(repaired), split_into_batches(inputs))
+        repairs += renew_statistics(
+            graphs.read_model(repaired), split_into_batches(inputs, fixed_batch_size(labeled.graph))
+        )
     return (repaired, repairs) if return_repairs else repaired
 
 
@@ -141,7 +143,8 @@ def recalibrate(
         feed = Feed(ds, model, batch_size, targets=False)
         inputs = sample_inputs(feed, graphs.read_model(model), num_examples)
         copy = copy_model(model)
-        recompute_statistics(graphs.read_model(copy), split_into_batches(inputs))
+        graph = graphs.read_model(copy)
+        recompute_statistics(graph, split_into_batches(inputs, fixed_batch_size(graph)))
     return copy
 
 

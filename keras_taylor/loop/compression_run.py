@@ -27,7 +27,7 @@ from keras_taylor.plans.planning import kept_units, plan_of
 from keras_taylor.plans.ranking import flatten_scores
 from keras_taylor.reading.graph import read_model
 from keras_taylor.reading.groups import LabeledModel, label_model
-from keras_taylor.reading.walk import split_into_batches
+from keras_taylor.reading.walk import fixed_batch_size, split_into_batches
 from keras_taylor.reports.info import Info
 from keras_taylor.reports.run_record import Round, repair_record
 from keras_taylor.support.console import Clock
@@ -238,7 +238,9 @@ def repair_round(run: PreparedRun, pruned: PrunedModel, phase: str, thorough: bo
     track = functools.partial(run.reporter.track, phase=phase)
     repairs = refit(pruned.source, pruned.kept, pruned.model, inputs, thorough, track)
     graph = read_model(pruned.model)
-    return repairs + renew_statistics(graph, split_into_batches(inputs), training=run.tuner.trains)
+    return repairs + renew_statistics(
+        graph, split_into_batches(inputs, fixed_batch_size(graph)), training=run.tuner.trains
+    )
 
 
 def judge_round(

@@ -148,13 +148,22 @@ def sample_inputs(feed: Feed, graph: Graph, num_examples: int = 512) -> list[Arr
     return [from_first_process(x[order[:affordable]]) for x in inputs]
 
 
-def split_into_batches(inputs: Sequence[Array]) -> list[list[Array]]:
+def split_into_batches(inputs: Sequence[Array], fixed_size: int | None = None) -> list[list[Array]]:
     """Splits flattened inputs into at most eight batches.
 
     The batches have one size, so that nothing is compiled twice. For this, up to seven examples are left
     out, but none if there are few.
+
+    Args:
+        inputs: The inputs.
+        fixed_size: The only number of examples that the model takes, as that of a stateful layer; `None`: it
+            takes any. What fills no batch is left out then, and few examples come again.
     """
     num = len(inputs[0])
+    if fixed_size is not None:
+        if num < fixed_size:
+            return [[np.resize(x, (fixed_size, *x.shape[1:])) for x in inputs]]
+        return [[x[k : k + fixed_size] for x in inputs] for k in range(0, num - fixed_size + 1, fixed_size)]
     count = min(max(num // _MIN_BATCH_SIZE, _MIN_BATCHES), _MAX_BATCHES)
     if num >= _DROP_REMAINDER_FROM * count:
         num -= num % count
@@ -162,15 +171,21 @@ def split_into_batches(inputs: Sequence[Array]) -> list[list[Array]]:
     return [[x[k : min(k + size, num)] for x in inputs] for k in range(0, num, size)]
 
 
+def fixed_batch_size(graph: Graph) -> int | None:
+    """The only number of examples that a model takes, `None` if it takes any."""
+    return graph.model.inputs[0].shape[0] if graph.model.inputs else None
+
+
 def _peak_bytes(graph: Graph, inputs: Sequence[Array]) -> int:
     """The most memory that tensors take at once while one example goes through a model."""
-    walk = Walk(graph, [[x[:1] for x in inputs]])
+    num = fixed_batch_size(graph) or 1
+    walk = Walk(graph, [[np.resize(x[:num], (num, *x.shape[1:])) for x in inputs]])
     peak = walk.num_bytes()
     for number in range(len(graph.calls)):
         walk.run(number)
         peak = max(peak, walk.num_bytes())
         walk.free_after(number)
-    return peak
+    return -(-peak // num)
 
 
 def _detach(y: Tensor) -> Tensor:

@@ -165,13 +165,13 @@ class GatedModel(keras.Model):
 
         Args:
             inputs: Flattened inputs, batch first.
-            batch_size: Examples a batch; `None`: 128.
+            batch_size: Examples a batch, of few ones as well; `None`: at most 128.
         """
         structure = self.network.input_structure
         return outputs_in_batches(
             lambda batch: as_float32(self.predict_on_batch(keras.tree.pack_sequence_as(structure, batch))),
             inputs,
-            min(len(inputs[0]), batch_size or _PREDICTED_AT_ONCE),
+            batch_size or min(len(inputs[0]), _PREDICTED_AT_ONCE),
         )
 
     def pop_statistics(self) -> FloatArray:

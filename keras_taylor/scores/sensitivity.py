@@ -13,7 +13,7 @@ from keras_taylor.reading.downstream import find_bias_weight, normalization_gain
 from keras_taylor.reading.graph import Call
 from keras_taylor.reading.groups import Group, LabeledModel
 from keras_taylor.reading.matmul_views import MatmulView, matmul_view, rows_per_example, sample_positions
-from keras_taylor.reading.walk import Walk, sample_inputs, split_into_batches
+from keras_taylor.reading.walk import Walk, fixed_batch_size, sample_inputs, split_into_batches
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.losses import mean_divergence
 from keras_taylor.support.datasets import Feed
@@ -123,7 +123,7 @@ class _SensitivityMeasurement:
         num_held_out = max(len(inputs[0]) // 4, 1)
         self._held_out = [x[:num_held_out] for x in inputs]
         self._readers = self._gather_moments([x[num_held_out:] if len(x) > 1 else x for x in inputs])
-        self._reference = gated.predict_arrays(self._held_out)
+        self._reference = gated.predict_arrays(self._held_out, fixed_batch_size(self._labeled.graph))
         self._costs = CostModel(labeled)
 
     def curves(self, importance: Callable[[], FloatArray]) -> dict[str, SensitivityCurve]:
@@ -153,7 +153,8 @@ class _SensitivityMeasurement:
 
     def _gather_moments(self, inputs: Sequence[Array]) -> "list[_RefittedReader]":
         """A `_RefittedReader` for each mixing layer that reads units, from one walk."""
-        walk, graph = Walk(self._labeled.graph, split_into_batches(inputs)), self._labeled.graph
+        graph = self._labeled.graph
+        walk = Walk(graph, split_into_batches(inputs, fixed_batch_size(graph)))
         readers, random = [], np.random.default_rng(0)
         for number, (call, effect) in enumerate(zip(graph.calls, self._labeled.effects, strict=True)):
             view = matmul_view(call.operation)
@@ -190,7 +191,7 @@ class _SensitivityMeasurement:
         changed = [reader for reader in self._readers if reader.refit(kept)]
         self._gated.mask = kept
         try:
-            predicted = self._gated.predict_arrays(self._held_out)
+            predicted = self._gated.predict_arrays(self._held_out, fixed_batch_size(self._labeled.graph))
         finally:
             for reader in changed:
                 reader.restore()

@@ -228,6 +228,25 @@ def test_layers_that_lost_inputs_are_refitted():
     assert readers <= {one.name for one in repairs}
 
 
+@pytest.mark.parametrize("num", [5, 30])
+def test_a_model_that_takes_batches_of_one_size_only(num):
+    """As stateful layers do, which keep one state for each of its examples; also with fewer examples."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input(batch_shape=(8, 3, 4))
+    x = layers.LSTM(6, stateful=True)(inputs)
+    x = layers.BatchNormalization()(layers.Dense(12, activation="relu", name="wide")(x))
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).standard_normal((num, 3, 4)).astype("float32")
+    before = fingerprint(model)
+    data = x, np.zeros((num, 2), "float32")
+    scores = keras_taylor.score(model, data, criterion="sensitivity", batch_size=8)
+    plan = keras_taylor.make_plan(model, scores, 0.2)
+    small = keras_taylor.prune(model, plan)
+    _, repairs = keras_taylor.repair(small, model, plan, x, return_repairs=True)
+    assert repairs and fingerprint(model) == before
+
+
 @pytest.mark.parametrize("num", [1, 5, 63, 128, 130, 300, 512, 1000])
 def test_walked_batches(num):
     """At most eight batches, in order, of one size where this leaves out only a few examples."""
