@@ -18,6 +18,9 @@ from keras_taylor.rules.base import override_attributes
 from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.types import Array, FloatArray, Tensor
 
+# Over which share of a training's steps moving statistics average at most, and over how many at least.
+_SHARE_AVERAGED, _LEAST_AVERAGED = 1 / 10, 4
+
 
 class _Moments(NamedTuple):
     """Mean and variance of each channel, float64 arrays `(num_channels,)`."""
@@ -92,6 +95,34 @@ def recompute_statistics(graph: Graph, batches: Sequence[InputBatch]) -> None:
         walk.free_after(number)
 
 
+@contextlib.contextmanager
+def shorter_averages(model: keras.Model, num_steps: int | None) -> Iterator[None]:
+    """A context in which moving statistics average over a tenth of a training's steps, if over more before.
+
+    With the usual momentum of 0.99 they would lag behind the weights at the end of a short training. A
+    momentum of 1 stays: it freezes statistics.
+
+    Args:
+        model: The compiled model that is trained.
+        num_steps: Steps of the training; `None`: unknown, so that nothing changes.
+    """
+    num_averaged = max(_SHARE_AVERAGED * (num_steps or 0), _LEAST_AVERAGED)
+    momentum = 1 - 1 / num_averaged
+    longer = [one for one in _normalizations_inside(model) if momentum < one.momentum < 1]
+    if num_steps is None or not longer:
+        yield
+        return
+    before = [layer.momentum for layer in longer]
+    for layer in longer:
+        layer.momentum = momentum
+    try:
+        yield
+    finally:
+        for layer, value in zip(longer, before, strict=True):
+            layer.momentum = value
+        model.make_train_function(force=True)  # the compiled one has the other momentum
+
+
 class _ChannelSums:
     """Adds up values, and gives the moments of each channel.
 
@@ -137,14 +168,17 @@ def _record_moments(
     Yields:
         The sums of the operation itself or of the layers inside, in the order in which they run.
     """
-    inside = [operation, *layers_inside(operation)] if isinstance(operation, keras.Layer) else []
     read: dict[keras.layers.BatchNormalization, _ChannelSums] = {}
     with contextlib.ExitStack() as stack:
-        for layer in inside:
-            if isinstance(layer, keras.layers.BatchNormalization):
-                call = _call_recorded(layer, read)
-                stack.enter_context(override_attributes(layer, call=call))
+        for layer in _normalizations_inside(operation):
+            stack.enter_context(override_attributes(layer, call=_call_recorded(layer, read)))
         yield read
+
+
+def _normalizations_inside(operation: keras.Operation) -> list[keras.layers.BatchNormalization]:
+    """The BatchNormalizations among an operation and the layers inside of it."""
+    inside = [operation, *layers_inside(operation)] if isinstance(operation, keras.Layer) else []
+    return [layer for layer in inside if isinstance(layer, keras.layers.BatchNormalization)]
 
 
 def _call_recorded(

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.cutting.batch_statistics import shorter_averages
 from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.loop.judging import BestEpochs, BestState, Judge
 from keras_taylor.loop.learning_rates import (
@@ -109,6 +110,12 @@ class FineTuner:
         return self.fit_kwargs.get("epochs", 1)
 
     @property
+    def num_steps(self) -> int | None:
+        """Steps of a round; `None`: unknown."""
+        steps = self.feed.num_steps
+        return None if steps is None else steps * (self.epochs - self.fit_kwargs.get("initial_epoch", 0))
+
+    @property
     def trains(self) -> bool:
         """Whether there is any fine-tuning."""
         return self.epochs != 0 and not self.obstacle
@@ -153,7 +160,10 @@ class FineTuner:
             best = BestState(self.judge, model, reads_logs=not (self.distill or of_user))
             callbacks.append(best)
         arguments = {**self.feed.fit_arguments(), **self.fit_kwargs, "verbose": 0, "callbacks": callbacks}
-        with temporary_learning_rate(model, self.learning_rate):
+        with (
+            temporary_learning_rate(model, self.learning_rate),
+            shorter_averages(model, self.num_steps),
+        ):
             if rate is not None:
                 rate = self.search.find(model, trainer, rate["peak"]) if self.search is not None else rate
                 callbacks.insert(0, CosineDecay(rate["peak"]))  # those of the user have the last word

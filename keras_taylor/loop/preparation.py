@@ -287,8 +287,7 @@ def _prepare_search(tuner: FineTuner, settings: CompressionSettings) -> RateSear
     callbacks = flat_callbacks(tuner.fit_kwargs.get("callbacks"))
     is_set = settings.tuning.learning_rate is not None or tuner.learning_rate is None
     is_set |= any(isinstance(one, keras.callbacks.LearningRateScheduler) for one in callbacks)
-    num_epochs = tuner.epochs - tuner.fit_kwargs.get("initial_epoch", 0)
-    num_trials, num_steps = plan_trials((tuner.feed.num_steps or 0) * num_epochs)
+    num_trials, num_steps = plan_trials(tuner.num_steps)
     if is_set or not num_trials or not settings.repair or tuner.judge is None or num_processes() > 1:
         return None
     class_weight = tuner.fit_kwargs.get("class_weight")

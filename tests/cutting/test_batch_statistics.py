@@ -216,3 +216,26 @@ def test_fine_tuning_starts_from_what_inference_computes():
     variances = [statistics_of(one.get_layer("norm"))[1] for one in results]
     np.testing.assert_allclose(variances[1], variances[0], rtol=0.05)
     assert relative_difference(predict(trained, x), predict(repaired, x)) < 0.06  # 0.3 without
+
+
+@pytest.mark.parametrize(("given", "in_rounds"), [(0.99, 0.8), (0.5, 0.5), (1.0, 1.0)])
+def test_statistics_average_over_a_tenth_of_a_round(given, in_rounds):
+    model = plain(momentum=given)
+    model.compile(keras.optimizers.SGD(1e-9), "mse")
+    x, momenta = inputs_for(model, 100), set()
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            momenta.add(round(self.model.get_layer("norm").momentum, 6))
+
+    options = {"goal": 0.3, "increment": 0.3, "criterion": "magnitude", "verbose": 0}
+    fit = {"epochs": 2, "batch_size": 4, "callbacks": [Look()], "validation_data": (x, np.zeros((100, 4)))}
+    small = keras_taylor.compress(model, (x, np.zeros((100, 4))), **options, **fit)
+    assert momenta == {in_rounds}  # 50 steps
+    norm = small.get_layer("norm")
+    assert norm.momentum == model.get_layer("norm").momentum == given
+    before, _ = statistics_of(norm)
+    read = keras.Model(small.inputs, small.get_layer("conv").output).predict(x, verbose=0)
+    small.fit(x, np.zeros((100, 4)), batch_size=100, verbose=0)
+    wanted = given * before + (1 - given) * read.mean((0, 1, 2))
+    np.testing.assert_allclose(statistics_of(norm)[0], wanted, rtol=1e-3, atol=1e-5)
