@@ -13,6 +13,7 @@ import pathlib
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -32,7 +33,17 @@ from keras_taylor.support.types import Array
 _STATE_FORMAT = 1
 _FILE_NAME = re.compile(r"round-(\d{4,})-([0-9a-f]{16})\.npz")
 _UNFINISHED = "unfinished-*.tmp"
-_READ_ERRORS = (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile)
+# A file of another origin can be anything.
+_READ_ERRORS = (
+    OSError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 CallDescription: TypeAlias = dict[str, Any]  # what `describe_call` returns, as JSON can hold it
 
@@ -363,6 +374,8 @@ def _parse_state(content: bytes, path: pathlib.Path) -> StoredState:
         about = json.loads(entries["about"].tobytes())
         if about["format"] != _STATE_FORMAT:
             raise ValueError(f"format {about['format']}, expected {_STATE_FORMAT}")
+        if not isinstance(about["seed"], int) or not isinstance(about["call"], dict):
+            raise ValueError("no seed or no call in it")
         arrays = {kind: [entries[f"{kind}-{i}"] for i in range(about[kind])] for kind in _ARRAY_KINDS}
     plans = [Plan.from_json(json.dumps(plan)) for plan in about["plans"]]
     info = Info.from_json(json.dumps(about["info"]))

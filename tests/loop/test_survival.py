@@ -1,6 +1,8 @@
 """Runs that survive: kills, errors, full disks, broken files, losses that become NaN, early stopping."""
 
 import errno
+import hashlib
+import io
 import json
 import os
 import pathlib
@@ -329,6 +331,44 @@ def test_what_a_killed_run_left_half_written_is_removed(copied):
     (copied / "unfinished-12345.tmp").write_bytes(b"half of a state")
     interrupted(copied, in_round=1)
     assert rounds_in(copied) == [1, 2]
+
+
+def foreign_state(content):
+    """A file whose name says that it is a state and that this is its content."""
+    return f"round-0002-{hashlib.sha256(content).hexdigest()[:16]}.npz"
+
+
+def archive(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def about(**changes):
+    values = {"format": 1, "call": {}, "plans": [], "seed": 1, **changes}
+    return np.frombuffer(json.dumps(values).encode(), np.uint8)
+
+
+FOREIGN = {
+    "empty": b"",
+    "text": b"not an archive",
+    "pickle": archive(about=np.array([{}], object)),
+    "number": archive(about=np.float32(1)),
+    "list": archive(about=np.frombuffer(b"[1]", np.uint8)),
+    "format": archive(about=about(format=[1])),
+    "seed": archive(about=about(seed="x", variables=0, optimizer=0)),
+    "call": archive(about=about(call=None, variables=0, optimizer=0)),
+    "plans": archive(about=about(plans=3, variables=0, optimizer=0)),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_file_with_the_name_of_a_state_is_passed_over(tmp_path, name):
+    (tmp_path / foreign_state(FOREIGN[name])).write_bytes(FOREIGN[name])
+    with pytest.warns(UserWarning, match="cannot be used .*; there is no other, so the run starts"):
+        _, info = run(backup_dir=tmp_path, epochs=0, goal=0.15)
+    assert info.stop_reason == "goal reached"
 
 
 HOLDER = """
