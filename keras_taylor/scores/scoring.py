@@ -225,7 +225,7 @@ def score_channels(
         callbacks: Keras callbacks of the scoring pass.
     """
     totals, extra = None, {}
-    if feed is not None and needs_loss(criterion):
+    if feed is not None and labeled.num_units and needs_loss(criterion):
         feed.check_devices(num_examples)
         if criterion in criteria.COST_AWARE_CRITERIA:
             check_countable(CostModel(labeled)(), cost, f"cost={cost!r}")

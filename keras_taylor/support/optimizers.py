@@ -70,7 +70,7 @@ def _describe_decay(model: keras.Model, optimizer: keras.optimizers.Optimizer, r
     usual = default.default if default is not None else None
     if rate <= highest / _BELOW_LOGGED:
         sign = f"the last `fit` went up to {highest:.3g}"
-    elif record or not int(optimizer.iterations):  # no callback has lowered it
+    elif record or not int(keras.ops.convert_to_numpy(optimizer.iterations)):  # no callback has lowered it
         return ""
     elif isinstance(usual, float) and rate <= usual / _BELOW_DEFAULT:
         sign = f"it has trained, and `{type(optimizer).__name__}` begins with {usual:.3g} by default"

@@ -772,3 +772,11 @@ def test_a_criterion_whose_statistics_were_not_gathered():
     net, y, _ = regression()
     with pytest.raises(ValueError, match=r"were not gathered.*by its name.*group 'hidden' without them$"):
         net.score(y, criteria.fisher)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "magnitude", "oracle"])
+def test_a_model_from_which_nothing_can_leave_has_no_scores(criterion):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    data = np.ones((8, 4), "float32"), np.zeros((8, 2), "float32")
+    assert keras_taylor.score(model, data, criterion=criterion) == {}
