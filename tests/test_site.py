@@ -115,7 +115,9 @@ def pages(folder, monkeypatch, tmp_path, capsys):
 
     def run(name):
         if name == FIRST_MODEL or not kept.exists():
+            monkeypatch.chdir(folder)  # what it writes is in no other page's way
             namespace = Page(FIRST_MODEL, {}, capsys).run()
+            monkeypatch.chdir(tmp_path)
             namespace["model"].save(kept)
             np.savez(folder / "data.npz", **{n: namespace[n] for n in ("x", "y", "x_val", "y_val")})
         if name != FIRST_MODEL:

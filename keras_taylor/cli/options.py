@@ -221,8 +221,8 @@ class FineTuningOptions(OptionGroup):
         bool,
         typer.Option(
             "--keep-best/--keep-last",
-            help="Which state of a round's model is kept: the best one on the test data, by the loss, or the "
-            "accuracy with --max-drop; or the last one.",
+            help="Which state of a round's model is kept: the best one on the validation data, by the "
+            "loss, or the accuracy with --max-drop; or the last one.",
         ),
     ] = True
     distill: Annotated[

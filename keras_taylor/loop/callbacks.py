@@ -30,7 +30,8 @@ class TaylorPruning(keras.callbacks.Callback):
     callbacks that come later, such as `CSVLogger` and `TensorBoard`. So put this callback first.
 
     Whenever units leave, callbacks that remember the best epoch (`EarlyStopping`, `ModelCheckpoint`,
-    `ReduceLROnPlateau`) begin their comparison anew, so that no epoch before the goal is the best one.
+    `ReduceLROnPlateau`) begin their comparison anew, so that no epoch with more units is the best one.
+    `EarlyStopping` can still end the training before the goal: `start_from_epoch` lets it wait.
 
     Args:
         goal: A float: the fraction of the parameters to remove, counted from the model before any pruning,
@@ -172,7 +173,12 @@ class TaylorPruning(keras.callbacks.Callback):
             self.stop_reason = "goal reached"
         else:
             limited = f"`max_drop` on '{self._watch.monitor}' held it back"
-            why = limited if self._paused or restored else "training ended early"
+            last = self._last + int(self._by_epoch)  # the last epoch that prunes, counted from 1
+            early = (
+                f"training ended early, after epoch {self._epoch + 1}, and pruning goes on until epoch "
+                f"{last}; `EarlyStopping(..., start_from_epoch={self._last})` waits for it"
+            )
+            why = limited if self._paused or restored else early
             self.stop_reason = f"{'; '.join(missed)}: {why}"
             warnings.warn(f"TaylorPruning: {self.stop_reason}.", stacklevel=2)
         self._say(self.stop_reason)

@@ -22,7 +22,7 @@ from keras_taylor.loop.learning_rates import (
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reports.run_record import JudgedRecord, RateRecord
 from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, losses_by_output
-from keras_taylor.support.arguments import check_whole_number
+from keras_taylor.support.arguments import check_whole_number, format_value
 from keras_taylor.support.arrays import as_number
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.keras_internals import output_structure
@@ -206,7 +206,7 @@ def check_fit_arguments(fit_kwargs: Mapping[str, Any]) -> None:
         raise TypeError(
             f"`compress` has no argument {unknown[0]!r}, nor has `model.fit`. Expected arguments of "
             f"`compress`, or of `fit`: {', '.join(sorted(known))}. "
-            f"Received: {unknown[0]}={fit_kwargs[unknown[0]]!r}"
+            f"Received: {unknown[0]}={format_value(fit_kwargs[unknown[0]])}"
         )
     for name, least, or_none in _WHOLE_NUMBERS:
         if name in fit_kwargs:

@@ -266,6 +266,23 @@ def test_beside_early_stopping_that_restores_the_best_weights():
     check_pruned(prunable)
 
 
+def test_early_stopping_before_the_goal_and_how_to_make_it_wait():
+    prunable, callback = wrapped(), keras_taylor.TaylorPruning(0.4, start_epoch=3)
+    arguments = {"monitor": "val_accuracy", "mode": "max", "patience": 1}
+    words = r"after epoch 2, and pruning goes on until epoch 5; `EarlyStopping\(\.\.\., start_from_epoch=4\)`"
+    with pytest.warns(UserWarning, match=words):
+        fit(prunable, callback, Falling(), keras.callbacks.EarlyStopping(**arguments), epochs=5)
+    assert prunable.mask.all()
+    fit(
+        prunable,
+        callback,
+        Falling(),
+        keras.callbacks.EarlyStopping(**arguments, start_from_epoch=4),
+        epochs=5,
+    )
+    assert callback.stop_reason == "goal reached"
+
+
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_beside_a_checkpoint_of_the_best_epoch(tmp_path, weights_only):
     prunable, path = wrapped(), tmp_path / ("best.weights.h5" if weights_only else "best.keras")

@@ -661,6 +661,8 @@ def test_names_that_match_nothing():
 def test_unknown_keyword():
     words = r"`compress` has no argument 'epoch', nor has `model\.fit`\. .*Received: epoch=3$"
     refused(TypeError, words, epoch=3)
+    words = r"has no argument 'val_data'.*Received: val_data=\(\.\.\., \.\.\.\)$"  # no pages of numbers
+    refused(TypeError, words, val_data=(np.zeros((3, 2)), np.zeros(3)))
 
 
 @pytest.mark.parametrize(
