@@ -64,8 +64,16 @@ def unreachable_goal_error(
     return ValueError(
         f"The goal is out of reach: {'; '.join(parts)}. It is blocked by {blockers}. Lower the goal, or let "
         f"more channels leave (`include`, `exclude`, {'`ratios`, ' * has_ratios}`round_to`, `min_channels`). "
-        f"Received: goal={goal!r}"
+        f"{_percent_hint(goal)}Received: goal={goal!r}"
     )
+
+
+def _percent_hint(goal: object) -> str:
+    """What to pass where an amount that may be left looks like a percentage to remove."""
+    for cost, amount in goal.items() if isinstance(goal, Mapping) else ():
+        if isinstance(amount, int) and 0 < amount < 100 and not cost.startswith("latency"):
+            return f"{amount} is what may be left; to remove {amount} % pass {{{cost!r}: {amount / 100}}}. "
+    return ""
 
 
 def describe_blockers(labeled: LabeledModel, smallest_mask: BoolArray) -> str:

@@ -156,6 +156,8 @@ def test_a_goal_out_of_reach_is_refused_with_the_largest_one():
         "Lower the goal, or let more channels leave (`include`, `exclude`, `round_to`, `min_channels`). "
         "Received: goal=0.99"
     )
+    words = "5 is what may be left; to remove 5 % pass {'params': 0.05}. Received: goal={'params': 5}"
+    assert message_of(keras_taylor.make_plan, model, random_scores(model), {"params": 5}).endswith(words)
     reached = float(largest[:-1]) / 100 - 1e-3
     assert keras_taylor.make_plan(model, random_scores(model), reached).after["params"] == least
 
