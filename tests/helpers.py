@@ -85,8 +85,9 @@ def targets_of(model, x, seed=2):
 
 
 def relative_difference(first, second):
-    """Largest difference of two lists of arrays, relative to the second's largest value."""
-    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(first, second, strict=True))
+    """Largest difference of two lists of arrays, relative to the second's largest value; that may be 0."""
+    pairs = zip(first, second, strict=True)
+    return max(np.abs(a - b).max() / max(np.abs(b).max(), np.finfo("float32").tiny) for a, b in pairs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
