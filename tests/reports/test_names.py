@@ -7,10 +7,14 @@ import re
 import keras
 import numpy as np
 import pytest
+from helpers import BACKEND
 
 import keras_taylor
 
-pytestmark = pytest.mark.once
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow takes no such names of layers"),
+]
 NAMES = (
     "<b>fat",
     "a & b",
