@@ -181,29 +181,28 @@ def conv_transpose(choose):
     )(x)
 
 
-@step
-def depthwise(choose):
-    x = choose.tensor(4, 3)
-    return of_rank(x, "DepthwiseConv{}D")(
+def depth_by_depth(choose, x, name, *filters):
+    """A convolution of each channel by itself; with a number of filters, a pointwise one follows."""
+    return of_rank(x, name)(
+        *filters,
         choose.kernel(x),
         choose.of((1, 2)),
         choose.of(("same", "valid")),
         depth_multiplier=choose.of((1, 2)),
         activation=choose.activation(),
     )(x)
+
+
+@step
+def depthwise(choose):
+    x = choose.tensor(4, 3)
+    return depth_by_depth(choose, x, "DepthwiseConv{}D")
 
 
 @step
 def separable(choose):
     x = choose.tensor(4, 3)
-    return of_rank(x, "SeparableConv{}D")(
-        choose.width(),
-        choose.kernel(x),
-        choose.of((1, 2)),
-        choose.of(("same", "valid")),
-        depth_multiplier=choose.of((1, 2)),
-        activation=choose.activation(),
-    )(x)
+    return depth_by_depth(choose, x, "SeparableConv{}D", choose.width())
 
 
 @step

@@ -37,13 +37,7 @@ from keras_taylor.cli.options import (
     SensitivityOptions,
     parse_goal_texts,
 )
-from keras_taylor.cli.outputs import (
-    check_output,
-    check_plot,
-    compress_paths,
-    write_file,
-    write_text,
-)
+from keras_taylor.cli.outputs import check_output, check_plot, compress_paths, write_file, write_text
 from keras_taylor.cli.signatures import flat_options
 from keras_taylor.exports.export_worker import installed_first
 from keras_taylor.exports.formats import VARIANTS
@@ -70,11 +64,8 @@ def analyze_command(
     plot = check_plot(sensitivity.plot, sensitivity.data, general.force)
     loaded, train = model.load(), None
     if sensitivity.data:
-        split = inputs.load(sensitivity.data, loaded)
-        train = split.train
+        train = _load_split(inputs, sensitivity.data, loaded, general).train
         loaded = compile_for_targets(loaded, train[1])
-        if not general.as_json:
-            print(split.description)
     analysis = keras_taylor.analyze(
         loaded,
         train,
@@ -122,10 +113,8 @@ def compress_command(
     paths = compress_paths(outputs, goal, general.force)
     keras.utils.set_random_seed(tuning.seed)
     original = model.load()
-    split = inputs.load(data, original)
+    split = _load_split(inputs, data, original, general)
     original = compile_for_targets(original, split.train[1])
-    if not general.as_json:
-        print(split.description)
     try:
         models, info = keras_taylor.compress(
             original,
@@ -209,9 +198,7 @@ def export_command(
     loaded = model.load()
     if not data and target.format == "litert-int8":
         raise FileError("litert-int8 is calibrated on examples: pass --data.")
-    split = inputs.load(data, loaded) if data else None
-    if split is not None and not general.as_json:
-        print(split.description)
+    split = _load_split(inputs, data, loaded, general) if data else None
     artifact = _export_variant(loaded, path, target.format, split, general.force, **target.arguments())
     if general.as_json:
         _print_json(json.loads(artifact.to_json()))
@@ -262,6 +249,14 @@ def demo_command(
 def _command_line() -> str:
     """The command that was typed, ready to be pasted into a shell."""
     return shlex.join(["keras-taylor", *sys.argv[1:]])
+
+
+def _load_split(inputs: InputOptions, source: str, model: keras.Model, general: GeneralOptions) -> DataSplit:
+    """The data, after a line that says what was taken."""
+    split = inputs.load(source, model)
+    if not general.as_json:
+        print(split.description)
+    return split
 
 
 def _print_json(content: Any) -> None:

@@ -23,15 +23,17 @@ def avoid_faults(layers: Iterable[keras.Layer]) -> None:
     Args:
         layers: Layers that a model was built from. They are changed in place. A file holds nothing of this.
     """
-    if keras.backend.backend() == "tensorflow":
+    guard = {"tensorflow": _warn_of_bias_axis, "torch": _avoid_narrow_strides}.get(keras.backend.backend())
+    if guard is not None:
         for layer in layers:
-            _warn_of_bias_axis(layer)
-    if keras.backend.backend() != "torch":
-        return
-    for layer in layers:
-        is_plain = isinstance(layer, keras.layers.Conv2D) and not _overrides_convolution(layer)
-        if is_plain and set(layer.kernel_size) == {1} != set(layer.strides) and layer.groups == 1:
-            _skip_positions_first(layer)
+            guard(layer)
+
+
+def _avoid_narrow_strides(layer: keras.Layer) -> None:
+    """Makes a 1x1 convolution with a stride run without it, where it is narrow."""
+    is_plain = isinstance(layer, keras.layers.Conv2D) and not _overrides_convolution(layer)
+    if is_plain and set(layer.kernel_size) == {1} != set(layer.strides) and layer.groups == 1:
+        _skip_positions_first(layer)
 
 
 def _warn_of_bias_axis(layer: keras.Layer) -> None:
