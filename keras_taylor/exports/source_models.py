@@ -27,7 +27,7 @@ from keras_taylor.exports.export_parity import (
     compare_output,
     labels_of_classes,
 )
-from keras_taylor.reading.cloning import compile_settings
+from keras_taylor.reading.cloning import compile_settings, losses_by_output, output_names
 from keras_taylor.reading.walk import calls_without_trace
 from keras_taylor.support.arguments import larger_is_better
 from keras_taylor.support.arrays import as_float32, as_number, outputs_in_batches, random_inputs
@@ -236,7 +236,7 @@ def _check_accuracy_is_defined(model: keras.Model, examples: ExportExamples) -> 
 def _model_of_outputs(model: keras.Model, settings: Mapping[str, Any]) -> keras.Model:
     """A model from outputs to the same outputs, compiled as another one is: it evaluates those of a file."""
     inputs = [keras.Input(output.shape[1:]) for output in model.outputs]
-    named = zip(inputs, _output_names(model), strict=True)
+    named = zip(inputs, output_names(model), strict=True)
     outputs = [keras.layers.Identity(name=name, dtype="float32")(x) for x, name in named]
     structure = output_structure(model)
     packed = outputs[0] if structure is None else keras.tree.pack_sequence_as(structure, outputs)
@@ -314,11 +314,7 @@ class Reference:
 
 def _kinds_of_outputs(model: keras.Model, outputs: Sequence[FloatArray]) -> list[OutputKind]:
     """What each output says, by its compiled loss, else by its activation, else by its values."""
-    loss = getattr(model, "loss", None)
-    losses = [loss.get(name) for name in _output_names(model)] if isinstance(loss, dict) else [loss]
-    if isinstance(loss, (list, tuple)):
-        losses = list(keras.tree.flatten(loss))
-    losses = losses * len(outputs) if len(losses) == 1 else losses
+    losses = losses_by_output(model, len(outputs))
     if len(losses) != len(outputs):
         losses = [None] * len(outputs)
     return [_kind_of_output(*one) for one in zip(losses, model.outputs, outputs, strict=True)]
@@ -338,11 +334,6 @@ def _kind_of_output(loss: Any, tensor: keras.KerasTensor, output: FloatArray) ->
                 return kind
     is_distribution = output.ndim > 1 and output.shape[-1] > 1 and output.min(initial=0) >= 0
     return "classes" if is_distribution and np.allclose(output.sum(-1), 1, atol=1e-3) else "unknown"
-
-
-def _output_names(model: keras.Model) -> list[str]:
-    """The names by which `compile` knows outputs; a Sequential model does not list them."""
-    return getattr(model, "output_names", None) or [producer(tensor).name for tensor in model.outputs]
 
 
 def _name_of(value: Any) -> str:

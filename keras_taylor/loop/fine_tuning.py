@@ -19,9 +19,9 @@ from keras_taylor.loop.learning_rates import (
     compiled_learning_rate,
     temporary_learning_rate,
 )
-from keras_taylor.reading.cloning import compile_settings
+from keras_taylor.reading.cloning import compile_settings, losses_by_output
 from keras_taylor.reports.run_record import JudgedRecord, RateRecord
-from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, losses_by_output
+from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of
 from keras_taylor.support.arguments import check_whole_number, format_value
 from keras_taylor.support.arrays import as_number
 from keras_taylor.support.datasets import Feed

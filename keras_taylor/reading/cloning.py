@@ -18,10 +18,12 @@ from keras_taylor.support.keras_internals import (
     compile_arguments,
     copy_operation,
     lambda_output_shape,
+    output_structure,
     own_variables,
+    producer,
 )
 from keras_taylor.support.optimizers import fresh_optimizer
-from keras_taylor.support.types import Masks, Tensor
+from keras_taylor.support.types import Masks, Tensor, Tree
 
 
 def clone_operation(
@@ -215,6 +217,32 @@ def copy_weights(
             new.assign(copy_kept(old, (masks or {}).get(number, ())))
     if hasattr(target, "finalize_state"):  # layers with `adapt` compute with values made from their weights
         target.finalize_state()
+
+
+def losses_by_output(model: keras.Model, num_outputs: int) -> list[Any]:
+    """The compiled loss of each flattened output, `None` where there is none."""
+    loss, structure = getattr(model, "loss", None), output_structure(model)
+    if isinstance(loss, dict) and not isinstance(structure, dict):
+        return [loss.get(name) for name in output_names(model)]
+    losses = _losses_of_leaves(loss, structure)
+    return losses * num_outputs if len(losses) == 1 else losses
+
+
+def _losses_of_leaves(loss: Tree, structure: Tree) -> list[Any]:
+    """The loss of each leaf of a structure of outputs; losses are nested as it is, or less deeply."""
+    if isinstance(loss, dict) and isinstance(structure, dict):
+        pairs = [(loss.get(name), structure[name]) for name in sorted(structure)]
+    elif isinstance(loss, (list, tuple)):
+        parts = structure if isinstance(structure, (list, tuple)) and len(structure) == len(loss) else loss
+        pairs = list(zip(loss, parts, strict=True))
+    else:
+        return [loss] * len(keras.tree.flatten(structure))
+    return [leaf for pair in pairs for leaf in _losses_of_leaves(*pair)]
+
+
+def output_names(model: keras.Model) -> list[str]:
+    """The names by which `compile` knows outputs; a Sequential model does not list them."""
+    return getattr(model, "output_names", None) or [producer(tensor).name for tensor in model.outputs]
 
 
 def compile_settings(model: keras.Model) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.cloning import compile_settings
+from keras_taylor.reading.cloning import compile_settings, losses_by_output
 from keras_taylor.reading.groups import Group, LabeledModel
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
 from keras_taylor.scores import criteria
@@ -21,7 +21,6 @@ from keras_taylor.scores.losses import (
     ONE_HOT_LOSSES,
     check_targets,
     kind_of,
-    losses_by_output,
     mean_divergence,
 )
 from keras_taylor.scores.sampling import sample_labels

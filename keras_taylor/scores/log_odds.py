@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.reading.cloning import losses_by_output
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.gates import GATE_ROWS, Gates, batch_statistics
-from keras_taylor.scores.losses import CLASS_LOSSES, ExampleLoss, kind_of, losses_by_output
+from keras_taylor.scores.losses import CLASS_LOSSES, ExampleLoss, kind_of
 from keras_taylor.support.keras_internals import compile_arguments
 from keras_taylor.support.replicas import sum_over_replicas
 from keras_taylor.support.types import FloatArray, Tensor, Tree

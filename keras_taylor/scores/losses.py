@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.reading.cloning import losses_by_output
 from keras_taylor.support.keras_internals import compile_arguments, mask_of_tensor, output_structure
 from keras_taylor.support.replicas import num_replicas
 from keras_taylor.support.types import Array, BoolArray, FloatArray, Tensor, Tree
@@ -155,27 +156,6 @@ def averages_examples(loss: Tree) -> bool:
             f'`loss_reduction="mean"` or "sum" for the one that weighs more. Received: loss={loss!r}'
         )
     return adds_up != {True}
-
-
-def losses_by_output(model: keras.Model, num_outputs: int) -> list[OutputLoss | None]:
-    """The compiled loss of each flattened output, `None` where there is none."""
-    loss, structure = getattr(model, "loss", None), output_structure(model)
-    if isinstance(loss, dict) and not isinstance(structure, dict):
-        return [loss.get(name) for name in model.output_names]
-    losses = _losses_of_leaves(loss, structure)
-    return losses * num_outputs if len(losses) == 1 else losses
-
-
-def _losses_of_leaves(loss: Tree, structure: Tree) -> list[OutputLoss | None]:
-    """The loss of each leaf of a structure of outputs; losses are nested as it is, or less deeply."""
-    if isinstance(loss, dict) and isinstance(structure, dict):
-        pairs = [(loss.get(name), structure[name]) for name in sorted(structure)]
-    elif isinstance(loss, (list, tuple)):
-        parts = structure if isinstance(structure, (list, tuple)) and len(structure) == len(loss) else loss
-        pairs = list(zip(loss, parts, strict=True))
-    else:
-        return [loss] * len(keras.tree.flatten(structure))
-    return [leaf for pair in pairs for leaf in _losses_of_leaves(*pair)]
 
 
 def _by_output(model: keras.Model, values: Tree, num_outputs: int, shared: bool = False) -> list[Any]:

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_taylor.reading.cloning import losses_by_output
 from keras_taylor.reading.graph import Graph
 from keras_taylor.reading.walk import run_batches
 from keras_taylor.scores.losses import (
@@ -12,7 +13,6 @@ from keras_taylor.scores.losses import (
     REGRESSION_LOSSES,
     OutputLoss,
     kind_of,
-    losses_by_output,
 )
 from keras_taylor.support.arrays import as_float32
 from keras_taylor.support.datasets import Feed, flat_inputs
