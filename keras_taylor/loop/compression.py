@@ -139,8 +139,7 @@ def compress(
             student imitates the outputs (Hinton et al., 2015, arXiv 1503.02531). A
             `keras.distillation.DistillationLoss` or a list of them: it imitates what these say, features
             for instance. The compiled loss on the labels makes up half of the loss, or none of it if `ds`
-            has no labels. Weights of examples and classes are refused, since the distiller ignores them.
-            Default `False`.
+            has no labels; weights of examples and classes count in that half. Default `False`.
         learning_rate: Learning rate that each round begins with, a float above 0, or a `FineTuning`, which
             also says whether the best state is kept. Within the round it falls to zero by a cosine. `None`
             (the default): the compiled rate if `repair` is off. Otherwise a tenth of it, since a repaired

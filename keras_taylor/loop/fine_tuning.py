@@ -322,7 +322,8 @@ def make_distiller(
 class _Distiller(keras.distillation.Distiller):
     """Takes the student's loss as it is compiled: with weights, in any structure, with regularizers.
 
-    Keras' own adds up losses without weights, and on PyTorch it takes no dicts or lists of them.
+    Keras' own adds up losses without weights, of examples too, and on PyTorch it takes no dicts or lists of
+    them. Weights of examples and classes are about labels: the imitation of the teacher has none.
     """
 
     def compute_loss(
@@ -336,7 +337,7 @@ class _Distiller(keras.distillation.Distiller):
         imitation = super().compute_loss(x, None, y_pred, training=training)
         if y is None or not self.student_loss_weight:
             return imitation
-        loss = self.student.compute_loss(y=y, y_pred=y_pred)
+        loss = self.student.compute_loss(y=y, y_pred=y_pred, sample_weight=sample_weight)
         total = imitation + self.student_loss_weight * loss
         # these are means that have a value without the student's loss already
         self.student_loss_tracker.update_state(2 * loss)
@@ -414,10 +415,7 @@ class _StepLosses(keras.callbacks.Callback):
 
 
 def _check_trainable(feed: Feed, fit_kwargs: Mapping[str, Any], distills: bool) -> None:
-    """Refuses data without labels if there is no teacher, and weights if there is one.
-
-    Keras' distiller would ignore weights of examples and classes.
-    """
+    """Refuses data without labels if there is no teacher."""
     feed.check_end()
     feed.check_devices()
     if not (feed.has_targets or distills):
@@ -426,15 +424,6 @@ def _check_trainable(feed: Feed, fit_kwargs: Mapping[str, Any], distills: bool) 
             "given model is the teacher), or `epochs=0` (no fine-tuning). "
             f"Received: ds without labels, epochs={fit_kwargs.get('epochs', 1)}"
         )
-    for name, given in (
-        ("class_weight", fit_kwargs.get("class_weight")),
-        ("sample_weight", feed.has_weights),
-    ):
-        if given and distills:
-            raise ValueError(
-                f"`distill` and `{name}` do not go together: `keras.distillation.Distiller` ignores weights. "
-                f"Leave one of them out. Received: {name} and distill"
-            )
 
 
 def _describe_weights_not_finite(model: keras.Model, origin: keras.Model) -> str:

@@ -87,12 +87,24 @@ def test_labels_and_validation_and_features():
     assert "distill=[...]" in info.command and small.count_params() <= 0.6 * model.count_params()
 
 
-def test_weights_are_refused():
+def test_weights_count_in_the_loss_on_labels():
     model, x, y = trained()
-    with pytest.raises(ValueError, match=r"`distill` and `class_weight` do not go together.*and distill$"):
-        keras_taylor.compress(model, (x, y), distill=True, class_weight={0: 2.0})
-    with pytest.raises(ValueError, match=r"`distill` and `sample_weight` do not go together"):
-        keras_taylor.compress(model, (x, y, np.ones(len(y))), distill=True)
+
+    def losses(data, **weights):
+        _, info = keras_taylor.compress(
+            model, data, 0.4, increment=0.4, distill=True, repair=False, learning_rate=1e-9, batch_size=16,
+            shuffle=False, verbose=0, return_info=True, **weights,
+        )  # fmt: skip
+        return {name: info.rounds[0].history[name][0] for name in ("student_loss", "distillation_loss")}
+
+    plain = losses((x, y))
+    double = losses((x, y), class_weight=dict.fromkeys(range(10), 2.0))
+    half = losses((x, y, np.full(len(y), 0.5, "float32")))
+    none = losses((x, y), sample_weight=np.zeros(len(y), "float32"))
+    expected = [plain["student_loss"] * factor for factor in (2, 0.5, 0)]
+    found = [one["student_loss"] for one in (double, half, none)]
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert none["distillation_loss"] > 0
 
 
 @pytest.mark.parametrize("kind", ["dict", "list"])
