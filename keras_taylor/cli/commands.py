@@ -36,6 +36,7 @@ from keras_taylor.cli.options import (
     RequiredData,
     SensitivityOptions,
     parse_goal_texts,
+    parse_max_drop,
 )
 from keras_taylor.cli.outputs import check_output, check_plot, compress_paths, write_file, write_text
 from keras_taylor.cli.signatures import flat_options
@@ -127,7 +128,7 @@ def compress_command(
             selection=pruning.selection(),
             repair=pruning.repair,
             learning_rate=keras_taylor.FineTuning(tuning.learning_rate, tuning.keep_best),
-            max_drop=pruning.max_drop,
+            max_drop=parse_max_drop(pruning.max_drop),
             distill=tuning.distill,
             epochs=tuning.epochs,
             batch_size=tuning.batch_size,

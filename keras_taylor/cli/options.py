@@ -14,6 +14,7 @@ from keras_taylor.cli.data_files import DataSplit, Scaling, load_data
 from keras_taylor.cli.model_files import FileError, load_model
 from keras_taylor.cli.signatures import OptionGroup
 from keras_taylor.exports.formats import VARIANTS
+from keras_taylor.loop.judging import MaxDrop
 from keras_taylor.plans.selection import AUTO, Selection
 
 # One goal, or several, in the form that `compress` takes.
@@ -181,14 +182,17 @@ class PruningOptions(OptionGroup):
         bool, typer.Option("--repair/--no-repair", help="Refit the layers that lost inputs after each cut.")
     ] = True
     max_drop: Annotated[
-        float | None,
+        list[str] | None,
         typer.Option(
-            help="Undo a round that makes the validation accuracy worse by more than this, and stop."
+            help="Undo a round that makes the validation accuracy worse by more than this, and stop. Or name "
+            "the metric (accuracy=0.01); repeat the option for several metrics: all must hold.",
+            show_default=False,
         ),
     ] = None
 
     def __post_init__(self) -> None:
         parse_goal_texts(self.goal)
+        parse_max_drop(self.max_drop)
         self.selection()
 
     def selection(self) -> Selection:
@@ -316,6 +320,30 @@ def parse_numbers(text: str) -> list[float] | None:
 def parse_goal_texts(texts: list[str] | None) -> Goals:
     """The goal that `--goal` asks for, 0.3 by default."""
     return goals_from_texts(texts or ["0.3"])
+
+
+def parse_max_drop(texts: list[str] | None) -> MaxDrop | None:
+    """The limits that `--max-drop` sets: a number for the first metric, or numbers by metric."""
+    if not texts:
+        return None
+    limits: dict[str, float] = {}
+    for text in texts:
+        metric, equals, number = text.rpartition("=")
+        try:
+            limits[metric] = float(number)
+        except ValueError as error:
+            raise FileError(
+                "--max-drop takes a number, such as 0.01, or the name of a metric and a number, such as "
+                f"accuracy=0.01. Received: {text}"
+            ) from error
+        if (equals and not metric) or not limits[metric] >= 0:
+            raise FileError(f"--max-drop is how much worse a metric may become, 0 or more. Received: {text}")
+    if len(limits) < len(texts) or ("" in limits and len(limits) > 1):
+        raise FileError(
+            "--max-drop sets one limit for each metric, by its name: accuracy=0.01. "
+            f"Received: {' '.join(texts)}"
+        )
+    return limits.get("", limits)
 
 
 def check_variant(name: str) -> str:

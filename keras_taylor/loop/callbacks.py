@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -10,7 +10,13 @@ import numpy as np
 
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.budget.schedule import removal_schedule
-from keras_taylor.loop.judging import MOVED_TO_LIMIT, MetricLimit, parse_metric_limit
+from keras_taylor.loop.judging import (
+    MOVED_TO_LIMIT,
+    MaxDrop,
+    MetricLimit,
+    describe_limits,
+    parse_metric_limits,
+)
 from keras_taylor.loop.wrapper import PrunableModel, check_momentum
 from keras_taylor.support.arguments import refuse_moved_arguments
 from keras_taylor.support.arrays import as_number
@@ -48,10 +54,10 @@ class TaylorPruning(keras.callbacks.Callback):
         recovery_epochs: Number of epochs at the end without pruning. `None` (the default): a quarter of
             all epochs, rounded down, and at least one with `frequency="epoch"`.
         max_drop: How much worse a metric may become, a float or a `keras_taylor.MetricLimit`; a float
-            watches "val_accuracy". Pruning pauses while the metric is worse. At the end the smallest
-            state that kept to the limit is restored. The reference is the metric at the end of the last
-            epoch before anything was pruned, unless the limit has a `baseline`. `None` (the default): no
-            limit.
+            watches "val_accuracy". A dict sets a limit for each metric that it names: `{"val_digit_accuracy":
+            0.01, "val_loss": 0.1}`. Pruning pauses while a metric is worse. At the end the smallest state
+            that kept to the limits is restored. The reference is the metric at the end of the last epoch
+            before anything was pruned, unless the limit has a `baseline`. `None` (the default): no limit.
         verbose: 1 prints a line after each pruning between epochs and at the end, 0 (the default) none.
 
     Attributes:
@@ -78,7 +84,7 @@ class TaylorPruning(keras.callbacks.Callback):
         schedule: Schedule = "cubic",
         momentum: float = 0.0,
         recovery_epochs: int | None = None,
-        max_drop: float | MetricLimit | None = None,
+        max_drop: MaxDrop | None = None,
         verbose: int = 0,
         **others: Any,
     ) -> None:
@@ -95,7 +101,7 @@ class TaylorPruning(keras.callbacks.Callback):
         self._by_epoch = frequency == "epoch"
         self.goal, self.start_epoch, self.frequency, self.schedule = goal, start_epoch, frequency, schedule
         self.momentum, self.recovery_epochs, self.verbose = momentum, recovery_epochs, verbose
-        self._watch = _MetricWatch(parse_metric_limit(max_drop))
+        self._watch = _LimitWatch(parse_metric_limits(max_drop))
         self.stop_reason = ""
 
     def set_model(self, model: keras.Model) -> None:
@@ -172,7 +178,7 @@ class TaylorPruning(keras.callbacks.Callback):
         if not missed:
             self.stop_reason = "goal reached"
         else:
-            limited = f"`max_drop` on '{self._watch.monitor}' held it back"
+            limited = f"`max_drop` on {self._watch.held_back_by()} held it back"
             last = self._last + int(self._by_epoch)  # the last epoch that prunes, counted from 1
             early = (
                 f"training ended early, after epoch {self._epoch + 1}, and pruning goes on until epoch "
@@ -210,7 +216,8 @@ class _GoodState:
     """Weights of a model that kept to the limit.
 
     Attributes:
-        rank: Minus the number of units, and the metric with the sign that makes larger values better.
+        rank: Minus the number of units, and the metric, or the loss, with the sign that makes larger values
+            better.
         mask: The gates that are open.
         weights: Values of all weights.
     """
@@ -221,55 +228,92 @@ class _GoodState:
 
 
 class _MetricWatch:
-    """Compares a metric with its limit, and remembers the smallest state that kept to it.
+    """Compares one metric of the logs with its limit.
 
     Attributes:
         monitor: Name of the metric.
+        limit: How much worse it may become.
+        needs_reference: Whether the value to compare with comes from an epoch without pruning.
         broken: Whether the limit did not hold after the last epoch.
+        ever_broken: Whether it did not after any epoch.
     """
 
-    def __init__(self, limit: MetricLimit | None) -> None:
-        self.monitor = (limit and limit.monitor) or "val_accuracy"
-        self._limit = limit
-        self._baseline = None if limit is None else limit.baseline
-        self._begin()
+    def __init__(self, limit: MetricLimit) -> None:
+        self.monitor, self.limit = limit.monitor or "val_accuracy", limit
+        self.needs_reference = limit.baseline is None
+        self.begin()
 
-    def _begin(self) -> None:
-        self.broken = False
-        self._reference = self._baseline
+    def begin(self) -> None:
+        """Begins a run."""
+        self.broken = self.ever_broken = False
+        self._reference = self.limit.baseline
+
+    def judge(self, value: float, is_whole: bool) -> None:
+        """Compares the value of an epoch with the reference; `is_whole`: nothing is pruned yet."""
+        if self._reference is None or (self.needs_reference and is_whole):
+            self._reference = value
+        self.broken = not self.limit.allows(self.monitor, value, self._reference)
+        self.ever_broken |= self.broken
+
+
+class _LimitWatch:
+    """Compares metrics with their limits, and remembers the smallest state that kept to all of them."""
+
+    def __init__(self, limits: Sequence[MetricLimit]) -> None:
+        self._limits, self._watches = limits, [_MetricWatch(limit) for limit in limits]
         self._best: _GoodState | None = None
+
+    @property
+    def broken(self) -> bool:
+        """Whether a limit did not hold after the last epoch."""
+        return any(one.broken for one in self._watches)
+
+    def held_back_by(self) -> str:
+        """The metrics whose limit did not hold after some epoch, or else all, in words."""
+        broken = [one for one in self._watches if one.ever_broken] or self._watches
+        return " and ".join(f"'{one.monitor}'" for one in broken)
 
     def start(self, unpruned_epochs: int) -> None:
         """Begins a run; `unpruned_epochs` epochs pass before anything is pruned."""
-        if self._limit is not None and self._baseline is None and not unpruned_epochs:
+        lacking = [one.monitor for one in self._watches if one.needs_reference]
+        if lacking and not unpruned_epochs:
             raise ValueError(
-                f"`max_drop` compares with '{self.monitor}' at the end of an epoch without pruning, and "
+                f"`max_drop` compares with '{lacking[0]}' at the end of an epoch without pruning, and "
                 "there is none. Pass `start_epoch=1` or more, or a `MetricLimit` with a `baseline`. "
-                f"Received: max_drop={self._limit.max_drop}, start_epoch=0, baseline=None"
+                f"Received: max_drop={describe_limits(self._limits)['max_drop']}, start_epoch=0, "
+                "baseline=None"
             )
-        self._begin()
+        for one in self._watches:
+            one.begin()
+        self._best = None
 
     def judge(self, model: PrunableModel, logs: Logs) -> None:
-        """Compares the metric of an epoch with the reference, and remembers a state that keeps to it."""
-        if self._limit is None:
-            return
-        if self.monitor not in logs:
+        """Compares the metrics of an epoch with the references, and remembers a state that keeps to them."""
+        missing = [one.monitor for one in self._watches if one.monitor not in logs]
+        if missing:
             warnings.warn(
-                f"TaylorPruning: `max_drop` watches '{self.monitor}', which is not in the logs; there "
+                f"TaylorPruning: `max_drop` watches '{missing[0]}', which is not in the logs; there "
                 f"are {', '.join(logs)}.",
                 stacklevel=2,
             )
+        if missing or not self._watches:
             return
-        value, units = as_number(logs[self.monitor]), int(model.mask.sum())
-        if self._reference is None or (self._baseline is None and units == model.mask.size):
-            self._reference = value
-        self.broken = not self._limit.allows(self.monitor, value, self._reference)
-        rank = -units, self._limit.direction(self.monitor) * value
+        units = int(model.mask.sum())
+        for one in self._watches:
+            one.judge(as_number(logs[one.monitor]), is_whole=units == model.mask.size)
+        rank = -units, self._value(logs)
         if not self.broken and (self._best is None or rank >= self._best.rank):
             self._best = _GoodState(rank, model.mask, model.get_weights())
 
+    def _value(self, logs: Logs) -> float:
+        """What an epoch is worth beside others with as many units: its metric, or minus its loss."""
+        if len(self._watches) == 1:
+            (one,) = self._watches
+            return one.limit.direction(one.monitor) * as_number(logs[one.monitor])
+        return -as_number(logs.get("val_loss", logs.get("loss", 0.0)))
+
     def finish(self, model: PrunableModel) -> bool:
-        """Restores the best of the smallest states that kept to the limit; returns whether there is one."""
+        """Restores the best of the smallest states that kept to the limits; returns whether there is one."""
         if self._best is None:
             return False
         model.mask = self._best.mask  # opens gates, which weights alone do not

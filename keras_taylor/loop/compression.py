@@ -14,7 +14,7 @@ from keras_taylor.budget.schedule import Increment
 from keras_taylor.loop import messages
 from keras_taylor.loop.compression_run import complete_run
 from keras_taylor.loop.fine_tuning import Distill, FineTuning, parse_fine_tuning
-from keras_taylor.loop.judging import MOVED_TO_LIMIT, MetricLimit, parse_metric_limit
+from keras_taylor.loop.judging import MOVED_TO_LIMIT, MaxDrop, parse_metric_limits
 from keras_taylor.loop.preparation import CompressionSettings, PreparedRun, prepare_run
 from keras_taylor.plans.selection import MOVED_TO_SELECTION, Selection
 from keras_taylor.reports.info import Info
@@ -53,7 +53,7 @@ def compress(
     repair: bool = True,
     distill: Distill = False,
     learning_rate: float | FineTuning | None = None,
-    max_drop: float | MetricLimit | None = None,
+    max_drop: MaxDrop | None = None,
     backup_dir: str | os.PathLike[str] | None = None,
     return_info: bool = False,
     **fit_kwargs: Any,
@@ -68,7 +68,8 @@ def compress(
 
     A round keeps the best state of its model: the one before training, or that after one of the epochs, with
     the optimizer's state of that time. States are compared on `validation_data`, by the metric of `max_drop`,
-    or else the loss. Without `validation_data` a part of `ds` is held out for it, from scores and repair too.
+    or else the loss; with limits on several metrics by the loss, of those that keep to all of them. Without
+    `validation_data` a part of `ds` is held out for it, from scores and repair too.
     Of arrays these are random rows, the same ones for the same data: a twentieth, but at least 128, at most
     1024, and never more than a tenth of all. Of data sets it is a copy of the first batches, with as many
     examples, which are trained on as well. There the loss counts, and a gain over the state before training
@@ -105,8 +106,10 @@ def compress(
             float above 0 and at most 1; or a function from the round's number (from 1 on) to the fraction
             that is gone after it. Default 0.05.
         max_drop: How much worse a metric on `validation_data` may become, a float of 0 or more, or a
-            `MetricLimit`. After each round the metric is compared with that of the given model. A round
-            that goes too far is undone and ends the run. `None` (the default): no limit.
+            `MetricLimit`. A dict sets a limit for each metric that it names: `{"digit_accuracy": 0.01,
+            "speaker_accuracy": 0.02}`. After each round metrics are compared with those of the given model.
+            A round that goes too far in one of them is undone and ends the run. `None` (the default): no
+            limit.
         exclude: Layers whose channels stay: layer names, regular expressions that match whole names, or
             layers. Default `()`.
         backup_dir: Directory, made if it is missing, that keeps the state of the run after each round. The
@@ -185,7 +188,7 @@ def compress(
         repair=repair,
         distill=distill,
         tuning=parse_fine_tuning(learning_rate),
-        limit=parse_metric_limit(max_drop),
+        limits=parse_metric_limits(max_drop),
         backup_dir=backup_dir,
         fit_kwargs=fit_kwargs,
     )
@@ -199,7 +202,7 @@ def compress(
 
 
 def _arguments_to_repeat(
-    run: PreparedRun, learning_rate: float | FineTuning | None, max_drop: float | MetricLimit | None
+    run: PreparedRun, learning_rate: float | FineTuning | None, max_drop: MaxDrop | None
 ) -> Mapping[str, Any]:
     """The arguments of a call that repeats a run; those that have their default value are left out.
 

@@ -19,7 +19,7 @@ from keras_taylor.cutting.surgery import build_smaller_compiled, copy_model
 from keras_taylor.loop import messages
 from keras_taylor.loop.backups import capture, restore_model
 from keras_taylor.loop.fine_tuning import DivergenceError
-from keras_taylor.loop.judging import WatchedMetric
+from keras_taylor.loop.judging import WatchedMetrics
 from keras_taylor.loop.preparation import PreparedRun
 from keras_taylor.loop.route import measure_reached
 from keras_taylor.plans.plan import Plan
@@ -109,7 +109,7 @@ class Judgment(NamedTuple):
 
     Attributes:
         missed: By how much the model misses the goal that the round was to reach, in words.
-        is_good_enough: Whether its metric keeps to its limit.
+        is_good_enough: Whether its metrics keep to their limits.
     """
 
     costs: dict[str, int | None]
@@ -130,12 +130,12 @@ def complete_run(run: PreparedRun) -> RunState:
     """
     announce_run(run)
     state = start_run(run)
-    watched = watch_metric(run, state)
+    watched = watch_metrics(run, state)
     num_rounds = run.route.num_rounds
     try:
         while len(state.plans) < num_rounds and not state.info.stop_reason:
             done = run_round(run, state, watched)
-            if watched is not None and not done.held:
+            if not done.held:
                 reason = watched.explain_undo(done.metrics, done.number)
                 stop_run(run, state, reason, is_expected=run.settings.goal is None)
             back_up(run, state)
@@ -153,13 +153,13 @@ def complete_run(run: PreparedRun) -> RunState:
     return state
 
 
-def run_round(run: PreparedRun, state: RunState, watched: WatchedMetric | None) -> Round:
+def run_round(run: PreparedRun, state: RunState, watched: WatchedMetrics) -> Round:
     """Runs one round: score, prune, repair, fine-tune, judge. The state is then that after the round.
 
     Args:
         run: The run.
         state: Its state, which changes. A round that is undone leaves the model as it was.
-        watched: The metric that must keep to its limit, if there is one.
+        watched: The metrics that must keep to their limits.
 
     Returns:
         What happened in the round.
@@ -244,17 +244,17 @@ def repair_round(run: PreparedRun, pruned: PrunedModel, phase: str, thorough: bo
 
 
 def judge_round(
-    run: PreparedRun, pruned: PrunedModel, target: RoundTarget, watched: WatchedMetric | None
+    run: PreparedRun, pruned: PrunedModel, target: RoundTarget, watched: WatchedMetrics
 ) -> Judgment:
-    """Measures and evaluates a model where that is needed: at a goal, and for a metric with a limit."""
+    """Measures and evaluates a model where that is needed: at a goal, and for metrics with a limit."""
     costs, metrics, missed = dict(pruned.plan.after), {}, list[str]()
     reaches_goal = target.goal_index is not None
     if reaches_goal and run.route.measurements is not None:
         measured, missed = measure_reached(pruned.model, target, run.route.measurements)
         costs.update(measured)
-    if reaches_goal or watched is not None:
+    if reaches_goal or watched:
         metrics = run.validation.evaluate(pruned.model)
-    return Judgment(costs, metrics, missed, watched is None or watched.allows(metrics))
+    return Judgment(costs, metrics, missed, not watched.broken(metrics))
 
 
 def accept_round(
@@ -330,14 +330,14 @@ def start_run(run: PreparedRun) -> RunState:
     return state
 
 
-def watch_metric(run: PreparedRun, state: RunState) -> WatchedMetric | None:
-    """Evaluates the original, and returns the metric that must keep to its limit, if there is one."""
+def watch_metrics(run: PreparedRun, state: RunState) -> WatchedMetrics:
+    """Evaluates the original, and returns the metrics that must keep to their limits."""
     if not state.plans:
         metrics = run.validation.evaluate(copy_model(run.original))  # evaluating the original leaves traces
         state.info.metrics = {"before": metrics} if metrics else {}
     before = state.info.metrics.get("before", {})
     watched = run.validation.watch(before)
-    if watched is not None:
+    if watched:
         run.reporter.say(watched.describe(before))
     return watched
 

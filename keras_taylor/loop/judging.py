@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.loop.round_scores import share_of_trained
 from keras_taylor.reports.run_record import JudgedRecord
 from keras_taylor.scores.losses import OutputLabels, example_divergences
-from keras_taylor.support.arguments import MovedArgument, larger_is_better
+from keras_taylor.support.arguments import MovedArgument, format_value, larger_is_better
 from keras_taylor.support.arrays import as_number
 from keras_taylor.support.datasets import BATCH_SIZE, Batch, EndWatch, Feed, count_batches
 from keras_taylor.support.optimizers import ModelState
@@ -32,7 +32,7 @@ class MetricLimit:
     """Says how much worse a metric may become before pruning stops.
 
     `compress` and `TaylorPruning` take it as `max_drop`. A plain number is short for
-    `MetricLimit(number)`.
+    `MetricLimit(number)`, and a dict of numbers or limits, by the names of metrics, sets several.
 
     Args:
         max_drop: How much worse the metric may be than the reference, in the metric's own unit: 0.01 of
@@ -136,9 +136,46 @@ class BestEpochs:
                 setattr(callback, name, begin[name])
 
 
-def parse_metric_limit(max_drop: float | MetricLimit | None) -> MetricLimit | None:
-    """Returns the `MetricLimit` that a user passes as `max_drop`, a number or a limit; `None`: no limit."""
-    return max_drop if max_drop is None or isinstance(max_drop, MetricLimit) else MetricLimit(max_drop)
+# How much worse metrics may become: the argument `max_drop`.
+MaxDrop: TypeAlias = float | MetricLimit | Mapping[str, float | MetricLimit]
+
+
+def parse_metric_limits(max_drop: MaxDrop | None) -> tuple[MetricLimit, ...]:
+    """Returns the limits that a user passes as `max_drop`; none for `None`.
+
+    Raises:
+        ValueError: For a dict that names no metric, or a limit in it that is about another metric.
+    """
+    if max_drop is None:
+        return ()
+    if not isinstance(max_drop, Mapping):
+        return (max_drop if isinstance(max_drop, MetricLimit) else MetricLimit(max_drop),)
+    if not max_drop:
+        raise ValueError(
+            "`max_drop` sets no limit. Expected one metric or more, such as `{'accuracy': 0.01}`, or `None`. "
+            f"Received: max_drop={max_drop!r}"
+        )
+    return tuple(_limit_on(name, limit) for name, limit in max_drop.items())
+
+
+def _limit_on(name: str, limit: float | MetricLimit) -> MetricLimit:
+    """The limit on one metric of a dict."""
+    if not isinstance(limit, MetricLimit):
+        return MetricLimit(limit, name)
+    if limit.monitor not in (None, name):
+        raise ValueError(
+            f"`max_drop` has a limit under {name!r} that is about another metric. Expected a limit without "
+            f"`monitor`, or with the same name. Received: max_drop={{{name!r}: {limit!r}}}"
+        )
+    return dataclasses.replace(limit, monitor=name)
+
+
+def describe_limits(limits: Sequence[MetricLimit]) -> dict[str, Any]:
+    """Returns each field of the limits: its value, or a dict of values by metric if there are several."""
+    names = [field.name for field in dataclasses.fields(MetricLimit)]
+    if len(limits) < 2:
+        return {name: getattr(limits[0], name) if limits else None for name in names}
+    return {name: {one.monitor: getattr(one, name) for one in limits} for name in names}
 
 
 # Arguments of earlier versions that are fields of a `MetricLimit` now.
@@ -167,32 +204,58 @@ class WatchedMetric:
         return self.limit.allows(self.name, metrics[self.name], self.reference)
 
     def describe(self, before: Mapping[str, float]) -> str:
-        """Returns a line about the watched metric; `before` are the metrics of the model before pruning."""
+        """Returns the worst value allowed; `before` are the metrics of the model before pruning."""
         worst = self.limit.worst_allowed(self.name, self.reference)
+        return f"'{self.name}' is {worst:.4g} or better ({before[self.name]:.4g} now)"
+
+    def describe_excess(self, metrics: Mapping[str, float]) -> str:
+        """Returns by how much a model with these metrics is not good enough."""
         return (
-            f"as long as '{self.name}' is {worst:.4g} or better on the validation data "
-            f"({before[self.name]:.4g} now)"
+            f"'{self.name}' is {metrics[self.name]:.4g}, worse than `max_drop={self.limit.max_drop}` "
+            f"from {self.reference:.4g} allows"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchedMetrics:
+    """All metrics with a limit; without any, every model is good enough.
+
+    Attributes:
+        metrics: Each metric with its limit.
+    """
+
+    metrics: tuple[WatchedMetric, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.metrics)
+
+    def broken(self, metrics: Mapping[str, float]) -> list[WatchedMetric]:
+        """Returns those whose limit a model with these metrics does not keep to."""
+        return [one for one in self.metrics if not one.allows(metrics)]
+
+    def describe(self, before: Mapping[str, float]) -> str:
+        """Returns a line about the limits; `before` are the metrics of the model before pruning."""
+        limits = " and ".join(one.describe(before) for one in self.metrics)
+        return f"on the validation data, as long as {limits}"
 
     def explain_undo(self, metrics: Mapping[str, float], number: int) -> str:
         """Returns why round `number` was undone, which led to these metrics."""
-        return (
-            f"after round {number} '{self.name}' is {metrics[self.name]:.4g}, worse than "
-            f"`max_drop={self.limit.max_drop}` from {self.reference:.4g} allows: the round is undone"
-        )
+        excess = ", and ".join(one.describe_excess(metrics) for one in self.broken(metrics))
+        return f"after round {number} {excess}: the round is undone"
 
 
 class Validation:
-    """Evaluates models on the validation data, and compares a metric with its limit.
+    """Evaluates models on the validation data, and compares metrics with their limits.
 
     Args:
         fit_kwargs: Arguments of `fit`: "validation_data", "validation_steps" and
             "validation_batch_size" count here.
         batch_size: Examples a batch of the training; `None`: Keras' own.
-        limit: How much worse a metric may become; `None`: any amount.
+        limits: How much worse metrics may become; none: any amount.
 
     Attributes:
-        limit: As passed.
+        limits: As passed.
+        watched: The metrics that are compared with them, once `watch` has found them.
 
     Raises:
         ValueError: If there is a limit, but no data that can be read more than once; for endless data without
@@ -200,9 +263,9 @@ class Validation:
     """
 
     def __init__(
-        self, fit_kwargs: Mapping[str, Any], batch_size: int | None, limit: MetricLimit | None = None
+        self, fit_kwargs: Mapping[str, Any], batch_size: int | None, limits: Sequence[MetricLimit] = ()
     ) -> None:
-        self.limit = limit
+        self.limits, self.watched = tuple(limits), WatchedMetrics()
         self._data: Data = fit_kwargs.get("validation_data")
         if isinstance(self._data, Iterator):  # can be read only once
             self._data = None
@@ -218,10 +281,10 @@ class Validation:
         if isinstance(self._data, tuple) and self._steps is None:
             num_examples = len(keras.tree.flatten(self._data[0])[0])
             check_batches(num_examples, self._batch_size or BATCH_SIZE, "validation_data")
-        if limit is not None and self._data is None:
+        if limits and self._data is None:
             raise ValueError(
                 "`max_drop` is about a metric on validation data. Expected `validation_data`, in a form "
-                f"that can be read more than once. Received: max_drop={limit.max_drop!r}"
+                f"that can be read more than once. Received: max_drop={describe_limits(limits)['max_drop']!r}"
             )
 
     @property
@@ -246,37 +309,40 @@ class Validation:
         values = model.evaluate(**arguments, **options)
         return {name: as_number(value) for name, value in values.items()}
 
-    def watch(self, before: Mapping[str, float]) -> WatchedMetric | None:
-        """Returns the metric that is compared with its limit; `None` without a limit.
+    def watch(self, before: Mapping[str, float]) -> WatchedMetrics:
+        """Returns the metrics that are compared with their limits.
 
         Args:
             before: Loss and metrics of the model before pruning.
 
         Raises:
-            ValueError: If the metric does not exist, or the model itself does not reach the baseline.
+            ValueError: If a metric does not exist, or the model itself does not reach a baseline.
         """
-        if self.limit is None:
-            return None
-        name = _metric_to_watch(self.limit.monitor, before)
-        baseline = self.limit.baseline
-        watched = WatchedMetric(self.limit, name, before[name] if baseline is None else float(baseline))
-        if not watched.allows(before):
-            raise ValueError(
-                f"The model itself does not reach the baseline: its '{name}' on the validation data is "
-                f"{before[name]:.4g}. Received: baseline={baseline!r}, max_drop={self.limit.max_drop!r}"
-            )
-        return watched
+        self.watched = WatchedMetrics(tuple(_watch(limit, before) for limit in self.limits))
+        return self.watched
 
 
-def _metric_to_watch(monitor: str | None, metrics: Mapping[str, float]) -> str:
+def _watch(limit: MetricLimit, before: Mapping[str, float]) -> WatchedMetric:
+    """A metric with its limit; `before` are the metrics of the model before pruning."""
+    name, baseline = _metric_to_watch(limit, before), limit.baseline
+    watched = WatchedMetric(limit, name, before[name] if baseline is None else float(baseline))
+    if not watched.allows(before):
+        raise ValueError(
+            f"The model itself does not reach the baseline: its '{name}' on the validation data is "
+            f"{before[name]:.4g}. Received: baseline={baseline!r}, max_drop={limit.max_drop!r}"
+        )
+    return watched
+
+
+def _metric_to_watch(limit: MetricLimit, metrics: Mapping[str, float]) -> str:
     """Returns the name of the metric to watch; without `monitor` the first one that is not a loss."""
-    if monitor is None:
+    if limit.monitor is None:
         return next((name for name in metrics if not name.endswith("loss")), "loss")
-    name = monitor.removeprefix("val_")
+    name = limit.monitor.removeprefix("val_")
     if name not in metrics:
         raise ValueError(
-            f"There is no metric '{monitor}' on the validation data. Expected one of "
-            f"{', '.join(map(repr, metrics))}. Received: monitor={monitor!r}"
+            f"There is no metric '{limit.monitor}' on the validation data. Expected one of "
+            f"{', '.join(map(repr, metrics))}. Received: max_drop={format_value(limit)}"
         )
     return name
 
@@ -321,7 +387,9 @@ class Judge(Protocol):
 
 
 class MetricJudge:
-    """Compares the metric with a limit, or else the loss, on the validation data.
+    """Compares the metric with a limit on the validation data, or else the loss.
+
+    With several limits the loss counts as well, of states that keep to all of them.
 
     Args:
         validation: Evaluates models; it has data.
@@ -331,7 +399,7 @@ class MetricJudge:
     examples = "the validation data"
 
     def __init__(self, validation: Validation, given: keras.Model) -> None:
-        self._validation, self._limit, self._given = validation, validation.limit, given
+        self._validation, self._given = validation, given
         self.measure = "loss"
 
     def of_examples(self) -> "HeldOutJudge":
@@ -355,10 +423,12 @@ class MetricJudge:
         }
         if not metrics:
             metrics = self._validation.evaluate(model)
-        sign = -1
-        if self._limit is not None:
-            self.measure = _metric_to_watch(self._limit.monitor, metrics)
-            sign = self._limit.direction(self.measure)
+        sign, limits = -1, self._validation.limits
+        if len(limits) == 1:
+            self.measure = _metric_to_watch(limits[0], metrics)
+            sign = limits[0].direction(self.measure)
+        elif self._validation.watched.broken(metrics):
+            return Assessment(metrics, np.array([math.inf]))
         return Assessment(metrics, np.array([-sign * metrics[self.measure]]))
 
 

@@ -23,7 +23,7 @@ from keras_taylor.loop.fine_tuning import (
     check_fit_arguments,
     flat_callbacks,
 )
-from keras_taylor.loop.judging import MetricLimit, Validation, judge_training
+from keras_taylor.loop.judging import MetricLimit, Validation, describe_limits, judge_training
 from keras_taylor.loop.learning_rates import RateSearch, choose_learning_rate, plan_trials
 from keras_taylor.loop.round_scores import (
     RoundScorer,
@@ -60,7 +60,7 @@ class CompressionSettings:
         scoring: How channels are scored.
         selection: How the channels that leave are selected.
         tuning: How rounds are fine-tuned.
-        limit: How much worse a metric may become; `None`: any amount.
+        limits: How much worse metrics may become; none: any amount.
         fit_kwargs: Arguments of `fit`.
 
     Raises:
@@ -77,7 +77,7 @@ class CompressionSettings:
     repair: bool = True
     distill: Distill = False
     tuning: FineTuning = dataclasses.field(default_factory=FineTuning)
-    limit: MetricLimit | None = None
+    limits: tuple[MetricLimit, ...] = ()
     backup_dir: str | os.PathLike[str] | None = None
     fit_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -180,13 +180,12 @@ def prepare_run(
     )
     labeled = label_model(model, include, exclude, settings.exact)
     reader = ModelReader(include, exclude, settings.exact, labeled.size_choices)
-    limit = settings.limit
     goals = check_goals(
-        labeled, settings.goal, settings.increment, settings.selection, has_limit=limit is not None
+        labeled, settings.goal, settings.increment, settings.selection, has_limit=bool(settings.limits)
     )
     route = None if goals.measured else plan_route(goals)
     feed, fit_kwargs = _split_fit_arguments(model, ds, settings)
-    validation = Validation(fit_kwargs, feed.batch_size, limit)
+    validation = Validation(fit_kwargs, feed.batch_size, settings.limits)
     tuner = _prepare_tuner(model, feed, fit_kwargs, settings, validation)
     feed, num_examples = tuner.feed, feed.num_examples
     criterion = settings.scoring.criterion or default_criterion(
@@ -325,10 +324,6 @@ def _describe_run_settings(run: PreparedRun) -> dict[str, Any]:
         for field in dataclasses.fields(Selection)
         if field.name != "ratios"
     }
-    limit = {
-        field.name: settings.limit and getattr(settings.limit, field.name)
-        for field in dataclasses.fields(MetricLimit)
-    }
     return describe_call(
         run.original,
         goal=goals if goals[1:] else goals[0],
@@ -340,7 +335,7 @@ def _describe_run_settings(run: PreparedRun) -> dict[str, Any]:
         exact=settings.exact,
         **selection,
         ratios=dict(route.goals.limits.ratios),
-        **limit,
+        **describe_limits(settings.limits),
         repair=settings.repair,
         distill=settings.distill is not False,
         labels="model" if run.scorer.draws_labels else "data",

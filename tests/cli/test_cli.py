@@ -133,6 +133,25 @@ def test_a_metric_that_may_not_fall_ends_the_run(run):
     assert [one["held"] for one in info["rounds"]] == [info["after"] != info["before"]]
 
 
+def test_each_metric_has_a_limit_of_its_own(run):
+    words = ("--json", "--epochs", "0", "--increment", "0.4", "--no-repair")
+    code, out, _ = run(*COMPRESS, *words, "--max-drop", "accuracy=1", "--max-drop", "loss=0")
+    info = json.loads(out)
+    assert code == 0 and [one["held"] for one in info["rounds"]] == [False]
+    assert "'loss' is" in info["stop_reason"] and "'accuracy' is" not in info["stop_reason"]
+    code, out, _ = run(*COMPRESS, *words, "--force", "--max-drop", "loss=1e9", "--max-drop", "accuracy=1")
+    assert code == 0 and [one["held"] for one in json.loads(out)["rounds"]] == [True]
+    assert "There is no metric 'f1'" in refused(run, *COMPRESS, *words, "--force", "--max-drop", "f1=0.1")
+    assert "or the name of a metric and a number, such as accuracy=0.01. Received: loss=little" in refused(
+        run, *COMPRESS, "--max-drop", "loss=little"
+    )
+    assert "may become, 0 or more. Received: -1" in refused(run, *COMPRESS, "--max-drop=-1")
+    for texts in (("0.1", "loss=0.1"), ("loss=0.1", "loss=0.2")):
+        given = [word for text in texts for word in ("--max-drop", text)]
+        said = refused(run, *COMPRESS, *given)
+        assert f"one limit for each metric, by its name: accuracy=0.01. Received: {' '.join(texts)}" in said
+
+
 @pytest.mark.slow
 @pytest.mark.once
 def test_inexact_opens_what_is_normalized_together(run):

@@ -169,6 +169,41 @@ def test_best_weights_come_back_with_the_smallest_mask():
     assert same(remember.weights, prunable.get_weights())
 
 
+class Scripts(keras.callbacks.Callback):
+    """Writes scripts of several metrics into the logs."""
+
+    def __init__(self, **scripts):
+        super().__init__()
+        self.scripts, self.masks = scripts, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs.update({name: values[epoch] for name, values in self.scripts.items()})
+        self.masks.append(self.model.mask)
+
+
+def test_a_limit_for_each_metric():
+    limits = {"val_digit": keras_taylor.MetricLimit(0.1, mode="max"), "val_speaker_accuracy": 0.2}
+    speaker = [0.9, 0.8, 0.75, 0.6, 0.6, 0.6]
+    script = Scripts(val_digit=[0.5] * 6, val_speaker_accuracy=speaker)
+    prunable, callback = wrapped(), keras_taylor.TaylorPruning(0.6, schedule="linear", max_drop=limits)
+    with pytest.warns(UserWarning, match="`max_drop` on 'val_speaker_accuracy' held it back"):
+        fit(prunable, script, callback, epochs=6)
+    assert script.masks[3].sum() < script.masks[2].sum() and np.array_equal(prunable.mask, script.masks[2])
+    script = Scripts(val_digit=[0.5, 0.5, 0.2, 0.2, 0.2, 0.2], val_speaker_accuracy=[0.9] * 5 + [0.1])
+    with pytest.warns(UserWarning, match="`max_drop` on 'val_digit' and 'val_speaker_accuracy' held it back"):
+        fit(wrapped(), script, callback, epochs=6)
+
+
+def test_of_states_with_as_many_units_the_one_with_the_smallest_loss_comes_back():
+    script = Scripts(val_digit=[0.5] * 5, val_speaker=[0.5] * 5, val_loss=[1.0, 1.0, 0.5, 0.2, 0.9])
+    remembered = []
+    note = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: remembered.append(state(prunable)))
+    limits = {"val_digit": 1.0, "val_speaker": 1.0}
+    prunable = wrapped()
+    fit(prunable, script, note, keras_taylor.TaylorPruning(0.5, recovery_epochs=3, max_drop=limits), epochs=5)
+    assert same(state(prunable), remembered[3])
+
+
 def test_logs_reach_csv_and_tensorboard(tmp_path):
     prunable = wrapped()
     callbacks = [
@@ -416,6 +451,9 @@ def test_refusals():
     refused("no time to prune.*Received: start_epoch=4,.*$", fit, prunable, new(0.3, start_epoch=4))
     refused("out of reach.*Received: goal=0.9999$", fit, prunable, new(0.9999))
     refused("without pruning.*baseline=None$", fit, prunable, new(0.3, frequency=2, max_drop=0.1))
+    limits = {"val_f1": keras_taylor.MetricLimit(0, baseline=0.5), "loss": 0.1}
+    words = "compares with 'loss'.*without pruning.*max_drop={'val_f1': 0, 'loss': 0.1}.*baseline=None$"
+    refused(words, fit, prunable, new(0.3, frequency=2, max_drop=limits))
     assert same(before, state(prunable))
 
 

@@ -180,6 +180,60 @@ def test_a_run_with_several_goals_goes_on(tmp_path):
         assert same(state(first), state(second))
 
 
+BOTH_LIMITS = {"accuracy": 1.0, "loss": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("max_drop", "names"),
+    [
+        (BOTH_LIMITS, ["loss"]),
+        ({"val_accuracy": 0.1, "loss": 1e9}, ["accuracy"]),
+        ({"accuracy": keras_taylor.MetricLimit(0, baseline=0.9), "loss": 0}, ["accuracy", "loss"]),
+    ],
+)
+def test_each_metric_has_its_own_limit(max_drop, names, trained, capsys):
+    data = noise()
+    arguments = {"increment": 0.2, "repair": False, "validation_data": data, "verbose": 2}
+    if len(names) > 1:
+        arguments["increment"] = 0.9
+    small, info = run(None, trained, max_drop=max_drop, **arguments)
+    *held, last = info.rounds
+    before = info.metrics["before"]
+    for one in held:
+        assert one.held and all(is_within(max_drop, one.metrics, before).values())
+    within = is_within(max_drop, last.metrics, before)
+    assert not last.held and [name for name in within if not within[name]] == names
+    assert [name for name in ("accuracy", "loss") if f"'{name}' is" in info.stop_reason] == names
+    assert info.stop_reason.startswith(f"after round {last.number} '{names[0]}' is ")
+    worst = "0.9" if names[1:] else f"{before['accuracy'] - max_drop.get('accuracy', 0.1):.4g}"
+    assert f"on the validation data, as long as 'accuracy' is {worst} or better" in capsys.readouterr().out
+    assert small.count_params() == info.after["params"]
+    assert keras_taylor.Info.from_json(info.to_json()) == info and "max_drop={" in info.command
+
+
+def is_within(max_drop, metrics, before):
+    """Name -> whether a metric keeps to its limit."""
+    found = {}
+    for name, limit in max_drop.items():
+        name = name.removeprefix("val_")
+        if isinstance(limit, keras_taylor.MetricLimit):
+            found[name] = metrics[name] >= limit.baseline
+        else:
+            worse = metrics[name] - before[name] if name == "loss" else before[name] - metrics[name]
+            found[name] = worse <= limit
+    return found
+
+
+def test_a_run_with_limits_on_several_metrics_goes_on(trained, tmp_path):
+    arguments = {"increment": 0.2, "repair": False, "validation_data": noise(), "backup_dir": tmp_path}
+    small, info = run(None, trained, max_drop=BOTH_LIMITS, **arguments)
+    again, then = run(None, trained, max_drop=dict(BOTH_LIMITS), **arguments)
+    assert same(state(small), state(again)) and then.stop_reason == info.stop_reason
+    words = r"max_drop: \{'accuracy': 1.0, 'loss': 0.2\} there, \{'accuracy': 1.0, 'loss': 0.3\} here"
+    with pytest.raises(ValueError, match=words):
+        run(None, trained, max_drop={**BOTH_LIMITS, "loss": 0.3}, **arguments)
+
+
 @pytest.mark.slow
 def test_a_run_that_its_metric_ended_is_over(trained, tmp_path):
     arguments = {"increment": 0.2, "repair": False, "max_drop": 0.1, "validation_data": noise()}
@@ -209,6 +263,25 @@ def test_a_run_that_its_metric_ended_is_over(trained, tmp_path):
         (
             r"The model itself does not reach the baseline: its 'accuracy' .*baseline=0.99",
             {"max_drop": keras_taylor.MetricLimit(0, baseline=0.99), "validation_data": stripes()},
+        ),
+        (
+            r"Expected `validation_data`.*max_drop=\{'loss': 1, 'accuracy': 0.1\}",
+            {"max_drop": {"loss": 1, "accuracy": 0.1}},
+        ),
+        (
+            r"`max_drop` sets no limit\. Expected one metric or more, such as .*max_drop=\{\}",
+            {"max_drop": {}},
+        ),
+        (r"`max_drop` is a number from 0 on.*max_drop=-1", {"max_drop": {"accuracy": -1}}),
+        (
+            r"There is no metric 'f1'.*Expected one of '(accuracy|loss)', '(accuracy|loss)'\. "
+            r"Received: max_drop=keras_taylor.MetricLimit\(max_drop=0.2, monitor='f1'\)",
+            {"max_drop": {"accuracy": 0.1, "f1": 0.2}, "validation_data": stripes()},
+        ),
+        (
+            r"a limit under 'loss' that is about another metric\. Expected a limit without `monitor`, or "
+            r"with the same name\. Received: max_drop=\{'loss': MetricLimit\(.*monitor='accuracy'",
+            {"max_drop": {"loss": keras_taylor.MetricLimit(0, "accuracy")}},
         ),
     ],
 )

@@ -186,6 +186,25 @@ def test_the_metric_with_a_limit_is_what_counts(trained):
     assert done.metrics == pytest.approx(found, rel=1e-4)
 
 
+class Shift(Lesson):
+    """Adds its offsets to all logits: the loss stays."""
+
+    def _add(self, offset):
+        bias = self.model.get_layer("head").bias
+        bias.assign(keras.ops.convert_to_numpy(bias) + offset)
+
+
+def test_with_several_limits_the_best_state_keeps_to_all_of_them(trained):
+    model, ds, arguments = trained
+    shift = Shift(0, 0, -99)
+    limits = {"first_logit": keras_taylor.MetricLimit(50, mode="max"), "loss": 99}
+    data = {"max_drop": limits, "callbacks": [shift], **on_validation_data(ds)}
+    small, done = compress(model, ds, **arguments, **data)
+    losses = [one["loss"] for one in done.judged["metrics"]]
+    assert losses[3] < losses[2] < losses[0] and done.judged["measure"] == "loss"
+    assert done.held and done.kept_epoch == 2 and same(small.get_weights(), shift.weights[2])
+
+
 def test_the_last_state_is_the_one_that_callbacks_leave(trained):
     model, ds, arguments = trained
     lesson = Lesson(0, 99, 99)
