@@ -7,7 +7,7 @@ import os
 from keras_taylor.exports.artifacts import artifact_table
 from keras_taylor.reports import pages, plots
 from keras_taylor.reports.run_record import RunRecord
-from keras_taylor.reports.run_tables import goals_table, rounds_table
+from keras_taylor.reports.run_tables import goals_table, rounds_as_text
 from keras_taylor.support.console import render_table
 
 
@@ -111,11 +111,9 @@ class Info(RunRecord):
 
     def __str__(self) -> str:
         caption = f"stopped: {self.stop_reason}" if self.stop_reason else None
-        rounds = rounds_table(self)
-        width = max(100, 16 * len(rounds.header))
-        tables = [render_table(rounds.as_rich(self.headline(), caption), width)]
+        tables = [rounds_as_text(self, self.headline(), caption)]
         if len(self.stops) > 1:
-            tables.append(render_table(goals_table(self).as_rich(), width=100))
+            tables.append(goals_table(self).as_text(width=100))
         artifacts = [one for pair in self.exported() for one in pair]
         if artifacts:
             tables.append(render_table(artifact_table(artifacts), width=140))

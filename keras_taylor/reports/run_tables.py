@@ -1,14 +1,18 @@
 """The tables about a run of `compress`, as text: for the terminal and for the HTML page."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from rich.table import Table
 
 from keras_taylor.budget.measured_costs import format_amount
 from keras_taylor.exports.artifacts import artifact_row
 from keras_taylor.reports.run_record import Round, RunRecord
+from keras_taylor.support.console import render_table
 from keras_taylor.support.types import Costs
+
+_MAX_CHARACTERS = 140  # a table of rounds that is wider becomes two
+_SPLIT_CHARACTERS = 100  # the most of these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,30 +31,105 @@ class TextTable:
     rows: list[list[str]]
     wraps: bool = False
 
-    def as_rich(self, title: str | None = None, caption: str | None = None) -> Table:
-        """A rich table, all columns aligned to the right."""
+    @property
+    def num_characters(self) -> int:
+        """The width of a row, if no text takes several lines but those of the header that have breaks."""
+        columns = zip(self.header, *self.rows, strict=True)
+        return 1 + sum(3 + max(len(line) for text in one for line in text.split("\n")) for one in columns)
+
+    def broken(self) -> "TextTable":
+        """The same table, with line breaks in the names of its columns."""
+        header = [name.replace("_", "_\n") for name in self.header]
+        return dataclasses.replace(self, header=header)
+
+    def as_text(self, width: int, title: str | None = None, caption: str | None = None) -> str:
+        """The table as plain text, all columns aligned to the right.
+
+        Args:
+            width: The most characters of a line. Names of columns take several lines where that is too few.
+            title: What stands above; `None`: the table's own title.
+            caption: What stands below; `None`: nothing.
+        """
         table = Table(title=title or self.title, caption=caption)
-        for column in self.header:
+        for column in self.header if self.num_characters <= width else self.broken().header:
             table.add_column(column, justify="right")
         for row in self.rows:
             table.add_row(*row)
-        return table
+        return render_table(table, width)
 
 
 def rounds_table(record: RunRecord) -> TextTable:
     """Costs, metrics and seconds of each round; row 0 is the given model, on the validation data."""
-    metrics = list(dict.fromkeys(name for one in record.rounds for name in one.history))
+    return _table_of_rounds(record, _metric_names(record))
+
+
+def rounds_as_text(record: RunRecord, title: str, caption: str | None = None) -> str:
+    """The rounds, for a terminal: one table, or two where one would be too wide.
+
+    Then the first one has the whole loss, and the other one the metrics and the losses of single outputs: on
+    the validation data, if there is any. Many metrics take more tables.
+
+    Args:
+        record: The run.
+        title: What stands above.
+        caption: What stands below; `None`: nothing.
+    """
+    table, names = rounds_table(record), _metric_names(record)
+    if table.num_characters <= _MAX_CHARACTERS:
+        return table.as_text(_MAX_CHARACTERS, title, caption)
+    whole = [name for name in names if name in ("loss", "val_loss")]
+    rest = [name for name in names if name not in whole and name != "learning_rate"]
+    validated = [name for name in rest if name.startswith("val_")]
+    texts = [_table_of_rounds(record, whole).as_text(_SPLIT_CHARACTERS, title, caption)]
+    for table in _tables_of_metrics(record, validated or rest):
+        texts.append(table.as_text(_SPLIT_CHARACTERS))
+    return "\n".join(texts)
+
+
+def _metric_names(record: RunRecord) -> list[str]:
+    return list(dict.fromkeys(name for one in record.rounds for name in one.history))
+
+
+def _table_of_rounds(record: RunRecord, metrics: list[str]) -> TextTable:
     measured, verdicts = record.measured(), _verdict_columns(record)
-    given = {f"val_{name}": f"{value:.4g}" for name, value in record.metrics.get("before", {}).items()}
-    first = [given.get(name, "") for name in metrics]
+    first, *values = _metric_rows(record, metrics)
     rows = [["0", *_cost_cells(record.before, measured), *first, *[""] * len(verdicts), ""]]
-    for one in record.rounds:
-        values = [f"{one.kept_history[name]:.4g}" if name in one.kept_history else "" for name in metrics]
+    for one, found in zip(record.rounds, values, strict=True):
         verdict = _verdict_cells(one) if verdicts else []
         seconds = f"{sum(one.seconds.values()):.1f}"
-        rows.append([one.label, *_cost_cells(one.costs, measured), *values, *verdict, seconds])
+        rows.append([one.label, *_cost_cells(one.costs, measured), *found, *verdict, seconds])
     header = ["round", "parameters", "FLOPs", *measured, *metrics, *verdicts, "seconds"]
     return TextTable("Rounds", header, rows)
+
+
+def _tables_of_metrics(record: RunRecord, metrics: list[str]) -> Iterator[TextTable]:
+    """As few tables as have room for all metrics."""
+    while metrics:
+        num = len(metrics)
+        while num > 1 and (
+            _table_of_metrics(record, metrics[:num]).broken().num_characters > _SPLIT_CHARACTERS
+        ):
+            num -= 1
+        yield _table_of_metrics(record, metrics[:num])
+        metrics = metrics[num:]
+
+
+def _table_of_metrics(record: RunRecord, metrics: list[str]) -> TextTable:
+    """Metrics that are all of the validation data, or all of the training."""
+    is_validation = metrics[0].startswith("val_")
+    labels = ["0", *(one.label for one in record.rounds)]
+    rows = [[label, *found] for label, found in zip(labels, _metric_rows(record, metrics), strict=True)]
+    title = "Metrics on the validation data" if is_validation else "Metrics in training"
+    return TextTable(title, ["round", *(name.removeprefix("val_") for name in metrics)], rows)
+
+
+def _metric_rows(record: RunRecord, metrics: list[str]) -> list[list[str]]:
+    """Metrics of the given model, on the validation data, and after each round; empty where unknown."""
+    given = {f"val_{name}": value for name, value in record.metrics.get("before", {}).items()}
+    return [
+        [f"{found[name]:.4g}" if name in found else "" for name in metrics]
+        for found in (given, *(one.kept_history for one in record.rounds))
+    ]
 
 
 def _verdict_columns(record: RunRecord) -> list[str]:
