@@ -9,6 +9,7 @@ import os
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import keras
@@ -40,6 +41,7 @@ from keras_taylor.cli.options import (
 )
 from keras_taylor.cli.outputs import check_output, check_plot, compress_paths, write_file, write_text
 from keras_taylor.cli.signatures import flat_options
+from keras_taylor.exports.artifacts import format_kib
 from keras_taylor.exports.export_worker import installed_first
 from keras_taylor.exports.formats import VARIANTS
 
@@ -170,6 +172,7 @@ def compress_command(
         print(info)
         print_test_metrics(original, small, split.test)
         print_if_known(original, split)
+        _offer_int8_io(artifacts[1::2])
         _print_written(*written)
 
 
@@ -205,6 +208,7 @@ def export_command(
         _print_json(json.loads(artifact.to_json()))
     else:
         print(artifact)
+        _offer_int8_io([artifact])
         _print_written(path)
 
 
@@ -275,6 +279,17 @@ def _with_nulls(value: Any) -> Any:
 
 def _print_written(*paths: pathlib.Path) -> None:
     print(f"written: {', '.join(map(str, paths))}")
+
+
+def _offer_int8_io(artifacts: Sequence[keras_taylor.Artifact]) -> None:
+    """Prints how much less memory a file would need if its inputs and outputs were integers as well."""
+    for one in artifacts:
+        if one.arena_bytes is not None and (one.int8_io_arena_bytes or math.inf) < one.arena_bytes:
+            print(
+                f"{pathlib.Path(one.path).name}: its tensor arena takes {format_kib(one.arena_bytes)}, or "
+                f"{format_kib(one.int8_io_arena_bytes)} with `keras-taylor export --int8-io`: inputs and "
+                "outputs are int8 then"
+            )
 
 
 def _export_variant(

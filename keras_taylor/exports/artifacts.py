@@ -67,11 +67,13 @@ class Artifact:
             and calls it. The runtime's own memory counts, its imports do not. `None` where the system
             does not tell.
         arena_bytes: LiteRT only, for one batch: the most bytes of tensors that are alive at the same
-            time, see `inspection.arena_size`. `None` for other formats.
+            time, see `inspection.LiveTensors`. `None` for other formats.
         relative_error: Root mean square of the differences of an output, divided by the standard deviation
             of its values; the maximum over all outputs. `None` in what an earlier version wrote.
         metric_name: Name of the metric; `None` without `data`.
         verdict: By what the file was accepted, one line.
+        int8_io_arena_bytes: What `arena_bytes` would be with `int8_io=True`, for an "int8" file that has
+            other inputs or outputs. `None` for all others, and in what an earlier version wrote.
 
     Example:
 
@@ -102,6 +104,7 @@ class Artifact:
     relative_error: float | None = None
     metric_name: str | None = None
     verdict: str = ""
+    int8_io_arena_bytes: int | None = None
 
     def to_json(self) -> str:
         """Writes all attributes as text.

@@ -88,6 +88,30 @@ def test_original_and_result_are_exported_and_measured_together(run):
 
 
 @pytest.mark.once
+def test_integers_outside_are_offered_where_they_save_memory(run):
+    layers = [keras.layers.Conv1D(4, 5, strides=4), keras.layers.GlobalAveragePooling1D()]
+    sound = keras.Sequential([keras.Input((80, 1)), *layers, keras.layers.Dense(3)])
+    sound.compile("sgd", "mse")
+    sound.save("sound.keras")
+    np.savez("sounds.npz", x=np.random.default_rng(0).normal(size=(40, 80, 1)), y=np.zeros((40, 3)))
+    words = ("--format", "litert-int8", "-o", "tiny.tflite", "--force", "--data")
+    code, out, _ = run("export", "sound.keras", *words, "sounds.npz")
+    (line,) = [line for line in out.splitlines() if "--int8-io" in line]
+    offer = (
+        r"tiny\.tflite: its tensor arena takes (.*) KiB, or (.*) KiB with `keras-taylor export --int8-io`: .*"
+    )
+    before, after = map(float, re.fullmatch(offer, line).groups())
+    code, out, _ = run("export", "sound.keras", *words, "sounds.npz", "--int8-io")
+    assert code == 0 and "--int8-io" not in out and after < before and f"{after} KiB" in out
+    code, out, _ = run("export", "model.keras", *words, "data.npz")
+    assert code == 0 and "--int8-io" not in out  # its convolutions need more
+    words = ("--data", "sounds.npz", "-o", "small.keras", "--epochs", "0", "--increment", "0.3")
+    code, out, _ = run("compress", "sound.keras", *words, "--export", "litert-int8", "--export", "litert")
+    (line,) = [line for line in out.splitlines() if "--int8-io" in line]
+    assert line.startswith("small-litert-int8.tflite: ")
+
+
+@pytest.mark.once
 def test_a_file_for_a_microcontroller(run):
     words = ("export", "model.keras", "-o", "tiny.tflite", "--format", "litert-int8", "--data", "data.npz")
     words = (*words, "--batch-size", "1", "--int8-io")

@@ -286,7 +286,36 @@ def test_a_chain_of_dense_layers_and_its_arena(tmp_path):
     model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(32), keras.layers.Dense(8)])
     artifact = keras_taylor.export(model, tmp_path / "chain.tflite", batch_size=1)
     assert artifact.arena_bytes == 4 * (64 + 32)  # the first product, input and output at once
+    assert artifact.int8_io_arena_bytes is None
     assert list(artifact.outputs) == ["output_0"]
+
+
+def sounds():
+    """Most of its memory is the input."""
+    layers = keras.layers
+    inputs = keras.Input((64, 1))
+    x = layers.Conv1D(4, 5, strides=4, activation="relu")(inputs)
+    return keras.Model(inputs, layers.Dense(3, activation="softmax")(layers.GlobalAveragePooling1D()(x)))
+
+
+def mixed_outputs():
+    """An input that is read twice, an output that other layers read."""
+    inputs = keras.Input((32,))
+    x = keras.layers.Dense(24, activation="relu", name="inner")(inputs)
+    y = keras.layers.Dense(32)(x)
+    return keras.Model(inputs, [x, keras.layers.Add()([inputs, y])])
+
+
+@pytest.mark.parametrize("build", [sounds, mixed_outputs, two_headed])
+def test_the_arena_with_integers_outside_is_told_without_a_second_file(build, tmp_path):
+    model = build()
+    options = {"quantize": "int8", "calibration": inputs_of(model), "batch_size": 1, "tolerance": 1.0}
+    real = keras_taylor.export(model, tmp_path / "real.tflite", **options)
+    integers = keras_taylor.export(model, tmp_path / "integers.tflite", int8_io=True, **options)
+    assert real.int8_io_arena_bytes == integers.arena_bytes <= real.arena_bytes
+    assert integers.arena_bytes < real.arena_bytes or build is two_headed  # where the middle is the widest
+    assert integers.int8_io_arena_bytes is None
+    assert keras_taylor.Artifact.from_json(real.to_json()) == real
 
 
 def test_accuracy_on_data_and_a_metric_of_ones_own(made, tmp_path):
