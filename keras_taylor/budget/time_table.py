@@ -15,6 +15,7 @@ import keras
 from keras_taylor.exports.export_worker import JobError, run_job
 from keras_taylor.exports.timing import IsolatedLayer, time_layers
 from keras_taylor.support.atomic_files import AtomicFile
+from keras_taylor.support.json_text import to_json_text
 
 _PACKAGES: Final = ("keras", "tensorflow", "jax", "torch", "onnxruntime", "tf2onnx", "ai-edge-litert")
 _LAYERS_PER_JOB = 12  # the table is saved after each job
@@ -102,7 +103,7 @@ class TimeTable:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with AtomicFile(self.path) as draft:
                 content = {"machine": self._machine, "times": {**self._read(), **self._times}}
-                draft.path.write_text(json.dumps(content), "utf-8")
+                draft.path.write_text(to_json_text(content), "utf-8")
                 draft.move_to(self.path)
         except OSError as error:  # the layers will be timed again, nothing worse
             self._say(f"the times of layers cannot be saved ({error})")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -44,6 +43,7 @@ from keras_taylor.cli.signatures import flat_options
 from keras_taylor.exports.artifacts import format_kib
 from keras_taylor.exports.export_worker import installed_first
 from keras_taylor.exports.formats import VARIANTS
+from keras_taylor.support.json_text import to_json_text
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
@@ -167,7 +167,7 @@ def compress_command(
         write_text(paths.report, info.to_html())
         written.append(paths.report)
     if general.as_json:
-        _print_json(json.loads(info.to_json()))
+        print(info.to_json())
     else:
         print(info)
         print_test_metrics(original, small, split.test)
@@ -205,7 +205,7 @@ def export_command(
     split = _load_split(inputs, data, loaded, general) if data else None
     artifact = _export_variant(loaded, path, target.format, split, general.force, **target.arguments())
     if general.as_json:
-        _print_json(json.loads(artifact.to_json()))
+        print(artifact.to_json())
     else:
         print(artifact)
         _offer_int8_io([artifact])
@@ -265,16 +265,8 @@ def _load_split(inputs: InputOptions, source: str, model: keras.Model, general: 
 
 
 def _print_json(content: Any) -> None:
-    """Prints one line of JSON, which knows no NaN and no infinity: they are `null`."""
-    print(json.dumps(_with_nulls(content), default=str, allow_nan=False))
-
-
-def _with_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_nulls(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_with_nulls(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Prints one line of JSON."""
+    print(to_json_text(content, default=str))
 
 
 def _print_written(*paths: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_taylor.cutting.backend_faults import avoid_faults
 from keras_taylor.plans.plan import Plan, check_plan_class
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.cloning import (
@@ -23,7 +24,6 @@ from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.reading.tracing import is_functional, make_model, recursion_limit_raised
 from keras_taylor.rules.attention import attention_config, inner_layers, is_attention
 from keras_taylor.rules.base import Effect, weight_of
-from keras_taylor.support.backend_faults import avoid_faults
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import functional_class, layers_inside
 from keras_taylor.support.optimizers import CutWeight, carry_exclusions, carry_state

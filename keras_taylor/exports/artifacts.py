@@ -4,12 +4,13 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import NotRequired, Self, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, Self, TypedDict
 
 from rich.table import Table
 
 from keras_taylor.support.console import render_table
+from keras_taylor.support.json_text import to_json_text, with_nan, with_nan_by_name
 
 
 class ExportError(RuntimeError):
@@ -110,7 +111,8 @@ class Artifact:
         """Writes all attributes as text.
 
         Returns:
-            A str in JSON, which `from_json` reads.
+            A str in JSON, which `from_json` reads. Numbers that are not finite are `null`, and become NaN
+            when they are read.
 
         Example:
 
@@ -118,7 +120,7 @@ class Artifact:
         >>> artifact.to_json()[:24]
         '{"path": "small.keras", '
         """
-        return json.dumps(dataclasses.asdict(self))
+        return to_json_text(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -140,7 +142,7 @@ class Artifact:
         True
         """
         try:
-            return cls(**json.loads(text))
+            return cls(**dataclasses.asdict(artifact_from_dict(json.loads(text))))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 "The text is not an `Artifact` that `Artifact.to_json` wrote "
@@ -151,6 +153,19 @@ class Artifact:
     def __str__(self) -> str:
         table = render_table(artifact_table([self]), width=140)
         return f"{table}\n{self.verdict}" if self.verdict else table
+
+
+def artifact_from_dict(content: Mapping[str, Any]) -> Artifact:
+    """Returns the artifact of a dict that JSON holds; `None` is NaN where a number belongs.
+
+    Raises:
+        TypeError: if an attribute is missing, or there are others.
+    """
+    artifact = Artifact(**with_nan_by_name(Artifact, content))
+    if artifact.metric_name is None:
+        return artifact
+    numbers = {"metric": artifact.metric, "model_metric": artifact.model_metric}
+    return dataclasses.replace(artifact, **with_nan(dict[str, float], numbers))
 
 
 def artifact_table(artifacts: Sequence[Artifact]) -> Table:

@@ -26,6 +26,7 @@ from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
 from keras_taylor.reports.info import Info
 from keras_taylor.support.atomic_files import exclusive
+from keras_taylor.support.json_text import to_json_text
 from keras_taylor.support.optimizers import persistent_variables
 from keras_taylor.support.replicas import bytes_from_first_process, from_first_process, is_first_process
 from keras_taylor.support.types import Array
@@ -163,7 +164,7 @@ class Backups:
         self, directory: str | os.PathLike[str], call: CallDescription, keep: Iterable[int] = ()
     ) -> None:
         self._given, self._keep = directory, frozenset(keep)
-        self._call = json.loads(json.dumps(call, default=str))  # in the form in which a file returns it
+        self._call = json.loads(to_json_text(call, default=str))  # in the form in which a file returns it
         self._directory = pathlib.Path()
         self.state: State | None = None
         self._latest: pathlib.Path | None = None
@@ -349,7 +350,7 @@ def _state_entries(state: State, call: CallDescription) -> dict[str, Array]:
         "optimizer_class": state.optimizer_class,
     }
     arrays = {f"{kind}-{i}": a for kind in _ARRAY_KINDS for i, a in enumerate(getattr(state, kind))}
-    return {"about": np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays}
+    return {"about": np.frombuffer(to_json_text(about).encode(), np.uint8), **arrays}
 
 
 _ARRAY_KINDS = ("variables", "optimizer")  # attributes of `State`
@@ -377,8 +378,8 @@ def _parse_state(content: bytes, path: pathlib.Path) -> StoredState:
         if not isinstance(about["seed"], int) or not isinstance(about["call"], dict):
             raise ValueError("no seed or no call in it")
         arrays = {kind: [entries[f"{kind}-{i}"] for i in range(about[kind])] for kind in _ARRAY_KINDS}
-    plans = [Plan.from_json(json.dumps(plan)) for plan in about["plans"]]
-    info = Info.from_json(json.dumps(about["info"]))
+    plans = [Plan.from_json(to_json_text(plan)) for plan in about["plans"]]
+    info = Info.from_json(to_json_text(about["info"]))
     state = State(plans, info, about["seed"], **arrays, optimizer_class=about["optimizer_class"], path=path)
     return StoredState(state, about["call"])
 

@@ -15,6 +15,7 @@ from keras_taylor.plans.plan_difference import LayerDifference, PlanDifference
 from keras_taylor.plans.structure import PlanStructure
 from keras_taylor.support.atomic_files import AtomicFile
 from keras_taylor.support.console import render_table
+from keras_taylor.support.json_text import to_json_text
 from keras_taylor.support.types import BoolArray, Costs
 
 _PLAN_FORMAT = 1  # of `Plan.to_json`
@@ -219,7 +220,7 @@ class Plan:
         }
         if self.structure is not None:
             content["structure"] = self.structure.to_dict()
-        return json.dumps(content)
+        return to_json_text(content)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":

@@ -12,10 +12,11 @@ import numpy as np
 from keras_taylor import __version__
 from keras_taylor.budget.measured_costs import measured_cost_of
 from keras_taylor.cutting.layer_fits import LayerRepair
-from keras_taylor.exports.artifacts import Artifact
+from keras_taylor.exports.artifacts import Artifact, artifact_from_dict
 from keras_taylor.plans.plan import Plan
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.scores.criteria import Criterion
+from keras_taylor.support.json_text import to_json_text, with_nan_by_name
 from keras_taylor.support.types import Costs
 
 
@@ -326,6 +327,9 @@ class RunRecord:
     def to_json(self) -> str:
         """Everything as a JSON string, with `reduction` and `pruned_layers`.
 
+        Numbers that are not finite, such as the loss of a training that diverged, are `null` in it. They are
+        NaN again when they are read.
+
         Example:
 
         >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
@@ -340,7 +344,7 @@ class RunRecord:
         content.update(
             reduction=self.reduction, pruned_layers=self.pruned_layers, plan=json.loads(self.plan.to_json())
         )
-        return json.dumps(content)
+        return to_json_text(content)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -364,9 +368,10 @@ class RunRecord:
         try:
             content = json.loads(text)
             content = {f.name: content[f.name] for f in dataclasses.fields(cls) if f.name in content}
-            content["rounds"] = [Round(**one) for one in content["rounds"]]
+            content = with_nan_by_name(cls, content)
+            content["rounds"] = [Round(**with_nan_by_name(Round, one)) for one in content["rounds"]]
             content["artifacts"] = {
-                when: [Artifact(**one) for one in artifacts]
+                when: [artifact_from_dict(one) for one in artifacts]
                 for when, artifacts in content["artifacts"].items()
             }
             content["unknown"] = tuple(content["unknown"])

@@ -1,0 +1,102 @@
+"""JSON that other languages read, also of runs whose numbers are not finite."""
+
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+from stripes import small_model, stripes
+
+import keras_taylor
+from keras_taylor.support.json_text import to_json_text
+
+NAN, INF = math.nan, math.inf
+
+
+def strictly(text):
+    """What other languages read: no NaN, no infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.fixture(scope="module")
+def diverged(tmp_path_factory):
+    """A run whose training diverges; its `Info`, and the directory of its states."""
+    folder = tmp_path_factory.mktemp("states")
+    keras.utils.set_random_seed(0)
+    with pytest.warns(UserWarning, match="an earlier state of its model is kept"):
+        _, info = keras_taylor.compress(
+            small_model(), stripes(), 0.3, increment=0.3, learning_rate=1e30, epochs=2, verbose=0,
+            validation_data=stripes(), return_info=True, backup_dir=folder,
+        )  # fmt: skip
+    return info, folder
+
+
+def test_a_run_that_diverged_is_written_as_json_and_read_as_nan(diverged):
+    info, _ = diverged
+    losses = info.rounds[0].step_losses
+    assert not np.isfinite(losses).all()
+    content = strictly(info.to_json())
+    assert None in content["rounds"][0]["step_losses"]
+    again = keras_taylor.Info.from_json(info.to_json())
+    np.testing.assert_array_equal(again.rounds[0].step_losses, np.where(np.isfinite(losses), losses, NAN))
+    for name, values in info.rounds[0].history.items():
+        read = again.rounds[0].history[name]
+        np.testing.assert_array_equal(read, np.where(np.isfinite(values), values, NAN))
+    assert again.to_json() == info.to_json()
+    assert str(again) == str(info) and again.to_html()
+
+
+def test_its_state_on_disk_is_json_and_goes_on(diverged):
+    info, folder = diverged
+    (path,) = folder.glob("round-*.npz")
+    with np.load(path) as entries:
+        about = strictly(entries["about"].tobytes())
+    assert None in about["info"]["rounds"][0]["step_losses"]
+    _, again = keras_taylor.compress(
+        small_model(), stripes(), 0.3, increment=0.3, learning_rate=1e30, epochs=2, verbose=0,
+        validation_data=stripes(), return_info=True, backup_dir=folder,
+    )  # fmt: skip
+    assert again.to_json() == info.to_json()
+
+
+@pytest.mark.once
+def test_what_is_none_stays_none(diverged):
+    info, _ = diverged
+    info = keras_taylor.Info.from_json(info.to_json())
+    one = info.rounds[0]
+    one.costs["flops"], one.learning_rate = None, None
+    one.repairs[0].update(error_before=None, reason="left alone")
+    one.metrics, one.judged["metrics"][0]["loss"] = {"loss": -INF}, NAN
+    info.metrics = {"after": {"loss": NAN, "accuracy": 0.5}}
+    again = keras_taylor.Info.from_json(info.to_json())
+    assert again.rounds[0].costs["flops"] is None and again.rounds[0].learning_rate is None
+    assert again.rounds[0].repairs[0]["error_before"] is None
+    assert math.isnan(again.rounds[0].metrics["loss"]) and math.isnan(again.metrics["after"]["loss"])
+    assert math.isnan(again.rounds[0].judged["metrics"][0]["loss"])
+    assert again.metrics["after"]["accuracy"] == 0.5
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("metric_name", [None, "accuracy"])
+def test_an_artifact_whose_numbers_are_not_finite(metric_name):
+    made = keras_taylor.Artifact(
+        "a.tflite", "litert", None, None, 10, {}, {}, NAN, INF, None, None if metric_name is None else NAN,
+        None if metric_name is None else 0.5, 1.0, 1.0, 1, None, None, metric_name=metric_name,
+    )  # fmt: skip
+    content = strictly(made.to_json())
+    assert content["difference"] is content["relative_difference"] is content["metric"] is None
+    read = keras_taylor.Artifact.from_json(made.to_json())
+    assert math.isnan(read.difference) and math.isnan(read.relative_difference)
+    assert read.agreement is read.arena_bytes is None
+    assert (read.metric is None) if metric_name is None else math.isnan(read.metric)
+    assert read.model_metric == made.model_metric and read.to_json() == made.to_json()
+    assert str(read)
+
+
+@pytest.mark.once
+def test_a_value_that_json_cannot_hold_is_refused_or_made_a_text():
+    with pytest.raises(TypeError):
+        to_json_text({"x": object})
+    assert strictly(to_json_text({"x": (1, NAN, [INF])}, default=str)) == {"x": [1, None, [None]]}
+    assert strictly(to_json_text([range(2)], default=str)) == ["range(0, 2)"]
