@@ -19,9 +19,9 @@ from keras_taylor.loop.learning_rates import (
     compiled_learning_rate,
     temporary_learning_rate,
 )
-from keras_taylor.reading.cloning import compile_settings, losses_by_output
+from keras_taylor.reading.cloning import compile_settings, losses_by_output, output_names
 from keras_taylor.reports.run_record import JudgedRecord, RateRecord
-from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of
+from keras_taylor.scores.losses import BINARY_LOSSES, CLASS_LOSSES, ONE_HOT_LOSSES, kind_of, loss_factors
 from keras_taylor.support.arguments import check_whole_number, format_value
 from keras_taylor.support.arrays import as_number
 from keras_taylor.support.datasets import Feed
@@ -308,11 +308,11 @@ def make_distiller(
         imitation_loss(student) if distill is True else distill,
         student_loss_weight=_STUDENT_LOSS_WEIGHT if has_labels else 0.0,
     )
-    metrics = settings["metrics"] if has_labels and isinstance(settings["metrics"], (list, tuple)) else None
     model.compile(
         optimizer=student.optimizer,
         loss=settings["loss"],
-        metrics=metrics,
+        metrics=settings["metrics"] if has_labels else None,
+        weighted_metrics=settings["weighted_metrics"] if has_labels else None,
         run_eagerly=student.run_eagerly,
         jit_compile=student.jit_compile,
     )
@@ -320,11 +320,28 @@ def make_distiller(
 
 
 class _Distiller(keras.distillation.Distiller):
-    """Takes the student's loss as it is compiled: with weights, in any structure, with regularizers.
+    """Takes the student's loss and metrics as they are compiled: with weights, in any structure, regularized.
 
     Keras' own adds up losses without weights, of examples too, and on PyTorch it takes no dicts or lists of
-    them. Weights of examples and classes are about labels: the imitation of the teacher has none.
+    them; of metrics it takes lists only. Weights of examples and classes are about labels: the imitation of
+    the teacher has none.
     """
+
+    @property
+    def output_names(self) -> list[str]:
+        """By which Keras finds the metrics of an output, and names them."""
+        return output_names(self.student)
+
+    def compile(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        loss: Tree,
+        metrics: Tree = None,
+        weighted_metrics: Tree = None,
+        **options: Any,
+    ) -> None:
+        super().compile(optimizer, loss, **options)
+        keras.Model.compile(self, optimizer, metrics=metrics, weighted_metrics=weighted_metrics, **options)
 
     def compute_loss(
         self,
@@ -348,26 +365,30 @@ class _Distiller(keras.distillation.Distiller):
 def imitation_loss(
     model: keras.Model, temperature: float = TEMPERATURE
 ) -> keras.distillation.DistillationLoss:
-    """Returns a distillation loss that fits the loss of each output of a compiled model."""
+    """Returns a distillation loss that fits the loss of each output of a compiled model, and its weight."""
     structure = output_structure(model)
     outputs = model.outputs[0] if structure is None else structure
     flat = keras.tree.flatten(outputs)
-    losses = [_OutputImitation(loss, temperature) for loss in losses_by_output(model, len(flat))]
+    compiled = zip(losses_by_output(model, len(flat)), loss_factors(model, len(flat)), strict=True)
+    losses = [_OutputImitation(loss, factor, temperature) for loss, factor in compiled]
     return keras.distillation.LogitsDistillation(temperature, keras.tree.pack_sequence_as(outputs, losses))
 
 
 class _OutputImitation(keras.losses.Loss):
-    """How far one output is from the teacher's; both come divided by the temperature."""
+    """How far one output is from the teacher's, times a factor; both come divided by the temperature."""
 
-    def __init__(self, loss: Any, temperature: float) -> None:
+    def __init__(self, loss: Any, factor: float, temperature: float) -> None:
         super().__init__(name="imitation")
         self._kind: str
         self._from_logits: bool
         self._kind, self._from_logits = kind_of(loss) if loss is not None else ("", False)
-        self._temperature = temperature
+        self._temperature, self._factor = temperature, factor
 
     def call(self, teacher: Tensor, student: Tensor) -> Tensor:
         """Returns a loss of shape `(batch, ...)`."""
+        return self._factor * self._distance(teacher, student)
+
+    def _distance(self, teacher: Tensor, student: Tensor) -> Tensor:
         t = self._temperature
         if self._kind in CLASS_LOSSES | ONE_HOT_LOSSES and student.shape[-1] > 1:
             if not self._from_logits:

@@ -175,6 +175,13 @@ def _by_output(model: keras.Model, values: Tree, num_outputs: int, shared: bool 
     return flat if len(flat) == num_outputs else [None] * num_outputs
 
 
+def loss_factors(model: keras.Model, num_outputs: int) -> list[float]:
+    """The `loss_weights` that a model is compiled with, one for each flattened output; 1 without any."""
+    factors = (compile_arguments(model) or {}).get("loss_weights")
+    found = _by_output(model, factors, num_outputs, shared=True)
+    return [1.0 if factor is None else float(factor) for factor in found]
+
+
 class OutputLabels:
     """The labels of some examples, and how well outputs fit them.
 
@@ -185,15 +192,14 @@ class OutputLabels:
     """
 
     def __init__(self, model: keras.Model, y: Tree, weights: Tree, num_outputs: int) -> None:
-        factors = (compile_arguments(model) or {}).get("loss_weights")
         columns = (
             losses_by_output(model, num_outputs),
             _by_output(model, y, num_outputs),
             _by_output(model, weights, num_outputs, shared=True),
-            _by_output(model, factors, num_outputs, shared=True),
+            loss_factors(model, num_outputs),
         )
         self._labeled = [
-            (number, ExampleLoss(loss), target, weight, 1.0 if factor is None else factor)
+            (number, ExampleLoss(loss), target, weight, factor)
             for number, (loss, target, weight, factor) in enumerate(zip(*columns, strict=True))
             if loss is not None and target is not None
         ]
@@ -299,7 +305,7 @@ def mean_divergence(model: keras.Model, reference: Sequence[Array], predicted: S
 def example_divergences(
     model: keras.Model, reference: Sequence[Array], predicted: Sequence[Array]
 ) -> FloatArray:
-    """The mean `divergence` of each example over a model's flattened outputs.
+    """The mean `divergence` of each example over a model's flattened outputs, by their `loss_weights`.
 
     Args:
         model: The model, compiled: its losses tell classes from numbers.
@@ -311,7 +317,8 @@ def example_divergences(
     losses = losses_by_output(model, len(predicted))
     columns = [divergence(*one) for one in zip(losses, reference, predicted, strict=True)]
     means = [column.reshape(len(column), -1).mean(1) for column in columns]
-    return np.asarray(np.mean(means, axis=0))
+    factors = loss_factors(model, len(predicted))
+    return np.asarray(np.average(means, axis=0, weights=factors if sum(factors) > 0 else None))
 
 
 def divergence(loss: OutputLoss | None, reference: Array, predicted: Array) -> FloatArray:

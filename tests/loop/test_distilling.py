@@ -41,6 +41,68 @@ def test_losses_by_hand():
     np.testing.assert_allclose(keras.ops.convert_to_numpy(found), divergence, rtol=1e-3)
 
 
+def test_weights_of_outputs_count_in_the_imitation():
+    random = np.random.default_rng(0)
+    teacher, student = random.normal(size=(2, 5, 4)).astype("float32")
+    squares = np.square(teacher - student).mean()
+    model = heads(["mse", "mse"])
+    for weights, factor in (([2.0, 0.5], 2.5), ({"b": 3.0, "a": 1.0}, 4.0), (None, 2.0)):
+        model.compile("sgd", ["mse", "mse"] if weights is None or isinstance(weights, list) else MSE, weights)
+        found = imitation_loss(model).compute_loss([teacher] * 2, [student] * 2)
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(found), factor * squares, rtol=1e-4)
+
+
+MSE = {"a": "mse", "b": "mse"}
+
+
+def test_without_labels_an_output_of_weight_zero_is_neither_imitated_nor_measured():
+    inputs = keras.Input((6,))
+    x, y = (layers.Dense(8, activation="relu", name=name)(inputs) for name in ("of_a", "of_b"))
+    model = keras.Model(inputs, {"a": layers.Dense(3, name="a")(x), "b": layers.Dense(2, name="b")(y)})
+    model.compile(keras.optimizers.SGD(0.1), MSE, loss_weights={"a": 1.0, "b": 0.0})
+    data = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
+    before = {one.name: one.get_weights()[0] for one in model.layers[1:]}
+    make_distiller(model, keras.models.clone_model(model), has_labels=False).fit(data, verbose=0)
+    moved = {
+        one.name for one in model.layers[1:] if not np.array_equal(before[one.name], one.get_weights()[0])
+    }
+    assert moved == {"of_a", "a"}
+    sensitivity = keras_taylor.analyze(model, data, verbose=0).sensitivity
+    assert sensitivity.measure == "divergence"
+    assert not sensitivity.increase("of_b").any() and sensitivity.increase("of_a").max() > 0
+    model.compile("sgd", MSE, loss_weights=[0.0, 0.0])  # then all count the same
+    assert keras_taylor.analyze(model, data, verbose=0).sensitivity.increase("of_b").max() > 0
+
+
+@pytest.mark.parametrize("structure", ["dict", "list"])
+def test_metrics_in_a_dict_are_measured(structure):
+    inputs = keras.Input((6,))
+    x = layers.Dense(12, activation="relu")(inputs)
+    outputs = [layers.Dense(3, activation="softmax", name="kind")(x), layers.Dense(1, name="size")(x)]
+    random = np.random.default_rng(0)
+    data, y = random.normal(size=(48, 6)).astype("float32"), [np.arange(48) % 3, random.normal(size=(48, 1))]
+    if structure == "dict":
+        outputs, y = (dict(zip(("kind", "size"), one, strict=True)) for one in (outputs, y))
+    model = keras.Model(inputs, outputs)
+    model.compile(
+        keras.optimizers.SGD(1e-9),
+        {"kind": "sparse_categorical_crossentropy", "size": "mse"},
+        metrics={"kind": ["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(2, name="top2")]},
+        weighted_metrics={"size": ["mae"]},
+    )
+    small, info = keras_taylor.compress(
+        model, (data, y), 0.3, increment=0.3, distill=True, validation_data=(data, y), repair=False,
+        learning_rate=keras_taylor.FineTuning(1e-9, keep_best=False), verbose=0, return_info=True,
+    )  # fmt: skip
+    history = info.rounds[0].history
+    wanted = small.evaluate(data, y, verbose=0, return_dict=True)
+    names = {"kind_accuracy", "kind_top2", "size_mae"}
+    assert names <= set(history) and names <= set(wanted)
+    for name in names:
+        np.testing.assert_allclose(history[name], [wanted[name]], rtol=1e-3)
+        np.testing.assert_allclose(history[f"val_{name}"], [wanted[name]], rtol=1e-3)
+
+
 def test_a_step_moves_the_student_alone():
     teacher, student = small_model(), small_model()
     x, y = stripes()
