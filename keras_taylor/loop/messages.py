@@ -19,6 +19,7 @@ from keras_taylor.support.types import Costs
 
 _UNIT_NAMES = {"params": "parameters", "flops": "FLOPs", "activation_memory": "bytes of activations"}
 _MAX_NAMES = 5  # layers named in a line
+_MAX_METRICS = 6  # metrics in a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +71,9 @@ def describe_run(model: keras.Model, info: Info, outline: RoundOutline) -> Itera
         )
     if info.round_to > 1:
         yield f"every group of channels keeps a multiple of {info.round_to}"
-    frozen = [layer.name for layer in model.layers if layer.weights and not layer.trainable]
+    frozen = list(_frozen_layers(model))
     if frozen:
-        yield f"frozen, so pruned but not fine-tuned: {len(frozen)} layers ({_join_names(frozen)})"
+        yield f"frozen, so pruned but not fine-tuned: {_count_layers(frozen)}"
     if info.inexact:
         num = sum(entry["channels"] for entry in info.inexact.values())
         names = _join_names(list(info.inexact))
@@ -104,6 +105,19 @@ def _describe_goal(cost: str, value: float | int, before: int) -> str:
     return f"leave at most {format_amount(cost, value, named=False)} of {total}"
 
 
+def _frozen_layers(model: keras.Model, prefix: str = "") -> Iterator[str]:
+    """Names of frozen layers; a model in the model is named as a whole if all of it is frozen."""
+    for layer in model.layers:
+        if layer.weights and not layer.trainable:
+            yield prefix + layer.name
+        elif isinstance(layer, keras.Model):
+            yield from _frozen_layers(layer, f"{prefix}{layer.name}/")
+
+
+def _count_layers(names: list[str]) -> str:
+    return f"{len(names)} layer{'s' if len(names) > 1 else ''} ({_join_names(names)})"
+
+
 def _join_names(names: list[str]) -> str:
     return ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
 
@@ -113,12 +127,21 @@ def describe_round(done: Round, before: Costs) -> str:
     parts = [f"{done.params:,} parameters left ({_share_gone(done.costs, before, 'params')} gone)"]
     if done.flops is not None:
         parts.append(f"{_share_gone(done.costs, before, 'flops')} of FLOPs gone")
-    parts += [f"{name} {value:.4g}" for name, value in done.kept_history.items()]
+    known = done.kept_history
+    parts += [f"{name} {known[name]:.4g}" for name in _shown_metrics(list(done.history)) if name in known]
     parts.append(f"{sum(done.seconds.values()):.1f} s")
     if done.learning_rate is not None and done.learning_rate["trials"]:
         parts.append(_describe_trials(done.learning_rate))
     verdict = done.verdict()
     return ", ".join(parts) + (f"; {verdict}" if verdict else "")
+
+
+def _shown_metrics(names: list[str]) -> list[str]:
+    """The metrics that a line has room for: of many, those on the validation data without losses of single outputs."""
+    if len(names) <= _MAX_METRICS:
+        return names
+    validated = [name for name in names if name.startswith("val_")] or names
+    return [name for name in validated if not name.endswith("_loss") or name == "val_loss"]
 
 
 def _describe_trials(rate: RateRecord) -> str:

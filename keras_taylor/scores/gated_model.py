@@ -378,9 +378,17 @@ def _clone_operations(labeled: LabeledModel) -> dict[keras.Operation, keras.Oper
 
 
 def _input_tensors(inputs: Tree, graph: Graph) -> list[Tensor]:
-    """Inputs in the model's order, and with its dtypes."""
+    """Inputs in the model's order, with its dtypes. As in Keras, an axis of size 1 at the end may be missing or added."""
     values, flat = in_order_of_inputs(inputs, graph.model), keras.tree.flatten(graph.root.inputs)
-    return [ops.cast(ops.convert_to_tensor(x), t.dtype) for x, t in zip(values, flat, strict=True)]
+    tensors = []
+    for value, t in zip(values, flat, strict=True):
+        tensor = ops.cast(ops.convert_to_tensor(value), t.dtype)
+        if len(tensor.shape) + 1 == len(t.shape):
+            tensor = ops.expand_dims(tensor, -1)
+        elif len(tensor.shape) == len(t.shape) + 1:
+            tensor = ops.squeeze(tensor, -1)
+        tensors.append(tensor)
+    return tensors
 
 
 def _is_finite(tensor: Tensor) -> bool:

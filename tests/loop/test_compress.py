@@ -780,3 +780,36 @@ def test_validation_data_without_end_is_not_read_to_its_end():
         model, (x, y), 0.2, increment=0.2, validation_data=endless(), validation_steps=2, return_info=True
     )
     assert info.metrics == {} and len(info.rounds[0].history["val_loss"]) == 1
+
+
+@pytest.mark.once
+def test_frozen_layers_of_a_model_in_the_model_are_named(capsys):
+    base = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, name="a"), keras.layers.Dense(8, name="b")])
+    base.name = "base"
+    base.get_layer("a").trainable = False
+    model = keras.Sequential([keras.Input((6,)), base, keras.layers.Dense(2, name="head")])
+    model.compile("adam", "mse")
+    data = np.zeros((32, 6), "float32"), np.zeros((32, 2), "float32")
+    keras_taylor.compress(model, data, 0.3, increment=0.3, verbose=2)
+    assert "frozen, so pruned but not fine-tuned: 1 layer (base/a)\n" in capsys.readouterr().out
+    base.trainable = False
+    model.compile("adam", "mse")
+    keras_taylor.compress(model, data, 0.3, increment=0.3, verbose=2)
+    assert "frozen, so pruned but not fine-tuned: 1 layer (base)\n" in capsys.readouterr().out
+
+
+@pytest.mark.once
+def test_the_line_of_a_round_has_room_for_two_outputs(capsys):
+    inputs = keras.Input((6,))
+    hidden = keras.layers.Dense(8, activation="relu")(inputs)
+    names = {"left": ["mae"], "right": ["mae"]}
+    model = keras.Model(inputs, {name: keras.layers.Dense(1, name=name)(hidden) for name in names})
+    model.compile("adam", {"left": "mse", "right": "mse"}, metrics=names)
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+    y = {name: x[:, :1] for name in names}
+    options = {"increment": 0.3, "validation_data": (x, y), "return_info": True, "verbose": 2}
+    _, info = keras_taylor.compress(model, (x, y), 0.3, **options)
+    assert len(info.rounds[0].history) == 10  # all are kept
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("round 1/1:"))
+    shown = [part.split()[0] for part in line.partition(" s;")[0].split(", ")]
+    assert [name for name in shown if "_" in name] == ["val_left_mae", "val_loss", "val_right_mae"]

@@ -350,6 +350,22 @@ class Batches(keras.utils.PyDataset):
         return self.x[part], self.y[part]
 
 
+@pytest.mark.parametrize("wrap", [lambda x, y: (x, y), Batches], ids=["arrays", "batches"])
+@pytest.mark.parametrize("shape", [(5, 1), (5,)], ids=["missing", "added"])
+def test_an_axis_of_size_1_at_the_end_may_be_missing_or_added(shape, wrap):
+    inputs = keras.Input(shape)
+    hidden = layers.Flatten()(layers.Dense(4, activation="relu", name="hidden")(inputs))
+    model = keras.Model(inputs, layers.Dense(3, activation="softmax")(hidden))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(21, *shape)).astype("float32"), random.integers(0, 3, 21)
+    other = x[..., 0] if shape == (5, 1) else x[..., None]
+    scores = keras_taylor.score(model, wrap(other, y))
+    np.testing.assert_allclose(scores["hidden"], keras_taylor.score(model, (x, y))["hidden"], rtol=1e-5)
+    smaller = keras_taylor.compress(model, wrap(other, y), 0.2, increment=0.2, verbose=0)
+    assert smaller.count_params() < model.count_params()
+
+
 def endless(batches):
     while True:
         for k in range(len(batches)):
