@@ -3,23 +3,18 @@
 `python tests/test_site.py` prints the mean sentence length of each page.
 """
 
-import dataclasses
-import doctest
 import inspect
 import pathlib
 import re
-import shlex
-import sys
 
 import keras
 import numpy as np
 import pytest
+from site_pages import DOCS, FENCE, WIDTH, Page, blocks_of, pictures_of
 
 import keras_taylor
-from keras_taylor.cli import commands
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text("utf-8") for path in sorted(DOCS.rglob("*.md"))}
 PAGES["../README.md"] = (ROOT / "README.md").read_text("utf-8")
 FIRST_MODEL = "start/first_model.md"
@@ -28,77 +23,8 @@ MAX_WORDS = 25  # of a sentence, in the mean of a page
 pytestmark = pytest.mark.once
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A block of code: its language, what the comment above it says, its text and where it begins."""
-
-    language: str
-    comment: str
-    text: str
-    line: int
-
-
-_FENCE = re.compile(r"(?:<!-- ((?:(?!-->).)*) -->\n)?```(\w+)[^\n]*\n(.*?)^```$", re.S | re.M)
-
-
-def blocks_of(text):
-    return [
-        Block(found[2], found[1] or "", found[3], text[: found.start(3)].count("\n"))
-        for found in _FENCE.finditer(text)
-    ]
-
-
-RUN = {name: found for name, text in PAGES.items() if (found := blocks_of(text))}
-
-
-class Page:
-    """Runs the blocks of a page from top to bottom, and compares what they print."""
-
-    def __init__(self, name, namespace, capsys):
-        self.name, self.namespace, self.capsys = name, dict(namespace), capsys
-
-    def run(self):
-        printed = None
-        for block in RUN[self.name]:
-            where = f"docs/{self.name}, line {block.line + 1}"
-            if block.language == "text":
-                if not block.comment.startswith("not compared: "):
-                    compare(block.text, printed, bool(block.comment), where)
-            elif not block.comment.startswith("not run: "):
-                assert not block.comment, where
-                self.capsys.readouterr()
-                getattr(self, f"run_{block.language}")(block, where)
-                printed = self.capsys.readouterr().out
-        return self.namespace
-
-    def run_python(self, block, where):
-        code = compile("\n" * block.line + block.text, str(DOCS / self.name), "exec")
-        exec(code, self.namespace)
-
-    def run_sh(self, block, where):
-        for line in block.text.replace("\\\n", " ").splitlines():
-            program, *arguments = shlex.split(line, comments=True) or [""]
-            if program:
-                assert program == "keras-taylor", f"{where}: {line}"
-                self.type_command(arguments, where)
-
-    def type_command(self, arguments, where):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["keras-taylor", *arguments])
-            patch.setattr(sys, "path", list(sys.path))
-            with pytest.raises(SystemExit) as stopped:
-                commands.main()
-        assert stopped.value.code == 0, f"{where}: {self.capsys.readouterr().err}"
-
-
-def compare(want, got, numbers_differ, where):
-    """Whether an output is what the page says; `...` stands for anything, and spaces do not matter."""
-    if numbers_differ:
-        want, got = (
-            re.sub(r"[─━═┏┓┗┛┡┩┳╇┴┬┼└┘┌┐├┤ -]+|\d[\d,.]*(e-?\d+)?", "", text) for text in (want, got)
-        )
-    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    assert doctest.OutputChecker().check_output(want, got, options), f"{where}: it printed\n{got}"
+TUTORIALS = [name for name in PAGES if name.startswith("tutorials/") and name != "tutorials/index.md"]
+RUN = [name for name, text in PAGES.items() if blocks_of(text) and name not in TUTORIALS]
 
 
 @pytest.fixture(scope="module")
@@ -107,21 +33,21 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def pages(folder, monkeypatch, tmp_path, capsys):
+def pages(folder, monkeypatch, tmp_path):
     """A function that runs a page, in an empty directory, with the model that the first page trains."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
     kept = folder / "first.keras"
 
     def run(name):
         if name == FIRST_MODEL or not kept.exists():
             monkeypatch.chdir(folder)  # what it writes is in no other page's way
-            namespace = Page(FIRST_MODEL, {}, capsys).run()
+            namespace = Page(FIRST_MODEL, {}).run()
             monkeypatch.chdir(tmp_path)
             namespace["model"].save(kept)
             np.savez(folder / "data.npz", **{n: namespace[n] for n in ("x", "y", "x_val", "y_val")})
         if name != FIRST_MODEL:
-            Page(name, start_of_page(), capsys).run()
+            Page(name, start_of_page()).run()
 
     def start_of_page():
         """The names that the first page defines, with fewer examples, and files for the command line."""
@@ -141,6 +67,47 @@ def pages(folder, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("name", sorted(RUN, key=lambda name: name != FIRST_MODEL))
 def test_the_code_of_a_page_runs(name, pages):
     pages(name)
+
+
+# What must hold at the end of each tutorial, of names that its code defines.
+PROMISES = {
+    "tutorials/images.md": lambda model, small, accuracy, whole, tiny: (
+        accuracy(small) > max(accuracy(model) - 0.04, 0.88)
+        and tiny.metric > accuracy(small) - 0.02
+        and tiny.num_bytes < 0.65 * whole.num_bytes
+    ),
+    "tutorials/regression.md": lambda model, small, before, errors: (
+        small.count_params() < 0.5 * model.count_params()
+        and errors(small)[0] < before[0] + 0.15
+        and errors(small)[1] < before[1] + 0.1
+    ),
+    "tutorials/words.md": lambda model, small, accuracy, info: (
+        info.reduction["flops"] >= 0.5
+        and accuracy(model, 0.0) > 0.9
+        and all(accuracy(small, level) > accuracy(model, level) - 0.05 for level in (0.0, 0.3))
+    ),
+}
+
+
+def test_every_tutorial_has_a_promise_and_a_picture():
+    assert PROMISES.keys() == set(TUTORIALS)
+    assert all(pictures_of(PAGES[name]) for name in TUTORIALS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_tutorial_keeps_its_promise(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    promise = PROMISES[name]
+    assert promise(**{key: value for key, value in Page(name, {}).run().items() if key in arguments_of(promise)})
+    for picture in pictures_of(PAGES[name]):
+        assert (tmp_path / picture).stat().st_size < 100_000
+        assert (DOCS / "assets/tutorials" / picture).is_file()
+
+
+def arguments_of(function):
+    return inspect.signature(function).parameters
 
 
 def entries():
@@ -163,7 +130,7 @@ def test_every_public_name_has_one_entry_in_the_reference():
 def sentences_of(text):
     """The sentences of a page in Markdown: no code, tables, headings or comments."""
     text = re.sub(r"^---\n.*?^---\n", "", text, flags=re.S | re.M)
-    text = _FENCE.sub("\n\n", re.sub(r"<!--.*?-->(?!\n```)", "", text, flags=re.S))
+    text = FENCE.sub("\n\n", re.sub(r"<!--.*?-->(?!\n```)", "", text, flags=re.S))
     text = re.sub(r"^(?: {4,}.*|#.*|\|.*|!!!.*|:::.*|>>> .*|\.\.\. .*)$", "\n", text, flags=re.M)
     text = re.sub(r"\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])", r"\1", text)
     text = re.sub(r"^\s*(?:[-*]|\d+\.)\s", "\n\n", text, flags=re.M)  # an item of a list begins a paragraph

@@ -538,7 +538,10 @@ class BestState(keras.callbacks.Callback):
         Training is to show that it helps. The state before it is the best one unless the mean gain is larger
         than half of its standard error, and than more of it where few examples could mislead.
         """
-        gains = self._found[self._best].penalties - self._found[-1].penalties
+        best, last = self._found[self._best], self._found[-1]
+        if np.isinf(best.penalties).all() and np.isinf(last.penalties).all():  # neither keeps to the limits
+            return last.metrics[self._judge.measure] < best.metrics[self._judge.measure]
+        gains = best.penalties - last.penalties
         if self._best > 0 or len(gains) == 1:
             return bool(gains.mean() > 0)
         return bool(gains.mean() > max(0.5, 4 / len(gains) ** 0.5) * standard_error(gains))

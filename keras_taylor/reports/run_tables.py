@@ -38,9 +38,10 @@ class TextTable:
         return 1 + sum(3 + max(len(line) for text in one for line in text.split("\n")) for one in columns)
 
     def broken(self) -> "TextTable":
-        """The same table, with line breaks in the names of its columns."""
+        """The same table, with line breaks in the names of its columns, and of its rows that were undone."""
         header = [name.replace("_", "_\n") for name in self.header]
-        return dataclasses.replace(self, header=header)
+        rows = [[label.replace(", ", ",\n"), *cells] for label, *cells in self.rows]
+        return dataclasses.replace(self, header=header, rows=rows)
 
     def as_text(self, width: int, title: str | None = None, caption: str | None = None) -> str:
         """The table as plain text, all columns aligned to the right.
@@ -51,9 +52,10 @@ class TextTable:
             caption: What stands below; `None`: nothing.
         """
         table = Table(title=title or self.title, caption=caption)
-        for column in self.header if self.num_characters <= width else self.broken().header:
+        shown = self if self.num_characters <= width else self.broken()
+        for column in shown.header:
             table.add_column(column, justify="right")
-        for row in self.rows:
+        for row in shown.rows:
             table.add_row(*row)
         return render_table(table, width)
 

@@ -205,6 +205,20 @@ def test_with_several_limits_the_best_state_keeps_to_all_of_them(trained):
     assert done.held and done.kept_epoch == 2 and same(small.get_weights(), shift.weights[2])
 
 
+def test_where_no_state_keeps_to_the_limits_the_loss_counts(trained):
+    model, ds, arguments = trained
+    rounds = []
+    for mode, sign in (("min", 1), ("max", -1)):  # the cut moves the logit in one direction; training does so, too
+        limits = {"first_logit": keras_taylor.MetricLimit(0, mode=mode), "loss": 1e9}
+        lesson = Lesson(99 * sign, 2 * sign, 99 * sign)
+        data = {"max_drop": limits, "callbacks": [lesson], **on_validation_data(ds)}
+        with np.errstate(invalid="raise"):
+            rounds.append(compress(model, ds, **arguments, **data)[1])
+    (done,) = [one for one in rounds if not one.held]
+    losses = [one["loss"] for one in done.judged["metrics"]]
+    assert done.kept_epoch == np.argmin(losses) and len(losses) == 4
+
+
 def test_the_last_state_is_the_one_that_callbacks_leave(trained):
     model, ds, arguments = trained
     lesson = Lesson(0, 99, 99)
