@@ -1,7 +1,7 @@
 """Blocks of code in pages of the documentation: they run from top to bottom, and print what the page says.
 
-`python tests/site_pages.py tutorials/regression.md` runs a page of `docs/`, and writes into it what its code prints
-today. Pictures that the code draws and the page shows go to `docs/assets/tutorials`.
+`python tests/site_pages.py tutorials/regression.md` runs a page of `docs/`, and writes into it what its code
+prints today. Pictures that the code draws and the page shows go to `docs/assets/tutorials`.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Page:
         self.text = (DOCS / name).read_text("utf-8")
 
     def outputs(self):
-        """Runs block after block. Yields each block of output, where it is, and what was printed before it."""
+        """Runs block after block. Yields each block of output, where it is, what was printed before it."""
         printed = None
         for block in blocks_of(self.text):
             where = f"docs/{self.name}, line {block.line + 1}"
@@ -113,7 +113,7 @@ def compare(want, got, numbers_differ, where):
 
 
 def renew(name):
-    """Writes into a page what its code prints and draws. A block that begins with `...` keeps its last lines."""
+    """Writes into a page what its code prints and draws; of blocks that begin with `...` the last lines."""
     page = Page(name, {})
     parts, end, start = [], 0, time.process_time()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

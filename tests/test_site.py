@@ -100,7 +100,9 @@ def test_a_tutorial_keeps_its_promise(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     promise = PROMISES[name]
-    assert promise(**{key: value for key, value in Page(name, {}).run().items() if key in arguments_of(promise)})
+    assert promise(
+        **{key: value for key, value in Page(name, {}).run().items() if key in arguments_of(promise)}
+    )
     for picture in pictures_of(PAGES[name]):
         assert (tmp_path / picture).stat().st_size < 100_000
         assert (DOCS / "assets/tutorials" / picture).is_file()

@@ -137,7 +137,10 @@ def describe_round(done: Round, before: Costs) -> str:
 
 
 def _shown_metrics(names: list[str]) -> list[str]:
-    """The metrics that a line has room for: of many, those on the validation data without losses of single outputs."""
+    """The metrics that a line has room for.
+
+    Of many, those on the validation data, if there are any, without losses of single outputs.
+    """
     if len(names) <= _MAX_METRICS:
         return names
     validated = [name for name in names if name.startswith("val_")] or names

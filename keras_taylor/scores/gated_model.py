@@ -378,7 +378,10 @@ def _clone_operations(labeled: LabeledModel) -> dict[keras.Operation, keras.Oper
 
 
 def _input_tensors(inputs: Tree, graph: Graph) -> list[Tensor]:
-    """Inputs in the model's order, with its dtypes. As in Keras, an axis of size 1 at the end may be missing or added."""
+    """Inputs in the model's order, with its dtypes.
+
+    As in Keras, an axis of size 1 at the end may be missing or added.
+    """
     values, flat = in_order_of_inputs(inputs, graph.model), keras.tree.flatten(graph.root.inputs)
     tensors = []
     for value, t in zip(values, flat, strict=True):

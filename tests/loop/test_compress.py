@@ -784,7 +784,9 @@ def test_validation_data_without_end_is_not_read_to_its_end():
 
 @pytest.mark.once
 def test_frozen_layers_of_a_model_in_the_model_are_named(capsys):
-    base = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, name="a"), keras.layers.Dense(8, name="b")])
+    base = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(8, name="a"), keras.layers.Dense(8, name="b")]
+    )
     base.name = "base"
     base.get_layer("a").trainable = False
     model = keras.Sequential([keras.Input((6,)), base, keras.layers.Dense(2, name="head")])
@@ -806,7 +808,7 @@ def test_the_line_of_a_round_has_room_for_two_outputs(capsys):
     model = keras.Model(inputs, {name: keras.layers.Dense(1, name=name)(hidden) for name in names})
     model.compile("adam", {"left": "mse", "right": "mse"}, metrics=names)
     x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
-    y = {name: x[:, :1] for name in names}
+    y = dict.fromkeys(names, x[:, :1])
     options = {"increment": 0.3, "validation_data": (x, y), "return_info": True, "verbose": 2}
     _, info = keras_taylor.compress(model, (x, y), 0.3, **options)
     assert len(info.rounds[0].history) == 10  # all are kept

@@ -208,7 +208,10 @@ def test_with_several_limits_the_best_state_keeps_to_all_of_them(trained):
 def test_where_no_state_keeps_to_the_limits_the_loss_counts(trained):
     model, ds, arguments = trained
     rounds = []
-    for mode, sign in (("min", 1), ("max", -1)):  # the cut moves the logit in one direction; training does so, too
+    for mode, sign in (
+        ("min", 1),
+        ("max", -1),
+    ):  # the cut moves the logit in one direction; training does so, too
         limits = {"first_logit": keras_taylor.MetricLimit(0, mode=mode), "loss": 1e9}
         lesson = Lesson(99 * sign, 2 * sign, 99 * sign)
         data = {"max_drop": limits, "callbacks": [lesson], **on_validation_data(ds)}
