@@ -15,7 +15,6 @@ from keras_taylor.support.keras_internals import layers_inside
 
 layers = keras.layers
 
-pytestmark = pytest.mark.sweep(4)
 
 # Training draws random numbers (dropout), or normalizes the values of each use of a layer by themselves.
 DRAW = ("chain", "subclassed", "composite_layers")
@@ -52,6 +51,7 @@ def statistics_of(layer):
     return [keras.ops.convert_to_numpy(one) for one in (layer.moving_mean, layer.moving_variance)]
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_inference_stays_and_training_agrees_with_it(name):
     model = build(name)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import BACKEND, NAMES, case, fingerprint, predict, random_plan, relative_difference
 from redundant import inputs_for, redundant
-from zoo import build
+from zoo import VOCABULARY, Decoder, build, randomized
 
 import keras_taylor
 from keras_taylor.budget.costs import CostModel
@@ -15,8 +15,6 @@ from keras_taylor.reading.groups import label_model
 from keras_taylor.reading.walk import split_into_batches
 
 layers = keras.layers
-
-pytestmark = pytest.mark.sweep(4)
 
 
 def distance(ours, theirs):
@@ -51,6 +49,7 @@ def test_linear_combinations_are_restored(final):
     assert np.abs(np.asarray(keras.ops.convert_to_numpy(after - before))).max() > 1e-3
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_repair_makes_no_model_of_the_zoo_worse(name):
     model, plan, small = case(name).model, case(name).plan, case(name).small
@@ -68,6 +67,21 @@ def test_repair_makes_no_model_of_the_zoo_worse(name):
     fitted = [one for one in repairs if one.ridge is not None]
     assert all(one.error_after < one.error_before for one in fitted)
     assert all(one.reason for one in repairs if one.ridge is None)
+
+
+@pytest.mark.once
+def test_layers_inside_one_that_stays_closed_are_refitted():
+    inputs = {key: keras.Input((6,), dtype="int32", name=key) for key in ("tokens", "mask")}
+    x = layers.Embedding(VOCABULARY, 8)(inputs["tokens"])
+    x = Decoder(3, 1, 4, 20, name="decoder")(x, padding_mask=inputs["mask"])
+    model = randomized(keras.Model(inputs, layers.Dense(4, name="head")(x)))
+    plan = keras_taylor.make_plan(model, keras_taylor.score(model, criterion="magnitude"), 0.2)
+    small, x = keras_taylor.prune(model, plan), inputs_for(model, 64)
+    repaired, repairs = keras_taylor.repair(small, model, plan, x, return_repairs=True)
+    assert [one.name for one in repairs] == ["decoder/merge", "decoder/down"]
+    assert all(one.error_after < 0.3 * one.error_before for one in repairs)
+    wanted = predict(model, x)
+    assert distance(predict(repaired, x), wanted) < 0.3 * distance(predict(small, x), wanted)
 
 
 def without_units(model, group, gone):
