@@ -71,6 +71,12 @@ def test_the_code_of_a_page_runs(name, pages):
 
 # What must hold at the end of each tutorial, of names that its code defines.
 PROMISES = {
+    "tutorials/detection.md": lambda before, after, info, small, model: (
+        before > 0.75
+        and after > before - 0.12
+        and info.reduction["flops"] >= 0.5
+        and all(small.get_layer(f"{name}_head").filters == 16 for name in model.output_names)
+    ),
     "tutorials/images.md": lambda model, small, accuracy, whole, tiny: (
         accuracy(small) > max(accuracy(model) - 0.04, 0.88)
         and tiny.metric > accuracy(small) - 0.02
@@ -80,6 +86,12 @@ PROMISES = {
         small.count_params() < 0.5 * model.count_params()
         and errors(small)[0] < before[0] + 0.15
         and errors(small)[1] < before[1] + 0.1
+    ),
+    "tutorials/segmentation.md": lambda model, small, test_iou, file, info: (
+        test_iou(model) > 0.8
+        and test_iou(small) > test_iou(model) - 0.06
+        and info.reduction["flops"] > 0.35
+        and file.metric > file.model_metric - 0.02
     ),
     "tutorials/words.md": lambda model, small, accuracy, info: (
         info.reduction["flops"] >= 0.5
