@@ -1,20 +1,23 @@
 """Makes up for pruning without training: refitted kernels (`repair`), new statistics (`recalibrate`)."""
 
+import re
+
 import keras
 import numpy as np
 
 from keras_taylor.cutting.batch_statistics import recompute_statistics, renew_statistics
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
+from keras_taylor.cutting.remade_tasks import as_task
 from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.plans.plan import Plan, check_plan_class
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.groups import LabeledModel, label_model
-from keras_taylor.reading.tracing import functional_view
+from keras_taylor.reading.tracing import functional_view, origin_of
 from keras_taylor.reading.walk import fixed_batch_size, sample_inputs, split_into_batches
 from keras_taylor.support.arguments import check_whole_number
-from keras_taylor.support.datasets import Feed
+from keras_taylor.support.datasets import Feed, preprocessed
 from keras_taylor.support.replicas import strategy_scope
 from keras_taylor.support.types import BoolArray, Data
 
@@ -88,6 +91,7 @@ def repair(
     """
     check_plan_class(plan)
     check_whole_number("num_examples", num_examples, 1)
+    ds = preprocessed(model, ds, batch_size)
     with strategy_scope(small):
         small, model = functional_view(small), functional_view(model)
         labeled = label_model(model, exact=plan.exact)
@@ -100,6 +104,7 @@ def repair(
         repairs += renew_statistics(
             graphs.read_model(repaired), split_into_batches(inputs, fixed_batch_size(labeled.graph))
         )
+        repaired = as_task(repaired)
     return (repaired, repairs) if return_repairs else repaired
 
 
@@ -138,6 +143,7 @@ def recalibrate(
     True
     """
     check_whole_number("num_examples", num_examples, 1)
+    ds = preprocessed(model, ds, batch_size)
     with strategy_scope(model):
         model = functional_view(model)
         feed = Feed(ds, model, batch_size, targets=False)
@@ -145,13 +151,13 @@ def recalibrate(
         copy = copy_model(model)
         graph = graphs.read_model(copy)
         recompute_statistics(graph, split_into_batches(inputs, fixed_batch_size(graph)))
-    return copy
+        return as_task(copy)
 
 
 def _check_pruned(small: keras.Model, labeled: LabeledModel, kept: BoolArray) -> None:
     """Raises an error if a model is not the one that remains of another when these units are kept."""
     old, new = labeled.graph, graphs.read_model(small)
-    names = [call.name for call in old.calls], [call.name for call in new.calls]
+    names = _call_names(old), _call_names(new)
     if names[0] != names[1]:
         other = next((n for n in names[1] if n not in names[0]), "none")
         raise ValueError(
@@ -168,3 +174,9 @@ def _check_pruned(small: keras.Model, labeled: LabeledModel, kept: BoolArray) ->
                     f"{mask.sum()} channels after layer '{call.name}'. "
                     f"Received: small with {new.shapes[index][axis]} there"
                 )
+
+
+def _call_names(graph: graphs.Graph) -> list[str]:
+    """Names of calls; of a task those without counters, which are others whenever its class makes it."""
+    names = [call.name for call in graph.calls]
+    return names if origin_of(graph.model) is None else [re.sub(r"_\d+(?=/|$)", "", name) for name in names]

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_taylor.cutting.backend_faults import avoid_faults
+from keras_taylor.cutting.remade_tasks import as_task
 from keras_taylor.plans.plan import Plan, check_plan_class
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.cloning import (
@@ -21,7 +22,14 @@ from keras_taylor.reading.cloning import (
 from keras_taylor.reading.configurations import warn_about_saving
 from keras_taylor.reading.graph import Site, SubmodelGraph
 from keras_taylor.reading.groups import LabeledModel, label_model
-from keras_taylor.reading.tracing import is_functional, make_model, recursion_limit_raised
+from keras_taylor.reading.tracing import (
+    Origin,
+    is_functional,
+    make_model,
+    origin_of,
+    recursion_limit_raised,
+    set_origin,
+)
 from keras_taylor.rules.attention import attention_config, inner_layers, is_attention
 from keras_taylor.rules.base import Effect, weight_of
 from keras_taylor.support.identity import IdentityMap
@@ -42,7 +50,9 @@ def prune(model: keras.Model, plan: Plan) -> keras.Model:
         plan: Which channels of which layers stay, from `make_plan`.
 
     Returns:
-        A plain Keras model of the same kind and structure. It has the same layer names, trainable flags,
+        A plain Keras model of the same kind and structure; of a task or backbone of KerasHub one of the same
+        class with the same preprocessor, made from its configuration with smaller numbers, or with a warning
+        a Functional one if no numbers say what the plan leaves. It has the same layer names, trainable flags,
         regularizers, dtype policies, shared layers and sub-models, and the kept weights. It is compiled as
         `model` is, with an optimizer of its own that continues where the optimizer of `model` stands: it has
         the same step count, and momentum and moments of the kept weights. It is not compiled if `model` is
@@ -62,7 +72,7 @@ def prune(model: keras.Model, plan: Plan) -> keras.Model:
     check_plan_class(plan)
     with strategy_scope(model):
         labeled = label_model(model, exact=plan.exact)
-        return build_smaller_compiled(labeled, kept_units(labeled, plan))
+        return as_task(build_smaller_compiled(labeled, kept_units(labeled, plan)))
 
 
 def copy_model(model: keras.Model) -> keras.Model:
@@ -119,7 +129,19 @@ def build_smaller(
     builder.set_trainable_flags()
     copy_attributes(weights)
     avoid_faults(layers_inside(small))
+    _pass_origin_on(labeled.graph.model, small, weights)
     return small, weights
+
+
+def _pass_origin_on(
+    model: keras.Model, small: keras.Model, weights: IdentityMap[keras.Variable, CutWeight]
+) -> None:
+    """Notes that a smaller model stands for the same task as the model that it was cut from, if that does."""
+    origin = origin_of(model)
+    if origin is not None:
+        of = origin.positions
+        positions = IdentityMap((new, of[cut.source]) for new, cut in weights.items() if cut.source in of)
+        set_origin(small, Origin(origin.model, positions))
 
 
 def copy_attributes(weights: IdentityMap[keras.Variable, CutWeight]) -> None:

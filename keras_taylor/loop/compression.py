@@ -11,6 +11,7 @@ import keras
 
 from keras_taylor.budget.goals import GoalLike
 from keras_taylor.budget.schedule import Increment
+from keras_taylor.cutting.remade_tasks import as_task
 from keras_taylor.loop import messages
 from keras_taylor.loop.compression_run import complete_run
 from keras_taylor.loop.fine_tuning import Distill, FineTuning, parse_fine_tuning
@@ -197,7 +198,8 @@ def compress(
         run.info.command = messages.format_call(_arguments_to_repeat(run, learning_rate, max_drop))
         with contextlib.nullcontext() if run.backups is None else run.backups.held():
             state = complete_run(run)
-    result = state.models if isinstance(goal, (list, tuple)) else state.models[-1]
+        models = [as_task(one) for one in state.models]
+    result = models if isinstance(goal, (list, tuple)) else models[-1]
     return (result, state.info) if return_info else result
 
 

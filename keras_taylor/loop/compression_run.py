@@ -15,6 +15,7 @@ from keras_taylor.budget.schedule import RoundTarget
 from keras_taylor.cutting.batch_statistics import renew_statistics
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
+from keras_taylor.cutting.remade_tasks import as_task
 from keras_taylor.cutting.surgery import build_smaller_compiled, copy_model
 from keras_taylor.loop import messages
 from keras_taylor.loop.backups import capture, restore_model
@@ -144,7 +145,8 @@ def complete_run(run: PreparedRun) -> RunState:
         stop_run(run, state, reason)
     except KeyboardInterrupt as interrupt:
         state.info.stop_reason = "interrupted"
-        raise CompressionInterrupted(state.model, state.info, state.models) from interrupt
+        models = [as_task(one) for one in state.models]
+        raise CompressionInterrupted(as_task(state.model), state.info, models) from interrupt
     except Exception as error:
         has_backups = run.backups is not None
         error.add_note(messages.describe_kept_rounds(len(state.plans), num_rounds, has_backups))

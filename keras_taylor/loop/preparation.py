@@ -42,8 +42,9 @@ from keras_taylor.reports.info import Info
 from keras_taylor.rules.labels import SizeChoices
 from keras_taylor.scores.losses import check_targets
 from keras_taylor.scores.scoring import Scoring, check_compiled, needs_data, uses_model_labels
+from keras_taylor.support.arguments import is_from_hub
 from keras_taylor.support.console import Reporter
-from keras_taylor.support.datasets import Batch, Feed
+from keras_taylor.support.datasets import Batch, Feed, preprocessed
 from keras_taylor.support.optimizers import has_schedule
 from keras_taylor.support.replicas import num_processes
 from keras_taylor.support.types import Data, LayerPatterns, Tree
@@ -172,6 +173,7 @@ def prepare_run(
     Raises:
         ValueError: If anything in the call is wrong.
     """
+    ds, settings = _preprocess_data(model, ds, settings)
     model = trainable_view(model)
     check_compiled(model, "`compress`")
     include, exclude = (
@@ -227,6 +229,25 @@ def prepare_run(
         reporter=reporter,
     )
     return run if settings.backup_dir is None else _with_backups(run, settings.backup_dir)
+
+
+def _preprocess_data(
+    model: keras.Model, ds: Data, settings: CompressionSettings
+) -> tuple[Data, CompressionSettings]:
+    """The data of a call as the layers of a task read it; that of other models stays as it is."""
+    if not is_from_hub(model):
+        return ds, settings
+    fit_kwargs, scoring = dict(settings.fit_kwargs), settings.scoring
+    batch_size, weights = fit_kwargs.get("batch_size"), fit_kwargs.pop("sample_weight", None)
+    if weights is not None:
+        x, y = (*(ds if isinstance(ds, tuple) else (ds,)), None)[:2]
+        ds = x, y, weights
+    if "validation_data" in fit_kwargs:
+        validation_data = fit_kwargs["validation_data"]
+        fit_kwargs["validation_data"] = preprocessed(model, validation_data, batch_size, "validation_data")
+    scoring = dataclasses.replace(scoring, ds=preprocessed(model, scoring.ds, batch_size, "criterion"))
+    ds = preprocessed(model, ds, batch_size)
+    return ds, dataclasses.replace(settings, fit_kwargs=fit_kwargs, scoring=scoring)
 
 
 def _split_fit_arguments(

@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.goals import parse_goal
+from keras_taylor.cutting.remade_tasks import as_task
 from keras_taylor.cutting.surgery import build_smaller, build_smaller_compiled
 from keras_taylor.loop.judging import BestEpochs
 from keras_taylor.plans.limits import Limits
@@ -320,8 +321,10 @@ class PrunableModel(GatedModel):
         with strategy_scope(self):
             labeled, kept = self._pruning.labeled, self.mask > 0
             if optimizer is None:
-                return build_smaller_compiled(
-                    labeled, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None)
+                return as_task(
+                    build_smaller_compiled(
+                        labeled, kept, compiled_as=self, optimizer=getattr(self, "optimizer", None)
+                    )
                 )
             optimizer = getattr(optimizer, "wrapped", optimizer)
             small, weights = build_smaller(labeled, kept)
@@ -333,7 +336,7 @@ class PrunableModel(GatedModel):
                     "The optimizer's state does not belong to this model. Expected a Keras optimizer that "
                     f"was built with `trainable_variables` of it. Received: optimizer={optimizer!r}"
                 )
-            return small
+            return as_task(small)
 
     def get_config(self) -> dict[str, Any]:
         """The configuration from which `from_config` makes the same wrapper, without weights and masks."""

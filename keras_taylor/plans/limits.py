@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_taylor.budget.measured_costs import measured_cost_of
 from keras_taylor.plans.selection import AUTO, Selection, check_num_channels, ratio_range
+from keras_taylor.plans.ties import Ties, find_ties, tied_groups
 from keras_taylor.reading.groups import LabeledModel, find_producers
 from keras_taylor.support.types import IntArray
 
@@ -28,11 +29,13 @@ class Limits:
         round_to, min_channels: As in `Selection`, but a whole number.
         ratios: Group -> the least and the largest share of its original channels that leave, see
             `ratio_limits`.
+        ties: Groups that are tied in number, and those that stay.
     """
 
     round_to: int = 1
     min_channels: int = 1
     ratios: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    ties: Ties = dataclasses.field(default_factory=Ties)
 
     def __post_init__(self) -> None:
         check_num_channels("round_to", self.round_to)
@@ -43,10 +46,12 @@ class Limits:
         """The limits that a selection sets for a model.
 
         Raises:
-            ValueError: for `round_to="auto"`, ratios that the model does not allow.
+            ValueError: for `round_to="auto"`, ratios that the model or its ties do not allow.
         """
         ratios = ratio_limits(labeled, selection.ratios)
-        return cls(selection.round_to, selection.min_channels, ratios)  # type: ignore[arg-type]  # checks itself
+        ties = find_ties(labeled, selection.uniform)
+        _check_tied_ratios(labeled, ties, ratios, selection)
+        return cls(selection.round_to, selection.min_channels, ratios, ties)  # type: ignore[arg-type]  # checks itself
 
     def bounds(
         self, labeled: LabeledModel, original_widths: Mapping[str, int] | None = None, progress: float = 1.0
@@ -68,7 +73,18 @@ class Limits:
             gone = original - group.num_units
             most.append(max(min(last - gone, group.num_units - min(self.min_channels, group.num_units)), 0))
             least.append(min(max(int(progress * first) - gone, 0), most[-1]))
-        return RemovalBounds(np.array(least, np.int64), np.array(most, np.int64))
+        return self._tied_bounds(labeled, np.array(least, np.int64), np.array(most, np.int64))
+
+    def _tied_bounds(self, labeled: LabeledModel, least: IntArray, most: IntArray) -> RemovalBounds:
+        """Bounds in which tied groups lose the same number of steps, and groups that stay lose nothing."""
+        for number, group in enumerate(labeled.groups):
+            if group.name in self.ties.locked:
+                least[number] = most[number] = 0
+        for tied in tied_groups(labeled, self.ties):
+            last = (most[tied.numbers] // tied.units).min()
+            first = min((-(-least[tied.numbers] // tied.units)).max(), last)
+            least[tied.numbers], most[tied.numbers] = first * tied.units, last * tied.units
+        return RemovalBounds(least, most)
 
 
 def check_round_to(round_to: int | str, measured: Iterable[str]) -> None:
@@ -132,6 +148,35 @@ def ratio_limits(
                 )
             origin[group.name] = pattern
     return limits
+
+
+def _check_tied_ratios(
+    labeled: LabeledModel, ties: Ties, ratios: Mapping[str, tuple[float, float]], selection: Selection
+) -> None:
+    """Refuses ratios that contradict each other within a tie, or ask for channels that stay."""
+    sizes = {group.name: group.num_units for group in labeled.groups}
+    for tie in ties.ties:
+        steps = {
+            name: tuple(num / tie.units[name] for num in _whole_numbers(*ratios[name], sizes[name]))
+            for name in tie.units
+            if name in ratios
+        }
+        first = max(steps, key=lambda name: steps[name][0], default="")
+        second = min(steps, key=lambda name: steps[name][1], default="")
+        if steps and steps[first][0] > steps[second][1]:
+            raise ValueError(
+                f"`ratios` contradict `uniform`: '{first}' and '{second}' lose equally many units, but at "
+                f"least {steps[first][0]:g} of the first and at most {steps[second][1]:g} of the second may "
+                "leave. Expected ratios that overlap, or `uniform=False`. "
+                f"Received: uniform={selection.uniform!r}, ratios={selection.ratios!r}"
+            )
+    for name, reason in ties.locked.items():
+        if ratios.get(name, (0.0, 1.0))[0] > 0:
+            raise ValueError(
+                f"`ratios` contradict `uniform`: channels of '{name}' stay, since {reason}. Expected ratios "
+                f"from 0 on, or `uniform=False`. "
+                f"Received: uniform={selection.uniform!r}, ratios={selection.ratios!r}"
+            )
 
 
 def _whole_numbers(low: float, high: float, num: int) -> tuple[int, int]:

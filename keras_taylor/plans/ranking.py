@@ -11,6 +11,7 @@ from keras_taylor.budget.feasibility import unreachable_goal_error
 from keras_taylor.budget.measured_costs import proxy_ceilings
 from keras_taylor.plans.limits import Limits, RemovalBounds
 from keras_taylor.plans.selection import Selection
+from keras_taylor.plans.ties import even_tied_scores, tied_groups
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.support.types import BoolArray, FloatArray, IntArray
 
@@ -73,6 +74,8 @@ class RemovalOrder:
     ) -> None:
         limits = limits or Limits()
         least, most = bounds or limits.bounds(labeled)
+        self._ties = tied_groups(labeled, limits.ties)
+        unit_scores = even_tied_scores(labeled, unit_scores, limits.ties)
         self._costs, self._round_to = costs, limits.round_to
         self._group_sizes = costs.units_per_group()
         self._group_of = np.repeat(np.arange(len(self._group_sizes)), self._group_sizes)
@@ -92,6 +95,8 @@ class RemovalOrder:
         gone = np.bincount(self._group_of[self._order[:num]], minlength=len(self._group_sizes))
         kept = -(-(self._group_sizes - gone) // self._round_to) * self._round_to
         gone = self._group_sizes - np.minimum(kept, self._group_sizes)
+        for numbers, units in self._ties:
+            gone[numbers] = (gone[numbers] // units).min() * units
         mask = np.ones(self._group_of.size, bool)
         mask[self._ranked] = self._place_in_group >= gone[self._group_of]
         return mask
@@ -142,6 +147,7 @@ def order_removals(
     """The order in which units leave on the way to a goal; arguments and errors as in `choose_kept`."""
     limits, selection = request.limits, request.selection
     least, most = request.bounds(labeled)
+    unit_scores = even_tied_scores(labeled, unit_scores, limits.ties)
     _check_scored(labeled, unit_scores, least)
     shares = _even_scores(labeled, unit_scores, request.original_widths)
     even_order = RemovalOrder(labeled, costs, shares, limits, RemovalBounds(least, most))

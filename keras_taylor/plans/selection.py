@@ -1,7 +1,7 @@
 """How the units that leave are selected: the value that a user passes as `selection`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import keras
@@ -44,6 +44,13 @@ class Selection:
             goal for a latency (`compress` only) also "auto": 1, 4, 8 or 16, the least multiple that other
             widths of this network's layers are at most 5 % slower than, as measured on this machine.
         min_channels: Every group keeps at least this number of channels, an int, 1 by default.
+        uniform: Which groups lose equally many units, in lock-step: the least important unit of each, then
+            the next of each. `True`: groups of equal role, whose names differ in numbers only and that are
+            equally wide, such as the hidden layers of all blocks. Names of layers, or regular expressions
+            that match whole names: the groups that one of them matches are tied to each other. `None` (the
+            default): a task or backbone of KerasHub loses what smaller numbers in its configuration can
+            say, and comes back as one; other models have no ties. `False`: no ties; a task may come back
+            Functional then.
 
     Raises:
         ValueError: if a value is not one of the above.
@@ -61,6 +68,7 @@ class Selection:
     ratios: Mapping[str | keras.Layer, float | tuple[float, float]] | None = None
     round_to: int | str = 1
     min_channels: int = 1
+    uniform: bool | str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         _check_choice("scope", self.scope, SCOPES)
@@ -82,6 +90,7 @@ class Selection:
         if self.round_to != AUTO:
             check_num_channels("round_to", self.round_to)
         check_num_channels("min_channels", self.min_channels)
+        _check_uniform(self.uniform)
 
     def for_criterion(self, criterion: str | Callable[..., Any] | None) -> "Selection":
         """This selection with a `rank`: its own, or the one that suits scores by a criterion.
@@ -135,6 +144,18 @@ def parse_selection(selection: object) -> Selection:
 MOVED_TO_SELECTION = {
     field.name: MovedArgument("selection", Selection, field.name) for field in dataclasses.fields(Selection)
 }
+
+
+def _check_uniform(uniform: object) -> None:
+    is_listed = isinstance(uniform, (list, tuple)) and bool(uniform)
+    if isinstance(uniform, (bool, str, type(None))) or (
+        is_listed and all(isinstance(one, str) for one in uniform)  # type: ignore[attr-defined]  # a list
+    ):
+        return
+    raise ValueError(
+        "`uniform` says which groups lose equally many units. Expected `True`, `False`, `None`, or names of "
+        f"layers or regular expressions, each for groups that are tied. Received: uniform={uniform!r}"
+    )
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import inspect
 import itertools
 import math
@@ -18,7 +19,7 @@ import numpy as np
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.rules.base import is_from_keras
 from keras_taylor.rules.registry import REGISTERED
-from keras_taylor.support.arguments import check_model_class
+from keras_taylor.support.arguments import check_model_class, is_from_hub
 from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.keras_internals import (
     Node,
@@ -39,6 +40,7 @@ _TRAINING_METHODS = ("train_step", "test_step", "predict_step", "compute_loss", 
 _COMPARED_TYPES = (int, float, str, bool, slice, type(None))
 # Prime numbers of examples, to see what is computed from their number.
 _BATCH_SIZES = (101, 103, 107, 109, 113, 127, 131, 137, 139, 149)
+_ORIGIN = "_keras_taylor_origin"  # an attribute of models that stand for a task
 _PROBED_SIZE = 7  # of random inputs along axes of unknown size
 _SETTING_TYPES = (*_COMPARED_TYPES, tuple, list)
 
@@ -64,10 +66,42 @@ class LayerStaysClosed(Exception):
     """The insides of a layer cannot be seen. The message says why."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Origin:
+    """The task or backbone that a plain model stands for: its layers, or smaller ones in their places.
+
+    Attributes:
+        model: The task or backbone.
+        positions: Weight of the plain model -> the position of its counterpart in `model.weights`.
+    """
+
+    model: keras.Model
+    positions: IdentityMap[keras.Variable, int]
+
+
+def origin_of(model: keras.Model) -> Origin | None:
+    """The origin of a plain model that stands for a task or backbone, else `None`."""
+    return vars(model).get(_ORIGIN)
+
+
+def set_origin(model: keras.Model, origin: Origin) -> None:
+    """Notes which task or backbone a plain model stands for; Keras does not track it."""
+    vars(model)[_ORIGIN] = origin
+
+
+def _plain_model(model: keras.Model) -> keras.Model:
+    """A Functional model over the layers of a task or backbone, which stands for it; not compiled."""
+    plain = keras.Model(input_structure(model), output_structure(model), name=model.name)
+    positions = IdentityMap((weight, number) for number, weight in enumerate(model.weights))
+    set_origin(plain, Origin(model, positions))
+    return plain
+
+
 def functional_view(model: keras.Model) -> keras.Model:
     """A Functional model over the layers of a subclassed one: the same weights, compiled alike.
 
-    Sequential and Functional models are returned as they are.
+    Sequential and Functional models are returned as they are. For a task or backbone of KerasHub it is a
+    plain model that remembers where it comes from (`Origin`).
 
     Args:
         model: A built `keras.Model`. It is not changed.
@@ -78,7 +112,7 @@ def functional_view(model: keras.Model) -> keras.Model:
     """
     check_model_class(model)
     if is_functional(model):
-        return model
+        return _compiled_like(model, _plain_model(model)) if is_from_hub(model) else model
     if not model.built:
         raise ValueError(
             f"Model '{model.name}' is not built: its weights do not exist yet. Call it once on a batch of "
@@ -96,6 +130,11 @@ def functional_view(model: keras.Model) -> keras.Model:
             f"<the layers called on x>)`. Received: {model.name}={model!r}"
         ) from reason
     view.name = model.name
+    return _compiled_like(model, view)
+
+
+def _compiled_like(model: keras.Model, view: keras.Model) -> keras.Model:
+    """A view of a model, with its dtype policy, and compiled as it is."""
     if view.dtype_policy != model.dtype_policy:
         view.dtype_policy = model.dtype_policy
     if getattr(model, "compiled", False):

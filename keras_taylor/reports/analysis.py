@@ -12,7 +12,10 @@ import numpy as np
 from rich.table import Table
 
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.groups import Group, LabeledModel, label_model
+from keras_taylor.plans.limits import Limits
+from keras_taylor.plans.ranking import RemovalOrder
+from keras_taylor.plans.selection import Selection
+from keras_taylor.reading.groups import Group, label_model
 from keras_taylor.reports import plots
 from keras_taylor.reports.loss_curves import Sensitivity
 from keras_taylor.reports.sensitivity_scan import (
@@ -25,7 +28,8 @@ from keras_taylor.reports.sensitivity_scan import (
 from keras_taylor.scores.criteria import Criterion
 from keras_taylor.support.arguments import takes_data_as_one
 from keras_taylor.support.console import Reporter, Verbose, render_table
-from keras_taylor.support.types import BoolArray, Costs, Data, LayerPatterns
+from keras_taylor.support.datasets import preprocessed
+from keras_taylor.support.types import Costs, Data, LayerPatterns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -186,13 +190,19 @@ def analyze(
     >>> figure = analysis.plot("sensitivity.png")
     """
     settings, reporter = ScanSettings(fractions, criterion, num_examples), Reporter(verbose)
+    ds = preprocessed(model, ds, batch_size)
     labeled = label_model(model, include, exclude, exact)
     scan = None if ds is None else SensitivityScan(labeled, ds, batch_size, steps_per_epoch, settings)
     cost_model = CostModel(labeled)
-    before, after = cost_model(), cost_model(_one_unit_each(labeled))
+    limits = Limits.from_selection(Selection(), labeled)
+    smallest = RemovalOrder(labeled, cost_model, np.zeros(labeled.num_units), limits).smallest_mask()
+    before, after = cost_model(), cost_model(smallest)
     alone = cost_model.with_one_group_cut()
+    locked = limits.ties.locked
+    groups = [dataclasses.replace(group, reason=locked.get(group.name)) for group in labeled.groups]
+    groups.sort(key=lambda group: not group.prunable)
     return Analysis(
-        groups=tuple(labeled.groups + labeled.locked_groups),
+        groups=tuple(groups + labeled.locked_groups),
         costs=before,
         reachable={
             cost: saved / amount
@@ -201,16 +211,13 @@ def analyze(
         },
         unknown=tuple(labeled.unknown),
         probed=tuple(labeled.probed),
-        savings={g.name: cost_savings(before, a) for g, a in zip(labeled.groups, alone, strict=True)},
+        savings={
+            group.name: cost_savings(before, amount)
+            for group, amount in zip(labeled.groups, alone, strict=True)
+            if group.name not in locked
+        },
         sensitivity=None if scan is None else scan.run(reporter),
     )
-
-
-def _one_unit_each(labeled: LabeledModel) -> BoolArray:
-    """The mask of kept units `(num_units,)` in which every group keeps one unit."""
-    kept = np.zeros(labeled.num_units, bool)
-    kept[[group.start for group in labeled.groups]] = True
-    return kept
 
 
 def _shorten_names(names: Sequence[str]) -> str:

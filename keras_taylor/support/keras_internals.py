@@ -3,17 +3,21 @@
 Nothing else in the package should touch them, so that a new version of Keras is followed here.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
 from keras.src.backend import get_keras_mask, set_keras_mask
+from keras.src.backend.common import global_state
 
 from keras_taylor.support.types import Shape, Tensor, Tree
 
 # The record of one symbolic call. Its class has no public name.
 Node: TypeAlias = Any
+
+_WAITING = "uninitialized_variables"  # weights that get their values when a scope ends
 
 
 @functools.cache
@@ -168,6 +172,18 @@ def names_excluded_from_decay(optimizer: keras.optimizers.Optimizer) -> str | No
     return None if pattern is None else pattern.pattern
 
 
+def variable_indices(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> list[int] | None:
+    """The number of each weight among those that an optimizer was built for, `None` if these are others.
+
+    Slots are listed by optimizers in that order, and nothing public tells it.
+    """
+    numbers = getattr(optimizer, "_trainable_variables_indices", {})
+    keys = [optimizer._var_key(variable) for variable in variables]
+    return [numbers[key] for key in keys] if set(keys) == set(numbers) else None
+
+
 def learning_rate_setting(optimizer: keras.optimizers.Optimizer) -> Any:
     """The schedule, function or variable behind `learning_rate`, which only gives its present value."""
     return getattr(optimizer, "_learning_rate", None)
@@ -180,3 +196,18 @@ def recorded_arguments(operation: keras.Operation) -> dict[str, Any]:
     """
     recorded = getattr(operation, "_auto_config", None)
     return {} if recorded is None else dict(recorded.config)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within it, layers get weights without values: shapes alone.
+
+    A public `StatelessScope` does so. But it notes these weights in a global list, and the next scope that
+    ends would draw values for all of them.
+    """
+    waiting = list(global_state.get_global_attribute(_WAITING, []))
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(_WAITING, waiting)

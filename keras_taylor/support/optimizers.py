@@ -13,6 +13,7 @@ from keras_taylor.support.keras_internals import (
     is_excluded_from_decay,
     learning_rate_setting,
     names_excluded_from_decay,
+    variable_indices,
 )
 from keras_taylor.support.types import Masks
 
@@ -139,7 +140,8 @@ def carry_state(
     source, target = (getattr(o, "wrapped", o) for o in (source, target))
     if not source.built or len(source.variables) != len(target.variables):
         return False
-    for old, new in zip(source.variables, target.variables, strict=True):
+    counterparts = _counterparts(source, target, variables, weights, references)
+    for old, new in zip(counterparts, target.variables, strict=True):
         masks: Masks = ()
         reference = references.get(new)
         if reference is not None:
@@ -150,6 +152,30 @@ def carry_state(
         if tuple(value.shape) == tuple(new.shape) and new.name != "learning_rate":
             new.assign(value)
     return True
+
+
+def _counterparts(
+    source: keras.optimizers.Optimizer,
+    target: keras.optimizers.Optimizer,
+    variables: Sequence[keras.Variable],
+    weights: IdentityMap[keras.Variable, CutWeight],
+    references: IdentityMap[keras.Variable, keras.Variable],
+) -> list[keras.Variable]:
+    """The variable of `source` for each of `target`, in whichever order that was built for its weights."""
+    cut = [variable for variable in variables if variable in weights]  # a wrapper has gates beside these
+    slots: IdentityMap[keras.Variable, list[int]] = IdentityMap((variable, []) for variable in cut)
+    for position, variable in enumerate(target.variables):
+        if variable in references and references[variable] in slots:
+            slots[references[variable]].append(position)
+    found = list(source.variables)
+    sources = [weights[variable].source for variable in cut]
+    orders = [variable_indices(one, sources) for one in _with_wrapped(source)]
+    order = next((one for one in orders if one is not None), list(range(len(cut))))
+    for variable, number in zip(cut, order, strict=True):
+        if len(slots[variable]) == len(slots[cut[number]]):
+            for position, other in zip(slots[variable], slots[cut[number]], strict=True):
+                found[position] = source.variables[other]
+    return found
 
 
 def _build(

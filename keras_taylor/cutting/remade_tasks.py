@@ -1,0 +1,169 @@
+"""Tasks and backbones of KerasHub that are made again, smaller, from their configurations."""
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+
+import keras
+import numpy as np
+from scipy.optimize import nnls
+
+from keras_taylor.plans.task_numbers import (
+    NumberPath,
+    WeightAxis,
+    axes_of_numbers,
+    make_from,
+    numbers_in,
+    task_config,
+    weight_shapes,
+)
+from keras_taylor.reading.cloning import compile_settings
+from keras_taylor.reading.tracing import Origin, origin_of
+from keras_taylor.support.arguments import hub_class, is_task
+from keras_taylor.support.arrays import copy_kept
+from keras_taylor.support.identity import IdentityMap, IdentitySet
+from keras_taylor.support.keras_internals import layers_inside
+from keras_taylor.support.optimizers import CutWeight, carry_exclusions, carry_state
+from keras_taylor.support.types import Shape
+
+
+def as_task(small: keras.Model) -> keras.Model:
+    """A smaller plain model as the task or backbone that it stands for, compiled as it is.
+
+    It is made from the configuration of the original with smaller numbers, and gets the weights. If no
+    numbers lead to these weights, it is Functional: within a task of the same class if its backbone alone is,
+    and that class does not generate; else it is a plain task that preprocesses its data. A warning says so.
+
+    Args:
+        small: A model that stands for no task is returned as it is.
+    """
+    origin = origin_of(small)
+    if origin is None:
+        return small
+    sources = {origin.positions[weight]: weight for weight in small.weights if weight in origin.positions}
+    numbers = _find_numbers(origin.model, sources)
+    if numbers is None:
+        return _functional(small, origin, sources)
+    made = make_from(origin.model, numbers)
+    weights = IdentityMap(
+        (new, sources.get(position, origin.model.weights[position]))
+        for position, new in enumerate(made.weights)
+    )
+    return _completed(made, small, origin, weights)
+
+
+def _find_numbers(model: keras.Model, sources: Mapping[int, keras.Variable]) -> dict[NumberPath, int] | None:
+    """The numbers in the configuration of a model that lead to weights of these shapes; `None` if none do."""
+    before = [tuple(weight.shape) for weight in model.weights]
+    wanted = [
+        tuple(sources[position].shape) if position in sources else shape
+        for position, shape in enumerate(before)
+    ]
+    axes_of = axes_of_numbers(model)
+    rows = sorted(set[WeightAxis]().union(*axes_of.values()))
+    numbers: dict[NumberPath, int] = {}
+    if rows and wanted != before:
+        growth = np.array([[axes.get(row, 0.0) for axes in axes_of.values()] for row in rows])
+        lost = np.array([before[weight][axis] - wanted[weight][axis] for weight, axis in rows], float)
+        falls = np.round(nnls(growth, lost)[0]).astype(int).tolist()
+        now = numbers_in(model)
+        numbers = {path: now[path] - fall for path, fall in zip(axes_of, falls, strict=True) if fall}
+    return numbers if weight_shapes(model, numbers) == wanted else None
+
+
+def _completed(
+    made: keras.Model,
+    small: keras.Model,
+    origin: Origin,
+    weights: IdentityMap[keras.Variable, keras.Variable],
+) -> keras.Model:
+    """A new model with the weights and flags of a smaller one, compiled as that is."""
+    for new, old in weights.items():
+        if new is not old:
+            new.assign(copy_kept(old))
+    for old_layer, new_layer in _pairs_of_layers(origin.model, made):
+        if new_layer.trainable != old_layer.trainable:
+            new_layer.trainable = old_layer.trainable
+    for new, old in weights.items():
+        if new.trainable != old.trainable:
+            new.trainable = old.trainable
+    settings = compile_settings(small)
+    if settings is None:
+        return made
+    made.compile(**settings, **_own_compile_arguments(origin.model, made))
+    cuts = IdentityMap((new, CutWeight(old, ())) for new, old in weights.items())
+    if small.optimizer is not None and made.optimizer is not None:
+        carry_exclusions(small.optimizer, made.optimizer, made.trainable_variables, cuts)
+        if int(small.optimizer.iterations):  # else it stays open for other weights, such as those of LoRA
+            carry_state(small.optimizer, made.optimizer, made.trainable_variables, cuts)
+    return made
+
+
+def _pairs_of_layers(old: keras.Model, new: keras.Model) -> Iterator[tuple[keras.Layer, keras.Layer]]:
+    """The layers of a model and of one that was made alike; nothing if it was not."""
+    first, second = layers_inside(old), layers_inside(new)
+    if [type(layer) for layer in first] == [type(layer) for layer in second]:
+        yield from zip(first, second, strict=True)
+
+
+def _own_compile_arguments(model: keras.Model, made: keras.Model) -> dict[str, object]:
+    """The arguments that the `compile` of a task's class has beside Keras' own, such as `sampler`."""
+    plain = inspect.signature(keras.Model.compile).parameters
+    own = [
+        parameter.name
+        for parameter in inspect.signature(type(made).compile).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    return {name: getattr(model, name) for name in own if name not in plain and hasattr(model, name)}
+
+
+def _functional(small: keras.Model, origin: Origin, sources: Mapping[int, keras.Variable]) -> keras.Model:
+    """What stands for a task that cannot be made again from its configuration; a warning says why."""
+    model = origin.model
+    why = f"no numbers in the configuration of {type(model).__name__} lead to these widths"
+    if not is_task(model):
+        warnings.warn(f"The smaller '{model.name}' is a plain Functional model: {why}.", stacklevel=4)
+        return small
+    made = _with_functional_backbone(small, model, sources)
+    if made is not None:
+        warnings.warn(
+            f"The backbone of the smaller '{model.name}' is a plain Functional model: {why}.", stacklevel=4
+        )
+        own = IdentitySet(small.weights)
+        named = IdentityMap((weight, weight) for weight in made.weights if weight in own)
+        head = [weight for weight in made.weights if weight not in own]
+        named.update(zip(head, _head_weights(model, sources), strict=True))
+        return _completed(made, small, origin, named)
+    warnings.warn(
+        f"The smaller '{model.name}' is a plain Functional model that preprocesses its data: {why}. To save "
+        "it, save `keras.Model(small.inputs, small.outputs)`.",
+        stacklevel=4,
+    )
+    made = hub_class("Task")(small.inputs, small.outputs, compile=False, name=model.name)
+    made.preprocessor = model.preprocessor
+    return _completed(made, small, origin, IdentityMap((weight, weight) for weight in made.weights))
+
+
+def _head_weights(model: keras.Model, sources: Mapping[int, keras.Variable]) -> list[keras.Variable]:
+    """The smaller weights of a task that its backbone does not have."""
+    inside = IdentitySet(model.backbone.weights)
+    return [
+        sources.get(position, weight) for position, weight in enumerate(model.weights) if weight not in inside
+    ]
+
+
+def _with_functional_backbone(
+    small: keras.Model, model: keras.Model, sources: Mapping[int, keras.Variable]
+) -> keras.Model | None:
+    """A task of the same class over the smaller backbone as it is; `None` if the class does not take it."""
+    backbone = next((layer for layer in small.layers if layer.name == model.backbone.name), None)
+    if not isinstance(backbone, keras.Model) or hasattr(model, "generate"):
+        return None
+    try:
+        made = type(model).from_config({**task_config(model), "backbone": backbone})
+    except Exception:  # a class may raise anything
+        return None
+    own = IdentitySet(backbone.weights)
+    shapes: list[Shape] = [tuple(weight.shape) for weight in made.weights if weight not in own]
+    wanted = [tuple(weight.shape) for weight in _head_weights(model, sources)]
+    return made if shapes == wanted else None

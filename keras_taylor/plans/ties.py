@@ -1,0 +1,249 @@
+"""Groups that are tied in number: in each step, every one of them loses as many units as the others."""
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import keras
+import numpy as np
+
+from keras_taylor.plans.task_numbers import (
+    NumberPath,
+    WeightAxis,
+    axes_of_numbers,
+    numbers_in,
+    weight_shapes,
+)
+from keras_taylor.reading.groups import LabeledModel, find_producers
+from keras_taylor.reading.tracing import Origin, origin_of
+from keras_taylor.rules.base import weight_of
+from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.types import FloatArray, IntArray
+
+# `True`: groups of equal role; names or patterns: each is one tie; `None`: what the model asks for.
+Uniform: TypeAlias = bool | str | Sequence[str] | None
+
+_MOST_NUMBERS = 3  # of a configuration that change together
+_MOST_UNITS = 64  # of a group that leave in one step
+
+
+class Tie(NamedTuple):
+    """Groups that lose units together.
+
+    Attributes:
+        units: Group -> how many of its units leave in one step.
+        numbers: Path in the configuration of a task -> by how much this number falls in one step.
+    """
+
+    units: Mapping[str, int]
+    numbers: Mapping[NumberPath, int] = {}
+
+
+class Ties(NamedTuple):
+    """Which groups of a model are tied, and which ones its configuration has no number for.
+
+    Attributes:
+        ties: The ties. No group is in two of them.
+        locked: Group -> why it stays.
+    """
+
+    ties: tuple[Tie, ...] = ()
+    locked: Mapping[str, str] = {}
+
+
+def find_ties(labeled: LabeledModel, uniform: Uniform) -> Ties:
+    """The ties that a user asks for, or else those without which a task could not be made again.
+
+    Raises:
+        ValueError: for a pattern that matches no layer.
+    """
+    origin = origin_of(labeled.graph.model)
+    if uniform is False:
+        return Ties()
+    if uniform is None or (uniform is True and origin is not None):
+        return Ties() if origin is None else ties_of_configuration(labeled, origin)
+    if uniform is True:
+        return Ties(_ties_by_role(labeled))
+    return Ties(_ties_by_pattern(labeled, [uniform] if isinstance(uniform, str) else uniform))
+
+
+class TiedGroups(NamedTuple):
+    """A tie as arrays.
+
+    Attributes:
+        numbers: The numbers of its groups in `labeled.groups`.
+        units: How many units of each leave in one step.
+    """
+
+    numbers: IntArray
+    units: IntArray
+
+
+def tied_groups(labeled: LabeledModel, ties: Ties) -> list[TiedGroups]:
+    """The ties between groups that a model has."""
+    numbers = {group.name: number for number, group in enumerate(labeled.groups)}
+    found = [
+        [(numbers[name], num) for name, num in tie.units.items() if name in numbers] for tie in ties.ties
+    ]
+    return [TiedGroups(*np.array(pairs, np.int64).T) for pairs in found if pairs]
+
+
+def even_tied_scores(labeled: LabeledModel, unit_scores: FloatArray, ties: Ties) -> FloatArray:
+    """Scores by which the units of one step come at once: each has the mean score of the step's units.
+
+    Args:
+        labeled: The model.
+        unit_scores: Float64 `(num_units,)`.
+        ties: The ties.
+    """
+    scores = unit_scores.copy()
+    for numbers, units in tied_groups(labeled, ties):
+        groups = [labeled.groups[number] for number in numbers]
+        orders = [
+            group.start + np.argsort(scores[group.start : group.start + group.num_units], kind="stable")
+            for group in groups
+        ]
+        num_steps = min(len(order) // num for order, num in zip(orders, units, strict=True))
+        parts = [
+            order[: num_steps * num].reshape(num_steps, num) for order, num in zip(orders, units, strict=True)
+        ]
+        steps = np.concatenate(parts, axis=1)
+        scores[steps] = np.maximum.accumulate(unit_scores[steps].mean(axis=1))[:, None]
+        for order, num in zip(orders, units, strict=True):
+            scores[order[num_steps * num :]] = np.inf
+    return scores
+
+
+def _ties_by_role(labeled: LabeledModel) -> tuple[Tie, ...]:
+    """Ties of groups whose names differ in numbers only, and that have equally many units."""
+    roles: dict[tuple[str, int], list[str]] = {}
+    for group in labeled.groups:
+        roles.setdefault((re.sub(r"_?\d+", "", group.name), group.num_units), []).append(group.name)
+    return tuple(Tie(dict.fromkeys(names, 1)) for names in roles.values() if len(names) > 1)
+
+
+def _ties_by_pattern(labeled: LabeledModel, patterns: Iterable[str]) -> tuple[Tie, ...]:
+    """One tie for each pattern; a group goes with the first pattern that matches a layer of it."""
+    names = [name for _, _, name in labeled.label_space.producers]
+    ties, taken = [], set[str]()
+    for pattern in patterns:
+        matched = {names[index] for index in find_producers([pattern], labeled.graph, names, "uniform")}
+        hit = [one.name for one in labeled.groups if matched.intersection(one.producers)]
+        ties.append(Tie({name: 1 for name in hit if name not in taken}))
+        taken.update(hit)
+    return tuple(tie for tie in ties if len(tie.units) > 1)
+
+
+def ties_of_configuration(labeled: LabeledModel, origin: Origin) -> Ties:
+    """The ties that let a task or backbone be made again from its configuration with smaller numbers.
+
+    Each whole number of the configuration makes some axes of weights longer. A step is a set of groups that
+    lose units, and of numbers that fall, with the same effect on all axes. Groups that are in no step stay.
+    """
+    model = origin.model
+    axes_of = axes_of_numbers(model)
+    groups = _axes_of_groups(labeled, origin.positions)
+    ties: list[Tie] = []
+    done: set[str] = set()
+    for name, axes in groups.items():
+        tie = None if name in done else _find_tie(axes, axes_of, groups)
+        if tie is not None and done.isdisjoint(tie.units) and _can_be_made(model, tie, groups):
+            ties.append(tie)
+            done.update(tie.units)
+    if not ties:
+        return Ties()
+    reason = f"no numbers in the configuration of {type(model).__name__} count these channels alone"
+    return Ties(tuple(ties), {name: reason for name in groups if name not in done})
+
+
+_AxisCounts: TypeAlias = Mapping[WeightAxis, float]
+
+
+def _axes_of_groups(
+    labeled: LabeledModel, positions: IdentityMap[keras.Variable, int]
+) -> dict[str, dict[WeightAxis, float]]:
+    """How many entries along the axes of the origin's weights go with one unit of each group.
+
+    NaN where that differs from unit to unit.
+    """
+    found: dict[str, dict[WeightAxis, float]] = {group.name: {} for group in labeled.groups}
+    seen: set[int] = set()
+    for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
+        for name, axes in effect.weights.items():
+            weight = weight_of(call.operation, name)
+            position = None if weight is None else positions.get(weight)
+            if position is None or position in seen:
+                continue
+            seen.add(position)
+            for axis, labels in enumerate(axes):
+                units = np.array([-1]) if labels is None else labeled.units_of(labels)
+                counts = np.bincount(units[units >= 0], minlength=labeled.num_units)
+                for group in labeled.groups:
+                    own = counts[group.start : group.start + group.num_units]
+                    if own.any():
+                        even = float(own[0]) if (own == own[0]).all() else np.nan
+                        found[group.name][WeightAxis(position, axis)] = even
+    return found
+
+
+def _find_tie(
+    axes: _AxisCounts, axes_of: Mapping[NumberPath, _AxisCounts], groups: Mapping[str, _AxisCounts]
+) -> Tie | None:
+    """The step with the fewest numbers that touches some axes; `None` if there is none."""
+    touching = [path for path, grown in axes_of.items() if not axes.keys().isdisjoint(grown)]
+    for count in range(1, min(_MOST_NUMBERS, len(touching)) + 1):
+        for paths in itertools.combinations(touching, count):
+            tie = _solve(paths, axes_of, groups)
+            if tie is not None:
+                return tie
+    return None
+
+
+def _solve(
+    paths: Sequence[NumberPath],
+    axes_of: Mapping[NumberPath, _AxisCounts],
+    groups: Mapping[str, _AxisCounts],
+) -> Tie | None:
+    """The step in which exactly these numbers fall, if there is one up to its size."""
+    grown = set().union(*(axes_of[path] for path in paths))
+    names = [name for name, axes in groups.items() if not grown.isdisjoint(axes)]
+    rows = sorted(grown.union(*(groups[name] for name in names)))
+    columns = [axes_of[path] for path in paths] + [groups[name] for name in names]
+    matrix = np.array([[column.get(row, 0.0) for column in columns] for row in rows])
+    matrix[:, len(paths) :] *= -1
+    if not names or np.isnan(matrix).any():
+        return None
+    step = _single_solution(np.unique(matrix, axis=0))
+    if step is None:
+        return None
+    falls, units = step[: len(paths)].tolist(), step[len(paths) :].tolist()
+    return Tie(dict(zip(names, units, strict=True)), dict(zip(paths, falls, strict=True)))
+
+
+def _single_solution(matrix: FloatArray) -> FloatArray | None:
+    """The smallest positive whole `v` with `matrix @ v = 0`, if it is the only one but for a factor."""
+    _, sizes, rows = np.linalg.svd(matrix)
+    rank = int((sizes > 1e-9 * sizes[0]).sum())
+    if rank != matrix.shape[1] - 1:
+        return None
+    solution = rows[-1] / rows[-1][np.abs(rows[-1]).argmax()]
+    if (solution < 1e-6).any():
+        return None
+    solution = solution / solution.min()
+    for factor in range(1, _MOST_UNITS + 1):
+        whole = (factor * solution).round()
+        if np.allclose(whole, factor * solution, atol=1e-6):
+            return whole.astype(np.int64) if whole.max() <= _MOST_UNITS**2 else None
+    return None
+
+
+def _can_be_made(model: keras.Model, tie: Tie, groups: Mapping[str, _AxisCounts]) -> bool:
+    """Whether the configuration leads to the right shapes after one step."""
+    wanted = [list(weight.shape) for weight in model.weights]
+    for name, units in tie.units.items():
+        for (weight, axis), count in groups[name].items():
+            wanted[weight][axis] -= int(units * count)
+    before = numbers_in(model)
+    shapes = weight_shapes(model, {path: before[path] - fall for path, fall in tie.numbers.items()})
+    return shapes is not None and [list(shape) for shape in shapes] == wanted
