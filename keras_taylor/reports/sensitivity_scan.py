@@ -11,6 +11,7 @@ import numpy as np
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.reading.cloning import compile_settings, losses_by_output
 from keras_taylor.reading.groups import Group, LabeledModel
+from keras_taylor.reading.walk import fixed_batch_size
 from keras_taylor.reports.loss_curves import LossCurve, Sensitivity
 from keras_taylor.scores import criteria
 from keras_taylor.scores.criteria import Criterion
@@ -147,7 +148,8 @@ class SensitivityScan:
         if feed.has_targets:
             return functools.partial(_evaluate, gated, feed)
         inputs = flat_inputs(feed, self._model)
-        predict = functools.partial(gated.predict_arrays, inputs, feed.batch_size)
+        size = fixed_batch_size(self._labeled.graph) or feed.batch_size
+        predict = functools.partial(gated.predict_arrays, inputs, size)
         expected = predict()
         return lambda: {"divergence": mean_divergence(self._model, expected, predict())}
 

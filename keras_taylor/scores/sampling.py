@@ -5,7 +5,7 @@ import numpy as np
 
 from keras_taylor.reading.cloning import losses_by_output
 from keras_taylor.reading.graph import Graph
-from keras_taylor.reading.walk import run_batches
+from keras_taylor.reading.walk import fixed_batch_size, run_batches
 from keras_taylor.scores.losses import (
     BINARY_LOSSES,
     CLASS_LOSSES,
@@ -14,7 +14,7 @@ from keras_taylor.scores.losses import (
     OutputLoss,
     kind_of,
 )
-from keras_taylor.support.arrays import as_float32
+from keras_taylor.support.arrays import as_float32, outputs_in_batches
 from keras_taylor.support.datasets import Feed, flat_inputs
 from keras_taylor.support.types import Array, FloatArray, IntArray
 
@@ -34,23 +34,40 @@ def sample_labels(feed: Feed, graph: Graph, num_examples: int | None = None, see
     Args:
         feed: The data; its labels are not used.
         graph: The graph of the compiled model.
-        num_examples: Number of examples; `None`: all.
+        num_examples: Number of examples; `None`: all. A model of a fixed batch size gets whole batches only.
         seed: Seed of the random numbers.
 
     Raises:
-        ValueError: for a loss that does not tell how labels are distributed.
+        ValueError: for a loss that does not tell how labels are distributed; for fewer examples than the only
+            batch size of a model.
     """
-    model, size = graph.model, _PREDICTION_BATCH_SIZE
+    model, size = graph.model, fixed_batch_size(graph)
     inputs = flat_inputs(feed, model, num_examples)
-    batches = ([x[k : k + size] for x in inputs] for k in range(0, len(inputs[0]), size))
-    parts = [as_float32(outputs) for outputs in run_batches(graph, batches)]
+    if size is not None:
+        inputs = _whole_batches(inputs, size)
+    predicted = outputs_in_batches(
+        lambda batch: as_float32(next(run_batches(graph, [batch]))),
+        inputs,
+        size or _PREDICTION_BATCH_SIZE,
+        pad=False,
+    )
     random = np.random.default_rng(seed)
-    predicted = [np.concatenate(column) for column in zip(*parts, strict=True)]
     losses = losses_by_output(model, len(predicted))
     labels = [_sample_output(loss, y, random) for loss, y in zip(losses, predicted, strict=True)]
     x = keras.tree.pack_sequence_as(graph.root.inputs, inputs)
     y = keras.tree.pack_sequence_as(graph.root.outputs, labels)
-    return Feed((x, y), model, feed.batch_size)
+    return Feed((x, y), model, size or feed.batch_size)
+
+
+def _whole_batches(inputs: list[Array], size: int) -> list[Array]:
+    """The first examples, as many as fill batches of the only size that a model takes."""
+    num = len(inputs[0])
+    if num < size:
+        raise ValueError(
+            f"The model takes batches of {size} examples only, and there are fewer. Expected {size} examples "
+            f"or more, or a model that is built for any number. Received: ds with {num} examples"
+        )
+    return [x[: num // size * size] for x in inputs]
 
 
 def _sample_output(loss: OutputLoss | None, predicted: FloatArray, random: np.random.Generator) -> Array:

@@ -100,7 +100,8 @@ def score(
             `None`: all.
         labels: "data": from `ds`. "model": sampled from the model's own predictions for its loss
             (cross-entropies, squared error, ...; at most 10,000 examples), so that `taylor` is the
-            diagonal of the true Fisher information. `None`: from `ds` if it has labels, else sampled.
+            diagonal of the true Fisher information. `None`: from `ds` if it has labels, else sampled. A model
+            of a fixed batch size gets the examples that fill whole batches.
         include: Layer names, regular expressions that match whole names, or layers: score only the
             channels that these make; `None`: all.
         exclude: In the same form: do not score the channels that these make.

@@ -107,6 +107,39 @@ def test_labels_of_the_data_can_be_left_aside():
         assert not np.allclose(one[name], data[name], rtol=1e-2)
 
 
+def fixed_and_free(size):
+    """The same network for batches of one size only, which a reshape holds it to, and for any."""
+    models = []
+    for batch in (size, None):
+        x = inputs = keras.Input((6, 6, 1), batch_size=batch)
+        x = layers.Conv2D(8, 3, activation="relu", name="conv")(x)
+        x = layers.Flatten()(x) if batch is None else keras.ops.reshape(x, (batch, 128))
+        model = keras.Model(inputs, layers.Dense(3, activation="softmax", name="head")(x))
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        models.append(model)
+    fixed, free = models
+    fixed.set_weights(free.get_weights())
+    return fixed, free
+
+
+@pytest.mark.sweep(1)
+def test_a_model_of_a_fixed_batch_size_is_scored_on_whole_batches():
+    fixed, free = fixed_and_free(8)
+    x = np.random.default_rng(0).normal(size=(21, 6, 6, 1)).astype("float32")
+    ours, wanted = keras_taylor.score(fixed, x), keras_taylor.score(free, x[:16], batch_size=8)
+    np.testing.assert_allclose(ours["conv"], wanted["conv"], rtol=1e-4)
+    small = keras_taylor.compress(fixed, x, 0.3, increment=0.3, epochs=0, batch_size=8, verbose=0)
+    assert small.count_params() <= 0.7 * fixed.count_params()
+    words = "takes batches of 8 examples only.*Expected 8 examples or more.*Received: ds with 5 examples"
+    with pytest.raises(ValueError, match=words):
+        keras_taylor.score(fixed, x[:5])
+    ours, wanted = (
+        keras_taylor.analyze(model, x, criterion="magnitude", verbose=0).sensitivity
+        for model in (fixed, free)
+    )  # every example counts where nothing is added up over a batch
+    np.testing.assert_allclose(ours.increase("conv"), wanted.increase("conv"), rtol=1e-3, atol=1e-6)
+
+
 def test_compress_without_labels(capsys):
     model, (x, y) = small_model(), stripes()
     model.fit(x, y, epochs=8, batch_size=16, verbose=0)
