@@ -129,7 +129,7 @@ def compress_command(
             exact=not channels.inexact,
             selection=pruning.selection(),
             repair=pruning.repair,
-            learning_rate=keras_taylor.FineTuning(tuning.learning_rate, tuning.keep_best),
+            learning_rate=keras_taylor.FineTuning(tuning.learning_rate, tuning.keep_best, tuning.every_round),
             max_drop=parse_max_drop(pruning.max_drop),
             distill=tuning.distill,
             epochs=tuning.epochs,

@@ -212,13 +212,13 @@ class FineTuningOptions(OptionGroup):
 
     panel: ClassVar[str] = "Fine-tuning"
 
-    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning in each round; 0: none.")] = 1
+    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning in a round that is fine-tuned; 0: none.")] = 1
     batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 32
     learning_rate: Annotated[
         float | None,
         typer.Option(
             help="The rate that each round begins with, and falls from. Default: that of the compiled model, "
-            "or 0.001; after a repair a tenth of it, or what trials find in rounds of 500 steps or more."
+            "or 0.001; after a repair a tenth of it, or what trials find in rounds of 240 steps or more."
         ),
     ] = None
     keep_best: Annotated[
@@ -229,6 +229,14 @@ class FineTuningOptions(OptionGroup):
             "loss, or the accuracy with --max-drop; or the last one.",
         ),
     ] = True
+    every_round: Annotated[
+        bool | None,
+        typer.Option(
+            "--every-round/--at-goals",
+            help="Which rounds are fine-tuned: every one, or those that reach a goal. "
+            "Default: every one with --max-drop or --no-repair.",
+        ),
+    ] = None
     distill: Annotated[
         bool, typer.Option("--distill", help="Fine-tune with the given model as the teacher.")
     ] = False

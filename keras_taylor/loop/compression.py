@@ -59,10 +59,11 @@ def compress(
     return_info: bool = False,
     **fit_kwargs: Any,
 ) -> CompressionResult:
-    """Makes a trained model smaller, round by round, and fine-tunes it in each round.
+    """Makes a trained model smaller, round by round, and fine-tunes it.
 
-    Every round scores the channels, removes the least important ones, refits the layers that read them,
-    and trains the smaller model. Iterative pruning with fine-tuning is from Molchanov et al., Pruning
+    Every round scores the channels, removes the least important ones, and refits the layers that read them.
+    The model is trained where a goal is reached; with `max_drop`, or without repair, in every round, see
+    `keras_taylor.FineTuning`. Iterative pruning with fine-tuning is from Molchanov et al., Pruning
     Convolutional Neural Networks for Resource Efficient Inference, 2017 (arXiv 1611.06440); the default
     scores extend Molchanov et al., Importance Estimation for Neural Network Pruning, 2019 (arXiv
     1906.10771), see `keras_taylor.criteria`.
@@ -97,7 +98,7 @@ def compress(
             amounts may have a unit: `{"params": 200_000, "flops": 0.5}`, `{"bytes:litert-int8": "256 KiB",
             "latency": "2.5 ms"}`. A list of goals makes stops on one way down; each must ask for more than
             the one before. `None`: as far as `max_drop` allows. Default 0.3.
-        **fit_kwargs: Arguments of `model.fit`: `epochs` (a round, default 1; 0: no fine-tuning),
+        **fit_kwargs: Arguments of `model.fit`: `epochs` (of a round that is trained, default 1; 0: no fine-tuning),
             `batch_size`, `validation_data`, `callbacks`, `class_weight`, ... Each round starts with the
             same learning rate, and with the momentum and moments of the channels that stayed. If the
             optimizer follows a schedule, it starts again in each round, its momentum too: both count the
@@ -144,12 +145,13 @@ def compress(
             `keras.distillation.DistillationLoss` or a list of them: it imitates what these say, features
             for instance. The compiled loss on the labels makes up half of the loss, or none of it if `ds`
             has no labels; weights of examples and classes count in that half. Default `False`.
-        learning_rate: Learning rate that each round begins with, a float above 0, or a `FineTuning`, which
-            also says whether the best state is kept. Within the round it falls to zero by a cosine. `None`
+        learning_rate: Learning rate that training begins with, a float above 0, or a `FineTuning`, which
+            also says which rounds are trained, and whether the best state is kept. Within the round it falls to zero by a cosine. `None`
             (the default): the compiled rate if `repair` is off. Otherwise a tenth of it, since a repaired
-            model has less to learn and more to lose; in rounds of 500 steps or more, short trials on the same
+            model has less to learn and more to lose; in rounds of 240 steps or more, short trials on the same
             batches find a higher one: up to five rates, each three times the one before, in at most a tenth
-            of the round's steps. The highest one that is not clearly worse than the best is taken. A schedule
+            of the round's steps. The highest one that does no harm is taken, at most the one above the best
+            trial's (after Smith, Cyclical Learning Rates, 2017, arXiv 1506.01186). A schedule
             that the optimizer was compiled with is kept. Your own callbacks that set the rate (cycles,
             rewinding) have the last word. The result has the compiled rate again.
 

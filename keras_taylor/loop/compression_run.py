@@ -19,7 +19,7 @@ from keras_taylor.cutting.remade_tasks import as_task
 from keras_taylor.cutting.surgery import build_smaller_compiled, copy_model
 from keras_taylor.loop import messages
 from keras_taylor.loop.backups import capture, restore_model
-from keras_taylor.loop.fine_tuning import DivergenceError
+from keras_taylor.loop.fine_tuning import DivergenceError, FitResult
 from keras_taylor.loop.judging import WatchedMetrics
 from keras_taylor.loop.preparation import PreparedRun
 from keras_taylor.loop.route import measure_reached
@@ -179,9 +179,9 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetrics) -> Rou
     with clock.phase("prune"):
         pruned = prune_round(run, state, labeled, unit_scores, target)
     with clock.phase("repair"):
-        repairs = repair_round(run, pruned, f"{name}: repair", thorough=not state.is_trained)
+        repairs = repair_round(run, state, pruned, target, f"{name}: repair")
     with clock.phase("fit"):
-        fitted = run.tuner.train(pruned.model, state.model, run.reporter.callback(f"{name}: fine-tuning"))
+        fitted = train_round(run, state, pruned, target, f"{name}: fine-tuning")
     judgment = judge_round(run, pruned, target, watched)
     if fitted.failure:
         rate = run.tuner.current_rate if fitted.rate is None else fitted.rate["peak"]
@@ -232,17 +232,32 @@ def prune_round(
     return PrunedModel(small, labeled, kept, plan, total_plan)
 
 
-def repair_round(run: PreparedRun, pruned: PrunedModel, phase: str, thorough: bool) -> list[LayerRepair]:
-    """Refits the layers that lost inputs, and if `thorough` those behind them."""
+def repair_round(
+    run: PreparedRun, state: RunState, pruned: PrunedModel, target: RoundTarget, phase: str
+) -> list[LayerRepair]:
+    """Refits the layers that lost inputs, and those behind them as long as no training was kept."""
     if not run.settings.repair:
         return []
     inputs = run.repair_inputs
     track = functools.partial(run.reporter.track, phase=phase)
-    repairs = refit(pruned.source, pruned.kept, pruned.model, inputs, thorough, track)
+    repairs = refit(pruned.source, pruned.kept, pruned.model, inputs, not state.is_trained, track)
     graph = read_model(pruned.model)
     return repairs + renew_statistics(
-        graph, split_into_batches(inputs, fixed_batch_size(graph)), training=run.tuner.trains
+        graph, split_into_batches(inputs, fixed_batch_size(graph)), training=run.trains_for(target)
     )
+
+
+def train_round(
+    run: PreparedRun, state: RunState, pruned: PrunedModel, target: RoundTarget, phase: str
+) -> FitResult:
+    """Trains the model of a round, or only judges it on the way to a goal.
+
+    Repair keeps more than the training of every round does: in a few steps each, most of it goes into models
+    that are cut again.
+    """
+    if not run.trains_for(target):
+        return run.tuner.assess(pruned.model)
+    return run.tuner.train(pruned.model, state.model, run.reporter.callback(phase))
 
 
 def judge_round(
@@ -299,6 +314,7 @@ def announce_run(run: PreparedRun) -> None:
         learning_rate=run.tuner.learning_rate,
         tries_rates=run.tuner.search is not None,
         epochs=run.tuner.epochs if run.tuner.trains else 0,
+        trains_at_goals=not run.trains_every_round,
         judged_on=run.tuner.judge.examples if run.tuner.judge is not None else "",
     )
     goals, route = run.route.goals.stops, run.route

@@ -175,6 +175,14 @@ class FineTuner:
         numbers = {name: [as_number(value) for value in values] for name, values in history.items()}
         return FitResult(numbers, losses.values, judged, rate, failure)
 
+    def assess(self, model: keras.Model) -> FitResult:
+        """Judges a model that is not trained, if there is a judge."""
+        if self.judge is None or not self.trains:
+            return FitResult({}, [], self._untrained_record())
+        found = self.judge.assess(model)
+        reason = "not trained on the way to a goal"
+        return FitResult({}, [], self._record_of([found.metrics], reason))
+
     @property
     def _start_rate(self) -> RateRecord | None:
         if self.learning_rate is None:
@@ -187,14 +195,16 @@ class FineTuner:
         return make_distiller(model, self._teacher, self.distill, self.feed.has_targets)
 
     def _untrained_record(self) -> JudgedRecord | None:
-        if not self.obstacle:
-            return None
+        return self._record_of([], f"not trained, {self.obstacle}") if self.obstacle else None
+
+    def _record_of(self, metrics: list[dict[str, float]], reason: str) -> JudgedRecord:
+        judge = self.judge if metrics else None
         return {
             "epoch": 0,
-            "measure": "",
-            "examples": "",
-            "metrics": [],
-            "reason": f"not trained, {self.obstacle}",
+            "measure": judge.measure if judge is not None else "",
+            "examples": judge.examples if judge is not None else "",
+            "metrics": metrics,
+            "reason": reason,
         }
 
 
@@ -250,9 +260,12 @@ class FineTuning:
             in `compress`.
         keep_best: Whether a round keeps the best state of its model, the one before training among them, as
             `compress` says. `False`: it keeps the last one, and all examples are trained on. Default `True`.
+        every_round: Whether every round is trained. `False`: only rounds that reach a goal; those on the way
+            to it are cut and repaired. `None` (the default): every round if `repair` is off or there is a
+            `max_drop`, since a round is judged by what training makes of it then; else `False`.
 
     Raises:
-        ValueError: If `learning_rate` is not a number above 0.
+        ValueError: If `learning_rate` is not a number above 0, or `every_round` not a truth value or `None`.
 
     Example:
 
@@ -262,12 +275,17 @@ class FineTuning:
 
     learning_rate: float | None = None
     keep_best: bool = True
+    every_round: bool | None = None
 
     def __post_init__(self) -> None:
         rate = self.learning_rate
         is_number = isinstance(rate, (int, float, np.floating)) and not isinstance(rate, bool)
         if rate is not None and not (is_number and 0 < rate < np.inf):
             raise ValueError(f"Expected a learning rate above 0. Received: learning_rate={rate!r}")
+        if self.every_round not in (True, False, None):
+            raise ValueError(
+                f"Expected `True`, `False` or `None`. Received: every_round={self.every_round!r}"
+            )
 
 
 def parse_fine_tuning(learning_rate: float | FineTuning | None) -> FineTuning:

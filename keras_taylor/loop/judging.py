@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.loop.round_scores import share_of_trained
-from keras_taylor.reports.run_record import JudgedRecord
+from keras_taylor.reports.run_record import ON_VALIDATION_DATA, JudgedRecord
 from keras_taylor.scores.losses import OutputLabels, example_divergences
 from keras_taylor.support.arguments import MovedArgument, format_value, larger_is_better
 from keras_taylor.support.arrays import as_number
@@ -396,7 +396,7 @@ class MetricJudge:
         given: The model before pruning, compiled.
     """
 
-    examples = "the validation data"
+    examples = ON_VALIDATION_DATA
 
     def __init__(self, validation: Validation, given: keras.Model) -> None:
         self._validation, self._given = validation, given

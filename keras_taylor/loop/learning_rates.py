@@ -19,9 +19,8 @@ from keras_taylor.support.types import FloatArray
 # Learning rate of a repaired model, as a share of the compiled one.
 _RATE_AFTER_REPAIR = 0.1
 _FACTOR = 3  # from trial to trial
-# Trials of a round: one for so many steps of it, at most so many; the steps of each; their share of a round.
-_STEPS_PER_TRIAL, _MOST_TRIALS = 250, 5
-_TRIAL_STEPS, _SHARE_OF_ROUND = (25, 100), 0.1
+# Trials of a round: at most so many; the steps of each; their share of a round.
+_MOST_TRIALS, _TRIAL_STEPS, _SHARE_OF_ROUND = 5, (12, 100), 0.1
 _HOPELESS = 3  # standard errors behind the best: higher rates are not tried
 
 
@@ -44,7 +43,12 @@ class RateSearch:
     class_weight: Mapping[int, float] | None = None
 
     def find(self, model: keras.Model, trainer: keras.Model, first: float) -> RateRecord:
-        """Returns the highest rate that is not clearly worse than the best, and what was tried.
+        """Returns a high rate that does no harm, and what was tried.
+
+        A trial is too short to show what a high rate gains in the long run; it shows what the rate destroys
+        (as the range test of Smith, Cyclical Learning Rates for Training Neural Networks, 2017). So the
+        highest rate is chosen that is not clearly worse than the best trial, or the one above the best if it
+        is not clearly worse than the model before any training.
 
         Args:
             model: The compiled model. Its state does not change.
@@ -52,6 +56,7 @@ class RateSearch:
             first: The lowest rate.
         """
         state, found = ModelState(model), list[_Trial]()
+        start = _Trial(0.0, self.judge.assess(model).penalties)
         batches = self._batches()
         for number in range(self.num_trials):
             rate = first * _FACTOR**number
@@ -62,10 +67,8 @@ class RateSearch:
             found.append(_Trial(rate, penalties))
             if found[-1].is_behind(_best_of(found), _HOPELESS):
                 break
-        best = _best_of(found) if found else None
-        chosen = first if best is None else max(one.rate for one in found if not one.is_behind(best, 1))
         return {
-            "peak": chosen,
+            "peak": _choose(start, found) if found else first,
             "steps": self.num_steps,
             "measure": self.judge.measure,
             "trials": [[one.rate, float(one.penalties.mean())] for one in found],
@@ -99,17 +102,26 @@ class _Trial(NamedTuple):
         return bool(excess.mean() > num_errors * standard_error(excess))
 
 
+def _choose(start: _Trial, trials: Sequence[_Trial]) -> float:
+    best = _best_of(trials)
+    next_rate = best.rate * _FACTOR * 1.01  # rates are products
+    return max(
+        one.rate
+        for one in trials
+        if not one.is_behind(best, 1) or (one.rate <= next_rate and not one.is_behind(start, 1))
+    )
+
+
 def _best_of(trials: Sequence[_Trial]) -> _Trial:
     return min(trials, key=lambda one: one.penalties.mean())
 
 
 def plan_trials(num_steps: int | None) -> tuple[int, int]:
     """Returns how many trials a round of so many steps has, and their steps; (0, 0): none."""
-    num_trials = min((num_steps or 0) // _STEPS_PER_TRIAL, _MOST_TRIALS)
-    if num_steps is None or num_trials < 2:
-        return 0, 0
+    budget = int((num_steps or 0) * _SHARE_OF_ROUND)
     least, most = _TRIAL_STEPS
-    return num_trials, min(max(int(num_steps * _SHARE_OF_ROUND / num_trials), least), most)
+    num_trials = min(budget // least, _MOST_TRIALS)
+    return (num_trials, min(budget // num_trials, most)) if num_trials > 1 else (0, 0)
 
 
 class CosineDecay(keras.callbacks.Callback):

@@ -35,6 +35,7 @@ class RoundOutline:
         learning_rate: That of the fine-tuning, or of the first trial; `None`: the optimizer has a schedule.
         tries_rates: Whether trials find a higher one.
         epochs: Epochs of fine-tuning.
+        trains_at_goals: Whether only rounds that reach a goal are fine-tuned.
         judged_on: The examples on which states of a model are compared, in words; empty if they are not.
     """
 
@@ -46,6 +47,7 @@ class RoundOutline:
     learning_rate: float | None
     tries_rates: bool
     epochs: int
+    trains_at_goals: bool = False
     judged_on: str = ""
 
 
@@ -67,7 +69,7 @@ def describe_run(model: keras.Model, info: Info, outline: RoundOutline) -> Itera
     if outline.epochs:
         rate = describe_learning_rate(model, outline.learning_rate)
         yield f"learning rate: {rate}" + (
-            "; each round tries it and higher ones" if outline.tries_rates else ""
+            "; short trials of it and higher ones come first" if outline.tries_rates else ""
         )
     if info.round_to > 1:
         yield f"every group of channels keeps a multiple of {info.round_to}"
@@ -93,7 +95,8 @@ def _describe_steps(criterion: str, outline: RoundOutline) -> Iterator[str]:
     if outline.epochs:
         optimizer = "" if outline.carries_optimizer else " with a new optimizer"
         falling = "" if outline.learning_rate is None else " at a learning rate that falls to zero"
-        yield f"fine-tuning{optimizer}{falling}, epochs: {outline.epochs}"
+        when = "where a goal is reached " if outline.trains_at_goals and outline.num_rounds > 1 else ""
+        yield f"{when}fine-tuning{optimizer}{falling}, epochs: {outline.epochs}"
         if outline.judged_on:
             yield f"the best state on {outline.judged_on} is kept"
 
@@ -151,7 +154,7 @@ def _describe_trials(rate: RateRecord) -> str:
     """Which learning rate was chosen, and why."""
     found = ", ".join(f"{value:.4g} at {one:.3g}" for one, value in rate["trials"])
     return (
-        f"learning rate {rate['peak']:.3g}, the highest that is not clearly worse than the best "
+        f"learning rate {rate['peak']:.3g}, chosen by trials "
         f"({rate['measure']} after {rate['steps']} steps: {found})"
     )
 

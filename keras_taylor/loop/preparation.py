@@ -13,7 +13,7 @@ import numpy as np
 from keras_taylor.budget.goals import GoalLike
 from keras_taylor.budget.measured_costs import proxy_cost
 from keras_taylor.budget.measuring import Measurements
-from keras_taylor.budget.schedule import Increment
+from keras_taylor.budget.schedule import Increment, RoundTarget
 from keras_taylor.loop.backups import Backups, describe_call, draw_seed
 from keras_taylor.loop.fine_tuning import (
     Distill,
@@ -150,6 +150,16 @@ class PreparedRun:
     def repair_inputs(self) -> Tree:
         """The inputs of all repairs, read from the data once."""
         return sample_inputs(self.tuner.feed, graphs.read_model(self.original))
+
+    @property
+    def trains_every_round(self) -> bool:
+        """Whether rounds on the way to a goal are trained, too."""
+        wanted = self.settings.tuning.every_round
+        return bool(not self.settings.repair or self.settings.limits if wanted is None else wanted)
+
+    def trains_for(self, target: RoundTarget) -> bool:
+        """Whether the model of a round with this target is trained."""
+        return self.tuner.trains and (self.trains_every_round or target.goal_index is not None)
 
     def seed_round(self, number: int) -> None:
         """Sets the random seed of a round to a function of its number, so that it can be repeated."""
@@ -367,5 +377,6 @@ def _describe_run_settings(run: PreparedRun) -> dict[str, Any]:
         steps_per_epoch=tuner.feed.steps_per_epoch,
         validation_split=settings.fit_kwargs.get("validation_split"),
         keep_best=settings.tuning.keep_best,
+        every_round=run.trains_every_round,
         examples=run.num_examples,
     )

@@ -54,6 +54,9 @@ class InexactRecord(TypedDict):
     changes: list[str]
 
 
+ON_VALIDATION_DATA = "the validation data"  # what `examples` of a `JudgedRecord` may say
+
+
 class JudgedRecord(TypedDict):
     """Which state of a round's model was kept: as repaired (epoch 0), or after an epoch of training.
 
@@ -147,8 +150,11 @@ class Round:
         last = self.kept_epoch - 1
         if last >= 0:
             return {name: values[last] for name, values in self.history.items() if last < len(values)}
-        found = self.judged["metrics"][0] if self.judged is not None and self.judged["metrics"] else {}
-        named = {f"val_{name}": value for name, value in found.items()}
+        if self.judged is None or not self.judged["metrics"]:
+            return {}
+        named = {f"val_{name}": value for name, value in self.judged["metrics"][0].items()}
+        if not self.history:
+            return named if self.judged["examples"] == ON_VALIDATION_DATA else {}
         return {name: named[name] for name in self.history if name in named}
 
     @property
@@ -175,8 +181,8 @@ class Round:
             return ""
         parts = [f"epoch {self.kept_epoch} of {self.num_epochs} kept"] if self.num_epochs else []
         parts += [self.judged["reason"]] if self.judged["reason"] else []
-        when = ("before training", "after it")
-        found = ", ".join(f"{value:.4g} {at}" for value, at in zip(self.judged_values, when, strict=False))
+        when = (" before training", " after it") if self.num_epochs else ("",)
+        found = ", ".join(f"{value:.4g}{at}" for value, at in zip(self.judged_values, when, strict=False))
         return ", ".join(parts) + (f": {self.judged['measure']} {found}" if found else "")
 
     @property

@@ -144,7 +144,8 @@ def _verdict_columns(record: RunRecord) -> list[str]:
 
 def _verdict_cells(one: Round) -> list[str]:
     values = [f"{value:.4g}" for value in one.judged_values]
-    return [f"{one.kept_epoch} of {one.num_epochs}", *values, *[""] * (2 - len(values))]
+    kept = f"{one.kept_epoch} of {one.num_epochs}" if one.num_epochs else ""
+    return [kept, *values, *[""] * (2 - len(values))]
 
 
 def _cost_cells(costs: Costs, measured: list[str]) -> list[str]:

@@ -75,7 +75,7 @@ def test_callbacks_of_the_user_have_the_last_word(callback, wanted):
     np.testing.assert_allclose(rates.values, wanted, rtol=1e-5)
 
 
-LONG = {"epochs": 30, "batch_size": 15}  # 510 steps, or 540 where nothing is held out
+LONG = {"epochs": 15, "batch_size": 15}  # 255 steps, or 270 where nothing is held out
 
 
 @pytest.fixture(scope="module")
@@ -93,22 +93,22 @@ def test_trials_find_a_rate_and_leave_the_model_as_it_was(trained, capsys):
     _, done, rates = compress(model, ds, verbose=2, **LONG)
     (first, at_first), (second, at_second) = done.learning_rate["trials"]
     assert (first, second) == pytest.approx((0.005, 0.015)) and at_second < at_first
-    assert done.learning_rate["peak"] == second and done.learning_rate["steps"] == 25
+    assert done.learning_rate["peak"] == second and done.learning_rate["steps"] == 12
     (start,) = rates.starts
     assert same(start, without.starts[0])
-    assert rates.values[0] == pytest.approx(second) and len(rates.values) == 510
+    assert rates.values[0] == pytest.approx(second) and len(rates.values) == 255
     printed = capsys.readouterr().out
     assert (
-        "learning rate: 0.005, 0.1 times the compiled rate, 0.05; each round tries it and higher" in printed
+        "learning rate: 0.005, 0.1 times the compiled rate, 0.05; short trials" in printed
     )
-    words = "learning rate 0.015, the highest that is not clearly worse than the best (loss after 25 steps: "
+    words = "learning rate 0.015, chosen by trials (loss after 12 steps: "
     assert f"{words}{at_first:.4g} at 0.005, {at_second:.4g} at 0.015)" in printed
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        {**LONG, "epochs": 29},
+        {**LONG, "epochs": 14},
         {**LONG, "learning_rate": 0.005},
         {**LONG, "learning_rate": keras_taylor.FineTuning(keep_best=False)},
         {**LONG, "repair": False},
