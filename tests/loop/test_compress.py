@@ -19,6 +19,8 @@ from keras_taylor.support.console import Reporter
 
 pytestmark = pytest.mark.sweep(3)
 
+EVERY_ROUND = {"learning_rate": keras_taylor.FineTuning(every_round=True)}
+
 
 @pytest.fixture(scope="module")
 def finished():
@@ -39,6 +41,7 @@ def finished():
         callbacks=[callback],
         return_info=True,
         verbose=0,
+        **EVERY_ROUND,
     )
     return model, small, info, seen
 
@@ -68,18 +71,72 @@ class Rates(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(
     ("arguments", "rate"),
-    [({}, 0.005), ({"repair": False}, 0.05), ({"learning_rate": 0.02}, 0.02), ({"distill": True}, 0.005)],
+    [
+        ({}, 0.005),
+        ({"repair": False}, 0.05),
+        ({"learning_rate": keras_taylor.FineTuning(0.02, every_round=True)}, 0.02),
+        ({"distill": True}, 0.005),
+    ],
     ids=str,
 )
 def test_what_was_repaired_is_fine_tuned_at_a_tenth_of_the_learning_rate(arguments, rate):
     rates = Rates()
     small, info = keras_taylor.compress(
         *(small_model(), stripes(), 0.3),
-        **{"increment": 0.15, "callbacks": [rates], "verbose": 0, "return_info": True, **arguments},
+        **{
+            "increment": 0.15,
+            "callbacks": [rates],
+            "verbose": 0,
+            "return_info": True,
+            **EVERY_ROUND,
+            **arguments,
+        },
     )
     assert rates.values == pytest.approx([rate] * 2)
     assert bool(info.rounds[0].repairs) == arguments.get("repair", True)
     assert float(small.optimizer.learning_rate) == pytest.approx(0.05)
+
+
+VALIDATED = {"validation_data": stripes(9)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trained"),
+    [
+        ({}, [False, True]),
+        ({"goal": [0.15, 0.3]}, [True, True]),
+        ({"repair": False}, [True, True]),
+        ({"max_drop": 10.0, **VALIDATED}, [True, True]),
+        ({"max_drop": 10.0, "learning_rate": keras_taylor.FineTuning(every_round=False), **VALIDATED}, [False, True]),
+        (EVERY_ROUND, [True, True]),
+        ({"epochs": 0, **EVERY_ROUND}, [False, False]),
+    ],
+    ids=["default", "two goals", "no repair", "max_drop", "max_drop at goals", "every round", "no epochs"],
+)  # fmt: skip
+def test_which_rounds_are_trained(arguments, trained):
+    arguments = {"goal": 0.3, "increment": 0.15, "verbose": 0, "return_info": True, **arguments}
+    _, info = keras_taylor.compress(small_model(), stripes(), **arguments)
+    assert [bool(one.history) for one in info.rounds] == trained
+    assert [bool(one.step_losses) for one in info.rounds] == trained
+
+
+def test_a_round_on_the_way_is_judged_not_trained(capsys):
+    arguments = {"increment": 0.15, "verbose": 2, "return_info": True, **VALIDATED}
+    _, info = keras_taylor.compress(small_model(), stripes(), **arguments)
+    first, last = info.rounds
+    assert set(first.kept_history) == {"val_loss", "val_accuracy"} and first.judged["epoch"] == 0
+    assert (
+        first.verdict() == f"not trained on the way to a goal: loss {first.judged['metrics'][0]['loss']:.4g}"
+    )
+    assert last.num_epochs == 1
+    assert "then repair, then where a goal is reached fine-tuning" in capsys.readouterr().out
+
+
+def test_a_choice_of_rounds_that_is_none():
+    with pytest.raises(
+        ValueError, match=r"Expected `True`, `False` or `None`. Received: every_round='goals'"
+    ):
+        keras_taylor.FineTuning(every_round="goals")
 
 
 @pytest.mark.parametrize(
@@ -418,8 +475,9 @@ def test_early_stopping_of_the_user_ends_the_round_not_the_run():
         on_epoch_end=lambda epoch, logs: setattr(stop.model, "stop_training", True)
     )
     _, info = keras_taylor.compress(
-        small_model(), stripes(), increment=0.15, epochs=5, callbacks=[stop], return_info=True, verbose=0
-    )
+        small_model(), stripes(), increment=0.15, epochs=5, callbacks=[stop], return_info=True, verbose=0,
+        **EVERY_ROUND,
+    )  # fmt: skip
     assert [len(r.history["loss"]) for r in info.rounds] == [1, 1]
 
 
@@ -433,7 +491,13 @@ def test_a_checkpoint_of_the_best_epoch_holds_the_smallest_model(tmp_path):
     path = tmp_path / "best.keras"
     best = keras.callbacks.ModelCheckpoint(path, "val_accuracy", mode="max", save_best_only=True)
     stop = keras.callbacks.EarlyStopping("val_accuracy", mode="max", restore_best_weights=True)
-    arguments = {"increment": 0.15, "epochs": 3, "callbacks": [worse, best, stop], "verbose": 0}
+    arguments = {
+        "increment": 0.15,
+        "epochs": 3,
+        "callbacks": [worse, best, stop],
+        "verbose": 0,
+        **EVERY_ROUND,
+    }
     small = keras_taylor.compress(small_model(), stripes(), **arguments)
     assert len(rounds) == 2 and best.best == pytest.approx(0.8)
     assert keras.models.load_model(path).count_params() == small.count_params()
@@ -459,7 +523,7 @@ def test_ctrl_c_gives_back_the_last_complete_round():
 
     callback = keras.callbacks.LambdaCallback(on_epoch_begin=interrupt)
     with pytest.raises(keras_taylor.CompressionInterrupted, match="after 1 complete rounds") as caught:
-        keras_taylor.compress(model, data, increment=0.1, callbacks=[callback], verbose=0)
+        keras_taylor.compress(model, data, increment=0.1, callbacks=[callback], verbose=0, **EVERY_ROUND)
     error = caught.value
     assert isinstance(error, KeyboardInterrupt)
     assert error.model.count_params() == error.info.after["params"] == error.info.rounds[0].params

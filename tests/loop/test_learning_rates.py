@@ -98,9 +98,7 @@ def test_trials_find_a_rate_and_leave_the_model_as_it_was(trained, capsys):
     assert same(start, without.starts[0])
     assert rates.values[0] == pytest.approx(second) and len(rates.values) == 255
     printed = capsys.readouterr().out
-    assert (
-        "learning rate: 0.005, 0.1 times the compiled rate, 0.05; short trials" in printed
-    )
+    assert "learning rate: 0.005, 0.1 times the compiled rate, 0.05; short trials" in printed
     words = "learning rate 0.015, chosen by trials (loss after 12 steps: "
     assert f"{words}{at_first:.4g} at 0.005, {at_second:.4g} at 0.015)" in printed
 
