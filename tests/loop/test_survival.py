@@ -54,9 +54,10 @@ def data(num=40):
 
 
 def run(model=None, ds=None, **arguments):
-    """Model and `Info` of three rounds of two epochs; no scoring pass, which backends compile for long."""
+    """Model and `Info` of three rounds of two epochs each; no scoring pass, which backends compile for long."""
     arguments = {"goal": 0.45, "increment": 0.15, "epochs": 2, "batch_size": 16, **arguments}
     arguments = {"criterion": "magnitude", "verbose": 0, "return_info": True, **arguments}
+    arguments = {"learning_rate": keras_taylor.FineTuning(every_round=True), **arguments}
     return keras_taylor.compress(model or tiny_model(), ds or data(), **arguments)
 
 
@@ -593,7 +594,7 @@ class Spoil(keras.callbacks.Callback):
 
 def diverged(words, **arguments):
     with pytest.warns(UserWarning, match=words):
-        model, info = run(learning_rate=keras_taylor.FineTuning(keep_best=False), **arguments)
+        model, info = run(learning_rate=keras_taylor.FineTuning(keep_best=False, every_round=True), **arguments)
     assert re.fullmatch(words, info.stop_reason)
     return model, info
 
@@ -629,7 +630,7 @@ def test_a_later_round_that_diverges_gives_the_model_of_the_one_before(tmp_path)
     good = np.load(newest(tmp_path))
     for number, value in enumerate(values(small.weights)):
         assert any(np.array_equal(value, good[k]) for k in good.files if k.startswith("variables-")), number
-    last = keras_taylor.FineTuning(keep_best=False)
+    last = keras_taylor.FineTuning(keep_best=False, every_round=True)
     _, info = run(backup_dir=tmp_path, learning_rate=last)  # as with a rate that does not diverge
     assert info.stop_reason == "goal reached" and len(info.rounds) == 3
 
@@ -696,7 +697,7 @@ class Recorded(keras.callbacks.EarlyStopping):
 def test_early_stopping_ends_a_round_and_not_the_run(restore):
     # the loss falls in every round's first epochs, never by so much
     stop = Recorded(monitor="loss", min_delta=100.0, patience=2, restore_best_weights=restore)
-    last = keras_taylor.FineTuning(keep_best=False)
+    last = keras_taylor.FineTuning(keep_best=False, every_round=True)
     small, info = run(epochs=6, callbacks=[stop], learning_rate=last)
     assert [len(r.history["loss"]) for r in info.rounds] == [3, 3, 3]
     assert info.stop_reason == "goal reached"
