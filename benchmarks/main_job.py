@@ -10,6 +10,7 @@ folder that KERAS_TAYLOR_DATA names.
 
 import argparse
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -23,11 +24,12 @@ from peers import DATA, goal_of
 HEAD = """# The main job
 
 Accuracy on test images, which were looked at only here. "Repaired only": `compress(..., epochs=0)`.
-"compress": defaults, {epochs} epochs a round on {num} images with flips and shifts of 4, nothing held out by
-hand. "Same time": Torch-Pruning's criterion cuts once as much, and its network (BatchNorm statistics renewed)
-is trained by one cycle of the learning rate to {peak} for the wall time that `compress` took. "Scratch": the
-widths that `compress` found, trained anew in that time. Means over {seeds} seeds, with the spread (largest
-less smallest) where there are several.
+"compress": increment {increment}, {epochs} epochs in all on {num} images with flips and shifts of 4,
+nothing held out by hand, all else by default. Torch-Pruning's criteria cut once as much; their networks
+(BatchNorm statistics renewed) are trained by one cycle of the learning rate to {peak}, in plain PyTorch:
+"steps" as many steps as `compress`, "time" as long as `compress` took with scores, repairs and judging.
+"Scratch": the widths that `compress` found, trained anew in Keras for that time. Means over
+{seeds} seeds, with the spread (largest less smallest) where there are several.
 """
 
 
@@ -59,7 +61,13 @@ def ours(model, train, what, share, options):
         batches = resnet_cifar.Augmented(*train, networks.BATCH_SIZE, seed=options.seed)
         start = time.perf_counter()
         small, info = keras_taylor.compress(
-            model, batches, {what: share}, epochs=epochs, return_info=True, verbose=0
+            model,
+            batches,
+            {what: share},
+            increment=options.increment,
+            epochs=epochs,
+            return_info=True,
+            verbose=0,
         )
         for number, one in enumerate(info.rounds, 1):
             print("   round", number, {k: v[-1] for k, v in one.history.items()}, file=sys.stderr)
@@ -70,7 +78,9 @@ def ours(model, train, what, share, options):
 
 
 def peer(model, train, criterion, what, share, seconds, options):
-    """Accuracy function of what Torch-Pruning leaves, trained for so many seconds."""
+    """What Torch-Pruning leaves, trained for as many steps as `compress`, and for so many seconds."""
+    import copy
+
     import torch
     import torch_peer
 
@@ -81,12 +91,15 @@ def peer(model, train, criterion, what, share, seconds, options):
     start = time.perf_counter()
     found = torch_peer.Peer(network, criterion, images, y[:: max(len(x) // 2000, 1)])
     small = torch_peer.renewed(found.pruned(what, share), images[::2])
-    fit(small, train, seconds - (time.perf_counter() - start), options)
-    return small
+    left = seconds - (time.perf_counter() - start)
+    other = copy.deepcopy(small)
+    fit(small, train, options, num_steps=options.epochs * -(-len(y) // networks.BATCH_SIZE))
+    fit(other, train, options, seconds=left)
+    return small, other
 
 
-def fit(network, train, seconds, options):
-    """Trains a PyTorch module by one cycle of the learning rate for so many seconds."""
+def fit(network, train, options, num_steps=math.inf, seconds=math.inf):
+    """Trains a PyTorch module by one cycle of the learning rate for so many steps, or seconds."""
     import resnet_cifar
     import torch
 
@@ -96,7 +109,7 @@ def fit(network, train, seconds, options):
     optimizer = torch.optim.SGD(weights, options.rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     start, k = time.perf_counter(), 0
     network.train()
-    while (gone := (time.perf_counter() - start) / seconds) < 1:
+    while (gone := max((time.perf_counter() - start) / seconds, k / num_steps)) < 1:
         share = gone / 0.3 if gone < 0.3 else 0.5 * (1 + np.cos(np.pi * (gone - 0.3) / 0.7))
         for group in optimizer.param_groups:
             group["lr"] = options.rate * share
@@ -108,7 +121,7 @@ def fit(network, train, seconds, options):
         k += 1
         if k % len(batches) == 0:
             batches.on_epoch_end()
-    print(f"   {k} steps in {seconds:.0f} s", file=sys.stderr, flush=True)
+    print(f"   {k} steps in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def torch_accuracy(network, test):
@@ -166,8 +179,9 @@ def measure(path, what, share, options):
         "compress": accuracy(small, test),
     }
     for criterion in options.theirs:
-        network = peer(model, train, criterion, what, share, seconds, options)
-        found[f"{criterion}, same time"] = torch_accuracy(network, test)
+        found_networks = peer(model, train, criterion, what, share, seconds, options)
+        for budget, network in zip(("steps", "time"), found_networks, strict=True):
+            found[f"{criterion}, {budget}"] = torch_accuracy(network, test)
     if options.scratch:
         found["scratch"] = accuracy(from_scratch(small, train, seconds, options), test)
     return found
@@ -184,7 +198,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("networks", type=pathlib.Path, nargs="+", help="files of trained networks")
     parser.add_argument("--goals", type=goal_of, nargs="+", default=[("params", 0.3), ("params", 0.5)])
-    parser.add_argument("--epochs", type=int, default=1, help="of each round of `compress`")
+    parser.add_argument("--epochs", type=int, default=1, help="of `compress`, where the goal is reached")
+    parser.add_argument("--increment", type=float, default=0.05, help="of `compress`")
     parser.add_argument("--images", type=int, help="to train on; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -209,7 +224,8 @@ def main():
             cells = [cell(name, [one[name] for one in found]) for name in found[0]]
             rows.append([path.stem, f"{what} {share:.0%}", *cells])
     num = options.images or "all"
-    print(HEAD.format(epochs=options.epochs, num=num, peak=options.rate, seeds=options.seeds))
+    values = {"epochs": options.epochs, "increment": options.increment, "seeds": options.seeds}
+    print(HEAD.format(**values, num=num, peak=options.rate))
     print(machine([keras.backend.backend()]), end="\n\n")
     print(markdown_table(header, rows))
 

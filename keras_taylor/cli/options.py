@@ -212,7 +212,12 @@ class FineTuningOptions(OptionGroup):
 
     panel: ClassVar[str] = "Fine-tuning"
 
-    epochs: Annotated[int, typer.Option(help="Epochs of fine-tuning in a round that is fine-tuned; 0: none.")] = 1
+    epochs: Annotated[
+        int,
+        typer.Option(
+            help="Epochs of fine-tuning for each round; those of all rounds are trained where a goal is reached. 0: none."
+        ),
+    ] = 1
     batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 32
     learning_rate: Annotated[
         float | None,
@@ -233,8 +238,8 @@ class FineTuningOptions(OptionGroup):
         bool | None,
         typer.Option(
             "--every-round/--at-goals",
-            help="Which rounds are fine-tuned: every one, or those that reach a goal. "
-            "Default: every one with --max-drop or --no-repair.",
+            help="Whether every round is fine-tuned, or all epochs come where a goal is reached. "
+            "Default: every round with --max-drop or --no-repair.",
         ),
     ] = None
     distill: Annotated[

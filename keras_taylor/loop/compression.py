@@ -62,8 +62,8 @@ def compress(
     """Makes a trained model smaller, round by round, and fine-tunes it.
 
     Every round scores the channels, removes the least important ones, and refits the layers that read them.
-    The model is trained where a goal is reached; with `max_drop`, or without repair, in every round, see
-    `keras_taylor.FineTuning`. Iterative pruning with fine-tuning is from Molchanov et al., Pruning
+    The model is trained where a goal is reached, with the epochs of all rounds that led to it; with
+    `max_drop`, or without repair, in every round, see `keras_taylor.FineTuning`. Iterative pruning with fine-tuning is from Molchanov et al., Pruning
     Convolutional Neural Networks for Resource Efficient Inference, 2017 (arXiv 1611.06440); the default
     scores extend Molchanov et al., Importance Estimation for Neural Network Pruning, 2019 (arXiv
     1906.10771), see `keras_taylor.criteria`.
@@ -98,10 +98,10 @@ def compress(
             amounts may have a unit: `{"params": 200_000, "flops": 0.5}`, `{"bytes:litert-int8": "256 KiB",
             "latency": "2.5 ms"}`. A list of goals makes stops on one way down; each must ask for more than
             the one before. `None`: as far as `max_drop` allows. Default 0.3.
-        **fit_kwargs: Arguments of `model.fit`: `epochs` (of a round that is trained, default 1; 0: no fine-tuning),
-            `batch_size`, `validation_data`, `callbacks`, `class_weight`, ... Each round starts with the
-            same learning rate, and with the momentum and moments of the channels that stayed. If the
-            optimizer follows a schedule, it starts again in each round, its momentum too: both count the
+        **fit_kwargs: Arguments of `model.fit`: `epochs` (a round, default 1; 0: no fine-tuning; the epochs of
+            all rounds that lead to a goal are trained there), `batch_size`, `validation_data`, `callbacks`,
+            `class_weight`, ... Each training starts with the same learning rate, and with the momentum and
+            moments of the channels that stayed. If the optimizer follows a schedule, it starts again in each round, its momentum too: both count the
             same steps. `verbose` is 0 (silent), 1 (a live bar; in a notebook also the table and plot of the
             rounds), 2 (lines only) or "auto" (whichever suits the output, the default).
         increment: The fraction of the original to remove in a round, of the cost that has most to lose, a
@@ -146,7 +146,8 @@ def compress(
             for instance. The compiled loss on the labels makes up half of the loss, or none of it if `ds`
             has no labels; weights of examples and classes count in that half. Default `False`.
         learning_rate: Learning rate that training begins with, a float above 0, or a `FineTuning`, which
-            also says which rounds are trained, and whether the best state is kept. Within the round it falls to zero by a cosine. `None`
+            also says which rounds are trained, and whether the best state is kept. Within the round it falls
+            to zero by a cosine. `None`
             (the default): the compiled rate if `repair` is off. Otherwise a tenth of it, since a repaired
             model has less to learn and more to lose; in rounds of 240 steps or more, short trials on the same
             batches find a higher one: up to five rates, each three times the one before, in at most a tenth

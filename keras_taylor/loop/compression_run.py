@@ -21,6 +21,7 @@ from keras_taylor.loop import messages
 from keras_taylor.loop.backups import capture, restore_model
 from keras_taylor.loop.fine_tuning import DivergenceError, FitResult
 from keras_taylor.loop.judging import WatchedMetrics
+from keras_taylor.loop.learning_rates import plan_trials
 from keras_taylor.loop.preparation import PreparedRun
 from keras_taylor.loop.route import measure_reached
 from keras_taylor.plans.plan import Plan
@@ -179,9 +180,9 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetrics) -> Rou
     with clock.phase("prune"):
         pruned = prune_round(run, state, labeled, unit_scores, target)
     with clock.phase("repair"):
-        repairs = repair_round(run, state, pruned, target, f"{name}: repair")
+        repairs = repair_round(run, state, pruned, f"{name}: repair")
     with clock.phase("fit"):
-        fitted = train_round(run, state, pruned, target, f"{name}: fine-tuning")
+        fitted = train_round(run, state, pruned, f"{name}: fine-tuning")
     judgment = judge_round(run, pruned, target, watched)
     if fitted.failure:
         rate = run.tuner.current_rate if fitted.rate is None else fitted.rate["peak"]
@@ -232,9 +233,7 @@ def prune_round(
     return PrunedModel(small, labeled, kept, plan, total_plan)
 
 
-def repair_round(
-    run: PreparedRun, state: RunState, pruned: PrunedModel, target: RoundTarget, phase: str
-) -> list[LayerRepair]:
+def repair_round(run: PreparedRun, state: RunState, pruned: PrunedModel, phase: str) -> list[LayerRepair]:
     """Refits the layers that lost inputs, and those behind them as long as no training was kept."""
     if not run.settings.repair:
         return []
@@ -243,21 +242,22 @@ def repair_round(
     repairs = refit(pruned.source, pruned.kept, pruned.model, inputs, not state.is_trained, track)
     graph = read_model(pruned.model)
     return repairs + renew_statistics(
-        graph, split_into_batches(inputs, fixed_batch_size(graph)), training=run.trains_for(target)
+        graph,
+        split_into_batches(inputs, fixed_batch_size(graph)),
+        training=run.num_trained(len(state.plans) + 1) > 0,
     )
 
 
-def train_round(
-    run: PreparedRun, state: RunState, pruned: PrunedModel, target: RoundTarget, phase: str
-) -> FitResult:
+def train_round(run: PreparedRun, state: RunState, pruned: PrunedModel, phase: str) -> FitResult:
     """Trains the model of a round, or only judges it on the way to a goal.
 
     Repair keeps more than the training of every round does: in a few steps each, most of it goes into models
     that are cut again.
     """
-    if not run.trains_for(target):
+    num_rounds = run.num_trained(len(state.plans) + 1)
+    if not num_rounds:
         return run.tuner.assess(pruned.model)
-    return run.tuner.train(pruned.model, state.model, run.reporter.callback(phase))
+    return run.tuner.train(pruned.model, state.model, run.reporter.callback(phase), num_rounds)
 
 
 def judge_round(
@@ -305,6 +305,7 @@ def back_up(run: PreparedRun, state: RunState) -> None:
 def announce_run(run: PreparedRun) -> None:
     """Says what will be done, and how far the model can be pruned."""
     data = run.score_data
+    rounds = [run.num_trained(number) for number in range(1, run.route.num_rounds + 1)] or [0]
     outline = messages.RoundOutline(
         num_rounds=run.route.num_rounds,
         num_scored=data.num_examples if run.scorer.needs_data else None,
@@ -312,9 +313,8 @@ def announce_run(run: PreparedRun) -> None:
         repairs=run.settings.repair,
         carries_optimizer=run.carries_optimizer,
         learning_rate=run.tuner.learning_rate,
-        tries_rates=run.tuner.search is not None,
-        epochs=run.tuner.epochs if run.tuner.trains else 0,
-        trains_at_goals=not run.trains_every_round,
+        tries_rates=run.tuner.search is not None and plan_trials(run.tuner.num_steps(max(rounds)))[0] > 0,
+        epochs=[run.tuner.last_epoch(num) for num in rounds if num],
         judged_on=run.tuner.judge.examples if run.tuner.judge is not None else "",
     )
     goals, route = run.route.goals.stops, run.route

@@ -17,6 +17,7 @@ from keras_taylor.loop.learning_rates import (
     CosineDecay,
     RateSearch,
     compiled_learning_rate,
+    rate_record,
     temporary_learning_rate,
 )
 from keras_taylor.reading.cloning import compile_settings, losses_by_output, output_names
@@ -109,11 +110,15 @@ class FineTuner:
         """Epochs of a round."""
         return self.fit_kwargs.get("epochs", 1)
 
-    @property
-    def num_steps(self) -> int | None:
-        """Steps of a round; `None`: unknown."""
-        steps = self.feed.num_steps
-        return None if steps is None else steps * (self.epochs - self.fit_kwargs.get("initial_epoch", 0))
+    def last_epoch(self, num_rounds: int) -> int:
+        """The epoch at which a training ends that takes the epochs of several rounds."""
+        first = self.fit_kwargs.get("initial_epoch", 0)
+        return first + num_rounds * (self.epochs - first)
+
+    def num_steps(self, num_rounds: int) -> int | None:
+        """Steps of a training that takes the epochs of several rounds; `None`: unknown."""
+        steps, first = self.feed.num_steps, self.fit_kwargs.get("initial_epoch", 0)
+        return None if steps is None else steps * (self.last_epoch(num_rounds) - first)
 
     @property
     def trains(self) -> bool:
@@ -134,7 +139,11 @@ class FineTuner:
         return copy_model(self.original)
 
     def train(
-        self, model: keras.Model, origin: keras.Model, callbacks: Sequence[keras.callbacks.Callback]
+        self,
+        model: keras.Model,
+        origin: keras.Model,
+        callbacks: Sequence[keras.callbacks.Callback],
+        num_rounds: int = 1,
     ) -> FitResult:
         """Trains a model.
 
@@ -143,6 +152,7 @@ class FineTuner:
             origin: The model that it was cut from. Training is not to blame for weights that are not
                 finite there.
             callbacks: Callbacks besides those of the user.
+            num_rounds: How many rounds' epochs it takes.
 
         Raises:
             DivergenceError: If the loss or a weight became NaN or infinite and there is no judge, who
@@ -160,12 +170,15 @@ class FineTuner:
             best = BestState(self.judge, model, reads_logs=not (self.distill or of_user))
             callbacks.append(best)
         arguments = {**self.feed.fit_arguments(), **self.fit_kwargs, "verbose": 0, "callbacks": callbacks}
+        arguments["epochs"] = self.last_epoch(num_rounds)
+        num_steps = self.num_steps(num_rounds)
         with (
             temporary_learning_rate(model, self.learning_rate),
-            shorter_averages(model, self.num_steps),
+            shorter_averages(model, num_steps),
         ):
             if rate is not None:
-                rate = self.search.find(model, trainer, rate["peak"]) if self.search is not None else rate
+                if self.search is not None:
+                    rate = self.search.find(model, trainer, rate["peak"], num_steps)
                 callbacks.insert(0, CosineDecay(rate["peak"]))  # those of the user have the last word
             history = trainer.fit(**arguments).history
             failure = losses.failure() or _describe_weights_not_finite(model, origin)
@@ -187,7 +200,7 @@ class FineTuner:
     def _start_rate(self) -> RateRecord | None:
         if self.learning_rate is None:
             return None
-        return {"peak": self.learning_rate, "steps": 0, "measure": "", "trials": []}
+        return rate_record(self.learning_rate)
 
     def _trainer_of(self, model: keras.Model) -> keras.Model:
         if not self.distill:
@@ -260,9 +273,10 @@ class FineTuning:
             in `compress`.
         keep_best: Whether a round keeps the best state of its model, the one before training among them, as
             `compress` says. `False`: it keeps the last one, and all examples are trained on. Default `True`.
-        every_round: Whether every round is trained. `False`: only rounds that reach a goal; those on the way
-            to it are cut and repaired. `None` (the default): every round if `repair` is off or there is a
-            `max_drop`, since a round is judged by what training makes of it then; else `False`.
+        every_round: Whether every round is trained. `False`: only rounds that reach a goal, with the epochs
+            of all rounds that led to it; those on the way are cut and repaired. `None` (the default): every
+            round if `repair` is off or there is a `max_drop`, since a round is judged by what training makes
+            of it then; else `False`.
 
     Raises:
         ValueError: If `learning_rate` is not a number above 0, or `every_round` not a truth value or `None`.

@@ -31,18 +31,16 @@ class RateSearch:
     Attributes:
         judge: Compares the models that trials lead to, example by example.
         feed: The training data.
-        num_trials: Most trials; each one's rate is three times that of the one before.
-        num_steps: Steps of a trial.
         class_weight: As `fit` takes it.
     """
 
     judge: Judge
     feed: Feed
-    num_trials: int
-    num_steps: int
     class_weight: Mapping[int, float] | None = None
 
-    def find(self, model: keras.Model, trainer: keras.Model, first: float) -> RateRecord:
+    def find(
+        self, model: keras.Model, trainer: keras.Model, first: float, num_steps: int | None
+    ) -> RateRecord:
         """Returns a high rate that does no harm, and what was tried.
 
         A trial is too short to show what a high rate gains in the long run; it shows what the rate destroys
@@ -53,12 +51,16 @@ class RateSearch:
         Args:
             model: The compiled model. Its state does not change.
             trainer: What trains it: the model, or one around it.
-            first: The lowest rate.
+            first: The lowest rate. Each trial's is three times that of the one before.
+            num_steps: Steps of the training that follows; `None`: unknown. A short one has no trials.
         """
+        num_trials, num_steps = plan_trials(num_steps)
+        if not num_trials:
+            return rate_record(first)
         state, found = ModelState(model), list[_Trial]()
         start = _Trial(0.0, self.judge.assess(model).penalties)
-        batches = self._batches()
-        for number in range(self.num_trials):
+        batches = self._batches(num_steps)
+        for number in range(num_trials):
             rate = first * _FACTOR**number
             penalties = self._try(model, trainer, rate, batches)
             state.restore()
@@ -67,20 +69,17 @@ class RateSearch:
             found.append(_Trial(rate, penalties))
             if found[-1].is_behind(_best_of(found), _HOPELESS):
                 break
-        return {
-            "peak": _choose(start, found) if found else first,
-            "steps": self.num_steps,
-            "measure": self.judge.measure,
-            "trials": [[one.rate, float(one.penalties.mean())] for one in found],
-        }
+        trials = [[one.rate, float(one.penalties.mean())] for one in found]
+        chosen = _choose(start, found) if found else first
+        return {"peak": chosen, "steps": num_steps, "measure": self.judge.measure, "trials": trials}
 
-    def _batches(self) -> dict[str, Any]:
+    def _batches(self, num_steps: int) -> dict[str, Any]:
         size = self.feed.batch_size or BATCH_SIZE
         if not self.feed.holds_arrays:
-            data = self.feed.in_memory(self.num_steps * self.feed.first_size)
-            return {**data.fit_arguments(), "epochs": math.ceil(self.num_steps / (data.num_steps or 1))}
+            data = self.feed.in_memory(num_steps * self.feed.first_size)
+            return {**data.fit_arguments(), "epochs": math.ceil(num_steps / (data.num_steps or 1))}
         total = self.feed.num_examples or 1
-        rows = np.resize(np.random.default_rng(0).permutation(total), self.num_steps * size)
+        rows = np.resize(np.random.default_rng(0).permutation(total), num_steps * size)
         return self.feed.of_rows(rows).fit_arguments()
 
     def _try(
@@ -114,6 +113,11 @@ def _choose(start: _Trial, trials: Sequence[_Trial]) -> float:
 
 def _best_of(trials: Sequence[_Trial]) -> _Trial:
     return min(trials, key=lambda one: one.penalties.mean())
+
+
+def rate_record(rate: float) -> RateRecord:
+    """The record of a rate that no trials found."""
+    return {"peak": rate, "steps": 0, "measure": "", "trials": []}
 
 
 def plan_trials(num_steps: int | None) -> tuple[int, int]:

@@ -34,8 +34,7 @@ class RoundOutline:
         carries_optimizer: Whether the optimizer's state goes on from round to round.
         learning_rate: That of the fine-tuning, or of the first trial; `None`: the optimizer has a schedule.
         tries_rates: Whether trials find a higher one.
-        epochs: Epochs of fine-tuning.
-        trains_at_goals: Whether only rounds that reach a goal are fine-tuned.
+        epochs: Epochs of each round that is fine-tuned; empty: none is.
         judged_on: The examples on which states of a model are compared, in words; empty if they are not.
     """
 
@@ -46,8 +45,7 @@ class RoundOutline:
     carries_optimizer: bool
     learning_rate: float | None
     tries_rates: bool
-    epochs: int
-    trains_at_goals: bool = False
+    epochs: Sequence[int]
     judged_on: str = ""
 
 
@@ -95,8 +93,9 @@ def _describe_steps(criterion: str, outline: RoundOutline) -> Iterator[str]:
     if outline.epochs:
         optimizer = "" if outline.carries_optimizer else " with a new optimizer"
         falling = "" if outline.learning_rate is None else " at a learning rate that falls to zero"
-        when = "where a goal is reached " if outline.trains_at_goals and outline.num_rounds > 1 else ""
-        yield f"{when}fine-tuning{optimizer}{falling}, epochs: {outline.epochs}"
+        when = "where a goal is reached " if len(outline.epochs) < outline.num_rounds else ""
+        epochs = ", ".join(map(str, dict.fromkeys(outline.epochs)))
+        yield f"{when}fine-tuning{optimizer}{falling}, epochs: {epochs}"
         if outline.judged_on:
             yield f"the best state on {outline.judged_on} is kept"
 

@@ -13,7 +13,7 @@ import numpy as np
 from keras_taylor.budget.goals import GoalLike
 from keras_taylor.budget.measured_costs import proxy_cost
 from keras_taylor.budget.measuring import Measurements
-from keras_taylor.budget.schedule import Increment, RoundTarget
+from keras_taylor.budget.schedule import Increment
 from keras_taylor.loop.backups import Backups, describe_call, draw_seed
 from keras_taylor.loop.fine_tuning import (
     Distill,
@@ -24,7 +24,7 @@ from keras_taylor.loop.fine_tuning import (
     flat_callbacks,
 )
 from keras_taylor.loop.judging import MetricLimit, Validation, describe_limits, judge_training
-from keras_taylor.loop.learning_rates import RateSearch, choose_learning_rate, plan_trials
+from keras_taylor.loop.learning_rates import RateSearch, choose_learning_rate
 from keras_taylor.loop.round_scores import (
     RoundScorer,
     ScoreData,
@@ -157,9 +157,17 @@ class PreparedRun:
         wanted = self.settings.tuning.every_round
         return bool(not self.settings.repair or self.settings.limits if wanted is None else wanted)
 
-    def trains_for(self, target: RoundTarget) -> bool:
-        """Whether the model of a round with this target is trained."""
-        return self.tuner.trains and (self.trains_every_round or target.goal_index is not None)
+    def num_trained(self, number: int) -> int:
+        """How many rounds' epochs round `number`, from 1 on, is trained for; 0: it is not trained.
+
+        Where only goals are trained for, a goal takes the epochs of all rounds since the goal before.
+        """
+        if not self.tuner.trains:
+            return 0
+        if self.trains_every_round:
+            return 1
+        stops = [k for k, target in enumerate(self.route.rounds, 1) if target.goal_index is not None]
+        return number - max((k for k in stops if k < number), default=0) if number in stops else 0
 
     def seed_round(self, number: int) -> None:
         """Sets the random seed of a round to a function of its number, so that it can be repeated."""
@@ -317,11 +325,10 @@ def _prepare_search(tuner: FineTuner, settings: CompressionSettings) -> RateSear
     callbacks = flat_callbacks(tuner.fit_kwargs.get("callbacks"))
     is_set = settings.tuning.learning_rate is not None or tuner.learning_rate is None
     is_set |= any(isinstance(one, keras.callbacks.LearningRateScheduler) for one in callbacks)
-    num_trials, num_steps = plan_trials(tuner.num_steps)
-    if is_set or not num_trials or not settings.repair or tuner.judge is None or num_processes() > 1:
+    if is_set or not settings.repair or tuner.judge is None or num_processes() > 1:
         return None
     class_weight = tuner.fit_kwargs.get("class_weight")
-    return RateSearch(tuner.judge.of_examples(), tuner.feed, num_trials, num_steps, class_weight)
+    return RateSearch(tuner.judge.of_examples(), tuner.feed, class_weight)
 
 
 def _with_backups(run: PreparedRun, directory: str | os.PathLike[str]) -> PreparedRun:

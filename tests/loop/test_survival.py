@@ -54,7 +54,7 @@ def data(num=40):
 
 
 def run(model=None, ds=None, **arguments):
-    """Model and `Info` of three rounds of two epochs each; no scoring pass, which backends compile for long."""
+    """Model and `Info` of three rounds of two epochs each; no scoring pass, which takes long to compile."""
     arguments = {"goal": 0.45, "increment": 0.15, "epochs": 2, "batch_size": 16, **arguments}
     arguments = {"criterion": "magnitude", "verbose": 0, "return_info": True, **arguments}
     arguments = {"learning_rate": keras_taylor.FineTuning(every_round=True), **arguments}
@@ -594,7 +594,9 @@ class Spoil(keras.callbacks.Callback):
 
 def diverged(words, **arguments):
     with pytest.warns(UserWarning, match=words):
-        model, info = run(learning_rate=keras_taylor.FineTuning(keep_best=False, every_round=True), **arguments)
+        model, info = run(
+            learning_rate=keras_taylor.FineTuning(keep_best=False, every_round=True), **arguments
+        )
     assert re.fullmatch(words, info.stop_reason)
     return model, info
 
