@@ -215,7 +215,7 @@ class FineTuningOptions(OptionGroup):
     epochs: Annotated[
         int,
         typer.Option(
-            help="Epochs of fine-tuning for each round; those of all rounds are trained where a goal is reached. 0: none."
+            help="Epochs of fine-tuning for each round, trained together where a goal is reached; 0: none."
         ),
     ] = 1
     batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 32

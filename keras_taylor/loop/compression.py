@@ -63,10 +63,10 @@ def compress(
 
     Every round scores the channels, removes the least important ones, and refits the layers that read them.
     The model is trained where a goal is reached, with the epochs of all rounds that led to it; with
-    `max_drop`, or without repair, in every round, see `keras_taylor.FineTuning`. Iterative pruning with fine-tuning is from Molchanov et al., Pruning
-    Convolutional Neural Networks for Resource Efficient Inference, 2017 (arXiv 1611.06440); the default
-    scores extend Molchanov et al., Importance Estimation for Neural Network Pruning, 2019 (arXiv
-    1906.10771), see `keras_taylor.criteria`.
+    `max_drop`, or without repair, in every round, see `keras_taylor.FineTuning`. Iterative pruning with
+    fine-tuning is from Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient
+    Inference, 2017 (arXiv 1611.06440); the default scores extend Molchanov et al., Importance Estimation for
+    Neural Network Pruning, 2019 (arXiv 1906.10771), see `keras_taylor.criteria`.
 
     A round keeps the best state of its model: the one before training, or that after one of the epochs, with
     the optimizer's state of that time. States are compared on `validation_data`, by the metric of `max_drop`,
@@ -101,9 +101,10 @@ def compress(
         **fit_kwargs: Arguments of `model.fit`: `epochs` (a round, default 1; 0: no fine-tuning; the epochs of
             all rounds that lead to a goal are trained there), `batch_size`, `validation_data`, `callbacks`,
             `class_weight`, ... Each training starts with the same learning rate, and with the momentum and
-            moments of the channels that stayed. If the optimizer follows a schedule, it starts again in each round, its momentum too: both count the
-            same steps. `verbose` is 0 (silent), 1 (a live bar; in a notebook also the table and plot of the
-            rounds), 2 (lines only) or "auto" (whichever suits the output, the default).
+            moments of the channels that stayed. If the optimizer follows a schedule, it starts again in each
+            training, its momentum too: both count the same steps. `verbose` is 0 (silent), 1 (a live bar; in
+            a notebook also the table and plot of the rounds), 2 (lines only) or "auto" (whichever suits the
+            output, the default).
         increment: The fraction of the original to remove in a round, of the cost that has most to lose, a
             float above 0 and at most 1; or a function from the round's number (from 1 on) to the fraction
             that is gone after it. Default 0.05.

@@ -177,7 +177,7 @@ def _by_output(model: keras.Model, values: Tree, num_outputs: int, shared: bool 
 
 def loss_factors(model: keras.Model, num_outputs: int) -> list[float]:
     """The `loss_weights` that a model is compiled with, one for each flattened output; 1 without any."""
-    factors = (compile_arguments(model) or {}).get("loss_weights")
+    factors = compile_arguments(model).get("loss_weights") if model.compiled else None
     found = _by_output(model, factors, num_outputs, shared=True)
     return [1.0 if factor is None else float(factor) for factor in found]
 
