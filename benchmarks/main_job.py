@@ -24,7 +24,7 @@ from peers import DATA, goal_of
 HEAD = """# The main job
 
 Accuracy on test images, which were looked at only here. "Repaired only": `compress(..., epochs=0)`.
-"compress": increment {increment}, {epochs} epochs in all on {num} images with flips and shifts of 4,
+"compress": increment {increment}, {epochs} epochs for each round on {num} images with flips and shifts of 4,
 nothing held out by hand, all else by default. Torch-Pruning's criteria cut once as much; their networks
 (BatchNorm statistics renewed) are trained by one cycle of the learning rate to {peak}, in plain PyTorch:
 "steps" as many steps as `compress`, "time" as long as `compress` took with scores, repairs and judging.
@@ -49,7 +49,7 @@ def accuracy(model, test):
 
 
 def ours(model, train, what, share, options):
-    """The networks that `compress` makes without training and with it, and the seconds of the latter."""
+    """The networks that `compress` makes without training and with it; steps and seconds of the latter."""
     import keras
     import resnet_cifar
 
@@ -71,13 +71,13 @@ def ours(model, train, what, share, options):
         )
         for number, one in enumerate(info.rounds, 1):
             print("   round", number, {k: v[-1] for k, v in one.history.items()}, file=sys.stderr)
-        return small, time.perf_counter() - start
+        num_steps = sum(len(one.step_losses) for one in info.rounds)
+        return small, num_steps, time.perf_counter() - start
 
-    repaired, _ = compress(0)
-    return repaired, *compress(options.epochs)
+    return compress(0)[0], *compress(options.epochs)
 
 
-def peer(model, train, criterion, what, share, seconds, options):
+def peer(model, train, criterion, goal, budget, options):
     """What Torch-Pruning leaves, trained for as many steps as `compress`, and for so many seconds."""
     import copy
 
@@ -90,10 +90,11 @@ def peer(model, train, criterion, what, share, seconds, options):
     network = torch_peer.torch_resnet(model) if is_given else networks.torch_twin(model)
     start = time.perf_counter()
     found = torch_peer.Peer(network, criterion, images, y[:: max(len(x) // 2000, 1)])
-    small = torch_peer.renewed(found.pruned(what, share), images[::2])
+    small = torch_peer.renewed(found.pruned(*goal), images[::2])
+    num_steps, seconds = budget
     left = seconds - (time.perf_counter() - start)
     other = copy.deepcopy(small)
-    fit(small, train, options, num_steps=options.epochs * -(-len(y) // networks.BATCH_SIZE))
+    fit(small, train, options, num_steps=num_steps)
     fit(other, train, options, seconds=left)
     return small, other
 
@@ -168,18 +169,19 @@ def measure(path, what, share, options):
     train, test = data_of(path.stem)
     train = tuple(part[: options.images] for part in train)
     model = networks.compiled(keras.models.load_model(path, compile=False), options.rate)
-    repaired, small, seconds = ours(model, train, what, share, options)
+    repaired, small, num_steps, seconds = ours(model, train, what, share, options)
     before, after = keras_taylor.analyze(model).costs, keras_taylor.analyze(small).costs
     found = {
         "parameters gone": 1 - after["params"] / before["params"],
         "FLOPs gone": 1 - after["flops"] / before["flops"],
+        "steps": num_steps,
         "s": seconds,
         "untouched": accuracy(model, test),
         "repaired only": accuracy(networks.compiled(repaired), test),
         "compress": accuracy(small, test),
     }
     for criterion in options.theirs:
-        found_networks = peer(model, train, criterion, what, share, seconds, options)
+        found_networks = peer(model, train, criterion, (what, share), (num_steps, seconds), options)
         for budget, network in zip(("steps", "time"), found_networks, strict=True):
             found[f"{criterion}, {budget}"] = torch_accuracy(network, test)
     if options.scratch:
@@ -188,7 +190,7 @@ def measure(path, what, share, options):
 
 
 def cell(name, values):
-    if name == "s":
+    if name in ("steps", "s"):
         return f"{statistics.mean(values):.0f}"
     spread = f" ± {100 * (max(values) - min(values)):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.1f}{spread}"
@@ -198,7 +200,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("networks", type=pathlib.Path, nargs="+", help="files of trained networks")
     parser.add_argument("--goals", type=goal_of, nargs="+", default=[("params", 0.3), ("params", 0.5)])
-    parser.add_argument("--epochs", type=int, default=1, help="of `compress`, where the goal is reached")
+    parser.add_argument("--epochs", type=int, default=1, help="of `compress`, for each round")
     parser.add_argument("--increment", type=float, default=0.05, help="of `compress`")
     parser.add_argument("--images", type=int, help="to train on; default: all")
     parser.add_argument("--seeds", type=int, default=3)

@@ -63,10 +63,10 @@ def compress(
 
     Every round scores the channels, removes the least important ones, and refits the layers that read them.
     The model is trained where a goal is reached, with the epochs of all rounds that led to it; with
-    `max_drop`, or without repair, in every round, see `keras_taylor.FineTuning`. Iterative pruning with
-    fine-tuning is from Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient
-    Inference, 2017 (arXiv 1611.06440); the default scores extend Molchanov et al., Importance Estimation for
-    Neural Network Pruning, 2019 (arXiv 1906.10771), see `keras_taylor.criteria`.
+    `max_drop`, a schedule, or without repair, in every round, see `keras_taylor.FineTuning`. Iterative
+    pruning with fine-tuning is from Molchanov et al., Pruning Convolutional Neural Networks for Resource
+    Efficient Inference, 2017 (arXiv 1611.06440); the default scores extend Molchanov et al., Importance
+    Estimation for Neural Network Pruning, 2019 (arXiv 1906.10771), see `keras_taylor.criteria`.
 
     A round keeps the best state of its model: the one before training, or that after one of the epochs, with
     the optimizer's state of that time. States are compared on `validation_data`, by the metric of `max_drop`,

@@ -275,8 +275,9 @@ class FineTuning:
             `compress` says. `False`: it keeps the last one, and all examples are trained on. Default `True`.
         every_round: Whether every round is trained. `False`: only rounds that reach a goal, with the epochs
             of all rounds that led to it; those on the way are cut and repaired. `None` (the default): every
-            round if `repair` is off or there is a `max_drop`, since a round is judged by what training makes
-            of it then; else `False`.
+            round if `repair` is off, if there is a `max_drop`, since a round is judged by what training makes
+            of it then, and if the optimizer follows a schedule, which counts the steps of a round; else
+            `False`.
 
     Raises:
         ValueError: If `learning_rate` is not a number above 0, or `every_round` not a truth value or `None`.

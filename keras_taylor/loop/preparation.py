@@ -155,7 +155,14 @@ class PreparedRun:
     def trains_every_round(self) -> bool:
         """Whether rounds on the way to a goal are trained, too."""
         wanted = self.settings.tuning.every_round
-        return bool(not self.settings.repair or self.settings.limits if wanted is None else wanted)
+        if wanted is None:
+            # a schedule is made for the steps of a round
+            return (
+                not self.settings.repair
+                or bool(self.settings.limits)
+                or has_schedule(self.original.optimizer)
+            )
+        return wanted
 
     def num_trained(self, number: int) -> int:
         """How many rounds' epochs round `number`, from 1 on, is trained for; 0: it is not trained.

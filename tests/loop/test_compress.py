@@ -121,6 +121,13 @@ def test_which_rounds_are_trained(arguments, trained):
     assert [bool(one.step_losses) for one in info.rounds] == trained
 
 
+def test_a_schedule_is_followed_in_every_round():
+    model = small_model()
+    model.compile(keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.05, 10)), model.loss)
+    _, info = keras_taylor.compress(model, stripes(), 0.3, increment=0.15, verbose=0, return_info=True)
+    assert all(one.history for one in info.rounds)
+
+
 def test_a_round_on_the_way_is_judged_not_trained(capsys):
     arguments = {"increment": 0.15, "verbose": 2, "return_info": True, **VALIDATED}
     _, info = keras_taylor.compress(small_model(), stripes(), **arguments)
