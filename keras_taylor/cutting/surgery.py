@@ -294,7 +294,8 @@ class _SmallerModelBuilder:
         if operation not in self._new_operations:
             changes = self._kept_labels.changes(self._effect_of_operation[operation].config)
             new = clone_operation(operation, self._names[operation], changes)
-            warn_about_saving(new)
+            if origin_of(self._labeled.graph.model) is None:  # else it is made again in a task
+                warn_about_saving(new)
             self._new_operations[operation] = new
             self._origins[new] = _Origin(operation)
         return self._new_operations[operation]
