@@ -29,7 +29,7 @@ class RateSearch:
     """Short trials of learning rates on the same batches, from the same state.
 
     Attributes:
-        judge: Compares the models that trials lead to, example by example.
+        judge: Its judge of single examples compares the models that trials lead to.
         feed: The training data.
         class_weight: As `fit` takes it.
     """
@@ -58,11 +58,13 @@ class RateSearch:
         if not num_trials:
             return rate_record(first)
         state, found = ModelState(model), list[_Trial]()
-        start = _Trial(0.0, self.judge.assess(model).penalties)
+        judge = self.judge.of_examples()
+        start = _Trial(0.0, judge.assess(model).penalties)
         batches = self._batches(num_steps)
         for number in range(num_trials):
             rate = first * _FACTOR**number
-            penalties = self._try(model, trainer, rate, batches)
+            self._try(trainer, rate, batches)
+            penalties = judge.assess(model).penalties
             state.restore()
             if not np.isfinite(penalties).all():
                 break
@@ -71,7 +73,7 @@ class RateSearch:
                 break
         trials = [[one.rate, float(one.penalties.mean())] for one in found]
         chosen = _choose(start, found) if found else first
-        return {"peak": chosen, "steps": num_steps, "measure": self.judge.measure, "trials": trials}
+        return {"peak": chosen, "steps": num_steps, "measure": judge.measure, "trials": trials}
 
     def _batches(self, num_steps: int) -> dict[str, Any]:
         size = self.feed.batch_size or BATCH_SIZE
@@ -82,13 +84,10 @@ class RateSearch:
         rows = np.resize(np.random.default_rng(0).permutation(total), num_steps * size)
         return self.feed.of_rows(rows).fit_arguments()
 
-    def _try(
-        self, model: keras.Model, trainer: keras.Model, rate: float, batches: Mapping[str, Any]
-    ) -> FloatArray:
+    def _try(self, trainer: keras.Model, rate: float, batches: Mapping[str, Any]) -> None:
         callbacks = [CosineDecay(rate), keras.callbacks.TerminateOnNaN()]
         options = {"class_weight": self.class_weight, "shuffle": False, "verbose": 0}
         trainer.fit(**batches, **options, callbacks=callbacks)
-        return self.judge.assess(model).penalties
 
 
 class _Trial(NamedTuple):

@@ -335,7 +335,7 @@ def _prepare_search(tuner: FineTuner, settings: CompressionSettings) -> RateSear
     if is_set or not settings.repair or tuner.judge is None or num_processes() > 1:
         return None
     class_weight = tuner.fit_kwargs.get("class_weight")
-    return RateSearch(tuner.judge.of_examples(), tuner.feed, class_weight)
+    return RateSearch(tuner.judge, tuner.feed, class_weight)
 
 
 def _with_backups(run: PreparedRun, directory: str | os.PathLike[str]) -> PreparedRun:
