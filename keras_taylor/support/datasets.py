@@ -626,7 +626,8 @@ def _refuse_texts(model: keras.Model, ds: Data, argument: str) -> None:
     """Refuses texts for a model that has nothing to make numbers of them."""
     for leaf in itertools.chain.from_iterable(map(_leaves, _parts_in_memory(ds) or ())):
         first = leaf[0] if isinstance(leaf, list) and leaf else leaf
-        if isinstance(first, (str, bytes)) or getattr(getattr(first, "dtype", None), "kind", "") in "USO"[:3]:
+        kind = getattr(getattr(first, "dtype", None), "kind", None)
+        if isinstance(first, (str, bytes)) or kind in ("U", "S", "O"):
             raise ValueError(
                 f"The model '{model.name}' has no preprocessor, and the data holds texts. Expected a task "
                 "with its preprocessor (`task.preprocessor = ...`), or what its layers read, such as the ids "

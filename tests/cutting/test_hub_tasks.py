@@ -53,8 +53,10 @@ def test_scores_come_from_raw_data_and_from_what_the_preprocessor_makes_of_it_al
     scores = keras_taylor.score(task, (TEXTS, LABELS))
     task.preprocessor = None
     tokens = keras.tree.map_structure(keras.ops.convert_to_numpy, (x, y))
-    for name, values in keras_taylor.score(task, tokens).items():
-        np.testing.assert_allclose(scores[name], values, rtol=1e-5)
+    tensors = keras.tree.map_structure(keras.ops.convert_to_tensor, tokens)
+    for found in (keras_taylor.score(task, tokens), keras_taylor.score(task, tensors)):
+        for name, values in found.items():
+            np.testing.assert_allclose(scores[name], values, rtol=1e-5)
 
 
 def test_the_preprocessor_runs_once_over_arrays():
