@@ -528,6 +528,7 @@ def test_compress_says_what_is_open_before_it_starts(capsys):
 def test_a_run_goes_on_where_it_was_killed_and_not_with_the_other_setting(tmp_path):
     network = copy_model(case("layernorm").model)
     data, arguments = data_of(network), {"increment": 0.15, "backup_dir": tmp_path, "verbose": 0}
+    arguments["learning_rate"] = keras_taylor.FineTuning(every_round=True)
 
     def interrupt(*_):
         raise KeyboardInterrupt

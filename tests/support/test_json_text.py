@@ -1,5 +1,6 @@
 """JSON that other languages read, also of runs whose numbers are not finite."""
 
+import dataclasses
 import json
 import math
 
@@ -37,14 +38,23 @@ def test_a_run_that_diverged_is_written_as_json_and_read_as_nan(diverged):
     losses = info.rounds[0].step_losses
     assert not np.isfinite(losses).all()
     content = strictly(info.to_json())
-    assert None in content["rounds"][0]["step_losses"]
+    assert {None, "Infinity"} & set(content["rounds"][0]["step_losses"])
     again = keras_taylor.Info.from_json(info.to_json())
-    np.testing.assert_array_equal(again.rounds[0].step_losses, np.where(np.isfinite(losses), losses, NAN))
+    np.testing.assert_array_equal(again.rounds[0].step_losses, losses)
     for name, values in info.rounds[0].history.items():
-        read = again.rounds[0].history[name]
-        np.testing.assert_array_equal(read, np.where(np.isfinite(values), values, NAN))
+        np.testing.assert_array_equal(again.rounds[0].history[name], values)
     assert again.to_json() == info.to_json()
     assert str(again) == str(info) and again.to_html()
+
+
+def test_a_layer_that_was_repaired_with_an_infinite_ridge_is_not_one_that_was_left(diverged):
+    """`ridge` is `None` where a layer was left alone, and infinite where only its bias was fitted."""
+    info, _ = diverged
+    repairs = [{**info.rounds[0].repairs[0], "ridge": ridge} for ridge in (INF, None, 0.1)]
+    rounds = [dataclasses.replace(info.rounds[0], repairs=repairs)]
+    text = dataclasses.replace(info, rounds=rounds).to_json()
+    strictly(text)
+    assert [one["ridge"] for one in keras_taylor.Info.from_json(text).rounds[0].repairs] == [INF, None, 0.1]
 
 
 def test_its_state_on_disk_is_json_and_goes_on(diverged):
@@ -52,7 +62,7 @@ def test_its_state_on_disk_is_json_and_goes_on(diverged):
     (path,) = folder.glob("round-*.npz")
     with np.load(path) as entries:
         about = strictly(entries["about"].tobytes())
-    assert None in about["info"]["rounds"][0]["step_losses"]
+    assert {None, "Infinity"} & set(about["info"]["rounds"][0]["step_losses"])
     _, again = keras_taylor.compress(
         small_model(), stripes(), 0.3, increment=0.3, learning_rate=1e30, epochs=2, verbose=0,
         validation_data=stripes(), return_info=True, backup_dir=folder,
@@ -72,7 +82,7 @@ def test_what_is_none_stays_none(diverged):
     again = keras_taylor.Info.from_json(info.to_json())
     assert again.rounds[0].costs["flops"] is None and again.rounds[0].learning_rate is None
     assert again.rounds[0].repairs[0]["error_before"] is None
-    assert math.isnan(again.rounds[0].metrics["loss"]) and math.isnan(again.metrics["after"]["loss"])
+    assert again.rounds[0].metrics["loss"] == -INF and math.isnan(again.metrics["after"]["loss"])
     assert math.isnan(again.rounds[0].judged["metrics"][0]["loss"])
     assert again.metrics["after"]["accuracy"] == 0.5
 
@@ -85,9 +95,10 @@ def test_an_artifact_whose_numbers_are_not_finite(metric_name):
         None if metric_name is None else 0.5, 1.0, 1.0, 1, None, None, metric_name=metric_name,
     )  # fmt: skip
     content = strictly(made.to_json())
-    assert content["difference"] is content["relative_difference"] is content["metric"] is None
+    assert content["difference"] is content["metric"] is None
+    assert content["relative_difference"] == "Infinity"
     read = keras_taylor.Artifact.from_json(made.to_json())
-    assert math.isnan(read.difference) and math.isnan(read.relative_difference)
+    assert math.isnan(read.difference) and read.relative_difference == INF
     assert read.agreement is read.arena_bytes is None
     assert (read.metric is None) if metric_name is None else math.isnan(read.metric)
     assert read.model_metric == made.model_metric and read.to_json() == made.to_json()
@@ -98,5 +109,5 @@ def test_an_artifact_whose_numbers_are_not_finite(metric_name):
 def test_a_value_that_json_cannot_hold_is_refused_or_made_a_text():
     with pytest.raises(TypeError):
         to_json_text({"x": object})
-    assert strictly(to_json_text({"x": (1, NAN, [INF])}, default=str)) == {"x": [1, None, [None]]}
+    assert strictly(to_json_text({"x": (1, NAN, [INF])}, default=str)) == {"x": [1, None, ["Infinity"]]}
     assert strictly(to_json_text([range(2)], default=str)) == ["range(0, 2)"]
