@@ -173,7 +173,7 @@ class Round:
 
         Example:
 
-        >>> small, info = keras_taylor.compress(model, (x, y), 0.3, return_info=True)
+        >>> small, info = keras_taylor.compress(model, (x, y), 0.3, increment=0.3, return_info=True)
         >>> info.rounds[0].verdict()
         'epoch ... of 1 kept...'
         """
