@@ -22,19 +22,20 @@ def strictly(text):
 
 @pytest.fixture(scope="module")
 def diverged(tmp_path_factory):
-    """A run whose training diverges; its `Info`, and the directory of its states."""
+    """A run whose training diverges: its `Info`, the directory of its states, the given model."""
     folder = tmp_path_factory.mktemp("states")
     keras.utils.set_random_seed(0)
+    model = small_model()
     with pytest.warns(UserWarning, match="an earlier state of its model is kept"):
         _, info = keras_taylor.compress(
-            small_model(), stripes(), 0.3, increment=0.3, learning_rate=1e30, epochs=2, verbose=0,
+            model, stripes(), 0.3, increment=0.3, learning_rate=1e30, epochs=2, verbose=0,
             validation_data=stripes(), return_info=True, backup_dir=folder,
         )  # fmt: skip
-    return info, folder
+    return info, folder, model
 
 
 def test_a_run_that_diverged_is_written_as_json_and_read_as_nan(diverged):
-    info, _ = diverged
+    info, *_ = diverged
     losses = info.rounds[0].step_losses
     assert not np.isfinite(losses).all()
     content = strictly(info.to_json())
@@ -49,7 +50,7 @@ def test_a_run_that_diverged_is_written_as_json_and_read_as_nan(diverged):
 
 def test_a_layer_that_was_repaired_with_an_infinite_ridge_is_not_one_that_was_left(diverged):
     """`ridge` is `None` where a layer was left alone, and infinite where only its bias was fitted."""
-    info, _ = diverged
+    info, *_ = diverged
     repairs = [{**info.rounds[0].repairs[0], "ridge": ridge} for ridge in (INF, None, 0.1)]
     rounds = [dataclasses.replace(info.rounds[0], repairs=repairs)]
     text = dataclasses.replace(info, rounds=rounds).to_json()
@@ -58,13 +59,13 @@ def test_a_layer_that_was_repaired_with_an_infinite_ridge_is_not_one_that_was_le
 
 
 def test_its_state_on_disk_is_json_and_goes_on(diverged):
-    info, folder = diverged
+    info, folder, model = diverged
     (path,) = folder.glob("round-*.npz")
     with np.load(path) as entries:
         about = strictly(entries["about"].tobytes())
     assert {None, "Infinity"} & set(about["info"]["rounds"][0]["step_losses"])
     _, again = keras_taylor.compress(
-        small_model(), stripes(), 0.3, increment=0.3, learning_rate=1e30, epochs=2, verbose=0,
+        model, stripes(), 0.3, increment=0.3, learning_rate=1e30, epochs=2, verbose=0,
         validation_data=stripes(), return_info=True, backup_dir=folder,
     )  # fmt: skip
     assert again.to_json() == info.to_json()
@@ -72,7 +73,7 @@ def test_its_state_on_disk_is_json_and_goes_on(diverged):
 
 @pytest.mark.once
 def test_what_is_none_stays_none(diverged):
-    info, _ = diverged
+    info, *_ = diverged
     info = keras_taylor.Info.from_json(info.to_json())
     one = info.rounds[0]
     one.costs["flops"], one.learning_rate = None, None
