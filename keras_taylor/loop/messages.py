@@ -130,7 +130,7 @@ def describe_round(done: Round, before: Costs) -> str:
     if done.flops is not None:
         parts.append(f"{_share_gone(done.costs, before, 'flops')} of FLOPs gone")
     known = done.kept_history
-    parts += [f"{name} {known[name]:.4g}" for name in _shown_metrics(list(done.history)) if name in known]
+    parts += [f"{name} {known[name]:.4g}" for name in _shown_metrics(list(known))]
     parts.append(f"{sum(done.seconds.values()):.1f} s")
     if done.learning_rate is not None and done.learning_rate["trials"]:
         parts.append(_describe_trials(done.learning_rate))

@@ -137,7 +137,10 @@ def test_a_round_on_the_way_is_judged_not_trained(capsys):
         first.verdict() == f"not trained on the way to a goal: loss {first.judged['metrics'][0]['loss']:.4g}"
     )
     assert last.num_epochs == 2  # those of both rounds
-    assert "then repair, then where a goal is reached fine-tuning" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "then repair, then where a goal is reached fine-tuning" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("round 1/2: ") and "left" in line)
+    assert f"val_accuracy {first.kept_history['val_accuracy']:.4g}" in line
 
 
 def test_a_choice_of_rounds_that_is_none():
