@@ -17,7 +17,7 @@ from keras_taylor.exports.exporting import convert_model
 from keras_taylor.exports.formats import VARIANTS, ExportSettings, check_installed
 from keras_taylor.exports.timing import time_model
 from keras_taylor.reading.groups import LabeledModel
-from keras_taylor.support.atomic_files import scratch_folder
+from keras_taylor.support.files import scratch_folder
 from keras_taylor.support.replicas import num_processes
 from keras_taylor.support.types import BoolArray, Costs
 

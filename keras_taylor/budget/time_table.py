@@ -14,8 +14,7 @@ import keras
 
 from keras_taylor.exports.export_worker import JobError, run_job
 from keras_taylor.exports.timing import IsolatedLayer, time_layers
-from keras_taylor.support.atomic_files import AtomicFile
-from keras_taylor.support.json_text import to_json_text
+from keras_taylor.support.files import AtomicFile, to_json_text
 
 _PACKAGES: Final = ("keras", "tensorflow", "jax", "torch", "onnxruntime", "tf2onnx", "ai-edge-litert")
 _LAYERS_PER_JOB = 12  # the table is saved after each job

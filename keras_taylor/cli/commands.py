@@ -43,7 +43,7 @@ from keras_taylor.cli.signatures import flat_options
 from keras_taylor.exports.artifacts import format_kib
 from keras_taylor.exports.export_worker import installed_first
 from keras_taylor.exports.formats import VARIANTS
-from keras_taylor.support.json_text import to_json_text
+from keras_taylor.support.files import to_json_text
 
 BACKENDS = ("tensorflow", "jax", "torch")
 

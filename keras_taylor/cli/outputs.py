@@ -9,7 +9,7 @@ from keras_taylor.cli.model_files import FileError
 from keras_taylor.cli.options import CompressOutputs, Goals
 from keras_taylor.exports.formats import VARIANTS
 from keras_taylor.reports import plots
-from keras_taylor.support.atomic_files import AtomicFile
+from keras_taylor.support.files import AtomicFile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from keras_taylor.plans.task_numbers import (
 )
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reading.tracing import Origin, origin_of
-from keras_taylor.support.arguments import hub_class, is_task
 from keras_taylor.support.arrays import copy_kept
+from keras_taylor.support.hub_tasks import hub_class, is_task
 from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.optimizers import CutWeight, carry_exclusions, carry_state

@@ -17,7 +17,8 @@ from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.reading.tracing import functional_view, origin_of
 from keras_taylor.reading.walk import fixed_batch_size, sample_inputs, split_into_batches
 from keras_taylor.support.arguments import check_whole_number
-from keras_taylor.support.datasets import Feed, preprocessed
+from keras_taylor.support.datasets import Feed
+from keras_taylor.support.hub_tasks import preprocessed
 from keras_taylor.support.replicas import strategy_scope
 from keras_taylor.support.types import BoolArray, Data
 

@@ -10,7 +10,7 @@ from typing import Any, NotRequired, Self, TypedDict
 from rich.table import Table
 
 from keras_taylor.support.console import render_table
-from keras_taylor.support.json_text import to_json_text, with_nan, with_nan_by_name
+from keras_taylor.support.files import to_json_text, with_nan, with_nan_by_name
 
 
 class ExportError(RuntimeError):
@@ -111,14 +111,7 @@ class Artifact:
         """Writes all attributes as text.
 
         Returns:
-            A str in JSON, which `from_json` reads. Numbers that are not finite are `null`, and become NaN
-            when they are read.
-
-        Example:
-
-        >>> artifact = keras_taylor.export(model, "small.keras")
-        >>> artifact.to_json()[:24]
-        '{"path": "small.keras", '
+            A str in JSON, which `from_json` reads. NaN is `null`, infinity is "Infinity".
         """
         return to_json_text(dataclasses.asdict(self))
 

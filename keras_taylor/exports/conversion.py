@@ -14,7 +14,7 @@ import numpy as np
 from keras_taylor.exports.formats import ExportSettings
 from keras_taylor.rules.base import override_attributes
 from keras_taylor.support.arrays import padded_batches, random_inputs, read_arrays, write_arrays
-from keras_taylor.support.atomic_files import scratch_folder
+from keras_taylor.support.files import scratch_folder
 from keras_taylor.support.keras_internals import functional_class, layers_inside, sequential_function
 from keras_taylor.support.types import Array, Tensor, Tree
 

@@ -25,8 +25,8 @@ from keras_taylor.exports.source_models import (
 )
 from keras_taylor.exports.timing import ExportedFile
 from keras_taylor.support.arrays import read_arrays, write_arrays
-from keras_taylor.support.atomic_files import AtomicFile, scratch_folder
 from keras_taylor.support.console import Reporter
+from keras_taylor.support.files import AtomicFile, scratch_folder
 from keras_taylor.support.types import Array, Data, Tree
 
 _MAX_REPETITIONS = 100

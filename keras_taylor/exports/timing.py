@@ -13,7 +13,7 @@ from keras_taylor.exports.conversion import save_and_convert
 from keras_taylor.exports.formats import VARIANTS, ExportSettings, Variant
 from keras_taylor.exports.runners import KerasRunner, Runner, load_runner, random_examples, start_runtime
 from keras_taylor.reading.walk import calls_without_trace
-from keras_taylor.support.atomic_files import scratch_folder
+from keras_taylor.support.files import scratch_folder
 from keras_taylor.support.types import Array
 
 _NUM_WARM_UP_CALLS = 5

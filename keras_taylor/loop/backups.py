@@ -25,8 +25,7 @@ from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
 from keras_taylor.reports.info import Info
-from keras_taylor.support.atomic_files import exclusive
-from keras_taylor.support.json_text import to_json_text
+from keras_taylor.support.files import exclusive, to_json_text
 from keras_taylor.support.optimizers import persistent_variables
 from keras_taylor.support.replicas import bytes_from_first_process, from_first_process, is_first_process
 from keras_taylor.support.types import Array

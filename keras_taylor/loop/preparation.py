@@ -42,9 +42,9 @@ from keras_taylor.reports.info import Info
 from keras_taylor.rules.labels import SizeChoices
 from keras_taylor.scores.losses import check_targets
 from keras_taylor.scores.scoring import Scoring, check_compiled, needs_data, uses_model_labels
-from keras_taylor.support.arguments import is_from_hub
 from keras_taylor.support.console import Reporter
-from keras_taylor.support.datasets import Batch, Feed, preprocessed
+from keras_taylor.support.datasets import Batch, Feed
+from keras_taylor.support.hub_tasks import is_from_hub, preprocessed
 from keras_taylor.support.optimizers import has_schedule
 from keras_taylor.support.replicas import num_processes
 from keras_taylor.support.types import Data, LayerPatterns, Tree

@@ -13,9 +13,8 @@ from rich.table import Table
 from keras_taylor.budget.costs import COSTS
 from keras_taylor.plans.plan_difference import LayerDifference, PlanDifference
 from keras_taylor.plans.structure import PlanStructure
-from keras_taylor.support.atomic_files import AtomicFile
 from keras_taylor.support.console import render_table
-from keras_taylor.support.json_text import to_json_text
+from keras_taylor.support.files import AtomicFile, to_json_text
 from keras_taylor.support.types import BoolArray, Costs
 
 _PLAN_FORMAT = 1  # of `Plan.to_json`

@@ -19,7 +19,8 @@ import numpy as np
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.rules.base import is_from_keras
 from keras_taylor.rules.registry import REGISTERED
-from keras_taylor.support.arguments import check_model_class, is_from_hub
+from keras_taylor.support.arguments import check_model_class
+from keras_taylor.support.hub_tasks import is_from_hub
 from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.keras_internals import (
     Node,

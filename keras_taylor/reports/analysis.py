@@ -28,7 +28,7 @@ from keras_taylor.reports.sensitivity_scan import (
 from keras_taylor.scores.criteria import Criterion
 from keras_taylor.support.arguments import takes_data_as_one
 from keras_taylor.support.console import Reporter, Verbose, render_table
-from keras_taylor.support.datasets import preprocessed
+from keras_taylor.support.hub_tasks import preprocessed
 from keras_taylor.support.types import Costs, Data, LayerPatterns
 
 if TYPE_CHECKING:

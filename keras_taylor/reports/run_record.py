@@ -16,7 +16,7 @@ from keras_taylor.exports.artifacts import Artifact, artifact_from_dict
 from keras_taylor.plans.plan import Plan
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.scores.criteria import Criterion
-from keras_taylor.support.json_text import to_json_text, with_nan_by_name
+from keras_taylor.support.files import to_json_text, with_nan_by_name
 from keras_taylor.support.types import Costs
 
 

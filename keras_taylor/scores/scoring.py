@@ -22,7 +22,8 @@ from keras_taylor.scores.sampling import sample_labels
 from keras_taylor.scores.scoring_passes import gather_statistics, measure_loss_changes, refuse_class_weight
 from keras_taylor.scores.sensitivity import measure_sensitivity
 from keras_taylor.support.arguments import check_whole_number, takes_data_as_one
-from keras_taylor.support.datasets import Feed, preprocessed
+from keras_taylor.support.datasets import Feed
+from keras_taylor.support.hub_tasks import preprocessed
 from keras_taylor.support.replicas import strategy_scope
 from keras_taylor.support.types import Array, Data, FloatArray, LayerPatterns
 

@@ -1,9 +1,8 @@
-"""Arguments as Python code, names of metrics, kinds of models, and arguments that moved into a value."""
+"""Arguments as Python code, names of metrics, and arguments that moved into a value."""
 
 import dataclasses
 import functools
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -85,25 +84,6 @@ def check_model_class(model: object) -> None:
         raise ValueError(
             f"Expected a `keras.Model`. {way_out}Received: model={model!r} (of type {type(model).__name__})"
         )
-
-
-def is_task(model: object) -> bool:
-    """Whether a model is a task of KerasHub: a backbone, a preprocessor and a head."""
-    return _is_instance(model, "Task")
-
-
-def is_from_hub(model: object) -> bool:
-    """Whether a model is a task or a backbone of KerasHub."""
-    return is_task(model) or _is_instance(model, "Backbone")
-
-
-def hub_class(name: str) -> Any:
-    """A class of KerasHub's models; an empty tuple if KerasHub, which is optional, is not imported."""
-    return getattr(getattr(sys.modules.get("keras_hub"), "models", None), name, ())
-
-
-def _is_instance(model: object, name: str) -> bool:
-    return isinstance(model, hub_class(name))
 
 
 def check_whole_number(name: str, value: object, least: int, or_none: str = "") -> None:

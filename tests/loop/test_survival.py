@@ -374,7 +374,7 @@ def test_a_foreign_file_with_the_name_of_a_state_is_passed_over(tmp_path, name):
 
 HOLDER = """
 import pathlib, sys
-from keras_taylor.support.atomic_files import exclusive
+from keras_taylor.support.files import exclusive
 with exclusive(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

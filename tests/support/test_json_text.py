@@ -10,7 +10,7 @@ import pytest
 from stripes import small_model, stripes
 
 import keras_taylor
-from keras_taylor.support.json_text import to_json_text
+from keras_taylor.support.files import to_json_text
 
 NAN, INF = math.nan, math.inf
 

@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from keras_taylor.support.atomic_files import AtomicFile, scratch_folder
+from keras_taylor.support.files import AtomicFile, scratch_folder
 
 pytestmark = [
     pytest.mark.once,
@@ -17,7 +17,7 @@ pytestmark = [
 
 KILLED = """
 import os, pathlib, signal, sys
-from keras_taylor.support.atomic_files import AtomicFile, scratch_folder
+from keras_taylor.support.files import AtomicFile, scratch_folder
 target, folder = pathlib.Path(sys.argv[1]), scratch_folder()
 pathlib.Path(folder.name, "model.keras").write_text("a copy")
 with AtomicFile(target) as draft:
