@@ -38,6 +38,7 @@ how many.
 
 HUB = """## KerasHub at small sizes, random weights
 
+The layers as a plain model, so that any width is allowed ([tasks](hub.md) come back as tasks).
 Pruned by {goal:.0%}, or by nine tenths of what can be reached. "Law 2": largest difference to the network
 with these gates closed, relative to its largest output. "Loaded": the same after saving and loading, "no"
 if the file does not load. A train step changes the weights and leaves them finite.
@@ -127,6 +128,13 @@ def backbones():
         "Qwen": lambda: hub.QwenBackbone(**grouped),
         "Whisper": lambda: hub.WhisperBackbone(**whisper),
     }
+
+
+def free(backbone):
+    """The layers of a backbone as a plain model: what its configuration can say binds it no longer."""
+    import keras
+
+    return keras.Model(backbone.input, backbone.output, name=backbone.name)
 
 
 def described(model):
@@ -246,7 +254,7 @@ def hub_rows(names):
         if names and name not in names:
             continue
         try:
-            model = zoo.randomized(make())
+            model = zoo.randomized(free(make()))
             cells, reachable = described(model)
             pruned = laws(model, reachable) if reachable > 0.01 else ["-"] * 4
         except Exception as error:

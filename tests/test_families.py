@@ -25,10 +25,11 @@ REACHABLE = {
 }
 
 
+@pytest.mark.sweep(6)
 @pytest.mark.filterwarnings("ignore:The `get_config` of class")
 @pytest.mark.parametrize("name", REACHABLE)
 def test_pruned_backbones_obey_the_laws(name):
-    model = zoo.randomized(families.backbones()[name]())
+    model = zoo.randomized(families.free(families.backbones()[name]()))
     reachable = keras_taylor.analyze(model).reachable["params"]
     assert reachable >= REACHABLE[name]
     gone, law2, loaded, trains = families.laws(model, reachable)
@@ -37,11 +38,12 @@ def test_pruned_backbones_obey_the_laws(name):
     assert float(loaded) <= 1e-5
 
 
+@pytest.mark.once
 @pytest.mark.filterwarnings("ignore:The `get_config` of class")
 def test_what_holds_layers_that_do_not_say_what_they_are_made_from_loads_without_this_package(tmp_path):
     data = {}
     for name in ("ViT", "MiT", "Llama"):
-        model = zoo.randomized(families.backbones()[name]())
+        model = zoo.randomized(families.free(families.backbones()[name]()))
         small = keras_taylor.prune(model, helpers.random_plan(model))
         small.save(tmp_path / f"{name}.keras")
         x = families.random_inputs(model)
@@ -64,9 +66,10 @@ def test_what_holds_layers_that_do_not_say_what_they_are_made_from_loads_without
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["GPT-2", "Gemma"])
 def test_decoders_take_any_length_and_keep_their_classes(name):
-    model = zoo.randomized(families.backbones()[name]())
+    model = zoo.randomized(families.free(families.backbones()[name]()))
     small = keras_taylor.prune(model, helpers.random_plan(model))
     assert [type(layer) for layer in small.layers] == [type(layer) for layer in model.layers]
     assert [x.shape for x in small.inputs] == [(None, None)] * 2

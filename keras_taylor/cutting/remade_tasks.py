@@ -20,7 +20,7 @@ from keras_taylor.plans.task_numbers import (
 from keras_taylor.reading.cloning import compile_settings
 from keras_taylor.reading.tracing import Origin, origin_of
 from keras_taylor.support.arrays import copy_kept
-from keras_taylor.support.hub_tasks import hub_class, is_task
+from keras_taylor.support.hub_tasks import has_configuration, hub_class, is_task
 from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.optimizers import CutWeight, carry_exclusions, carry_state
@@ -40,6 +40,8 @@ def as_task(small: keras.Model) -> keras.Model:
     origin = origin_of(small)
     if origin is None:
         return small
+    if not has_configuration(origin.model):  # a task that was made here, of what was cut before
+        return _preprocessing(small, origin)
     sources = {origin.positions[weight]: weight for weight in small.weights if weight in origin.positions}
     numbers = _find_numbers(origin.model, sources)
     if numbers is None:
@@ -139,8 +141,13 @@ def _functional(small: keras.Model, origin: Origin, sources: Mapping[int, keras.
         "it, save `keras.Model(small.inputs, small.outputs)`.",
         stacklevel=4,
     )
-    made = hub_class("Task")(small.inputs, small.outputs, compile=False, name=model.name)
-    made.preprocessor = model.preprocessor
+    return _preprocessing(small, origin)
+
+
+def _preprocessing(small: keras.Model, origin: Origin) -> keras.Model:
+    """A plain task of a Functional model: it preprocesses its data as the original does."""
+    made = hub_class("Task")(small.inputs, small.outputs, compile=False, name=origin.model.name)
+    made.preprocessor = origin.model.preprocessor
     return _completed(made, small, origin, IdentityMap((weight, weight) for weight in made.weights))
 
 

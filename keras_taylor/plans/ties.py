@@ -18,6 +18,7 @@ from keras_taylor.plans.task_numbers import (
 from keras_taylor.reading.groups import LabeledModel, find_producers
 from keras_taylor.reading.tracing import Origin, origin_of
 from keras_taylor.rules.base import weight_of
+from keras_taylor.support.hub_tasks import has_configuration
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.types import FloatArray, IntArray
 
@@ -59,6 +60,8 @@ def find_ties(labeled: LabeledModel, uniform: Uniform) -> Ties:
         ValueError: for a pattern that matches no layer.
     """
     origin = origin_of(labeled.graph.model)
+    if origin is not None and not has_configuration(origin.model):
+        origin = None
     if uniform is False:
         return Ties()
     if uniform is None or (uniform is True and origin is not None):

@@ -25,6 +25,11 @@ def is_from_hub(model: object) -> bool:
     return is_task(model) or _is_instance(model, "Backbone")
 
 
+def has_configuration(model: keras.Model) -> bool:
+    """Whether a task or backbone can be made from its configuration: a plain `Task` of layers cannot."""
+    return not is_task(model) or getattr(model, "backbone", None) is not None
+
+
 def hub_class(name: str) -> Any:
     """A class of KerasHub's models; an empty tuple if KerasHub, which is optional, is not imported."""
     return getattr(getattr(sys.modules.get("keras_hub"), "models", None), name, ())

@@ -47,6 +47,7 @@ def test_a_text_classifier_is_compressed_on_strings_and_comes_back_as_one():
         np.testing.assert_array_equal(old, keras.ops.convert_to_numpy(weight))
 
 
+@pytest.mark.once
 def test_scores_come_from_raw_data_and_from_what_the_preprocessor_makes_of_it_alike():
     task = hub_tasks.bert_classifier()
     x, y = task.preprocessor(TEXTS, y=LABELS)
@@ -59,6 +60,7 @@ def test_scores_come_from_raw_data_and_from_what_the_preprocessor_makes_of_it_al
             np.testing.assert_allclose(scores[name], values, rtol=1e-5)
 
 
+@pytest.mark.once
 def test_the_preprocessor_runs_once_over_arrays():
     task, seen = hub_tasks.gpt2_lm(), []
     preprocess = task.preprocessor.call
@@ -140,6 +142,7 @@ def test_the_result_can_be_quantized_and_tuned_with_lora():
     assert small.predict(TEXTS[:2], verbose=0).shape[0] == 2
 
 
+@pytest.mark.once
 def test_what_the_configuration_cannot_say_stays_and_analyze_tells_why():
     task = hub_tasks.bert_classifier()
     analysis = keras_taylor.analyze(task)
@@ -167,9 +170,15 @@ def test_free_widths_come_back_functional_and_preprocess():
     ):
         small = keras_taylor.prune(task, plan_for(task, 0.2, selection=free))
     assert small.predict(TEXTS, verbose=0).shape[:2] == (len(TEXTS), 24)
+    repaired = keras_taylor.repair(small, task, plan_for(task, 0.2, selection=free), TEXTS)
+    whole, cut, better = (m.predict(TEXTS, verbose=0) for m in (task, small, repaired))
+    assert np.abs(better - whole).mean() < np.abs(cut - whole).mean()
+    again = keras_taylor.prune(small, plan_for(small, 0.1))
+    assert again.count_params() < small.count_params() and len(again.predict(TEXTS, verbose=0)) == len(TEXTS)
     assert small.fit(TEXTS, verbose=0).history["loss"][0] > 0
 
 
+@pytest.mark.once
 def test_backbones_come_back_as_backbones():
     backbone = hub_tasks.gpt2_lm().backbone
     small = keras_taylor.prune(backbone, plan_for(backbone))
@@ -186,6 +195,7 @@ def test_repair_takes_raw_data_and_returns_a_task():
     assert np.abs(better - whole).mean() < np.abs(cut - whole).mean()
 
 
+@pytest.mark.once
 def test_a_wrapped_task_is_stripped_to_a_task():
     task = hub_tasks.bert_classifier()
     prunable = keras_taylor.PrunableModel(task, criterion="magnitude")
@@ -194,6 +204,7 @@ def test_a_wrapped_task_is_stripped_to_a_task():
     assert type(small) is type(task) and small.count_params() <= 0.85 * task.count_params()
 
 
+@pytest.mark.once
 def test_texts_without_a_preprocessor_are_refused():
     task = hub_tasks.bert_classifier()
     task.preprocessor = None
@@ -205,6 +216,7 @@ def test_texts_without_a_preprocessor_are_refused():
     assert str(error.value).endswith("Received: ds with texts, preprocessor=None")
 
 
+@pytest.mark.once
 def test_ratios_that_contradict_the_ties_of_a_task_are_refused():
     task = hub_tasks.bert_classifier()
     query = keras_taylor.Selection(ratios={".*query": 0.5})
@@ -219,11 +231,13 @@ def test_ratios_that_contradict_the_ties_of_a_task_are_refused():
         plan_for(task, 0.1, selection=one)
 
 
+@pytest.mark.once
 def test_keras_hub_is_not_imported():
     code = "import sys, keras_taylor; assert 'keras_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 
+@pytest.mark.once
 def test_data_sets_are_preprocessed_in_each_pass():
     tf = pytest.importorskip("tensorflow")
     task = hub_tasks.bert_classifier()
