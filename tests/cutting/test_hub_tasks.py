@@ -100,6 +100,7 @@ def test_a_language_model_generates_what_the_original_without_the_units_does():
         np.testing.assert_array_equal(logits[:, -1].argmax(-1), with_cache[:, length])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", [hub_tasks.bert_classifier, hub_tasks.gpt2_lm])
 def test_an_empty_plan_changes_nothing_and_the_optimizer_goes_on(make):
     task = make()
@@ -130,6 +131,7 @@ def test_presets_load_in_a_process_without_this_package(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
+@pytest.mark.once
 def test_the_result_can_be_quantized_and_tuned_with_lora():
     task = hub_tasks.gpt2_lm()
     small = keras_taylor.prune(task, plan_for(task))
@@ -155,6 +157,7 @@ def test_what_the_configuration_cannot_say_stays_and_analyze_tells_why():
     assert set(plan.layers) == set(free)
 
 
+@pytest.mark.once
 def test_free_widths_come_back_functional_and_preprocess():
     free = keras_taylor.Selection(uniform=False, rank="score")
     task = hub_tasks.bert_classifier()
@@ -185,6 +188,7 @@ def test_backbones_come_back_as_backbones():
     assert type(small) is type(backbone) and small.intermediate_dim < 32
 
 
+@pytest.mark.once
 def test_repair_takes_raw_data_and_returns_a_task():
     task = hub_tasks.gpt2_lm()
     plan = plan_for(task, 0.2)
