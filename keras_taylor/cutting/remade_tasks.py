@@ -2,22 +2,15 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import keras
 import numpy as np
 from scipy.optimize import nnls
 
-from keras_taylor.plans.task_numbers import (
-    NumberPath,
-    WeightAxis,
-    axes_of_numbers,
-    make_from,
-    numbers_in,
-    task_config,
-    weight_shapes,
-)
+from keras_taylor.plans.task_numbers import make_from, numbers_of_task, task_config
 from keras_taylor.reading.cloning import compile_settings
+from keras_taylor.reading.config_numbers import ConfigNumbers, NumberPath, Numbers, WeightAxis
 from keras_taylor.reading.tracing import Origin, origin_of
 from keras_taylor.support.arrays import copy_kept
 from keras_taylor.support.hub_tasks import has_configuration, hub_class, is_task
@@ -54,23 +47,45 @@ def as_task(small: keras.Model) -> keras.Model:
     return _completed(made, small, origin, weights)
 
 
-def _find_numbers(model: keras.Model, sources: Mapping[int, keras.Variable]) -> dict[NumberPath, int] | None:
+def _find_numbers(model: keras.Model, sources: Mapping[int, keras.Variable]) -> Numbers | None:
     """The numbers in the configuration of a model that lead to weights of these shapes; `None` if none do."""
-    before = [tuple(weight.shape) for weight in model.weights]
+    found = numbers_of_task(model)
+    before = found.shapes
     wanted = [
         tuple(sources[position].shape) if position in sources else shape
         for position, shape in enumerate(before)
     ]
-    axes_of = axes_of_numbers(model)
-    rows = sorted(set[WeightAxis]().union(*axes_of.values()))
-    numbers: dict[NumberPath, int] = {}
-    if rows and wanted != before:
-        growth = np.array([[axes.get(row, 0.0) for axes in axes_of.values()] for row in rows])
-        lost = np.array([before[weight][axis] - wanted[weight][axis] for weight, axis in rows], float)
-        falls = np.round(nnls(growth, lost)[0]).astype(int).tolist()
-        now = numbers_in(model)
-        numbers = {path: now[path] - fall for path, fall in zip(axes_of, falls, strict=True) if fall}
-    return numbers if weight_shapes(model, numbers) == wanted else None
+    lost = {
+        WeightAxis(weight, axis): size - smaller
+        for weight, (old, new) in enumerate(zip(before, wanted, strict=True))
+        for axis, (size, smaller) in enumerate(zip(old, new, strict=True))
+        if size != smaller
+    }
+    if not lost:
+        return {} if found.lead_back else None
+    # first the numbers that are a length of what changed: the others are seldom needed
+    lengths = {before[weight][axis] for weight, axis in lost}
+    likely = [path for path, number in found.numbers.items() if number in lengths]
+    for paths in (likely, list(found.numbers)):
+        numbers = _numbers_for(found, paths, lost) if paths else {}
+        if numbers and found.shapes_with(numbers) == wanted:
+            return numbers
+        if not found.lead_back:
+            return None
+    return None
+
+
+def _numbers_for(
+    found: ConfigNumbers, paths: Sequence[NumberPath], lost: Mapping[WeightAxis, int]
+) -> Numbers:
+    """The numbers by which axes lose these entries, as far as changes of these numbers alone tell."""
+    axes_of = {path: found.growth(path) for path in paths}
+    rows = sorted(set(lost).union(*axes_of.values()))
+    growth = np.array([[axes.get(row, 0.0) for axes in axes_of.values()] for row in rows])
+    falls = np.round(nnls(growth, np.array([lost.get(row, 0) for row in rows], float))[0]).astype(int)
+    return {
+        path: found.numbers[path] - fall for path, fall in zip(paths, falls.tolist(), strict=True) if fall
+    }
 
 
 def _completed(

@@ -1,33 +1,24 @@
-"""The whole numbers in the configuration of a task, and which axes of its weights each of them counts."""
+"""The whole numbers in the configuration of a task or backbone."""
 
 import json
-from collections.abc import Hashable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Hashable, Iterator
+from typing import Any
 
 import keras
 
+from keras_taylor.reading.config_numbers import (
+    ConfigNumbers,
+    KnownShape,
+    KnownShapes,
+    NumberPath,
+    Numbers,
+)
 from keras_taylor.support.keras_internals import shapes_only
 
-KnownShape: TypeAlias = tuple[int, ...]
-
-# The keys that lead to a number, through dicts and lists.
-NumberPath: TypeAlias = tuple[str | int, ...]
-
 _NOT_NUMBERS = ("preprocessor", "build_config", "compile_config", "dtype")
+_MOST_KNOWN = 64  # configurations
 
-
-class WeightAxis(NamedTuple):
-    """An axis of a weight, given by the weight's position in `model.weights`."""
-
-    weight: int
-    axis: int
-
-
-AxesOfNumbers: TypeAlias = Mapping[NumberPath, Mapping[WeightAxis, float]]
-
-_MOST_KNOWN = 4096  # results that are kept
-_known_shapes: dict[Hashable, list[KnownShape] | None] = {}
-_known_axes: dict[Hashable, AxesOfNumbers] = {}
+_known_shapes: dict[Hashable, KnownShapes] = {}
 
 
 def task_config(model: keras.Model) -> dict[str, Any]:
@@ -38,7 +29,7 @@ def task_config(model: keras.Model) -> dict[str, Any]:
     return _without_builds(config)
 
 
-def make_from(model: keras.Model, numbers: Mapping[NumberPath, int]) -> keras.Model:
+def make_from(model: keras.Model, numbers: Numbers) -> keras.Model:
     """A new model of the same class, not compiled, with other numbers in its configuration.
 
     Raises:
@@ -50,79 +41,24 @@ def make_from(model: keras.Model, numbers: Mapping[NumberPath, int]) -> keras.Mo
     return type(model).from_config(config)
 
 
-def numbers_in(model: keras.Model) -> dict[NumberPath, int]:
-    """The whole numbers above 1 in the configuration of a task or backbone."""
-    return dict(_walk(task_config(model), ()))
+def numbers_of_task(model: keras.Model) -> ConfigNumbers:
+    """The whole numbers above 1 in the configuration of a task or backbone.
 
-
-def weight_shapes(model: keras.Model, numbers: Mapping[NumberPath, int]) -> list[KnownShape] | None:
-    """The shapes of the weights if the configuration had these numbers; `None` if it cannot have them."""
-    return _shapes_with(model, _description(model), numbers)
-
-
-def axes_of_numbers(model: keras.Model) -> AxesOfNumbers:
-    """How fast the axes of weights grow with each number, for the numbers that axes grow with.
-
-    Each number is changed alone, and the model is made again without values.
+    What they lead to is found once for each class and configuration.
     """
-    description = _description(model)
-    if description not in _known_axes:
-        _make_room(_known_axes)
-        _known_axes[description] = _find_axes(model, description)
-    return _known_axes[description]
+    config = task_config(model)
+    named = {key: value for key, value in config.items() if key != "preprocessor"}
+    description = type(model), json.dumps(named, sort_keys=True, default=repr)
+    if description not in _known_shapes and len(_known_shapes) >= _MOST_KNOWN:
+        _known_shapes.clear()
 
+    def find_shapes(numbers: Numbers) -> list[KnownShape]:
+        with shapes_only():
+            return [tuple(weight.shape) for weight in make_from(model, numbers).weights]
 
-def _description(model: keras.Model) -> Hashable:
-    """Equal for models of one class and configuration."""
-    config = {key: value for key, value in task_config(model).items() if key != "preprocessor"}
-    return type(model), json.dumps(config, sort_keys=True, default=repr)
-
-
-def _shapes_with(
-    model: keras.Model, description: Hashable, numbers: Mapping[NumberPath, int]
-) -> list[KnownShape] | None:
-    key = description, tuple(numbers.items())
-    if key not in _known_shapes:
-        _make_room(_known_shapes)
-        try:
-            with shapes_only():
-                _known_shapes[key] = [tuple(weight.shape) for weight in make_from(model, numbers).weights]
-        except Exception:  # a class may raise anything
-            _known_shapes[key] = None
-    return _known_shapes[key]
-
-
-def _make_room(known: dict[Any, Any]) -> None:
-    if len(known) >= _MOST_KNOWN:
-        known.clear()
-
-
-def _find_axes(model: keras.Model, description: Hashable) -> AxesOfNumbers:
-    shapes = _shapes_with(model, description, {})
-    if shapes != [tuple(weight.shape) for weight in model.weights]:
-        return {}
-    found = {}
-    for path, number in numbers_in(model).items():
-        for other in (2 * number, number + 1, number // 2):
-            changed = _shapes_with(model, description, {path: other})
-            if changed is not None:
-                axes = _growth(shapes, changed, other - number)
-                if axes:
-                    found[path] = axes
-                break
-    return found
-
-
-def _growth(shapes: list[KnownShape], changed: list[KnownShape], by: int) -> dict[WeightAxis, float]:
-    """How much axes grow if a number grows by one; nothing if there are other weights then."""
-    if len(shapes) != len(changed) or any(len(a) != len(b) for a, b in zip(shapes, changed, strict=True)):
-        return {}
-    pairs = [
-        (WeightAxis(weight, axis), size, new)
-        for weight, (before, after) in enumerate(zip(shapes, changed, strict=True))
-        for axis, (size, new) in enumerate(zip(before, after, strict=True))
-    ]
-    return {axis: (new - size) / by for axis, size, new in pairs if new != size}
+    shapes = [tuple(weight.shape) for weight in model.weights]
+    known = _known_shapes.setdefault(description, {})
+    return ConfigNumbers(dict(_walk(config, ())), shapes, find_shapes, known)
 
 
 def _walk(value: Any, path: NumberPath) -> Iterator[tuple[NumberPath, int]]:

@@ -1,6 +1,5 @@
 """Groups that are tied in number: in each step, every one of them loses as many units as the others."""
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -8,13 +7,8 @@ from typing import NamedTuple, TypeAlias
 import keras
 import numpy as np
 
-from keras_taylor.plans.task_numbers import (
-    NumberPath,
-    WeightAxis,
-    axes_of_numbers,
-    numbers_in,
-    weight_shapes,
-)
+from keras_taylor.plans.task_numbers import numbers_of_task
+from keras_taylor.reading.config_numbers import AxisCounts, ConfigNumbers, NumberPath, Step, WeightAxis
 from keras_taylor.reading.groups import LabeledModel, find_producers
 from keras_taylor.reading.tracing import Origin, origin_of
 from keras_taylor.rules.base import weight_of
@@ -24,9 +18,6 @@ from keras_taylor.support.types import FloatArray, IntArray
 
 # `True`: groups of equal role; names or patterns: each is one tie; `None`: what the model asks for.
 Uniform: TypeAlias = bool | str | Sequence[str] | None
-
-_MOST_NUMBERS = 3  # of a configuration that change together
-_MOST_UNITS = 64  # of a group that leave in one step
 
 
 class Tie(NamedTuple):
@@ -145,22 +136,19 @@ def ties_of_configuration(labeled: LabeledModel, origin: Origin) -> Ties:
     lose units, and of numbers that fall, with the same effect on all axes. Groups that are in no step stay.
     """
     model = origin.model
-    axes_of = axes_of_numbers(model)
+    numbers = numbers_of_task(model)
     groups = _axes_of_groups(labeled, origin.positions)
     ties: list[Tie] = []
     done: set[str] = set()
     for name, axes in groups.items():
-        tie = None if name in done else _find_tie(axes, axes_of, groups)
-        if tie is not None and done.isdisjoint(tie.units) and _can_be_made(model, tie, groups):
-            ties.append(tie)
-            done.update(tie.units)
+        step = None if name in done else numbers.find_step(axes, groups)
+        if step is not None and done.isdisjoint(step.units) and _is_right(step, numbers, groups):
+            ties.append(Tie(step.units, step.numbers))
+            done.update(step.units)
     if not ties:
         return Ties()
     reason = f"no numbers in the configuration of {type(model).__name__} count these channels alone"
     return Ties(tuple(ties), {name: reason for name in groups if name not in done})
-
-
-_AxisCounts: TypeAlias = Mapping[WeightAxis, float]
 
 
 def _axes_of_groups(
@@ -190,63 +178,6 @@ def _axes_of_groups(
     return found
 
 
-def _find_tie(
-    axes: _AxisCounts, axes_of: Mapping[NumberPath, _AxisCounts], groups: Mapping[str, _AxisCounts]
-) -> Tie | None:
-    """The step with the fewest numbers that touches some axes; `None` if there is none."""
-    touching = [path for path, grown in axes_of.items() if not axes.keys().isdisjoint(grown)]
-    for count in range(1, min(_MOST_NUMBERS, len(touching)) + 1):
-        for paths in itertools.combinations(touching, count):
-            tie = _solve(paths, axes_of, groups)
-            if tie is not None:
-                return tie
-    return None
-
-
-def _solve(
-    paths: Sequence[NumberPath],
-    axes_of: Mapping[NumberPath, _AxisCounts],
-    groups: Mapping[str, _AxisCounts],
-) -> Tie | None:
-    """The step in which exactly these numbers fall, if there is one up to its size."""
-    grown = set().union(*(axes_of[path] for path in paths))
-    names = [name for name, axes in groups.items() if not grown.isdisjoint(axes)]
-    rows = sorted(grown.union(*(groups[name] for name in names)))
-    columns = [axes_of[path] for path in paths] + [groups[name] for name in names]
-    matrix = np.array([[column.get(row, 0.0) for column in columns] for row in rows])
-    matrix[:, len(paths) :] *= -1
-    if not names or np.isnan(matrix).any():
-        return None
-    step = _single_solution(np.unique(matrix, axis=0))
-    if step is None:
-        return None
-    falls, units = step[: len(paths)].tolist(), step[len(paths) :].tolist()
-    return Tie(dict(zip(names, units, strict=True)), dict(zip(paths, falls, strict=True)))
-
-
-def _single_solution(matrix: FloatArray) -> FloatArray | None:
-    """The smallest positive whole `v` with `matrix @ v = 0`, if it is the only one but for a factor."""
-    _, sizes, rows = np.linalg.svd(matrix)
-    rank = int((sizes > 1e-9 * sizes[0]).sum())
-    if rank != matrix.shape[1] - 1:
-        return None
-    solution = rows[-1] / rows[-1][np.abs(rows[-1]).argmax()]
-    if (solution < 1e-6).any():
-        return None
-    solution = solution / solution.min()
-    for factor in range(1, _MOST_UNITS + 1):
-        whole = (factor * solution).round()
-        if np.allclose(whole, factor * solution, atol=1e-6):
-            return whole.astype(np.int64) if whole.max() <= _MOST_UNITS**2 else None
-    return None
-
-
-def _can_be_made(model: keras.Model, tie: Tie, groups: Mapping[str, _AxisCounts]) -> bool:
-    """Whether the configuration leads to the right shapes after one step."""
-    wanted = [list(weight.shape) for weight in model.weights]
-    for name, units in tie.units.items():
-        for (weight, axis), count in groups[name].items():
-            wanted[weight][axis] -= int(units * count)
-    before = numbers_in(model)
-    shapes = weight_shapes(model, {path: before[path] - fall for path, fall in tie.numbers.items()})
-    return shapes is not None and [list(shape) for shape in shapes] == wanted
+def _is_right(step: Step, numbers: ConfigNumbers, groups: Mapping[str, AxisCounts]) -> bool:
+    """Whether the configuration leads to the right shapes after some steps."""
+    return numbers.has_led_to(step, groups) or numbers.lead_to(step, groups)

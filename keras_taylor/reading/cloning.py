@@ -51,7 +51,7 @@ def clone_operation(
         if _is_user_function(getattr(operation, "activation", None)) and "activation" in config:
             config["activation"] = operation.activation  # its name need not be registered
         for path, value in (changes or {}).items():
-            config = _with_value(config, path.split("."), value)
+            config = with_value(config, path.split("."), value)
         new = type(operation).from_config(config)
         override_get_config(new, config, fault)
         wanted = (changes or {}).get("name", operation.name)
@@ -94,10 +94,10 @@ def _without_build_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_value(config: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+def with_value(config: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
     """A copy of nested dicts with another value at the end of a path of keys."""
     key, *rest = path
-    return {**config, key: _with_value(config[key], rest, value) if rest else value}
+    return {**config, key: with_value(config[key], rest, value) if rest else value}
 
 
 @contextlib.contextmanager

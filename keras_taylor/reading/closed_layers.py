@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import keras
 import numpy as np
 
+from keras_taylor.reading.config_numbers import WeightAxis
 from keras_taylor.rules.base import (
     Context,
     Edit,
@@ -22,7 +23,7 @@ from keras_taylor.rules.base import (
 )
 from keras_taylor.rules.labels import FIXED
 from keras_taylor.support.keras_internals import layers_inside
-from keras_taylor.support.types import Array, BoolArray, IntArray, Tensor
+from keras_taylor.support.types import Array, BoolArray, IntArray, Shape, Tensor
 
 Gate: TypeAlias = Callable[[Tensor], Tensor]  # from the input of a layer to the input that it gets instead
 
@@ -50,10 +51,15 @@ class KernelAxis(NamedTuple):
 
 
 class UnitCount(NamedTuple):
-    """A configuration value that is `factor` times the number of kept entries of `units`."""
+    """A configuration value that falls from `number` by `factor` with each of the `units` that leaves."""
 
     units: IntArray
     factor: int
+    number: int
+
+    def new_value(self, kept: BoolArray) -> int:
+        """The value for the kept entries of `units`, a bool array."""
+        return self.number - self.factor * int((~kept).sum())
 
 
 class UnitWork(NamedTuple):
@@ -77,6 +83,7 @@ class InnerStructure:
         kernel_axes: Where units are made.
         config: Key of a configuration value -> what it counts.
         work: Floating point operations.
+        keeps_examples: Whether examples are on the first axis of the outputs as they are in the inputs.
         locked: The groups of units that cannot leave.
     """
 
@@ -86,6 +93,7 @@ class InnerStructure:
     kernel_axes: tuple[KernelAxis, ...]
     config: Mapping[str, UnitCount]
     work: tuple[UnitWork, ...]
+    keeps_examples: bool
     locked: tuple[LockedGroup, ...] = ()
 
     def make_effect(self, ctx: Context) -> Effect:
@@ -112,7 +120,10 @@ class InnerStructure:
         return Effect(
             outputs=[ctx.fixed_labels(k) for k in range(len(ctx.output_shapes))],
             weights={f"weights.{k}": labels(axes) for k, axes in self.weights.items()},
-            config={key: _count_edit(label_of_unit[c.units], c.factor) for key, c in self.config.items()},
+            config={
+                key: Edit((label_of_unit[count.units],), count.new_value)
+                for key, count in self.config.items()
+            },
             work=tuple(Work(f, tuple(label_of_unit[units] for units in axes)) for f, axes in self.work),
             internal_reads=tuple(
                 InternalRead(label_of_unit[units], _gate_input_of(k), k) for k, units in self.reads.items()
@@ -120,14 +131,41 @@ class InnerStructure:
             inner_kernels=tuple((f"weights.{k}", axis) for k, axis in self.kernel_axes),
         )
 
-    def unit_axes(self) -> list[IntArray]:
-        """The units along each axis of a weight that has units."""
-        axes = itertools.chain.from_iterable(self.weights.values())
-        return [units for units in axes if units is not None]
+    def axes_of(self, name: str) -> dict[WeightAxis, float]:
+        """How many entries along axes of weights go with one unit of a group; NaN where units differ."""
+        own, counts = self.units_of(name), dict[WeightAxis, float]()
+        for weight, axes in self.weights.items():
+            for axis, units in enumerate(axes):
+                found = (
+                    np.zeros(1) if units is None else np.bincount(units + 1, minlength=own[-1] + 2)[own + 1]
+                )
+                if found.any():
+                    even = bool((found == found[0]).all())
+                    counts[WeightAxis(weight, axis)] = float(found[0]) if even else np.nan
+        return counts
+
+    def units_of(self, name: str) -> IntArray:
+        """The numbers of the units of a group."""
+        start = 0
+        for group in self.groups:
+            if group.name == name:
+                return np.arange(start, start + group.num_units)
+            start += group.num_units
+        raise KeyError(name)
 
     def config_changes(self, kept: BoolArray) -> dict[str, int]:
         """Configuration values for the kept units, a bool array `(num_units,)`."""
-        return {key: factor * int(kept_entries(u, kept).sum()) for key, (u, factor) in self.config.items()}
+        return {key: count.new_value(kept_entries(count.units, kept)) for key, count in self.config.items()}
+
+    def shapes_of(self, layer: keras.Layer, kept: BoolArray) -> list[Shape]:
+        """Shapes of the weights of such a layer that remain with the kept units."""
+        shapes: list[Shape] = [tuple(weight.shape) for weight in layer.weights]
+        for number, masks in self.weight_masks(kept).items():
+            shapes[number] = tuple(
+                size if mask is None else int(mask.sum())
+                for size, mask in zip(shapes[number], masks, strict=True)
+            )
+        return shapes
 
     def weight_masks(self, kept: BoolArray) -> dict[int, tuple[BoolArray | None, ...]]:
         """Number of a weight -> which entries along each of its axes are kept, `None` for all."""
@@ -137,7 +175,10 @@ class InnerStructure:
         }
 
     def restricted_to(self, names: Collection[str]) -> InnerStructure:
-        """The structure with only some of its groups. The units of other groups become -1."""
+        """The structure with only some of its groups, without configuration values.
+
+        The units of other groups become -1.
+        """
         groups = tuple(group for group in self.groups if group.name in names)
         numbers: list[int] = []
         num_units = 0
@@ -154,21 +195,22 @@ class InnerStructure:
 
         weights = {number: tuple(map(renumber, axes)) for number, axes in self.weights.items()}
         reads = {number: renumber(units) for number, units in self.reads.items()}
-        config = {key: (renumber(units), factor) for key, (units, factor) in self.config.items()}
         return InnerStructure(
             groups=groups,
             weights=weights,
             reads={number: units for number, units in reads.items() if units is not None},
             kernel_axes=tuple(one for one in self.kernel_axes if weights[one.weight][one.axis] is not None),
-            config={key: UnitCount(u, factor) for key, (u, factor) in config.items() if u is not None},
+            config={},
+            keeps_examples=self.keeps_examples,
             work=tuple(UnitWork(f, tuple(new_number[units] for units in axes)) for f, axes in self.work),
         )
 
     def _is_shared(self, number: int) -> bool:
         """Whether units of a group occur several times along one axis, as heads that share a key do."""
-        start = sum(num for _, num in self.groups[:number])
-        for units in self.unit_axes():
-            own = units[(units >= start) & (units < start + self.groups[number].num_units)]
+        all_own = self.units_of(self.groups[number].name)
+        axes = itertools.chain.from_iterable(self.weights.values())
+        for units in (units for units in axes if units is not None):
+            own = units[np.isin(units, all_own)]
             if np.unique(own).size < own.size == units.size:
                 return True
         return False
@@ -177,11 +219,6 @@ class InnerStructure:
 def kept_entries(units: IntArray, kept: BoolArray) -> BoolArray:
     """Which entries stay along an axis with these units, for a bool array `(num_units,)`."""
     return np.append(kept, True)[units]
-
-
-def _count_edit(labels: IntArray, factor: int) -> Edit:
-    """An edit of a configuration value: `factor` times the number of kept labels."""
-    return Edit((labels,), lambda kept: factor * int(kept.sum()))
 
 
 def _gate_input_of(number: int) -> Callable[[keras.Layer, Tensor], contextlib.AbstractContextManager[None]]:

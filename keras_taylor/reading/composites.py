@@ -3,26 +3,31 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import keras
+import numpy as np
 
+from keras_taylor.reading.cloning import with_value
 from keras_taylor.reading.closed_layers import (
     InnerGroup,
     InnerStructure,
     KernelAxis,
+    LockedGroup,
+    UnitCount,
     UnitWork,
     trace_uncallable_layers,
 )
-from keras_taylor.reading.config_search import GroupSearch, LayerRebuilder, combine_groups, search_group
+from keras_taylor.reading.config_numbers import ConfigNumbers, KnownShape, NumberPath, Numbers, Step
 from keras_taylor.reading.configurations import configuration_of
 from keras_taylor.reading.graph import Call, Graph, read_layer
+from keras_taylor.reading.rule_checks import computes_the_same, draw_kept_units, make_copy
 from keras_taylor.reading.tracing import LayerStaysClosed, UnsupportedModelError
-from keras_taylor.rules.base import Context, Effect, producing_kernels, weight_of
+from keras_taylor.rules.base import Effect, KeptLabels, is_from_keras, producing_kernels, weight_of
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import layers_inside
-from keras_taylor.support.types import IntArray, Shape
+from keras_taylor.support.types import BoolArray, IntArray, Shape
 
 
 class LabeledGroup(Protocol):
@@ -63,6 +68,9 @@ class LabeledGraph(Protocol):
     def units_of(self, labels: IntArray) -> IntArray:
         """The unit of each label, -1 for what stays."""
 
+    def kept_labels(self, kept: BoolArray) -> KeptLabels:
+        """What follows for weights and configurations if these units are kept."""
+
 
 class _LayerKey(NamedTuple):
     """Equal for calls of layers of one class with equal configurations, arguments and shapes."""
@@ -71,32 +79,20 @@ class _LayerKey(NamedTuple):
     description: str
 
 
-class _KnownSearch(NamedTuple):
-    """The result of a search that layers with other numbers of units can use again.
-
-    Attributes:
-        counting_keys: The configuration values that count units.
-        key: The layer, described without these values.
-        searches: The result for each group, by its name.
-    """
-
-    counting_keys: tuple[str, ...]
-    key: _LayerKey
-    searches: dict[str, GroupSearch]
-
-
 _structures: dict[_LayerKey, InnerStructure | None] = {}
-_known_searches: list[_KnownSearch] = []
 
 
-def find_rule_by_rebuilding(
+def find_structure(
     call: Call, shapes: Sequence[Shape], label_graph: Callable[[Graph], LabeledGraph]
-) -> Callable[[Context], Effect] | None:
-    """The rule of a layer that cannot be opened for inputs of any size, found by reading it at some sizes.
+) -> InnerStructure | None:
+    """The inside of a layer that cannot be opened for inputs of any size, found by reading it at some sizes.
 
     Units inside are those that occur equally at two sizes. They can leave if configuration values count
-    them. To find these values, the layer is built again with other values, and is compared on random inputs
-    with the whole layer whose gates are closed.
+    them. To find these values, the layer is built again with other values, and shapes are compared. The
+    inside of a smaller layer must be that of the whole one as the rules shrink it. Where shapes and
+    configurations cannot tell, the smaller layer and the whole one with closed gates run on random inputs.
+
+    It is found once for layers of equal class and configuration.
 
     Args:
         call: The call of the layer.
@@ -115,16 +111,15 @@ def find_rule_by_rebuilding(
         return None
     if key not in _structures:
         _structures[key] = _find_structure(call, shapes, label_graph)
-    structure = _structures[key]
-    return None if structure is None else structure.make_effect
+    return _structures[key]
 
 
-def _describe_layer(call: Call, shapes: Sequence[Shape], without: Sequence[str] = ()) -> _LayerKey:
-    """The layer's class, configuration and call arguments, some configuration values left out."""
+def _describe_layer(call: Call, shapes: Sequence[Shape]) -> _LayerKey:
+    """The layer's class, configuration and call arguments."""
     config = {
         key: value
         for key, value in configuration_of(call.operation).items()
-        if key not in ("name", *without) and not key.endswith("initializer")  # initializers have seeds
+        if key != "name" and not key.endswith("initializer")  # initializers have seeds
     }
     arguments = [x if isinstance(x, (int, float, str, bool)) else None for x in call.site.flat]
     sizes = [shapes[index] for index in call.inputs]
@@ -137,30 +132,150 @@ def _find_structure(
 ) -> InnerStructure | None:
     """The units inside a layer, with the configuration values that count them; `None` if nothing is seen."""
     try:
-        first = _read_at_sizes(call, shapes, 0, label_graph)
-        rebuilder = LayerRebuilder(call, shapes)
-        names = {group.name for group in first.labeled.groups}
-        for known in _known_searches:
-            if names <= known.searches.keys() and known.key == _describe_layer(
-                call, shapes, known.counting_keys
-            ):
-                structure = _describe_inside(call, shapes, first, first)
-                return combine_groups(structure, known.searches, rebuilder) or structure.restricted_to([])
-        second = _read_at_sizes(call, shapes, 1, label_graph)
+        first, second = (
+            _Reading(sizes.batch_size, label_graph(sizes.read(call.operation)))
+            for sizes in (_Sizes(call, shapes, 0), _Sizes(call, shapes, 1))
+        )
         if not _have_same_calls(first.labeled, second.labeled):
             return None
         structure = _describe_inside(call, shapes, first, second)
-        searches = {
-            name: search_group(structure.restricted_to([name]), rebuilder) for name, _ in structure.groups
-        }
-        combined = combine_groups(structure, searches, rebuilder)
+        search = _ConfigSearch(call, shapes, first.labeled, structure)
+        return search.run() or structure.restricted_to([])
     except (LayerStaysClosed, UnsupportedModelError):
         return None
-    if combined is not None and names <= searches.keys():
-        counting_keys = tuple(combined.config)
-        key = _describe_layer(call, shapes, counting_keys)
-        _known_searches.append(_KnownSearch(counting_keys, key, searches))
-    return combined or structure.restricted_to([])
+
+
+class _ConfigSearch:
+    """The search for the configuration values of a closed layer that count the units inside.
+
+    Args:
+        call: The call of the layer.
+        shapes: Shape of every tensor of its graph.
+        labeled: The inside of the layer at some sizes.
+        structure: The same without configuration values.
+    """
+
+    def __init__(
+        self, call: Call, shapes: Sequence[Shape], labeled: LabeledGraph, structure: InnerStructure
+    ) -> None:
+        self._call, self._shapes, self._labeled, self._structure = call, shapes, labeled, structure
+        values = configuration_of(call.operation)
+        numbers: dict[NumberPath, int] = {
+            (key,): value for key, value in values.items() if type(value) is int and value > 1
+        }
+        weights = [tuple(weight.shape) for weight in call.operation.weights]
+        self._numbers = ConfigNumbers(numbers, weights, self._shapes_with)
+        self._explained: dict[frozenset[str], bool] = {}
+
+    def run(self) -> InnerStructure | None:
+        """The structure with the configuration values of its groups; groups without such values are locked.
+
+        `None` if no group can leave, or if the layer differs when all groups shrink together.
+        """
+        steps: dict[str, Step] = {}
+        locked: list[LockedGroup] = []
+        for group in self._structure.groups:
+            step = self._find_step(group)
+            if step is None:
+                locked.append(LockedGroup(*group, "no configuration values count these alone"))
+            elif self._is_equivalent({group.name: step}, num_draws=1):
+                steps[group.name] = step
+            else:
+                locked.append(LockedGroup(*group, "its outputs change when it is built with fewer of these"))
+        paths = [path for step in steps.values() for path in step.numbers]
+        if not steps or len(set(paths)) < len(paths):
+            return None
+        if not self._is_equivalent(steps):
+            return None
+        return dataclasses.replace(self._with_config(steps), locked=tuple(locked))
+
+    def _shapes_with(self, changes: Numbers) -> list[KnownShape]:
+        made = make_copy(self._call, {str(key): value for (key,), value in changes.items()})
+        return [tuple(weight.shape) for weight in made.weights]
+
+    def _find_step(self, group: InnerGroup) -> Step | None:
+        """The values that fall with the units of one group, and with no others; `None` if there are none."""
+        groups = {one.name: self._structure.axes_of(one.name) for one in self._structure.groups}
+        if group.num_units < 2:
+            return None
+        step = self._numbers.find_step(groups[group.name], groups)
+        if step is None or step.units != {group.name: 1}:
+            return None
+        is_right = all(self._numbers.lead_to(step, groups, num) for num in {1, group.num_units - 1})
+        return step if is_right else None
+
+    def _with_config(self, steps: Mapping[str, Step]) -> InnerStructure:
+        """The structure of some groups with the configuration values that count them."""
+        part = self._structure.restricted_to(steps)
+        config = {
+            str(path[0]): UnitCount(part.units_of(name), fall, self._numbers.numbers[path])
+            for name, step in steps.items()
+            for path, fall in step.numbers.items()
+        }
+        return dataclasses.replace(part, config=config)
+
+    def _is_equivalent(self, steps: Mapping[str, Step], num_draws: int = 2) -> bool:
+        """Whether the layer built with fewer units computes what the whole one with closed gates does."""
+        structure, names = self._with_config(steps), frozenset(steps)
+        if names not in self._explained:
+            self._explained[names] = self._is_explained(structure)
+        return self._explained[names] or computes_the_same(self._call, self._shapes, structure, num_draws)
+
+    def _is_explained(self, structure: InnerStructure) -> bool:
+        """Whether the inside of the smaller layer is that of the whole one as the rules shrink it."""
+        labeled, layer = self._labeled, self._call.operation
+        kept = draw_kept_units(structure, np.random.default_rng(0))
+        all_kept = np.ones(labeled.groups[-1].start + labeled.groups[-1].num_units, bool)
+        for group in labeled.groups:
+            if group.name in {name for name, _ in structure.groups}:
+                own = kept[structure.units_of(group.name)]
+                all_kept[group.start : group.start + group.num_units] = own
+        try:
+            small = make_copy(self._call, structure.config_changes(kept))
+            if [tuple(weight.shape) for weight in small.weights] != structure.shapes_of(layer, kept):
+                return False
+            graph = _Sizes(self._call, self._shapes, 0).read(small)
+        except (LayerStaysClosed, UnsupportedModelError):
+            return False
+        return _is_shrunk_alike(labeled, labeled.kept_labels(all_kept), graph)
+
+
+class _Sizes:
+    """Sizes that stand for the unknown ones of a layer's inputs.
+
+    Args:
+        call: The call of the layer.
+        shapes: Shape of every tensor of its graph.
+        number: 0 or 1, for other sizes.
+
+    Attributes:
+        batch_size: The size that stands for the unknown number of examples.
+    """
+
+    def __init__(self, call: Call, shapes: Sequence[Shape], number: int) -> None:
+        known = {size for index in call.inputs for size in shapes[index]}
+        free = [size for size in range(2, 99) if size not in known]
+        self.batch_size, self._length = free[number], free[number + 2]
+        self._call, self._shapes = call, shapes
+
+    def read(self, layer: keras.Layer) -> Graph:
+        """The inside of the layer or of a copy, called as in the call.
+
+        Raises:
+            LayerStaysClosed: if that cannot be seen.
+        """
+        tensors = iter(self._call.inputs)
+
+        def with_known_shape(x: Any) -> Any:
+            if not isinstance(x, keras.KerasTensor):
+                return x
+            first, *rest = self._shapes[next(tensors)]
+            sizes = (self._length if size is None else size for size in rest)
+            return keras.KerasTensor((self.batch_size if first is None else first, *sizes), dtype=x.dtype)
+
+        args, kwargs = self._call.site.packed([with_known_shape(x) for x in self._call.site.flat])
+        with trace_uncallable_layers(layer):
+            return read_layer(layer, args, kwargs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,27 +289,6 @@ class _Reading:
 
     batch_size: int
     labeled: LabeledGraph
-
-
-def _read_at_sizes(
-    call: Call, shapes: Sequence[Shape], number: int, label_graph: Callable[[Graph], LabeledGraph]
-) -> _Reading:
-    """Reads the inside of a layer at sizes that stand for the unknown ones; `number` is 0 or 1."""
-    known = {size for index in call.inputs for size in shapes[index]}
-    free = [size for size in range(2, 99) if size not in known]
-    batch_size, length = free[number], free[number + 2]
-    tensors = iter(call.inputs)
-
-    def with_known_shape(x: Any) -> Any:
-        if not isinstance(x, keras.KerasTensor):
-            return x
-        first, *rest = shapes[next(tensors)]
-        sizes = (length if size is None else size for size in rest)
-        return keras.KerasTensor((batch_size if first is None else first, *sizes), dtype=x.dtype)
-
-    args, kwargs = call.site.packed([with_known_shape(x) for x in call.site.flat])
-    with trace_uncallable_layers(call.operation):
-        return _Reading(batch_size, label_graph(read_layer(call.operation, args, kwargs)))
 
 
 def _have_same_calls(first: LabeledGraph, second: LabeledGraph) -> bool:
@@ -257,6 +351,11 @@ def _describe_inside(
         kernel_axes=tuple(one for one in kernel_axes if weights[one.weight][one.axis] is not None),
         config={},
         work=tuple(_work_at_any_size(labeled, second.labeled, has_known_sizes)),
+        keeps_examples=all(
+            [one.labeled.graph.shapes[index][:1] for index in one.labeled.graph.outputs]
+            == [(one.batch_size,)] * len(call.outputs)
+            for one in (first, second)
+        ),
     )
     return structure.restricted_to(
         {
@@ -290,3 +389,78 @@ def _work_at_any_size(
             is_known = has_known_sizes and work.factor == other_work.factor
             factor = work.factor if is_known else math.nan
             yield UnitWork(factor, tuple(labeled.units_of(labels) for labels in work.labels))
+
+
+def _is_shrunk_alike(labeled: LabeledGraph, kept: KeptLabels, small: Graph) -> bool:
+    """Whether the inside of a smaller layer is that of the whole one as its rules shrink it, call by call.
+
+    Then both compute the same, by the rules. `False` says only that shapes and configurations cannot tell.
+
+    Args:
+        labeled: The inside of the whole layer.
+        kept: What stays of it.
+        small: The inside of the smaller layer.
+    """
+    whole = labeled.graph
+    if len(whole.calls) != len(small.calls) or whole.outputs != small.outputs:
+        return False
+    partners: dict[keras.Operation, keras.Operation] = {}
+    positions = [
+        IdentityMap((weight, number) for number, weight in enumerate(graph.model.weights))
+        for graph in (whole, small)
+    ]
+    for call, effect, other in zip(whole.calls, labeled.effects, small.calls, strict=True):
+        if partners.setdefault(call.operation, other.operation) is not other.operation:
+            return False
+        weights = [
+            [position.get(weight) for weight in getattr(each.operation, "weights", ())]
+            for each, position in zip((call, other), positions, strict=True)
+        ]
+        if weights[0] != weights[1] or None in weights[0]:
+            return False
+        if not _is_shrunk(call, effect, kept, other):
+            return False
+    return len(set(partners.values())) == len(partners)
+
+
+def _is_shrunk(call: Call, effect: Effect, kept: KeptLabels, other: Call) -> bool:
+    """Whether a call of the smaller layer is that of the whole one as its rule shrinks it."""
+    operation, small = call.operation, other.operation
+    if type(operation) is not type(small) or not effect.has_rule or not is_from_keras(type(operation)):
+        return False
+    if (call.inputs, call.outputs) != (other.inputs, other.outputs):
+        return False
+    flat = [*call.flat]
+    for position, value in kept.changes(effect.arguments).items():
+        flat[position] = value
+    if len(flat) != len(other.flat) or not all(map(_is_same, flat, other.flat)):
+        return False
+    try:
+        config = _plain_config(operation)
+        for path, value in kept.changes(effect.config).items():
+            config = with_value(config, path.split("."), value)
+        return _is_same(config, _plain_config(small))
+    except Exception:  # an operation may have no configuration
+        return False
+
+
+def _plain_config(operation: keras.Operation) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in operation.get_config().items()
+        if key != "name" and not key.endswith("initializer")  # initializers have seeds
+    }
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """Whether two values are known to be equal."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(_is_same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        return len(first) == len(second) and all(map(_is_same, first, second))
+    if isinstance(first, keras.Variable) or isinstance(second, keras.Variable):
+        return False
+    if isinstance(first, np.ndarray) or keras.ops.is_tensor(first):
+        arrays = [keras.ops.convert_to_numpy(x) for x in (first, second)]
+        return arrays[0].dtype == arrays[1].dtype and np.array_equal(*arrays)
+    return type(first) is type(second) and bool(first == second)

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from keras_taylor.rules.base import is_from_keras
-from keras_taylor.support.keras_internals import recorded_arguments
+from keras_taylor.support.keras_internals import recorded_arguments, shapes_only
 
 _PLAIN_VALUE_TYPES = (int, float, str, bool, type(None))
 _CONFIGURABLE_TYPES = (keras.Initializer, keras.Regularizer, keras.constraints.Constraint)
@@ -32,6 +32,24 @@ class Configuration(NamedTuple):
 
     values: dict[str, Any]
     fault: str | None
+
+
+class _Completion(NamedTuple):
+    """How the values that a `get_config` returned are completed.
+
+    Attributes:
+        kept: Keys of the values that stay.
+        added: Names of the arguments that are added.
+        fault: As in `Configuration`.
+    """
+
+    kept: frozenset[str]
+    added: tuple[str, ...]
+    fault: str | None
+
+
+_MOST_COMPLETIONS = 4096
+_completions: dict[tuple[type, str], _Completion] = {}
 
 
 class _GetConfig:
@@ -122,15 +140,49 @@ def _collect_arguments(layer: keras.Layer, error: Exception) -> dict[str, Any]:
 
 
 def _complete_values(layer: keras.Layer, values: dict[str, Any]) -> Configuration:
-    """Completes what a layer's `get_config` returned."""
+    """Completes what a layer's `get_config` returned, in the same way for layers that are equal."""
     cls = type(layer)
-    missing = [p for p in _init_parameters(cls) if p.name not in values]
+    parameters = {p.name: p for p in _init_parameters(cls)}
+    missing = [p for name, p in parameters.items() if name not in values]
     if not missing and _accepted_names(cls).issuperset(values):
         return Configuration(values, None)
+    key = _plain_description(layer, values, missing)
+    completion = None if key is None else _completions.get((cls, key))
+    if completion is None:
+        completion = _find_completion(layer, values, missing)
+        if key is not None:
+            if len(_completions) >= _MOST_COMPLETIONS:
+                _completions.clear()
+            _completions[cls, key] = completion
+    kept = {key: value for key, value in values.items() if key in completion.kept}
+    added = _argument_values(layer, [parameters[name] for name in completion.added])
+    return Configuration({**kept, **added}, completion.fault)
+
+
+def _plain_description(
+    layer: keras.Layer, values: Mapping[str, Any], missing: Sequence[inspect.Parameter]
+) -> str | None:
+    """Equal for layers whose configurations are completed alike; `None` if some values are not plain."""
+    named = {key: value for key, value in values.items() if key != "name"}
+    others = {p.name: getattr(layer, p.name) for p in missing if hasattr(layer, p.name)}
+    recorded = {key: value for key, value in recorded_arguments(layer).items() if key != "name"}
+    try:
+        return json.dumps([named, others, recorded], sort_keys=True)
+    except (TypeError, ValueError):
+        return None
+
+
+def _find_completion(
+    layer: keras.Layer, values: dict[str, Any], missing: Sequence[inspect.Parameter]
+) -> _Completion:
+    """How a layer's configuration is completed, by trying what its class takes."""
+    cls, given = type(layer), values
     required = _argument_values(layer, [p for p in missing if p.default is p.empty])
+    added: list[str] = []
     faults, copy = [], _make_layer(cls, values)
     if copy is None and required:
         values, faults = {**values, **required}, [f"leaves out {_quote_names(required)}"]
+        added += required
         copy = _make_layer(cls, values)
     # First leave out only what no parent class takes either: a class may pass the rest on, or set it itself.
     for accepted in (_accepted_names(cls, with_parents=True), _accepted_names(cls)):
@@ -144,8 +196,10 @@ def _complete_values(layer: keras.Layer, values: dict[str, Any]) -> Configuratio
         differing = _differing_arguments(layer, copy, optional)
         if differing and _make_layer(cls, {**values, **differing}) is not None:
             values = {**values, **differing}
+            added += differing
             faults.append(f"leaves out {_quote_names(differing)}")
-    return Configuration(values, " and ".join(faults) or None)
+    kept = frozenset(key for key in values if key in given and key not in added)
+    return _Completion(kept, tuple(name for name in added if name in values), " and ".join(faults) or None)
 
 
 def _differing_arguments(
@@ -238,7 +292,8 @@ def _find_loading_problem(layer: keras.Layer, values: Mapping[str, Any]) -> str 
 def _make_layer(cls: type[keras.Layer], values: Mapping[str, Any]) -> keras.Layer | None:
     """A layer, `None` if it cannot be made from these values."""
     try:
-        return cls.from_config(dict(values))
+        with shapes_only():
+            return cls.from_config(dict(values))
     except Exception:
         return None
 

@@ -4,9 +4,10 @@ import collections
 import dataclasses
 import functools
 import inspect
+import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -249,6 +250,30 @@ def _open_and_inline(root: SubmodelGraph) -> Graph:
     return _Inliner(openings, root).graph
 
 
+class _Appearance(NamedTuple):
+    """Equal for layers of one class that are configured, built and called alike."""
+
+    layer_class: type[keras.Layer]
+    description: str
+
+
+def _appearance_of(layer: keras.Layer, site: Site) -> _Appearance | None:
+    """What a layer is, seen from outside at one site; `None` if it holds more than plain values."""
+    arguments = [
+        [x.shape, x.dtype] if isinstance(x, keras.KerasTensor) else x for x in (*site.flat, list(site.kwargs))
+    ]
+    inside = [[type(each).__name__, each.name] for each in layers_inside(layer)]
+    weights = [[weight.name, weight.shape] for weight in layer.weights]
+    others = [getattr(layer, "quantization_mode", None), layer.activity_regularizer]
+    try:
+        config = {key: value for key, value in layer.get_config().items() if key != "name"}
+        return _Appearance(
+            type(layer), json.dumps([config, arguments, inside, weights, others], sort_keys=True)
+        )
+    except Exception:  # a user's `get_config` may raise anything
+        return None
+
+
 class _Openings:
     """Finds the sub-models in a model, and opens layers.
 
@@ -263,6 +288,7 @@ class _Openings:
         self._reasons: dict[Site, str] = {}  # why layers could not be opened
         self._sites: dict[keras.Layer, list[Site]] = {}  # sites with different arguments, already opened
         self._first_sequences: dict[keras.Layer, tuple[CallSequence, SubmodelGraph]] = {}
+        self._closed: dict[_Appearance, str] = {}  # why layers could not be opened, for others like them
         self._changing: set[keras.Layer] = set()  # layers that do other things at one call than at another
         self._masked: set[keras.Layer] = set()  # layers that masks may reach
 
@@ -321,10 +347,18 @@ class _Openings:
                 self._reasons[site] = self._reasons[alike]
 
     def _open_layer(self, layer: keras.Layer, site: Site) -> None:
+        is_new_class = all(one.layer_class is not type(layer) for one in self._closed)
+        appearance = None if is_new_class else _appearance_of(layer, site)
+        if appearance is not None and appearance in self._closed:
+            self._reasons[site] = self._closed[appearance]
+            return
         try:
             function = trace_layer(layer, site.args, site.kwargs)
         except LayerStaysClosed as reason:
             self._reasons[site] = str(reason)
+            appearance = appearance or _appearance_of(layer, site)
+            if appearance is not None:
+                self._closed[appearance] = str(reason)
             return
         sequence = call_sequence(function)
         if layer not in self._first_sequences:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, overload
 import keras
 import numpy as np
 
-from keras_taylor.reading.composites import find_rule_by_rebuilding
+from keras_taylor.reading.composites import find_structure
 from keras_taylor.reading.graph import Call, Graph, Site, read_model
 from keras_taylor.reading.rule_checks import (
     check_registered_rule,
@@ -271,18 +271,26 @@ class _Labeling:
         """Applies the rule of a call; returns whether the rule was found by probing."""
         shapes = self._graph.shapes
         check_registered_rule(call, self.labels, shapes, self.batches, self._label_space.exact)
-        inside = find_rule_by_rebuilding(call, shapes, LabeledModel)
+        inside = find_structure(call, shapes, LabeledModel)
         probed = None if inside else find_rule_by_probing(call, self.labels, shapes, self.batches)
-        effect = apply_rule(self._label_space, call, self.labels, shapes, self.batches, inside or probed)
-        self._follow_examples(call, effect, bool(probed))
+        rule = inside.make_effect if inside else probed
+        effect = apply_rule(self._label_space, call, self.labels, shapes, self.batches, rule)
+        is_followed = bool(probed) or (inside is not None and inside.keeps_examples)
+        self._follow_examples(call, effect, is_followed)
         for index, labels in zip(call.outputs, effect.outputs, strict=True):
             self.labels[index] = labels
         self.effects.append(effect)
         self._unite_with_first(call, effect)
         return bool(probed) or (call.closed_reason is None and is_probed_activation(call.operation))
 
-    def _follow_examples(self, call: Call, effect: Effect, is_probed: bool) -> None:
-        """Notes where the examples are in the outputs of a call, and locks what gates in it cannot reach."""
+    def _follow_examples(self, call: Call, effect: Effect, is_followed: bool) -> None:
+        """Notes where the examples are in the outputs of a call, and locks what gates in it cannot reach.
+
+        Args:
+            call: The call.
+            effect: What its rule says.
+            is_followed: Whether it is known that they are where the effect says.
+        """
         batches = [self.batches[index] for index in call.inputs]
         lost = next((self._lost[index] for index in call.inputs if index in self._lost), call.name)
         unreached = [self.labels[call.inputs[k]] for k in effect.reads if batches[k] is None]
@@ -293,7 +301,7 @@ class _Labeling:
         for labels in unreached:
             self._label_space.lock(labels, f"behind '{lost}', where a gate cannot follow its example")
         found: Sequence[BatchAxis | None] = effect.batches or ()
-        if not is_probed:
+        if not is_followed:
             found = find_batches_by_running(call, self._graph.shapes, self.batches, found)
         for index, batch in zip(call.outputs, found, strict=True):
             self.batches[index] = batch

@@ -12,12 +12,15 @@ import numpy as np
 from keras import ops
 
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
+from keras_taylor.reading.closed_layers import Gate, InnerStructure, gate_inside, kept_entries
 from keras_taylor.reading.graph import Call, TensorRef
+from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.rules.base import KeptLabels, LabeledTensor, Rule, is_from_keras, unknown_operation
 from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace
 from keras_taylor.rules.probing import NUM_PROBED_EXAMPLES, ChannelMap, ProbedInput, find_channel_map
 from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
 from keras_taylor.rules.shape import follow_channel_map
+from keras_taylor.support.keras_internals import give_values, shapes_only
 from keras_taylor.support.types import Array, BoolArray, IntArray, Shape
 
 _NUM_RANDOM_EXAMPLES = 2  # of random inputs
@@ -27,6 +30,7 @@ _SIZES_OF_UNKNOWN = (12, 64)  # the same of probed operations, which may divide 
 _NUM_CHECKS = 2  # of a registered rule, with different random numbers
 _NUM_DRAWS = 20  # of channels that leave, until some stay along every axis
 _LEAVING_FRACTION = 0.4  # of the channels
+_COPY_TOLERANCE = 1e-5  # of a copy with the same configuration and weights, relative to the largest value
 _TINY = 1e-30  # in the place of a largest value of zero
 
 
@@ -475,3 +479,120 @@ def tensor_dtype(call: Call, index: int) -> str:
 def _summarize(error: Exception) -> str:
     """The type and the first line of an error."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def make_copy(call: Call, changes: Mapping[str, Any]) -> keras.Layer:
+    """The layer of a call with other configuration values, built without values of weights.
+
+    Raises:
+        UnsupportedModelError: if it cannot be built.
+    """
+    operation = call.operation
+    with shapes_only():
+        clone = clone_operation(operation, call.name, changes)
+        try:
+            build_like(clone, operation, call.name)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(f"It cannot be built. Received: {operation!r}") from error
+    return clone
+
+
+def computes_the_same(
+    call: Call, shapes: Sequence[Shape], structure: InnerStructure, num_draws: int = 2
+) -> bool:
+    """Whether the layer built for fewer units has the outputs of the whole layer with closed gates.
+
+    Both are copies of the layer with random weights. A copy with the layer's own weights and configuration
+    must also have the outputs of the layer.
+
+    Args:
+        call: The call of the layer.
+        shapes: Shape of every tensor of its graph.
+        structure: The units inside, with the configuration values that count them.
+        num_draws: How often units, weights and inputs are drawn.
+    """
+    try:
+        return all(_CopyTrial(call, shapes, seed).passes(structure) for seed in range(num_draws))
+    except UnsupportedModelError:
+        return False
+
+
+class _CopyTrial:
+    """A layer and its copies, run on the same random inputs.
+
+    Args:
+        call: The call of the layer.
+        shapes: Shape of every tensor of its graph.
+        seed: Of units, weights and inputs.
+    """
+
+    def __init__(self, call: Call, shapes: Sequence[Shape], seed: int) -> None:
+        self._call, self._random = call, np.random.default_rng(seed)
+        random = np.random.default_rng(seed)
+        self._inputs = {
+            index: self._values(random, shapes[index], index, seed) for index in dict.fromkeys(call.inputs)
+        }
+
+    def passes(self, structure: InnerStructure) -> bool:
+        """As `computes_the_same`, for one draw."""
+        layer = self._call.operation
+        whole = make_copy(self._call, {})
+        give_values(whole)
+        copy_weights(layer, whole)
+        if _largest_difference(self._run(whole), self._run(layer)) > _COPY_TOLERANCE:
+            return False
+        for weight in whole.weights:
+            if "float" in weight.dtype:
+                weight.assign(self._random.normal(0, 0.5, weight.shape).astype("float32"))
+        kept = draw_kept_units(structure, self._random)
+        small = make_copy(self._call, structure.config_changes(kept))
+        if [tuple(weight.shape) for weight in small.weights] != structure.shapes_of(layer, kept):
+            return False
+        give_values(small)
+        copy_weights(whole, small, structure.weight_masks(kept))
+        gates = {number: _gate_of(kept_entries(units, kept)) for number, units in structure.reads.items()}
+        closed, cut = self._run(whole, gates), self._run(small)
+        tolerance = equivalence_tolerance(layer.compute_dtype)
+        # closed gates must make a difference, or else the comparison shows nothing
+        has_effect = _largest_difference(self._run(whole), closed) > tolerance
+        return _largest_difference(cut, closed) <= tolerance and has_effect
+
+    def _run(self, layer: keras.Layer, gates: Mapping[int, Gate] | None = None) -> list[Array]:
+        """Flattened outputs of a layer, called as in the call."""
+        with gate_inside(layer, gates or {}):
+            return run_like_call(self._call, layer, self._inputs)
+
+    def _values(self, random: np.random.Generator, shape: Shape, index: int, seed: int) -> Array:
+        """Random values of an input; integers may be masks, and each row of a mask needs a one."""
+        dtype = tensor_dtype(self._call, index)
+        values = random_input(random, shape, dtype)
+        if "float" not in dtype:
+            values[:, : None if seed == 0 else 1] = 1
+        return values
+
+
+def draw_kept_units(structure: InnerStructure, random: np.random.Generator) -> BoolArray:
+    """A random bool array `(num_units,)`: some units of each group stay, and some leave."""
+    parts = []
+    for _, num in structure.groups:
+        kept = random.random(num) < 0.6
+        stays, leaves = random.permutation(num)[:2]
+        kept[stays], kept[leaves] = True, False
+        parts.append(kept)
+    return np.concatenate(parts)
+
+
+def _gate_of(mask: BoolArray) -> Gate:
+    """A gate that is 1 where the mask is true, else 0."""
+    return lambda x: x * keras.ops.convert_to_tensor(mask.astype("float32"), x.dtype)
+
+
+def _largest_difference(first: Sequence[Array], second: Sequence[Array]) -> float:
+    """Largest difference of outputs, relative to the second ones' largest value; infinite for a NaN."""
+    differences = [
+        np.abs(a - b).max() / max(np.abs(b).max(), _TINY) for a, b in zip(first, second, strict=True)
+    ]
+    largest = max(differences)
+    return float(largest) if np.isfinite(largest) else np.inf

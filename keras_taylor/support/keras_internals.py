@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
+import numpy as np
 from keras.src.backend import get_keras_mask, set_keras_mask
 from keras.src.backend.common import global_state
 
@@ -211,3 +212,16 @@ def shapes_only() -> Iterator[None]:
             yield
     finally:
         global_state.set_global_attribute(_WAITING, waiting)
+
+
+def give_values(layer: keras.Layer) -> None:
+    """Gives values to what a layer that was made within `shapes_only` lacks them for: zeros to its weights.
+
+    An `assign` copies into values that are there, and nothing public puts the first ones in.
+    """
+    for weight in layer.weights:
+        if weight._value is None:
+            weight._initialize(keras.ops.convert_to_tensor(np.zeros(weight.shape), weight.dtype))
+    for variable in layer.variables:  # states of seeds
+        if variable._value is None:
+            variable._deferred_initialize()
