@@ -45,7 +45,8 @@ class Analysis:
             "activation_memory" (bytes) -> an int, `None` if an input has an unknown size.
         reachable: Cost -> the largest fraction of it that can be removed, a float: every group keeps one
             channel.
-        unknown: Names of the operations that have no rule, a tuple. The channels that they read stay.
+        unknown: Names of the operations that have no rule, a tuple. The channels that they read stay, and
+            their FLOPs are not counted.
         probed: Names of the operations without a rule, or with an activation function of your own, that
             let channels through, a tuple. Each was run on random numbers, and every channel was found to
             be independent of the others.
@@ -121,7 +122,8 @@ class Analysis:
         prunable = sum(group.num_units for group in self.groups if group.prunable)
         total = sum(group.num_units for group in self.groups)
         probed = f"; probed with random numbers: {', '.join(self.probed)}" if self.probed else ""
-        return f"{prunable:,} of {total:,} channels can leave: up to {shares}{probed}"
+        uncounted = f"; FLOPs not counted, no rule: {_shorten_names(self.unknown)}" if self.unknown else ""
+        return f"{prunable:,} of {total:,} channels can leave: up to {shares}{probed}{uncounted}"
 
 
 @takes_data_as_one

@@ -88,6 +88,7 @@ def test_what_cannot_be_seen_stays_closed_and_says_why(run):
     analysis = keras_taylor.analyze(model)
     assert fingerprint(model) == before
     assert analysis.unknown == ("inner",)
+    assert "FLOPs not counted, no rule: inner" in " ".join(str(analysis).split())
     (locked,) = (g for g in analysis.groups if g.name == "before")
     assert locked.reason.startswith(f"read by Inner, which stays closed: {REASONS[run]}")
     assert locked.reason.endswith("('inner')")
