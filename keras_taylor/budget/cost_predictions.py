@@ -32,7 +32,12 @@ class WeightBytes:
     def __init__(self, labeled: LabeledModel, variant: str) -> None:
         self._quantize = VARIANTS[variant].quantize
         self._weights = [
-            (len(found.weight.shape) > 1, found.fixed_size, [labeled.units_of(axis) for axis in found.labels])
+            (
+                len(found.weight.shape) > 1,
+                found.fixed_size,
+                [labeled.units_of(axis) for axis in found.labels],
+                found.branches,
+            )
             for found in counted_weights(labeled)
         ]
 
@@ -40,7 +45,9 @@ class WeightBytes:
         """Bytes if only the units in the mask `kept` `(num_units,)` stay."""
         kept = np.append(kept, True)  # -1, the unit of positions that always stay, finds this
         total = 0
-        for is_matrix, factor, axes in self._weights:
+        for is_matrix, factor, axes, branches in self._weights:
+            if not kept[branches].all():
+                continue
             size = factor * int(np.prod([kept[axis].sum() for axis in axes], dtype=np.int64))
             too_small = self._quantize == "dynamic" and size < _MIN_DYNAMIC_SIZE
             total += size * (_BYTES_PER_VALUE[self._quantize] if is_matrix and not too_small else 4)

@@ -108,29 +108,42 @@ class CostModel:
         """Costs with one group cut and all others whole, for each group.
 
         Args:
-            num_removed: How many units the group loses; `None`: all but one.
+            num_removed: How many units the group loses; `None`: all but one, or the branch that it is.
 
         Returns:
             A list of dicts as `__call__` returns them, one for each group.
         """
         num_units = self.units_per_group()
-        num_left = np.minimum(num_units, 1) if num_removed is None else num_units - num_removed
+        least = [0 if group.is_branch else 1 for group in self._labeled.groups]
+        num_left = np.minimum(num_units, least) if num_removed is None else num_units - num_removed
         return self.group_costs.with_one_group_cut(num_units, num_left)
 
     def _parameter_terms(self) -> tuple[Term, ...] | None:
         return self._sum_terms(
-            (weight.fixed_size, weight.labels) for weight in counted_weights(self._labeled)
+            (weight.fixed_size, weight.labels, weight.branches) for weight in counted_weights(self._labeled)
         )
 
     def _flop_terms(self) -> tuple[Term, ...] | None:
-        effects = (self._labeled.effects[call.number] for call in self._labeled.graph.needed_calls)
-        return self._sum_terms((work.factor, work.labels) for effect in effects for work in effect.work)
+        numbers = [call.number for call in self._labeled.graph.needed_calls]
+        return self._sum_terms(
+            (work.factor, work.labels, self._labeled.branch_units_of_call(number))
+            for number in numbers
+            for work in self._labeled.effects[number].work
+        )
 
-    def _sum_terms(self, products: Iterable[tuple[float, Sequence[IntArray]]]) -> tuple[Term, ...] | None:
-        """Terms for factors and the labels along axes, those with the same widths added; `None`: unknown."""
+    def _sum_terms(
+        self, products: Iterable[tuple[float, Sequence[IntArray], IntArray]]
+    ) -> tuple[Term, ...] | None:
+        """Terms for factors, labels along axes, and branches; those with the same widths are added.
+
+        `None`: a size is unknown.
+        """
         factors: dict[tuple[int, ...], float] = {}
-        for factor, axes in products:
-            widths = tuple(sorted(self._width_number(labels) for labels in axes))
+        for factor, axes, branches in products:
+            numbers = [self._width_number(labels) for labels in axes]
+            if branches.size:
+                numbers.append(self._number_with_branches(0, branches))
+            widths = tuple(sorted(numbers))
             factors[widths] = factors.get(widths, 0.0) + factor
         if any(math.isnan(factor) for factor in factors.values()):
             return None
@@ -143,7 +156,9 @@ class CostModel:
         return tuple(
             Buffer(
                 place.bytes_per_channel,
-                0 if place.labels is None else self._width_number(place.labels),
+                self._number_with_branches(
+                    0 if place.labels is None else self._width_number(place.labels), place.branches
+                ),
                 place.first,
                 place.last,
             )
@@ -153,12 +168,21 @@ class CostModel:
     def _width_number(self, labels: IntArray) -> int:
         """The number of the width that counts the kept positions among `labels`."""
         if labels not in self._number_of_labels:  # the weights of a layer often share an array
-            width = self._width_of(labels)
-            if width not in self._number_of_width:
-                self._number_of_width[width] = len(self._widths)
-                self._widths.append(width)
-            self._number_of_labels[labels] = self._number_of_width[width]
+            self._number_of_labels[labels] = self._number_of(self._width_of(labels))
         return self._number_of_labels[labels]
+
+    def _number_with_branches(self, number: int, units: IntArray) -> int:
+        """The number of the width that is zero once one of these branches left, and else as another one."""
+        if not units.size:
+            return number
+        groups = np.searchsorted(self._group_starts, np.unique(units), "right") - 1
+        return self._number_of(self._widths[number]._replace(branches=tuple(groups.tolist())))
+
+    def _number_of(self, width: Width) -> int:
+        if width not in self._number_of_width:
+            self._number_of_width[width] = len(self._widths)
+            self._widths.append(width)
+        return self._number_of_width[width]
 
     def _width_of(self, labels: IntArray) -> Width:
         units = self._labeled.units_of(labels).reshape(-1)
@@ -172,11 +196,15 @@ class CostModel:
 
 
 class CountedWeight(NamedTuple):
-    """A weight, the product of the sizes of its axes that stay whole, and the labels along the others."""
+    """A weight, the product of the sizes of its axes that stay whole, and the labels along the others.
+
+    It leaves with each of some branches, which are given by their units.
+    """
 
     weight: keras.Variable
     fixed_size: int
     labels: list[IntArray]
+    branches: IntArray
 
 
 def counted_weights(labeled: LabeledModel) -> Iterator[CountedWeight]:
@@ -189,10 +217,12 @@ def counted_weights(labeled: LabeledModel) -> Iterator[CountedWeight]:
         labels_of = IdentityMap(
             (weight_of(call.operation, path), axes) for path, axes in effect.weights.items()
         )
+        branches = labeled.branch_units_of_operation(call.operation)
         for weight in call.operation.weights:
             axes = labels_of.get(weight, (None,) * len(weight.shape))
             fixed = math.prod(size for size, labels in zip(weight.shape, axes, strict=True) if labels is None)
-            yield CountedWeight(weight, fixed, [labels for labels in axes if labels is not None])
+            along = [labels for labels in axes if labels is not None]
+            yield CountedWeight(weight, fixed, along, branches)
 
 
 def unit_savings(labeled: LabeledModel, cost: str) -> FloatArray:

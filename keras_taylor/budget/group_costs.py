@@ -19,10 +19,14 @@ class WidthPart(NamedTuple):
 
 
 class Width(NamedTuple):
-    """The number of positions that are kept along an axis: fixed ones, and channels of several groups."""
+    """The number of positions that are kept along an axis: fixed ones, and channels of several groups.
+
+    It is zero once one of its branches has left; each is the number of a group of one unit.
+    """
 
     fixed: int
     parts: tuple[WidthPart, ...]
+    branches: tuple[int, ...] = ()
 
 
 class Term(NamedTuple):
@@ -47,6 +51,7 @@ class GroupCosts:
 
     All units of a group occur in the same places. So the size of a width is affine in the numbers `n` of
     units that the groups keep: `size(w) = fixed(w) + sum over its parts of channels_per_unit * n[group]`.
+    What is in a residual branch has that size times the `n[group]` of the branch.
     Parameters and FLOPs are sums of terms, `factor * size(w1) * size(w2) * ...`. Activation memory is the
     largest sum, over all steps, of `bytes_per_channel * size(w)` of the buffers that are alive at the step.
 
@@ -97,6 +102,8 @@ class GroupCosts:
         losses: list[dict[int, float]] = [{} for _ in range(self.num_groups)]
         for width, group, channels in zip(*(array.tolist() for array in self._part_arrays), strict=True):
             losses[group][width] = channels * float(num_removed[group])
+        for width, group in zip(*(array.tolist() for array in self._branch_arrays), strict=True):
+            losses[group][width] = sizes[width] * float(num_removed[group])
         columns = {cost: self._sums_after(cost, sizes, losses) for cost in self.terms}
         columns["activation_memory"] = self._peaks_after(sizes, losses)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -111,7 +118,7 @@ class GroupCosts:
         Returns:
             A float64 array `(num_groups,)`: by how much one unit of each group raises the cost.
         """
-        sizes = self._sizes(num_kept)
+        sizes, kept = self._sizes(num_kept), np.asarray(num_kept, np.float64)
         by_width = np.zeros(sizes.size)
         if cost == "activation_memory":
             peak = int(self._bytes_alive(sizes).argmax())
@@ -124,8 +131,15 @@ class GroupCosts:
                 others = terms._replace(widths=np.delete(terms.widths, number, 1))
                 np.add.at(by_width, terms.widths[:, number], others.values(sizes))
         parts = self._part_arrays
-        by_part = parts.channels_per_unit * by_width[parts.widths]
-        return np.bincount(parts.groups, by_part, self.num_groups).astype(np.float64)
+        whole = self._whole_sizes(num_kept)
+        is_there = np.ones(len(self.widths))
+        np.multiply.at(is_there, self._branch_arrays.widths, kept[self._branch_arrays.groups])
+        by_part = parts.channels_per_unit * (by_width[:-1] * is_there)[parts.widths]
+        by_group = np.bincount(parts.groups, by_part, self.num_groups).astype(np.float64)
+        for width, group in zip(*(array.tolist() for array in self._branch_arrays), strict=True):
+            others = math.prod(kept[other] for other in self.widths[width].branches if other != group)
+            by_group[group] += by_width[width] * whole[width] * others
+        return by_group
 
     def _sums_after(
         self, cost: str, sizes: FloatArray, losses: Sequence[Mapping[int, float]]
@@ -172,9 +186,15 @@ class GroupCosts:
 
     def _sizes(self, num_kept: IntArray | FloatArray | Sequence[int]) -> FloatArray:
         """The sizes of all widths, and a 1 that fills up the rows of shorter terms."""
+        sizes, branches = self._whole_sizes(num_kept), self._branch_arrays
+        np.multiply.at(sizes, branches.widths, np.asarray(num_kept, np.float64)[branches.groups])
+        return np.append(sizes, 1.0)
+
+    def _whole_sizes(self, num_kept: IntArray | FloatArray | Sequence[int]) -> FloatArray:
+        """The sizes of all widths with every branch there."""
         parts = self._part_arrays
         channels = parts.channels_per_unit * np.asarray(num_kept, np.float64)[parts.groups]
-        return np.append(self._fixed_sizes + np.bincount(parts.widths, channels, len(self.widths)), 1.0)
+        return self._fixed_sizes + np.bincount(parts.widths, channels, len(self.widths))
 
     def _products(self, cost: str, sizes: FloatArray) -> list[float] | None:
         """The values of the terms of a cost; `None` if it is unknown."""
@@ -200,6 +220,11 @@ class GroupCosts:
         return _PartArrays(widths, groups, channels.astype(np.float64))
 
     @functools.cached_property
+    def _branch_arrays(self) -> "_BranchArrays":
+        pairs = [(number, group) for number, width in enumerate(self.widths) for group in width.branches]
+        return _BranchArrays(*np.array(pairs, np.int64).reshape(-1, 2).T)
+
+    @functools.cached_property
     def _term_arrays(self) -> "dict[str, _TermArrays]":
         arrays, filler = {}, len(self.widths)
         for cost, terms in self.terms.items():
@@ -223,7 +248,8 @@ class GroupCosts:
     def from_dict(cls, content: Mapping[str, Any]) -> "GroupCosts":
         """The costs that `to_dict` returned, also after a way through JSON."""
         widths = tuple(
-            Width(fixed, tuple(WidthPart(*part) for part in parts)) for fixed, parts in content["widths"]
+            Width(fixed, tuple(WidthPart(*part) for part in parts), *map(tuple, branches))
+            for fixed, parts, *branches in content["widths"]
         )
         terms = {
             cost: None if terms is None else tuple(Term(factor, tuple(numbers)) for factor, numbers in terms)
@@ -240,6 +266,13 @@ class _PartArrays(NamedTuple):
     widths: IntArray
     groups: IntArray
     channels_per_unit: FloatArray
+
+
+class _BranchArrays(NamedTuple):
+    """All branches of all widths, one entry for each: the width, and the group of the branch."""
+
+    widths: IntArray
+    groups: IntArray
 
 
 class _TermArrays(NamedTuple):

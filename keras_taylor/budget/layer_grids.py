@@ -72,6 +72,10 @@ class KernelCall:
         kept = np.append(kept, True)  # -1, the unit of channels that always stay, finds this
         return Widths(int(kept[self.input_units].sum()), int(kept[self.output_units].sum()))
 
+    def stays(self, kept: BoolArray) -> bool:
+        """Whether all residual branches that it is in are among the units that stay."""
+        return bool(kept[self._labeled.branch_units_of_call(self._call.number)].all())
+
     def isolate(self, kept: BoolArray) -> IsolatedLayer:
         """The layer alone, with only the units in the mask `kept` `(num_units,)`."""
         call = self._call

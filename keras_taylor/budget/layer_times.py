@@ -61,11 +61,11 @@ class LayerTimes:
         """A function that maps a mask of kept units to the sum of the layers' times, in nanoseconds.
 
         Args:
-            labeled: The same network, which may have lost channels.
+            labeled: The same network, which may have lost channels and residual branches.
         """
         calls = find_kernel_calls(labeled)
-        pairs = [(times, calls[key]) for key, times in self._times.items()]
-        return lambda kept: sum(times(call.widths(kept)) for times, call in pairs)
+        pairs = [(times, calls[key]) for key, times in self._times.items() if key in calls]
+        return lambda kept: sum(times(call.widths(kept)) for times, call in pairs if call.stays(kept))
 
     def best_multiple(self) -> int:
         """The multiple of channels that widths should keep to: 1, 4, 8 or 16.

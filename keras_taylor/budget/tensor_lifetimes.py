@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import numpy as np
+
 from keras_taylor.reading.graph import Call
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.rules.base import Effect
@@ -20,35 +22,47 @@ class MemoryPlace:
             where a size is unknown.
         labels: Labels of its channels, an int array `(num_channels,)`; `None` if it has none.
         first, last: Numbers of the first and the last call during which it is alive.
+        branches: Units of the residual branches that it leaves with.
     """
 
     bytes_per_channel: float
     labels: IntArray | None
     first: int
     last: int
+    branches: IntArray
 
 
 def find_memory_places(labeled: LabeledModel) -> list[MemoryPlace]:
     """Finds when each tensor of a model's graph is made and read last.
 
     A tensor is alive from the call that makes it (a model input from the start) to the last one that
-    reads it (a model output to the end). A call without a kernel, such as an activation or a
-    normalization, may compute each value from the value at the same position. If nothing reads its input
-    later, its output takes the input's place, since runtimes fuse such calls. So do reshapes.
+    reads it (a model output to the end). Where a residual branch has left, the trunk takes the place of the
+    sum. A tensor that lives longer because a branch reads it is counted as if the branch were there, so the
+    count without branches may be too high, and never too low. A call without a kernel, such as an
+    activation or a normalization, may compute each value from the value at the same position. If nothing
+    reads its input later, its output takes the input's place, since runtimes fuse such calls. So do reshapes.
     """
     graph = labeled.graph
     last_reads = _last_reads(labeled)
     places: list[MemoryPlace] = []
     place_of: dict[int, int] = {}  # tensor -> index of its place
 
-    def add(tensor: int, step: int) -> None:
+    sums = {branch.site for branch in labeled.branches.branches}
+
+    def add(tensor: int, call: Call | None = None) -> None:
         size, labels = _measure(labeled.shape_of_example(tensor), labeled.labels[tensor])
+        step = 0 if call is None else call.number
+        branches = labeled.branch_units_of_call(-1 if call is None else step)
+        if call is not None and call.site in sums and branches.size:
+            outer = _branches_around_sum(labeled, call)
+            places.append(MemoryPlace(size, labels, step, step, branches))
+            step, branches = step + 1, outer
         place_of[tensor] = len(places)
-        places.append(MemoryPlace(size, labels, step, last_reads[tensor]))
+        places.append(MemoryPlace(size, labels, step, last_reads[tensor], branches))
 
     for tensor in graph.inputs:
         if tensor not in place_of:
-            add(tensor, 0)
+            add(tensor)
     for call in graph.needed_calls:
         step, effect = call.number, labeled.effects[call.number]
         source = call.inputs[0] if call.inputs else None
@@ -58,8 +72,18 @@ def find_memory_places(labeled: LabeledModel) -> list[MemoryPlace]:
             places[number] = dataclasses.replace(places[number], last=last_reads[output])
             continue
         for tensor in call.outputs:
-            add(tensor, step)
+            add(tensor, call)
     return places
+
+
+def _branches_around_sum(labeled: LabeledModel, call: Call) -> IntArray:
+    """Units of the branches that the output of a sum leaves with: not those that end in the sum."""
+    ends = [
+        unit
+        for branch, unit in zip(labeled.branches.branches, labeled.branch_units.tolist(), strict=True)
+        if branch.site is call.site
+    ]
+    return np.setdiff1d(labeled.branch_units_of_call(call.number), ends)
 
 
 def _last_reads(labeled: LabeledModel) -> dict[int, int]:

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.cutting.downstream import ChannelReader, find_channel_readers
 from keras_taylor.cutting.layer_fits import LayerRepair
-from keras_taylor.reading.downstream import ChannelReader, find_channel_readers
 from keras_taylor.reading.graph import Call, Graph
 from keras_taylor.reading.matmul_views import to_float32, to_float64
 from keras_taylor.reading.walk import InputBatch, Walk

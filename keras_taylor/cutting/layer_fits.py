@@ -1,16 +1,18 @@
 """Fits one layer of a smaller model to the output of the original layer."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from keras import ops
 
-from keras_taylor.reading.downstream import DownstreamPath, find_bias_weight, has_no_activation
+from keras_taylor.cutting.downstream import DownstreamPath
 from keras_taylor.reading.graph import Call
 from keras_taylor.reading.matmul_views import (
     MatmulView,
     SampledPositions,
+    find_bias_weight,
+    has_no_activation,
     matmul_view,
     rows_per_example,
     sample_positions,
@@ -84,6 +86,7 @@ class LayerFit:
         old_call, call: The layer's calls in the graphs of the two models.
         outputs: Bool array over the original's outputs: which were kept.
         options: How to fit.
+        old_inputs: Maps a later call of the smaller model to the tensors that its counterpart reads.
     """
 
     def __init__(
@@ -94,13 +97,14 @@ class LayerFit:
         call: Call,
         outputs: BoolArray,
         options: FitOptions,
+        old_inputs: Callable[[Call], Sequence[int]],
     ) -> None:
         self._name, self._old_layer = call.name, old_call.operation
         self._old_view, self._view = _view_of(old_call), _view_of(call)
         self._outputs, self._options = outputs, options
         self._old_inputs, self._inputs = old.tensors[old_call.inputs[0]], new.tensors[call.inputs[0]]
         self._old_outputs = old.tensors[old_call.outputs[0]]
-        self._path = DownstreamPath(old, new, call, self._old_view, self._view, outputs)
+        self._path = DownstreamPath(old, new, call, self._old_view, self._view, outputs, old_inputs)
         self._bias_weight = find_bias_weight(new.graph, call, self._view)
 
     def run(self) -> LayerRepair:

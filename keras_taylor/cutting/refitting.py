@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.cutting.counterparts import find_counterparts
 from keras_taylor.cutting.layer_fits import FitOptions, LayerFit, LayerRepair
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.closed_layers import record_inside
@@ -95,26 +96,41 @@ class _PairedWalks:
     ) -> None:
         self._labeled, self._kept, self._options = labeled, kept, options
         self._old, self._new = Walk(labeled.graph, batches), Walk(graphs.read_model(small), batches)
+        counterparts = find_counterparts(labeled, kept, self._new.graph)
+        assert counterparts is not None, "the smaller model was cut from the original"
+        self._counterparts = counterparts
         self._before_linear_layers = _tensors_before_linear_layers(self._new.graph)
         self._changed: set[int] = set()  # numbers of tensors whose values differ from the original's
+        self._num_run = 0  # calls of the original
+        self._past_branches: set[int] = set()  # those whose values lack a branch, up to the next linear layer
 
     def refit_layers(self, track: Track) -> list[LayerRepair]:
         """Runs both models to the end, and refits layers on the way."""
         repairs: dict[str, LayerRepair] = {}
         for number, call in track(list(enumerate(self._new.graph.calls))):
-            self._old.run(number)
-            masks = self._matrix_masks(number)
+            old_number = self._counterparts.numbers[number]
+            self._run_original_to(old_number)
+            lacks_branch = self._lacks_branch(call)
+            masks = self._matrix_masks(old_number)
             if masks is not None and call.name not in repairs and self._is_to_refit(call, masks):
-                repairs[call.name] = self._refit_layer(number, masks)
-            for layer_number in self._inner_layers_that_lost_inputs(number):
-                repair = self._refit_inner_layer(number, layer_number)
+                repairs[call.name] = self._refit_layer(call, masks)
+            for layer_number in self._inner_layers_that_lost_inputs(old_number):
+                repair = self._refit_inner_layer(call, layer_number)
                 repairs.setdefault(repair.name, repair)
-            if self._lost_any_input(number) or self._changed.intersection(call.inputs):
+            if self._lost_any_input(old_number) or lacks_branch or self._changed.intersection(call.inputs):
                 self._changed.update(call.outputs)
+            if lacks_branch and masks is None and len(call.inputs) == 1:
+                self._past_branches.update(call.outputs)
             self._new.run(number)
-            for walk in (self._old, self._new):
-                walk.free_after(number)
+            self._new.free_after(number)
+            self._old.free_after(min(self._num_run, self._counterparts.num_done[number]) - 1)
         return list(repairs.values())
+
+    def _run_original_to(self, number: int) -> None:
+        """Runs the calls of the original that have not been run, up to one with this number."""
+        for each in range(self._num_run, number + 1):
+            self._old.run(each)
+        self._num_run = max(self._num_run, number + 1)
 
     def held_out_outputs(self) -> list[list[list[Tensor]]]:
         """Outputs of the original and of the repaired model for the held-out batches."""
@@ -124,12 +140,19 @@ class _PairedWalks:
     def _is_to_refit(self, call: Call, masks: MatrixMasks) -> bool:
         """Whether a linear layer lost inputs, or reads changed values and is not one of the last layers.
 
-        The last layers learn nothing from refitting, since they were trained on these examples with labels.
+        A layer that reads what lacks a branch has lost inputs. The last layers learn nothing from refitting,
+        since they were trained on these examples with labels.
         """
-        if not self._options.thorough or not masks.columns.all():
-            return not masks.columns.all()
+        has_lost = not masks.columns.all() or self._lacks_branch(call)
+        if not self._options.thorough or has_lost:
+            return has_lost
         reads_changed = bool(self._changed.intersection(call.inputs))
         return reads_changed and call.outputs[0] in self._before_linear_layers
+
+    def _lacks_branch(self, call: Call) -> bool:
+        """Whether a call reads what lacks a branch, with no linear layer or sum in between."""
+        is_past = not self._past_branches.isdisjoint(call.inputs)
+        return is_past or self._counterparts.reads_past_branch(call)
 
     def _matrix_masks(self, number: int) -> MatrixMasks | None:
         """Which columns and outputs of a linear layer were kept; `None` for other operations."""
@@ -156,29 +179,33 @@ class _PairedWalks:
             if read.layer_number is not None and not self._labeled.kept_mask(read.labels, self._kept).all()
         ]
 
-    def _refit_layer(self, number: int, masks: MatrixMasks) -> LayerRepair:
+    def _refit_layer(self, call: Call, masks: MatrixMasks) -> LayerRepair:
         """Refits a linear layer of the smaller model."""
-        old_call, call = self._old.graph.calls[number], self._new.graph.calls[number]
         if not self._new.graph.is_used_once(call.operation):
             return LayerRepair(call.name, reason="it is used in several places")
-        return LayerFit(self._old, self._new, old_call, call, masks.outputs, self._options).run()
+        old_call = self._counterparts.old_call(call)
+        fitted = self._old, self._new, old_call, call, masks.outputs, self._options
+        return LayerFit(*fitted, lambda reader: self._counterparts.old_call(reader).inputs).run()
 
-    def _refit_inner_layer(self, number: int, layer_number: int) -> LayerRepair:
+    def _refit_inner_layer(self, call: Call, layer_number: int) -> LayerRepair:
         """Refits a layer inside a closed layer of the smaller model."""
-        calls = [walk.graph.calls[number] for walk in (self._old, self._new)]
-        inner = layers_inside(calls[0].operation)[layer_number]
-        name = f"{calls[0].name}/{inner.name}"
-        if not self._new.graph.is_used_once(calls[1].operation):
+        old_call = self._counterparts.old_call(call)
+        inner = layers_inside(old_call.operation)[layer_number]
+        name = f"{old_call.name}/{inner.name}"
+        if not self._new.graph.is_used_once(call.operation):
             return LayerRepair(name, reason="it is used in several places")
         view = matmul_view(inner)
         if view is None:
             return LayerRepair(name, reason="it is not a known matrix product")
-        weights = calls[0].operation.weights
+        weights = old_call.operation.weights
         kernel_number = next(k for k, weight in enumerate(weights) if weight is view.kernel)
-        axes = self._labeled.effects[number].weights.get(f"weights.{kernel_number}", (None, None))
+        effect = self._labeled.effects[old_call.number]
+        axes = effect.weights.get(f"weights.{kernel_number}", (None, None))
         outputs = view.matrix_masks(self._masks_of(axes)).outputs
-        old, new = (_record(walk, number, layer_number, name) for walk in (self._old, self._new))
-        return LayerFit(old, new, old.graph.calls[0], new.graph.calls[0], outputs, self._options).run()
+        walks = (self._old, old_call), (self._new, call)
+        old, new = (_record(walk, one.number, layer_number, name) for walk, one in walks)
+        fitted = old, new, old.graph.calls[0], new.graph.calls[0], outputs, self._options
+        return LayerFit(*fitted, lambda reader: reader.inputs).run()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

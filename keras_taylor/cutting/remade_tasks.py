@@ -36,7 +36,7 @@ def as_task(small: keras.Model) -> keras.Model:
     if not has_configuration(origin.model):  # a task that was made here, of what was cut before
         return _preprocessing(small, origin)
     sources = {origin.positions[weight]: weight for weight in small.weights if weight in origin.positions}
-    numbers = _find_numbers(origin.model, sources)
+    numbers = None if origin.lacks_branches else _find_numbers(origin.model, sources)
     if numbers is None:
         return _functional(small, origin, sources)
     made = make_from(origin.model, numbers)
@@ -137,7 +137,8 @@ def _own_compile_arguments(model: keras.Model, made: keras.Model) -> dict[str, o
 def _functional(small: keras.Model, origin: Origin, sources: Mapping[int, keras.Variable]) -> keras.Model:
     """What stands for a task that cannot be made again from its configuration; a warning says why."""
     model = origin.model
-    why = f"no numbers in the configuration of {type(model).__name__} lead to these widths"
+    what = "to layers without these branches" if origin.lacks_branches else "to these widths"
+    why = f"no numbers in the configuration of {type(model).__name__} lead {what}"
     if not is_task(model):
         warnings.warn(f"The smaller '{model.name}' is a plain Functional model: {why}.", stacklevel=4)
         return small

@@ -6,14 +6,15 @@ import keras
 import numpy as np
 
 from keras_taylor.cutting.batch_statistics import recompute_statistics, renew_statistics
+from keras_taylor.cutting.counterparts import find_counterparts
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.remade_tasks import as_task
 from keras_taylor.cutting.surgery import copy_model
 from keras_taylor.plans.plan import Plan, check_plan_class
-from keras_taylor.plans.planning import kept_units
+from keras_taylor.plans.planning import kept_units, label_as_planned
 from keras_taylor.reading import graph as graphs
-from keras_taylor.reading.groups import LabeledModel, label_model
+from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.tracing import functional_view, origin_of
 from keras_taylor.reading.walk import fixed_batch_size, sample_inputs, split_into_batches
 from keras_taylor.support.arguments import check_whole_number
@@ -95,7 +96,7 @@ def repair(
     ds = preprocessed(model, ds, batch_size)
     with strategy_scope(small):
         small, model = functional_view(small), functional_view(model)
-        labeled = label_model(model, exact=plan.exact)
+        labeled = label_as_planned(model, plan)
         kept = kept_units(labeled, plan)
         _check_pruned(small, labeled, kept)
         feed = Feed(ds, model, batch_size, targets=False)
@@ -158,23 +159,26 @@ def recalibrate(
 def _check_pruned(small: keras.Model, labeled: LabeledModel, kept: BoolArray) -> None:
     """Raises an error if a model is not the one that remains of another when these units are kept."""
     old, new = labeled.graph, graphs.read_model(small)
-    names = _call_names(old), _call_names(new)
-    if names[0] != names[1]:
-        other = next((n for n in names[1] if n not in names[0]), "none")
+    counterparts = find_counterparts(labeled, kept, new)
+    has_branches_left = not labeled.bypassed_sums(kept)
+    if counterparts is None or (has_branches_left and _call_names(old) != _call_names(new)):
+        known = _call_names(old)
+        other = next((name for name in _call_names(new) if name not in known), "none")
         raise ValueError(
             "The small model is not one that was cut from the model. Expected the same layers in the same "
-            f"order. Received: small={small.name!r}, whose first other layer is: {other}"
+            f"order, without those that the plan removes. Received: small={small.name!r}, whose first other "
+            f"layer is: {other}"
         )
-    for call in old.calls:
-        for index in call.outputs:
-            mask = labeled.kept_mask(labeled.labels[index], kept)
-            axis = int(np.argmax(mask.shape))
-            if mask.size > 1 and new.shapes[index][axis] != mask.sum():
-                raise ValueError(
-                    "The small model was cut by another plan. Expected what `prune(model, plan)` gives: "
-                    f"{mask.sum()} channels after layer '{call.name}'. "
-                    f"Received: small with {new.shapes[index][axis]} there"
-                )
+    for new_index, index in counterparts.old_tensors.items():
+        mask = labeled.kept_mask(labeled.labels[index], kept)
+        axis = int(np.argmax(mask.shape))
+        if mask.size > 1 and new.shapes[new_index][axis] != mask.sum():
+            maker = next(call.name for call in new.calls if new_index in call.outputs)
+            raise ValueError(
+                "The small model was cut by another plan. Expected what `prune(model, plan)` gives: "
+                f"{mask.sum()} channels after layer '{maker}'. "
+                f"Received: small with {new.shapes[new_index][axis]} there"
+            )
 
 
 def _call_names(graph: graphs.Graph) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from keras_taylor.cutting.backend_faults import avoid_faults
 from keras_taylor.cutting.remade_tasks import as_task
 from keras_taylor.plans.plan import Plan, check_plan_class
-from keras_taylor.plans.planning import kept_units
+from keras_taylor.plans.planning import kept_units, label_as_planned
 from keras_taylor.reading.cloning import (
     clone_operation,
     compile_settings,
@@ -32,7 +32,7 @@ from keras_taylor.reading.tracing import (
 )
 from keras_taylor.rules.attention import attention_config, inner_layers, is_attention
 from keras_taylor.rules.base import Effect, weight_of
-from keras_taylor.support.identity import IdentityMap
+from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.keras_internals import functional_class, layers_inside
 from keras_taylor.support.optimizers import CutWeight, carry_exclusions, carry_state
 from keras_taylor.support.replicas import check_layout, strategy_scope
@@ -47,7 +47,7 @@ def prune(model: keras.Model, plan: Plan) -> keras.Model:
 
     Args:
         model: The model that the plan was made for. It is not changed.
-        plan: Which channels of which layers stay, from `make_plan`.
+        plan: Which channels of which layers stay, and which residual branches, from `make_plan`.
 
     Returns:
         A plain Keras model of the same kind and structure; of a task or backbone of KerasHub one of the same
@@ -71,7 +71,7 @@ def prune(model: keras.Model, plan: Plan) -> keras.Model:
     """
     check_plan_class(plan)
     with strategy_scope(model):
-        labeled = label_model(model, exact=plan.exact)
+        labeled = label_as_planned(model, plan)
         return as_task(build_smaller_compiled(labeled, kept_units(labeled, plan)))
 
 
@@ -129,19 +129,22 @@ def build_smaller(
     builder.set_trainable_flags()
     copy_attributes(weights)
     avoid_faults(layers_inside(small))
-    _pass_origin_on(labeled.graph.model, small, weights)
+    _pass_origin_on(labeled.graph.model, small, weights, bool(labeled.bypassed_sums(kept)))
     return small, weights
 
 
 def _pass_origin_on(
-    model: keras.Model, small: keras.Model, weights: IdentityMap[keras.Variable, CutWeight]
+    model: keras.Model,
+    small: keras.Model,
+    weights: IdentityMap[keras.Variable, CutWeight],
+    lacks_branches: bool,
 ) -> None:
     """Notes that a smaller model stands for the same task as the model that it was cut from, if that does."""
     origin = origin_of(model)
     if origin is not None:
         of = origin.positions
         positions = IdentityMap((new, of[cut.source]) for new, cut in weights.items() if cut.source in of)
-        set_origin(small, Origin(origin.model, positions))
+        set_origin(small, Origin(origin.model, positions, origin.lacks_branches or lacks_branches))
 
 
 def copy_attributes(weights: IdentityMap[keras.Variable, CutWeight]) -> None:
@@ -183,6 +186,7 @@ class _SmallerModelBuilder:
 
     def __init__(self, labeled: LabeledModel, kept: BoolArray) -> None:
         self._labeled, self._kept_labels = labeled, labeled.kept_labels(kept)
+        self._bypassed = labeled.bypassed_sums(kept)
         self._names: dict[keras.Operation, str] = {}
         self._effect_of_operation: dict[keras.Operation, Effect] = {}
         self._effect_of_site: dict[Site, Effect] = {}
@@ -237,12 +241,33 @@ class _SmallerModelBuilder:
             (placeholder, self._build_input(submodel, number).output)
             for number, placeholder in enumerate(keras.tree.flatten(submodel.inputs))
         )
-        for site in submodel.sites:
-            outputs = self._apply_site(site, tensors)
+        for site in self._sites_left(submodel):
+            if site in self._bypassed:
+                outputs = tensors[self._trunk(site)]
+            else:
+                outputs = self._apply_site(site, tensors)
             tensors.update(zip(site.outputs, keras.tree.flatten(outputs), strict=True))
         inputs, outputs = keras.tree.map_structure(lambda t: tensors[t], (submodel.inputs, submodel.outputs))
         with recursion_limit_raised(len(submodel.sites)):
             return make_model(inputs, outputs, _class_for(submodel.model), name=submodel.model.name)
+
+    def _trunk(self, site: Site) -> keras.KerasTensor:
+        """The tensor that takes the place of a sum whose branch leaves."""
+        trunk: keras.KerasTensor = _symbolic_inputs(site)[self._bypassed[site]]
+        return trunk
+
+    def _sites_left(self, submodel: SubmodelGraph) -> list[Site]:
+        """The sites on which an output depends when branches have left."""
+        if self._bypassed.keys().isdisjoint(submodel.sites):
+            return list(submodel.sites)
+        needed: IdentitySet = IdentitySet(keras.tree.flatten(submodel.outputs))
+        sites = []
+        for site in reversed(submodel.sites):
+            if any(tensor in needed for tensor in site.outputs):
+                sites.append(site)
+                for tensor in [self._trunk(site)] if site in self._bypassed else _symbolic_inputs(site):
+                    needed.add(tensor)
+        return sites[::-1]
 
     def _apply_site(self, site: Site, tensors: IdentityMap[keras.KerasTensor, keras.KerasTensor]) -> Any:
         """Calls the smaller version of what is applied at a site; returns the symbolic outputs."""
@@ -334,6 +359,11 @@ class _SmallerModelBuilder:
         for old, new in [*reversed(models), *layers]:
             if new.trainable != old.trainable:
                 new.trainable = old.trainable
+
+
+def _symbolic_inputs(site: Site) -> list[keras.KerasTensor]:
+    """The tensors among the arguments of a site."""
+    return [x for x in site.flat if isinstance(x, keras.KerasTensor)]
 
 
 def _class_for(model: keras.Layer) -> type[keras.Model]:

@@ -22,8 +22,7 @@ import numpy as np
 
 from keras_taylor.cutting.surgery import build_smaller_compiled
 from keras_taylor.plans.plan import Plan
-from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import label_model
+from keras_taylor.plans.planning import kept_units, label_as_planned
 from keras_taylor.reports.info import Info
 from keras_taylor.support.files import exclusive, to_json_text
 from keras_taylor.support.optimizers import persistent_variables
@@ -99,7 +98,7 @@ def restore_model(original: keras.Model, state: State) -> keras.Model:
     """
     model = original
     for plan in state.plans:
-        labeled = label_model(model, exact=plan.exact)
+        labeled = label_as_planned(model, plan)
         model = build_smaller_compiled(labeled, kept_units(labeled, plan), compiled_as=original, carry=False)
     if not _assign_values(persistent_variables(model), state.variables):
         raise ValueError(

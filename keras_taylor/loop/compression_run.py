@@ -25,10 +25,10 @@ from keras_taylor.loop.learning_rates import plan_trials
 from keras_taylor.loop.preparation import PreparedRun
 from keras_taylor.loop.route import measure_reached
 from keras_taylor.plans.plan import Plan
-from keras_taylor.plans.planning import kept_units, plan_of
+from keras_taylor.plans.planning import kept_units, label_as_planned, plan_of
 from keras_taylor.plans.ranking import flatten_scores
 from keras_taylor.reading.graph import read_model
-from keras_taylor.reading.groups import LabeledModel, label_model
+from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.walk import fixed_batch_size, split_into_batches
 from keras_taylor.reports.info import Info
 from keras_taylor.reports.run_record import Round, repair_record
@@ -211,7 +211,7 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetrics) -> Rou
 
 def score_round(run: PreparedRun, state: RunState, phase: str) -> tuple[LabeledModel, FloatArray]:
     """Returns the labels of the model, and the scores of its units `(num_units,)`; infinite: never leave."""
-    labeled = run.reader.read(state.model)
+    labeled = run.reader.read(state.model, state.info.plan)
     scores = run.scorer.score(labeled, state.plans, run.reporter.callback(phase))
     return labeled, flatten_scores(labeled, scores)
 
@@ -227,7 +227,7 @@ def prune_round(
     plan = plan_of(labeled, CostModel(labeled), kept, unit_scores)
     total_plan = state.info.plan.compose(plan)
     if not state.is_trained:
-        labeled = label_model(run.original, exact=run.settings.exact)
+        labeled = label_as_planned(run.original, total_plan)
         kept = kept_units(labeled, total_plan)
     small = build_smaller_compiled(labeled, kept, compiled_as=run.original, carry=run.carries_optimizer)
     return PrunedModel(small, labeled, kept, plan, total_plan)

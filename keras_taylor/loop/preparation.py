@@ -99,10 +99,15 @@ class ModelReader:
     exclude: Sequence[str | keras.Layer]
     exact: bool
     choices: SizeChoices
+    with_branches: bool = False
 
-    def read(self, model: keras.Model) -> LabeledModel:
-        """Returns the labels of a model."""
-        return label_model(model, self.include, self.exclude, self.exact, self.choices)
+    def read(self, model: keras.Model, plan: Plan | None = None) -> LabeledModel:
+        """Returns the labels of a model; `plan` is the one that led to it, if it is smaller."""
+        choices = self.choices
+        if self.with_branches and plan is not None and plan.structure is not None:
+            channels = {name: layer.kept for name, layer in plan.layers.items()}
+            choices = dataclasses.replace(choices, units=plan.structure.units_left(channels))
+        return label_model(model, self.include, self.exclude, self.exact, choices, self.with_branches)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,8 +210,9 @@ def prepare_run(
         as_name_patterns(model, settings.include),
         as_name_patterns(model, settings.exclude or ()),
     )
-    labeled = label_model(model, include, exclude, settings.exact)
-    reader = ModelReader(include, exclude, settings.exact, labeled.size_choices)
+    branches = settings.selection.branches
+    labeled = label_model(model, include, exclude, settings.exact, with_branches=branches)
+    reader = ModelReader(include, exclude, settings.exact, labeled.size_choices, branches)
     goals = check_goals(
         labeled, settings.goal, settings.increment, settings.selection, has_limit=bool(settings.limits)
     )

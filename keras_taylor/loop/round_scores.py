@@ -11,8 +11,8 @@ from keras import ops
 
 from keras_taylor.cutting.surgery import build_smaller_compiled
 from keras_taylor.plans.plan import Plan
-from keras_taylor.plans.planning import kept_units
-from keras_taylor.reading.groups import LabeledModel, label_model
+from keras_taylor.plans.planning import kept_units, label_as_planned
+from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.rules.base import weight_of
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gated_model import GatedModel
@@ -103,7 +103,7 @@ class RoundScorer:
 
     Args:
         model: The original model.
-        read: A function from a model to its `LabeledModel`.
+        read: A function from a model, and the plan that led to it or `None`, to its `LabeledModel`.
         data: The data; `None`: the criterion needs none.
         criterion: As in `compress`, not `None`.
         cost: The cost that the goal is about, "params" or "flops".
@@ -116,7 +116,7 @@ class RoundScorer:
     def __init__(
         self,
         model: keras.Model,
-        read: Callable[[keras.Model], LabeledModel],
+        read: Callable[[keras.Model, Plan | None], LabeledModel],
         data: ScoreData | None,
         criterion: criteria.Criterion,
         cost: str = "params",
@@ -185,9 +185,10 @@ class RoundScorer:
         """The original after some plans: its structure, without what was trained since."""
         plan = _compose(plans)
         if plan is None:
-            return self._read(self._model)
-        original = label_model(self._model, exact=plan.exact)
-        return self._read(build_smaller_compiled(original, kept_units(original, plan), carry=False))
+            return self._read(self._model, None)
+        original = label_as_planned(self._model, plan)
+        kept = kept_units(original, plan)
+        return self._read(build_smaller_compiled(original, kept, carry=False), plan)
 
 
 class MaskedScorer:

@@ -116,7 +116,7 @@ class PrunableModel(GatedModel):
             own, weights = build_smaller(original, np.ones(original.num_units, bool))
             include, exclude = as_name_patterns(model, include), as_name_patterns(model, exclude)
             selection = _by_layer_name(selection, model)
-            labeled = label_model(own, include, exclude, exact)
+            labeled = label_model(own, include, exclude, exact, with_branches=selection.branches)
             super().__init__(labeled, frozen=False, name=name or f"prunable_{model.name}")
             self._arguments: dict[str, Any] = {
                 "criterion": criterion,

@@ -63,6 +63,8 @@ class Plan:
         exact: `False` if channels that are normalized together may leave (see `analyze`). `True` by default.
         structure: What the plan knows about its model: which channels leave together, in which order, and
             what they cost. `None` in plans that were made by hand, which cannot be edited with `keep`.
+        branches: `True` if whole residual branches may leave (see `Selection`). Each bears the name of its
+            sum in `layers`, as one channel: `LayerPlan(width=1, kept=())` removes it. `False` by default.
 
     Example:
 
@@ -81,6 +83,7 @@ class Plan:
     after: Costs = dataclasses.field(default_factory=dict)
     exact: bool = True
     structure: PlanStructure | None = dataclasses.field(default=None, compare=False, repr=False)
+    branches: bool = False
 
     def keep(self, layer: str, channels: int | Iterable[int]) -> "Plan":
         """This plan with other channels kept of one layer, and of all layers whose channels leave with them.
@@ -157,10 +160,14 @@ class Plan:
                 )
             layers[name] = LayerPlan(now.width, tuple(now.kept[i] for i in then.kept))
         structure = self.structure if self.layers else self.structure or later.structure
-        if self.structure and later.structure:
+        if self.structure and later.structure and later.branches and not self.branches:
+            structure = None  # this one does not know the branches
+        elif self.structure and later.structure:
             structure = self.structure.followed_by(later.structure, self._kept_channels())
-        exact = self.exact and later.exact
-        return Plan(layers, self.before or later.before, later.after or self.after, exact, structure)
+        exact, branches = self.exact and later.exact, self.branches or later.branches
+        return Plan(
+            layers, self.before or later.before, later.after or self.after, exact, structure, branches
+        )
 
     def __sub__(self, other: "Plan") -> PlanDifference:
         """In which channels and costs this plan differs from another one for the same model."""
@@ -188,14 +195,16 @@ class Plan:
         for name in _layers_that_lose_channels(self, other):
             width = _common_width(self, other, name)
             kept = self._channels_kept_of(name, width) & other._channels_kept_of(name, width)
-            if not kept:
+            if not kept and all(plan._channels_kept_of(name, width) for plan in (self, other)):
                 raise ValueError(
                     f"Together the plans leave no channel of layer '{name}'. Expected plans that both keep "
                     f"at least one channel. Received: {self.layers[name]!r} | {other.layers[name]!r}"
                 )
             layers[name] = LayerPlan(width, tuple(sorted(kept)))
-        exact = self.exact and other.exact
-        merged = Plan(layers, self.before or other.before, {}, exact, self.structure or other.structure)
+        exact, branches = self.exact and other.exact, self.branches or other.branches
+        knowing = self.structure if self.branches == branches else None
+        structure = knowing or (other.structure if other.branches == branches else None)
+        merged = Plan(layers, self.before or other.before, {}, exact, structure, branches)
         if merged.structure is None:
             return merged
         mask = merged.structure.mask_of_channels(merged._kept_channels())
@@ -215,6 +224,7 @@ class Plan:
             "before": dict(self.before),
             "after": dict(self.after),
             "exact": self.exact,
+            "branches": self.branches,
             "layers": {n: {"width": p.width, "kept": list(p.kept)} for n, p in self.layers.items()},
         }
         if self.structure is not None:
@@ -237,7 +247,7 @@ class Plan:
         Example:
 
         >>> keras_taylor.Plan.from_json(keras_taylor.Plan().to_json())
-        Plan(layers={}, before={}, after={}, exact=True)
+        Plan(layers={}, before={}, after={}, exact=True, branches=False)
         """
         try:
             content = json.loads(text)
@@ -254,6 +264,7 @@ class Plan:
                 content["after"],
                 bool(content.get("exact", True)),
                 None if structure is None else PlanStructure.from_dict(structure),
+                bool(content.get("branches", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(

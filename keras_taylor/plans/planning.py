@@ -1,6 +1,6 @@
 """Plans from scores (`make_plan`), plans from masks of kept units, and masks from plans."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import keras
 import numpy as np
@@ -74,7 +74,7 @@ def make_plan(
     if selection.rank is None and selection.scope == "global":
         warn_without_criterion(scores)
     selection = selection.for_criterion(getattr(scores, "criterion", None))
-    labeled = label_model(model, include, exclude, exact)
+    labeled = label_model(model, include, exclude, exact, with_branches=selection.branches)
     costs = CostModel(labeled)
     wanted.check_countable(costs())
     unit_scores = flatten_scores(labeled, scores)
@@ -96,7 +96,8 @@ def plan_of(
             `None`: no unit has a score.
     """
     structure = _structure_for(labeled, costs, unit_scores)
-    return Plan(layer_plans(structure, kept), costs(), costs(kept), labeled.exact, structure)
+    layers, exact, branches = layer_plans(structure, kept), labeled.exact, labeled.with_branches
+    return Plan(layers, costs(), costs(kept), exact, structure, branches)
 
 
 def _structure_for(
@@ -108,11 +109,18 @@ def _structure_for(
     scores = np.full(labeled.num_units, np.inf) if unit_scores is None else unit_scores
     ranked = np.argsort(scores, kind="stable")[: np.isfinite(scores).sum()]
     group_sizes = {group.name: group.num_units for group in labeled.groups}
-    return PlanStructure(group_sizes, layer_units, tuple(ranked.tolist()), costs.group_costs)
+    makers = labeled.makers_in_branches
+    branches = {g.name: tuple(makers.get(g.name, ())) for g in labeled.groups if g.is_branch}
+    return PlanStructure(group_sizes, layer_units, tuple(ranked.tolist()), costs.group_costs, branches)
+
+
+def label_as_planned(model: keras.Model, plan: Plan) -> LabeledModel:
+    """Reads a model with the units that a plan may remove."""
+    return label_model(model, exact=plan.exact, with_branches=plan.branches)
 
 
 def kept_units(labeled: LabeledModel, plan: Plan) -> BoolArray:
-    """The mask of kept units `(num_units,)` that a plan asks of a model.
+    """The mask of kept units `(num_units,)` that a plan asks of a model that was read as planned.
 
     Raises:
         ValueError: if the plan does not belong to this model; the message names the first difference.
@@ -140,7 +148,15 @@ def kept_units(labeled: LabeledModel, plan: Plan) -> BoolArray:
                 f"Received: plan.layers[{name!r}], channel {int(np.flatnonzero(removed)[units < 0][0])}"
             )
         kept[units] = False
-    _check_consistent(plan, {name: labeled.kept_mask(labels, kept) for name, labels in labels_of.items()})
+    masks = {name: labeled.kept_mask(labels, kept) for name, labels in labels_of.items()}
+    branches = {group.name: bool(kept[group.start]) for group in labeled.groups if group.is_branch}
+    gone = {
+        maker
+        for name, is_kept in branches.items()
+        if not is_kept
+        for maker in labeled.makers_in_branches.get(name, ())
+    }
+    _check_consistent(plan, {name: mask for name, mask in masks.items() if name not in gone}, branches)
     return kept
 
 
@@ -167,12 +183,13 @@ def _check_kept_indices(name: str, layer: LayerPlan) -> None:
         )
 
 
-def _check_consistent(plan: Plan, masks: Mapping[str, BoolArray]) -> None:
+def _check_consistent(plan: Plan, masks: Mapping[str, BoolArray], branches: Collection[str]) -> None:
     """Refuses a plan that separates channels which leave together, or empties a layer.
 
     Args:
         plan: The plan.
         masks: Layer -> which of its channels stay, `(width,)`, after the units left that the plan removes.
+        branches: Names of sums, whose only unit is a residual branch.
     """
     for name, mask in masks.items():
         layer = plan.layers.get(name)
@@ -185,5 +202,5 @@ def _check_consistent(plan: Plan, masks: Mapping[str, BoolArray]) -> None:
                 "channels of other layers, and the plan treats them differently. "
                 f"Received: plan.layers[{name!r}]"
             )
-        if not mask.any():
+        if not mask.any() and name not in branches:
             raise ValueError(f"The plan keeps no channel of layer '{name}'. Received: plan.layers[{name!r}]")

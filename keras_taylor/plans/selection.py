@@ -51,6 +51,9 @@ class Selection:
             default): a task or backbone of KerasHub loses what smaller numbers in its configuration can
             say, and comes back as one; other models have no ties. `False`: no ties; a task may come back
             Functional then.
+        branches: Whether whole residual branches may leave: the sum that a branch ends in then passes its
+            other side on. Each one competes with the channels, by its score and by what it saves. The scores
+            have to be those of `score(..., branches=True)`. `False` by default.
 
     Raises:
         ValueError: if a value is not one of the above.
@@ -69,6 +72,7 @@ class Selection:
     round_to: int | str = 1
     min_channels: int = 1
     uniform: bool | str | Sequence[str] | None = None
+    branches: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("scope", self.scope, SCOPES)
@@ -91,6 +95,8 @@ class Selection:
             check_num_channels("round_to", self.round_to)
         check_num_channels("min_channels", self.min_channels)
         _check_uniform(self.uniform)
+        if not isinstance(self.branches, (bool, np.bool_)):
+            raise TypeError(f"Expected `True` or `False`. Received: branches={self.branches!r}")
 
     def for_criterion(self, criterion: str | Callable[..., Any] | None) -> "Selection":
         """This selection with a `rank`: its own, or the one that suits scores by a criterion.

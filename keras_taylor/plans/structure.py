@@ -27,12 +27,15 @@ class PlanStructure:
             of the network.
         removal_order: The units that had scores, the least important one first.
         group_costs: The costs as a function of the number of units that each group keeps.
+        branches: Group that is a residual branch -> names of the layers that leave with it. Such a group
+            may keep no unit.
     """
 
     group_sizes: Mapping[str, int]
     layer_units: Mapping[str, tuple[int, ...]]
     removal_order: tuple[int, ...]
     group_costs: GroupCosts
+    branches: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def mask_of_channels(self, channels: KeptChannels) -> BoolArray:
         """The mask of kept units `(num_units,)` if layers keep only these channels."""
@@ -43,9 +46,24 @@ class PlanStructure:
         return mask
 
     def channels_of_mask(self, mask: BoolArray) -> dict[str, tuple[int, ...]]:
-        """The channels that layers keep with these units: the inverse of `mask_of_channels`."""
+        """The channels that layers keep with these units: the inverse of `mask_of_channels`.
+
+        Layers that leave with a branch are not named; only the branch is.
+        """
         kept = {layer: np.append(mask, True)[list(units)] for layer, units in self.layer_units.items()}
-        return {layer: tuple(np.flatnonzero(one).tolist()) for layer, one in kept.items() if not one.all()}
+        gone = {layer for name, layers in self.branches.items() if not kept[name].any() for layer in layers}
+        return {
+            layer: tuple(np.flatnonzero(one).tolist())
+            for layer, one in kept.items()
+            if not one.all() and layer not in gone
+        }
+
+    def units_left(self, channels: KeptChannels) -> dict[str, tuple[int, ...]]:
+        """Layer -> the unit of each channel that it keeps, -1 for one that always stays."""
+        return {
+            layer: tuple(units[index] for index in channels.get(layer, range(len(units))))
+            for layer, units in self.layer_units.items()
+        }
 
     def costs_of_mask(self, mask: BoolArray) -> dict[str, int | None]:
         """Costs with only these units kept, as `CostModel` returns them."""
@@ -118,9 +136,10 @@ class PlanStructure:
         return mask
 
     def find_empty_group(self, mask: BoolArray) -> str | None:
-        """The name of a group that keeps no unit; `None` if there is none."""
+        """The name of a group of channels that keeps no unit; `None` if there is none."""
         counts = self._units_per_group(mask)
-        return next((name for name, num in zip(self.group_sizes, counts, strict=True) if not num), None)
+        empty = (name for name, num in zip(self.group_sizes, counts, strict=True) if not num)
+        return next((name for name in empty if name not in self.branches), None)
 
     def followed_by(self, later: "PlanStructure", channels: KeptChannels) -> "PlanStructure":
         """This structure, its order continued by that of a later plan.
@@ -175,6 +194,7 @@ class PlanStructure:
             "layers": dict(self.layer_units),
             "order": self.removal_order,
             "costs": self.group_costs.to_dict(),
+            "branches": dict(self.branches),
         }
 
     @classmethod
@@ -185,4 +205,5 @@ class PlanStructure:
             {name: tuple(map(int, units)) for name, units in content["layers"].items()},
             tuple(map(int, content["order"])),
             GroupCosts.from_dict(content["costs"]),
+            {name: tuple(layers) for name, layers in content.get("branches", {}).items()},
         )

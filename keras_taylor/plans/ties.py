@@ -112,7 +112,7 @@ def even_tied_scores(labeled: LabeledModel, unit_scores: FloatArray, ties: Ties)
 def _ties_by_role(labeled: LabeledModel) -> tuple[Tie, ...]:
     """Ties of groups whose names differ in numbers only, and that have equally many units."""
     roles: dict[tuple[str, int], list[str]] = {}
-    for group in labeled.groups:
+    for group in (one for one in labeled.groups if not one.is_branch):
         roles.setdefault((re.sub(r"_?\d+", "", group.name), group.num_units), []).append(group.name)
     return tuple(Tie(dict.fromkeys(names, 1)) for names in roles.values() if len(names) > 1)
 
@@ -158,7 +158,8 @@ def _axes_of_groups(
 
     NaN where that differs from unit to unit.
     """
-    found: dict[str, dict[WeightAxis, float]] = {group.name: {} for group in labeled.groups}
+    channels = [group for group in labeled.groups if not group.is_branch]
+    found: dict[str, dict[WeightAxis, float]] = {group.name: {} for group in channels}
     seen: set[int] = set()
     for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
         for name, axes in effect.weights.items():
@@ -170,7 +171,7 @@ def _axes_of_groups(
             for axis, labels in enumerate(axes):
                 units = np.array([-1]) if labels is None else labeled.units_of(labels)
                 counts = np.bincount(units[units >= 0], minlength=labeled.num_units)
-                for group in labeled.groups:
+                for group in channels:
                     own = counts[group.start : group.start + group.num_units]
                     if own.any():
                         even = float(own[0]) if (own == own[0]).all() else np.nan

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, overload
 import keras
 import numpy as np
 
+from keras_taylor.reading.branches import Branches, find_branches
 from keras_taylor.reading.composites import find_structure
 from keras_taylor.reading.graph import Call, Graph, Site, read_model
 from keras_taylor.reading.rule_checks import (
@@ -43,6 +44,8 @@ class Group:
         normalized_by: The operations that normalize the units together, such as "LayerNormalization
             'norm1'". If one unit leaves, the others change there. So the group is open with `exact=False`
             only.
+        is_branch: Whether its only unit is a residual branch, which leaves as a whole. The group bears the
+            name of the sum that the branch ends in.
 
     Example:
         >>> group = keras_taylor.analyze(model).groups[0]
@@ -56,6 +59,7 @@ class Group:
     start: int
     reason: str | None = None
     normalized_by: tuple[str, ...] = ()
+    is_branch: bool = False
 
     @property
     def prunable(self) -> bool:
@@ -68,17 +72,20 @@ class LabeledModel:
 
     Args:
         graph: The model.
-        include, exclude, exact, choices: As in `label_model`.
+        include, exclude, exact, choices, with_branches: As in `label_model`.
 
     Attributes:
         graph: The model.
         exact: Whether channels that are normalized together stay.
+        with_branches: Whether residual branches are units, too.
+        branches: The residual branches; none unless `with_branches`.
         label_space: The labels, with their producers and locks.
         labels: Label array of every tensor.
         batches: Where the examples are in every tensor, `None` where gates cannot follow them.
         effects: What the rule says of each call.
         groups: Prunable groups, in the order of their units.
         num_units: Number of prunable units.
+        branch_units: The unit of each branch, -1 for one that stays: an int64 array `(num_branches,)`.
         unknown: Names of operations without a rule, which lock the channels that they read. Augmentation
             before the first layer reads none.
         probed: Names of operations without a rule that let channels through: on random numbers, each channel
@@ -92,19 +99,28 @@ class LabeledModel:
         exclude: LayerPatterns = (),
         exact: bool = True,
         choices: SizeChoices | None = None,
+        with_branches: bool = False,
     ) -> None:
-        self.graph, self.exact = graph, exact
+        self.graph, self.exact, self.with_branches = graph, exact, with_branches
         self._include, self._exclude, self._choices = include, exclude, choices
         self.label_space = LabelSpace(exact, choices)
         labeling = _Labeling(graph, self.label_space)
         self.labels, self.batches, self.effects = labeling.labels, labeling.batches, labeling.effects
         self.unknown, self.probed = labeling.unknown, labeling.probed
+        self.branches = find_branches(graph) if with_branches else Branches()
+        self._branch_labels = [self._label_branch(number) for number in range(len(self.branches.branches))]
         self._lock_unselected()
+        self._unite_as_in_original()
         self._roots, self._locks = self.label_space.resolve()
         grouping = _group_units(self.label_space, self._roots, self._locks, self._signatures())
         self._unit_of_label = grouping.unit_of_label
         self.num_units = sum(group.num_units for group in grouping.groups)
-        self.groups = self._with_normalizations(grouping.groups)
+        self.branch_units = self.units_of(np.array(self._branch_labels, np.int64))
+        branch_starts = {unit for unit in self.branch_units.tolist() if unit >= 0}
+        self.groups = [
+            dataclasses.replace(group, is_branch=group.start in branch_starts)
+            for group in self._with_normalizations(grouping.groups)
+        ]
 
     def shape_of_example(self, tensor: int) -> Shape:
         """The shape of a tensor for one example alone; an example may have several rows on the batch axis."""
@@ -118,6 +134,41 @@ class LabeledModel:
     def kept_mask(self, labels: IntArray, kept: BoolArray) -> BoolArray:
         """Which positions stay: a bool array of the shape of `labels`; `kept` is a bool mask over units."""
         return np.append(kept, True)[self.units_of(labels)]
+
+    def branch_units_of_call(self, number: int) -> IntArray:
+        """The units of the branches that a call leaves with: an int64 array."""
+        return self._units_of_branches(self.branches.of_calls.get(number, frozenset()))
+
+    def branch_units_of_operation(self, operation: keras.Operation) -> IntArray:
+        """The units of the branches that a layer leaves with, weights and all: an int64 array."""
+        return self._units_of_branches(self.branches.of_operations.get(operation, frozenset()))
+
+    def _units_of_branches(self, numbers: frozenset[int]) -> IntArray:
+        units = self.branch_units[sorted(numbers)]
+        return units[units >= 0]
+
+    def bypassed_sums(self, kept: BoolArray) -> dict[Site, int]:
+        """The sums whose branches leave -> which of the two tensors that they read takes their place."""
+        return {
+            branch.site: branch.trunk
+            for branch, unit in zip(self.branches.branches, self.branch_units.tolist(), strict=True)
+            if unit >= 0 and not kept[unit]
+        }
+
+    @functools.cached_property
+    def makers_in_branches(self) -> dict[str, list[str]]:
+        """Name of the sum of a branch that can leave -> names of what makes channels and leaves with it."""
+        operations = {call.name: call.operation for call in self.graph.calls}
+        found: dict[str, list[str]] = {}
+        for name in dict.fromkeys(name for _, _, name in self.label_space.producers):
+            layer = name
+            while layer and layer not in operations:  # a closed layer names what is inside of it
+                layer = layer.rpartition("/")[0]
+            for number in self.branches.of_operations.get(operations.get(layer), ()):
+                branch = self.branches.branches[number].name
+                if branch != name and self.branch_units[number] >= 0:
+                    found.setdefault(branch, []).append(name)
+        return found
 
     def kept_labels(self, kept: BoolArray) -> KeptLabels:
         """What follows for weights and configurations if these units are kept."""
@@ -156,7 +207,8 @@ class LabeledModel:
         for (producer, lock, opens), num in sorted(counts.items()):
             _, _, name = self.label_space.producers[producer]
             reason = self.label_space.reasons[lock] + (_INEXACT_HINT if opens else "")
-            groups.append(Group(name, num, (name,), -1, reason))
+            is_branch = start in self._branch_labels
+            groups.append(Group(name, num, (name,), -1, reason, is_branch=is_branch))
         return groups
 
     def _opened_if_inexact(self) -> set[tuple[str, int]]:
@@ -169,6 +221,19 @@ class LabeledModel:
             for start, stop, name in other.label_space.producers
             for position in np.flatnonzero(other.units_of(np.arange(start, stop)) >= 0).tolist()
         }
+
+    def _label_branch(self, number: int) -> int:
+        """The label of a residual branch."""
+        branch = self.branches.branches[number]
+        label = self.label_space.new_branch(branch.name)
+        if branch.reason is not None:
+            self.label_space.lock(label, branch.reason)
+        for call in self.graph.calls:
+            if call.site is branch.site:
+                index = call.inputs[1 - branch.trunk]
+                if self.batches[index] is None or len(self.graph.shapes[index]) < 2:
+                    self.label_space.lock(label, "a gate cannot follow its example")
+        return int(label[0])
 
     def _producer_indices(self, labels: IntArray) -> IntArray:
         """The index of the producer of each label."""
@@ -184,6 +249,20 @@ class LabeledModel:
             for index in set(range(len(names))) - set(wanted):
                 self._lock_producer(index, "not included by the caller")
 
+    def _unite_as_in_original(self) -> None:
+        """Keeps channels together, or locked, that were so in the original, although a branch is gone."""
+        units_before = {} if self._choices is None else self._choices.units
+        labels, units = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for start, stop, name in self.label_space.producers:
+            if len(units_before.get(name, ())) == stop - start:
+                labels.append(np.arange(start, stop))
+                units.append(np.array(units_before[name]))
+        channels, before = np.concatenate(labels), np.concatenate(units)
+        self.label_space.lock(channels[before < 0], "stays in the original")
+        channels, before = channels[before >= 0], before[before >= 0]
+        _, first, inverse = np.unique(before, return_index=True, return_inverse=True)
+        self.label_space.union(channels[first][inverse], channels, "leave together in the original")
+
     def _lock_producer(self, index: int, reason: str) -> None:
         start, stop, _ = self.label_space.producers[index]
         self.label_space.lock(np.arange(start, stop), reason)
@@ -193,6 +272,7 @@ class LabeledModel:
         random = np.random.default_rng(0)
         signatures = np.zeros(len(self._roots), np.uint64)
         places = [labels.reshape(-1) for labels in self.labels if labels.size > 1]
+        places += [np.array([label]) for label in self._branch_labels]
         places += [v for e in self.effects for axes in e.weights.values() for v in axes if v is not None]
         for vector in places:
             weight = random.integers(1, 2**63, dtype=np.uint64)
@@ -483,6 +563,7 @@ def label_model(
     exclude: LayerPatterns = (),
     exact: bool = True,
     choices: SizeChoices | None = None,
+    with_branches: bool = False,
 ) -> LabeledModel:
     """Reads a model and finds its groups.
 
@@ -494,5 +575,6 @@ def label_model(
         exclude: Never prune the channels that these layers make.
         exact: `False`: channels that are normalized together may leave, although the others change then.
         choices: If this is a smaller version of another model: the `LabeledModel.size_choices` of that one.
+        with_branches: Whether residual branches are units, too.
     """
-    return LabeledModel(read_model(model), include, exclude, exact, choices)
+    return LabeledModel(read_model(model), include, exclude, exact, choices, with_branches)

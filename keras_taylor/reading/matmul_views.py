@@ -1,5 +1,6 @@
-"""Linear layers as matrix products: the im2col rows that their kernel multiplies."""
+"""Linear layers as matrix products: the im2col rows that their kernel multiplies, and where a bias goes."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -9,12 +10,23 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.reading.graph import Call, Graph
 from keras_taylor.rules.einsum import parse_subscripts
 from keras_taylor.support.types import Array, BoolArray, FloatArray, IntArray, Masks, Tensor
 
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 _TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
 _SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+_IDENTITY_AT_INFERENCE = (
+    keras.layers.Dropout,
+    keras.layers.SpatialDropout1D,
+    keras.layers.SpatialDropout2D,
+    keras.layers.SpatialDropout3D,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.Identity,
+    keras.layers.ActivityRegularization,
+)
 
 
 class _SampleSize(NamedTuple):
@@ -422,3 +434,84 @@ def to_float32(tensor: Tensor) -> FloatArray:
 def to_float64(tensor: Tensor) -> FloatArray:
     """The values of a tensor or variable as a float64 array."""
     return np.asarray(ops.convert_to_numpy(tensor), np.float64)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BiasWeight:
+    """The weight through which a constant can be added to a layer's output before its activation.
+
+    Attributes:
+        layer: The layer that owns the weight: the linear layer itself, or the normalization that follows it.
+        attribute: Name of the weight.
+        sign: 1 where the constant is added to the weight, -1 where it is subtracted from it.
+    """
+
+    layer: keras.Layer
+    attribute: str
+    sign: int
+
+    def add(self, constant: FloatArray, layer: keras.Layer | None = None) -> None:
+        """Adds an array `(num_outputs,)` in place, to the layer or to `layer`, a copy of it."""
+        weight = getattr(layer or self.layer, self.attribute)
+        weight.assign(to_float64(weight) + self.sign * np.reshape(constant, weight.shape))
+
+
+def find_bias_weight(graph: Graph, call: Call, view: MatmulView) -> BiasWeight | None:
+    """The layer's bias, or the moving mean of the BatchNormalization that alone reads its output.
+
+    Args:
+        graph: The graph of the model.
+        call: The layer's only call in it.
+        view: The layer as a matrix product.
+
+    Returns:
+        `None` if there is neither, or if the layer has a bias that several outputs share.
+    """
+    layer = call.operation
+    if getattr(layer, "bias", None) is not None:
+        return BiasWeight(layer, "bias", 1) if view.has_full_bias() else None
+    reader = sole_reader(graph, call.outputs[0])
+    if reader is None or not isinstance(reader.operation, keras.layers.BatchNormalization):
+        return None
+    fits = reader.operation.moving_mean.shape == (view.num_outputs,)
+    if not (fits and has_no_activation(layer) and graph.is_used_once(reader.operation)):
+        return None
+    return BiasWeight(reader.operation, "moving_mean", -1)
+
+
+def normalization_gain(graph: Graph, call: Call, num_outputs: int) -> FloatArray:
+    """The factor `(num_outputs,)` of the normalization that reads a layer's output; ones if there is none."""
+    reader = sole_reader(graph, call.outputs[0])
+    is_read = reader is not None and has_no_activation(call.operation)
+    affine = affine_at_inference(reader.operation, num_outputs) if reader is not None and is_read else None
+    return np.broadcast_to(np.ones(1) if affine is None else affine.gain, num_outputs)
+
+
+class Affine(NamedTuple):
+    """`gain * y + offset`, float64 arrays `(num_outputs,)` or `(1,)`."""
+
+    gain: FloatArray
+    offset: FloatArray
+
+
+def sole_reader(graph: Graph, index: int) -> Call | None:
+    """The call that reads a tensor, `None` if several calls or the model's outputs do."""
+    readers = [call for call in graph.calls if index in call.inputs]
+    return readers[0] if len(readers) == 1 and index not in graph.outputs else None
+
+
+def has_no_activation(layer: keras.Operation) -> bool:
+    """Whether a layer puts out the product of its kernel, plus a bias, unchanged."""
+    return getattr(layer, "activation", None) in (None, keras.activations.linear)
+
+
+def affine_at_inference(operation: keras.Operation, num_outputs: int) -> Affine | None:
+    """The affine map that an operation is at inference, `None` if it is not one for each output alone."""
+    if isinstance(operation, keras.layers.BatchNormalization):
+        if operation.moving_mean.shape != (num_outputs,):
+            return None
+        gamma = to_float64(operation.gamma) if operation.scale else 1.0
+        beta = to_float64(operation.beta) if operation.center else 0.0
+        gain = gamma / np.sqrt(to_float64(operation.moving_variance) + operation.epsilon)
+        return Affine(gain, beta - gain * to_float64(operation.moving_mean))
+    return Affine(np.ones(1), np.zeros(1)) if isinstance(operation, _IDENTITY_AT_INFERENCE) else None

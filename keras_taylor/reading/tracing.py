@@ -74,10 +74,12 @@ class Origin:
     Attributes:
         model: The task or backbone.
         positions: Weight of the plain model -> the position of its counterpart in `model.weights`.
+        lacks_branches: Whether residual branches have left, with their layers.
     """
 
     model: keras.Model
     positions: IdentityMap[keras.Variable, int]
+    lacks_branches: bool = False
 
 
 def origin_of(model: keras.Model) -> Origin | None:

@@ -104,13 +104,14 @@ class Analysis:
         for column in ("made by", "stays because", *["open with exact=False only: changes"] * has_inexact):
             table.add_column(column, overflow="fold")
         for group in self.groups:
+            makers = "a residual branch" if group.is_branch else _shorten_names(group.producers)
             savings = self.savings.get(group.name, {}) if group.prunable else {}
             amounts = [savings.get(cost) for cost in ("params", "flops")]
             table.add_row(
                 group.name,
                 str(group.num_units),
                 *("" if amount is None else f"{amount:,}" for amount in amounts),
-                _shorten_names(group.producers),
+                makers,
                 group.reason or "",
                 *[_shorten_names(group.normalized_by)] * has_inexact,
             )
@@ -119,11 +120,15 @@ class Analysis:
 
     def _headline(self) -> str:
         shares = ", ".join(f"{share:.1%} of {cost}" for cost, share in self.reachable.items())
-        prunable = sum(group.num_units for group in self.groups if group.prunable)
-        total = sum(group.num_units for group in self.groups)
+        channels = [group for group in self.groups if not group.is_branch]
+        branches = [group for group in self.groups if group.is_branch]
+        prunable = sum(group.num_units for group in channels if group.prunable)
+        total = sum(group.num_units for group in channels)
+        free = sum(group.prunable for group in branches)
+        whole = f" and {free} of {len(branches)} residual branches" if branches else ""
         probed = f"; probed with random numbers: {', '.join(self.probed)}" if self.probed else ""
         uncounted = f"; FLOPs not counted, no rule: {_shorten_names(self.unknown)}" if self.unknown else ""
-        return f"{prunable:,} of {total:,} channels can leave: up to {shares}{probed}{uncounted}"
+        return f"{prunable:,} of {total:,} channels{whole} can leave: up to {shares}{probed}{uncounted}"
 
 
 @takes_data_as_one
@@ -140,6 +145,7 @@ def analyze(
     batch_size: int | None = None,
     steps_per_epoch: int | None = None,
     verbose: Verbose = "auto",
+    branches: bool = False,
 ) -> Analysis:
     """Finds the groups of channels of a model, how far it can shrink and, with data, what that costs.
 
@@ -172,6 +178,9 @@ def analyze(
         steps_per_epoch: Batches in a pass over an endless data set, an int. Default: `None`.
         verbose: 0 is silent, 1 a live bar, 2 lines only, "auto" (the default) whichever suits the
             output. It says how long the measurement will take before it starts.
+        branches: Whether to list residual branches as well, each as a group of one unit that bears the
+            name of its sum. One that cannot leave says why, as where a block changes the shape. Default:
+            `False`.
 
     Returns:
         An `Analysis`.
@@ -193,7 +202,7 @@ def analyze(
     """
     settings, reporter = ScanSettings(fractions, criterion, num_examples), Reporter(verbose)
     ds = preprocessed(model, ds, batch_size)
-    labeled = label_model(model, include, exclude, exact)
+    labeled = label_model(model, include, exclude, exact, with_branches=branches)
     scan = None if ds is None else SensitivityScan(labeled, ds, batch_size, steps_per_epoch, settings)
     cost_model = CostModel(labeled)
     limits = Limits.from_selection(Selection(), labeled)

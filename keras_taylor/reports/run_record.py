@@ -251,7 +251,7 @@ class RunRecord:
             criterion=getattr(criterion, "__name__", str(criterion)),
             before=dict(costs),
             after=dict(costs),
-            plan=Plan(before=costs, after=costs, exact=exact),
+            plan=Plan(before=costs, after=costs, exact=exact, branches=labeled.with_branches),
             locked={g.name: {"channels": g.num_units, "reason": g.reason} for g in labeled.locked_groups},
             inexact={
                 g.name: {"channels": g.num_units, "changes": list(g.normalized_by)}

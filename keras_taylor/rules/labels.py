@@ -118,11 +118,14 @@ class SizeChoices:
             units stay. With one channel left on that axis they would leave.
         split_axes: Name of an operation that spreads channels over several axes -> the axis on which they are
             units from there on.
+        units: Layer -> the unit in the original of each channel that it has, -1 for one that stays. Without a
+            residual branch, channels could leave that the branch keeps together or in place.
     """
 
     grouped: frozenset[str] = frozenset()
     passed: frozenset[str] = frozenset()
     split_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    units: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
 
 
 class ResolvedLabels(NamedTuple):
@@ -182,6 +185,12 @@ class LabelSpace:
         start, self._num_labels = self._num_labels, self._num_labels + num
         self.producers.append(Producer(start, self._num_labels, producer))
         return np.arange(start, self._num_labels)
+
+    def new_branch(self, name: str) -> IntArray:
+        """Returns the label of a residual branch, an int64 array `(1,)`; `name` is that of its sum."""
+        self._num_labels += 1
+        self.producers.append(Producer(self._num_labels - 1, self._num_labels, name))
+        return np.array([self._num_labels - 1])
 
     def union(self, first: IntArray, second: IntArray, reason: str) -> None:
         """Makes labels that meet one unit. A channel that meets a fixed position is locked.

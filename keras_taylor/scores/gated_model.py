@@ -323,7 +323,19 @@ def _edges_by_call(labeled: LabeledModel) -> dict[tuple[Call, int], _EdgeGates]:
                 if (index, axis) not in shared:
                     shared[index, axis] = _EdgeGates(units, axis, _batch_of(labeled, index))
                 edges[call, index] = shared[index, axis]
+    for branch, unit in zip(labeled.branches.branches, labeled.branch_units.tolist(), strict=True):
+        for call in labeled.graph.calls if unit >= 0 else ():
+            if call.site is branch.site:
+                index = call.inputs[1 - branch.trunk]
+                edges[call, index] = _edge_of_branch(labeled, index, unit)
     return edges
+
+
+def _edge_of_branch(labeled: LabeledModel, tensor: int, unit: int) -> _EdgeGates:
+    """The gate of what a whole branch adds to a sum."""
+    batch, rank = _batch_of(labeled, tensor), len(labeled.graph.shapes[tensor])
+    axis = 0 if batch.axis == rank - 1 else rank - 1
+    return _EdgeGates(np.full((1,) * rank, unit), axis, batch)
 
 
 def _edge_of(labeled: LabeledModel, call: Call, units: IntArray) -> _EdgeGates:

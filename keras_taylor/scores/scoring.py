@@ -87,6 +87,7 @@ def score(
     class_weight: Mapping[int, float] | None = None,
     cost: str = "params",
     exact: bool = True,
+    branches: bool = False,
 ) -> Scores:
     """Scores every channel unit that can be pruned.
 
@@ -114,6 +115,9 @@ def score(
             the plan's goal is about. Other criteria score the units alone.
         exact: As in `analyze`. With `False` a gate also tells how the means and variances change that the
             other channels are normalized with.
+        branches: Whether to score whole residual branches, too. A branch is a group of one unit that bears
+            the name of its sum, and its gate scales what it adds. Criteria from derivatives of the loss, and
+            "oracle", score it; the others leave it out.
 
     Returns:
         `Scores`, a dict: group name (that of the first layer making its channels) -> float32 array
@@ -135,7 +139,7 @@ def score(
     ds = preprocessed(model, ds, batch_size)
     with strategy_scope(model):
         model = functional_view(model)
-        labeled = label_model(model, include, exclude, exact)
+        labeled = label_model(model, include, exclude, exact, with_branches=branches)
         criteria.get(criterion)
         check_cost(cost)
         check_whole_number("num_examples", num_examples, 1, or_none="all")
@@ -281,7 +285,10 @@ def compute_scores(
     """
     function, scores = criteria.get(criterion), Scores({}, criterion)
     measured = measured or LazyStatistics(labeled)
+    scores_branches = totals is not None or "loss_changes" in (extra or {})
     for group, statistics in statistics_by_group(labeled, totals, extra or {}, measured):
+        if group.is_branch and not scores_branches:
+            continue
         values = function(statistics)
         if values is not None:
             scores[group.name] = _check_scores(values, group, criterion)

@@ -9,10 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_taylor.budget.costs import CostModel
-from keras_taylor.reading.downstream import find_bias_weight, normalization_gain
 from keras_taylor.reading.graph import Call
 from keras_taylor.reading.groups import Group, LabeledModel
-from keras_taylor.reading.matmul_views import MatmulView, matmul_view, rows_per_example, sample_positions
+from keras_taylor.reading.matmul_views import (
+    MatmulView,
+    find_bias_weight,
+    matmul_view,
+    normalization_gain,
+    rows_per_example,
+    sample_positions,
+)
 from keras_taylor.reading.walk import Walk, fixed_batch_size, sample_inputs, split_into_batches
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.losses import mean_divergence

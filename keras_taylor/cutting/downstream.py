@@ -1,27 +1,26 @@
 """What follows a layer's output: normalizations, residual sums, rectifiers."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
 
 from keras_taylor.reading.graph import Call, Graph
-from keras_taylor.reading.matmul_views import CONVOLUTIONS, MatmulView, SampledPositions, to_float64
+from keras_taylor.reading.matmul_views import (
+    CONVOLUTIONS,
+    Affine,
+    MatmulView,
+    SampledPositions,
+    affine_at_inference,
+    has_no_activation,
+    sole_reader,
+    to_float64,
+)
 from keras_taylor.reading.walk import ComputedTensors
 from keras_taylor.rules.base import is_from_keras
 from keras_taylor.support.types import BoolArray, FloatArray
 
-_IDENTITY_AT_INFERENCE = (
-    keras.layers.Dropout,
-    keras.layers.SpatialDropout1D,
-    keras.layers.SpatialDropout2D,
-    keras.layers.SpatialDropout3D,
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.Identity,
-    keras.layers.ActivityRegularization,
-)
 # Layers through which a positive factor of a channel goes unchanged, beside rectifiers.
 _KEEP_FACTORS = (
     *(keras.layers.Dropout, keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D),
@@ -42,64 +41,6 @@ _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 _GAIN_DAMPING = 1e-3
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class BiasWeight:
-    """The weight through which a constant can be added to a layer's output before its activation.
-
-    Attributes:
-        layer: The layer that owns the weight: the linear layer itself, or the normalization that follows it.
-        attribute: Name of the weight.
-        sign: 1 where the constant is added to the weight, -1 where it is subtracted from it.
-    """
-
-    layer: keras.Layer
-    attribute: str
-    sign: int
-
-    def add(self, constant: FloatArray, layer: keras.Layer | None = None) -> None:
-        """Adds an array `(num_outputs,)` in place, to the layer or to `layer`, a copy of it."""
-        weight = getattr(layer or self.layer, self.attribute)
-        weight.assign(to_float64(weight) + self.sign * np.reshape(constant, weight.shape))
-
-
-def find_bias_weight(graph: Graph, call: Call, view: MatmulView) -> BiasWeight | None:
-    """The layer's bias, or the moving mean of the BatchNormalization that alone reads its output.
-
-    Args:
-        graph: The graph of the model.
-        call: The layer's only call in it.
-        view: The layer as a matrix product.
-
-    Returns:
-        `None` if there is neither, or if the layer has a bias that several outputs share.
-    """
-    layer = call.operation
-    if getattr(layer, "bias", None) is not None:
-        return BiasWeight(layer, "bias", 1) if view.has_full_bias() else None
-    reader = _sole_reader(graph, call.outputs[0])
-    if reader is None or not isinstance(reader.operation, keras.layers.BatchNormalization):
-        return None
-    fits = reader.operation.moving_mean.shape == (view.num_outputs,)
-    if not (fits and has_no_activation(layer) and graph.is_used_once(reader.operation)):
-        return None
-    return BiasWeight(reader.operation, "moving_mean", -1)
-
-
-def normalization_gain(graph: Graph, call: Call, num_outputs: int) -> FloatArray:
-    """The factor `(num_outputs,)` of the normalization that reads a layer's output; ones if there is none."""
-    reader = _sole_reader(graph, call.outputs[0])
-    is_read = reader is not None and has_no_activation(call.operation)
-    affine = _affine_at_inference(reader.operation, num_outputs) if reader is not None and is_read else None
-    return np.broadcast_to(np.ones(1) if affine is None else affine.gain, num_outputs)
-
-
-class _Affine(NamedTuple):
-    """`gain * y + offset`, float64 arrays `(num_outputs,)` or `(1,)`."""
-
-    gain: FloatArray
-    offset: FloatArray
-
-
 class DownstreamPath:
     """The path from a layer's output on: normalizations at inference, a residual sum, a rectifier.
 
@@ -113,6 +54,7 @@ class DownstreamPath:
         call: The layer's call in the graph of the repaired model.
         old_view, view: The layer of both models as a matrix product.
         outputs: Bool array over the original's outputs: which were kept.
+        old_inputs: Maps a call of the repaired model to what its counterpart in the original reads.
 
     Attributes:
         has_rectifier: Whether a ReLU ends the path.
@@ -126,11 +68,13 @@ class DownstreamPath:
         old_view: MatmulView,
         view: MatmulView,
         outputs: BoolArray,
+        old_inputs: Callable[[Call], Sequence[int]],
     ) -> None:
-        self._old, self._new, self._outputs = old, new, outputs
+        self._old, self._new, self._outputs, self._old_inputs = old, new, outputs, old_inputs
         self._old_view, self._view = old_view, view
-        self._residual_terms: list[int] = []  # numbers of tensors
-        self._affine = _Affine(np.ones(1), np.zeros(1))
+        self._residual_terms: list[int] = []  # numbers of tensors of the repaired model
+        self._old_terms: list[int] = []  # and of the original
+        self._affine = Affine(np.ones(1), np.zeros(1))
         self.has_rectifier = _is_rectifier(getattr(call.operation, "activation", None))
         if has_no_activation(call.operation):
             self._follow(call.outputs[0])
@@ -151,8 +95,8 @@ class DownstreamPath:
         """
         if not self._residual_terms:
             return np.zeros((), np.float32)
-        before = self._sum_residual_terms(self._old, self._old_view, batch, positions)
-        lost = before[:, self._outputs] - self._sum_residual_terms(self._new, self._view, batch, positions)
+        before = self._sum_old_terms(batch, positions)
+        lost = before[:, self._outputs] - self._sum_residual_terms(batch, positions)
         gain = self._affine.gain
         damped = np.square(gain) + _GAIN_DAMPING * np.square(gain).mean()
         return (lost * gain / damped).astype(np.float32)
@@ -175,23 +119,26 @@ class DownstreamPath:
             A float32 array `(num_rows, num_outputs)`.
         """
         gain = self._affine.gain
-        rest = self._affine.offset + self._sum_residual_terms(self._new, self._view, batch, positions)
+        rest = self._affine.offset + self._sum_residual_terms(batch, positions)
         is_cut_off = gain * targets + rest <= 0
         nonzero_gain = np.where(np.abs(gain) > 1e-6, gain, np.inf)
         relaxed = np.where(gain * predicted + rest <= 0, predicted, -rest / nonzero_gain)
         return np.where(is_cut_off, relaxed, targets).astype(np.float32)
 
-    def _sum_residual_terms(
-        self, computed: ComputedTensors, view: MatmulView, batch: int, positions: SampledPositions
-    ) -> FloatArray:
-        """The sum of the residual terms in one of the models; a zero if there are none."""
-        terms = (view.output_rows(computed.tensors[i][batch], positions) for i in self._residual_terms)
-        return sum(terms, start=np.zeros((), np.float32))
+    def _sum_residual_terms(self, batch: int, positions: SampledPositions) -> FloatArray:
+        """The sum of the residual terms in the repaired model; a zero if there are none."""
+        values = (self._new.tensors[i][batch] for i in self._residual_terms)
+        return sum((self._view.output_rows(y, positions) for y in values), start=np.zeros((), np.float32))
+
+    def _sum_old_terms(self, batch: int, positions: SampledPositions) -> FloatArray:
+        """The sum of the residual terms in the original."""
+        values = (self._old.tensors[i][batch] for i in self._old_terms)
+        return sum((self._old_view.output_rows(y, positions) for y in values), start=np.zeros((), np.float32))
 
     def _follow(self, index: int) -> None:
         """Follows the path from a tensor until something else than an affine map or a sum reads it."""
         graph = self._new.graph
-        while (reader := _sole_reader(graph, index)) is not None:
+        while (reader := sole_reader(graph, index)) is not None:
             operation = reader.operation
             if type(operation).__name__ == "Add":
                 if self._residual_terms or not self._take_residual_terms(reader, index):
@@ -200,21 +147,23 @@ class DownstreamPath:
                 self.has_rectifier = True
                 return
             else:
-                affine = _affine_at_inference(operation, self._view.num_outputs)
+                affine = affine_at_inference(operation, self._view.num_outputs)
                 if affine is None or self._residual_terms:
                     return
                 gain, offset = self._affine
-                self._affine = _Affine(gain * affine.gain, offset * affine.gain + affine.offset)
+                self._affine = Affine(gain * affine.gain, offset * affine.gain + affine.offset)
             index = reader.outputs[0]
 
     def _take_residual_terms(self, reader: Call, index: int) -> bool:
         """Notes the other terms of a sum if they have been computed and have the same shape; says whether."""
         shapes = self._new.graph.shapes
         others = [i for i in reader.inputs if i != index]
-        is_computed = all(i in self._old.tensors and i in self._new.tensors for i in others)
+        pairs = zip(reader.inputs, self._old_inputs(reader), strict=True)
+        old = [before for now, before in pairs if now != index]
+        is_computed = all(i in self._new.tensors for i in others) and all(i in self._old.tensors for i in old)
         fits = len(others) + 1 == len(reader.inputs) and all(shapes[i] == shapes[index] for i in others)
         if is_computed and fits:
-            self._residual_terms = others
+            self._residual_terms, self._old_terms = others, old
         return is_computed and fits
 
 
@@ -301,17 +250,6 @@ def _keeps_factors(operation: keras.Operation) -> bool:
     return name in ("relu", "Relu", "leaky_relu") or isinstance(operation, (*_KEEP_FACTORS, *_GLOBAL_POOLING))
 
 
-def _sole_reader(graph: Graph, index: int) -> Call | None:
-    """The call that reads a tensor, `None` if several calls or the model's outputs do."""
-    readers = [call for call in graph.calls if index in call.inputs]
-    return readers[0] if len(readers) == 1 and index not in graph.outputs else None
-
-
-def has_no_activation(layer: keras.Operation) -> bool:
-    """Whether a layer puts out the product of its kernel, plus a bias, unchanged."""
-    return getattr(layer, "activation", None) in (None, keras.activations.linear)
-
-
 def _is_rectifier(operation: object) -> bool:
     """Whether a function, a layer or an operation puts out positive values, and zero for negative ones."""
     if isinstance(operation, keras.layers.Activation):
@@ -320,15 +258,3 @@ def _is_rectifier(operation: object) -> bool:
         return not operation.negative_slope and not operation.threshold
     names = ("relu", "relu6", "Relu", "Relu6")
     return getattr(operation, "__name__", type(operation).__name__) in names
-
-
-def _affine_at_inference(operation: keras.Operation, num_outputs: int) -> _Affine | None:
-    """The affine map that an operation is at inference, `None` if it is not one for each output alone."""
-    if isinstance(operation, keras.layers.BatchNormalization):
-        if operation.moving_mean.shape != (num_outputs,):
-            return None
-        gamma = to_float64(operation.gamma) if operation.scale else 1.0
-        beta = to_float64(operation.beta) if operation.center else 0.0
-        gain = gamma / np.sqrt(to_float64(operation.moving_variance) + operation.epsilon)
-        return _Affine(gain, beta - gain * to_float64(operation.moving_mean))
-    return _Affine(np.ones(1), np.zeros(1)) if isinstance(operation, _IDENTITY_AT_INFERENCE) else None

@@ -1,0 +1,70 @@
+"""Which calls and tensors of a smaller model stand where which ones of the original stood."""
+
+import dataclasses
+import functools
+import itertools
+
+from keras_taylor.reading.graph import Call, Graph
+from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.support.types import BoolArray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Counterparts:
+    """The calls of an original that are left in its smaller version.
+
+    Attributes:
+        old, new: The graphs of the original and of the smaller model.
+        numbers: For each call of the smaller model the number of its counterpart in the original.
+    """
+
+    old: Graph
+    new: Graph
+    numbers: tuple[int, ...]
+
+    def old_call(self, call: Call) -> Call:
+        """The counterpart of a call of the smaller model."""
+        return self.old.calls[self.numbers[call.number]]
+
+    @functools.cached_property
+    def old_tensors(self) -> dict[int, int]:
+        """Number of each tensor of the smaller model -> number of its counterpart."""
+        pairs = list(zip(self.new.inputs, self.old.inputs, strict=True))
+        for call in self.new.calls:
+            pairs += zip(call.outputs, self.old_call(call).outputs, strict=True)
+        return dict(pairs)
+
+    def reads_past_branch(self, call: Call) -> bool:
+        """Whether a call of the smaller model reads a trunk where the original read a sum with a branch."""
+        read = [self.old_tensors[index] for index in call.inputs]
+        return read != list(self.old_call(call).inputs)
+
+    @functools.cached_property
+    def num_done(self) -> list[int]:
+        """After each call of the smaller model: how many calls of the original come before what is next."""
+        from_here = list(itertools.accumulate(reversed(self.numbers), min))[::-1]
+        return [*from_here[1:], len(self.old.calls)]
+
+
+def find_counterparts(labeled: LabeledModel, kept: BoolArray, new: Graph) -> Counterparts | None:
+    """The counterparts in a smaller model, `None` if it has not the calls that are left.
+
+    Args:
+        labeled: The original.
+        kept: Bool array `(num_units,)`: the units of the smaller model.
+        new: The graph of the smaller model.
+    """
+    old = labeled.graph
+    bypassed = labeled.bypassed_sums(kept)
+    if not bypassed:
+        fits = len(old.calls) == len(new.calls)
+        return Counterparts(old, new, tuple(range(len(old.calls)))) if fits else None
+    left: dict[str, list[int]] = {}
+    for call in old.calls:
+        if call.site not in bypassed and kept[labeled.branch_units_of_call(call.number)].all():
+            left.setdefault(call.name, []).append(call.number)
+    numbers = [left[call.name].pop(0) for call in new.calls if left.get(call.name)]
+    needed = {call.number for call in old.needed_calls}
+    missing = needed.intersection(itertools.chain.from_iterable(left.values()))
+    fits = len(numbers) == len(new.calls) and not missing
+    return Counterparts(old, new, tuple(numbers)) if fits else None
