@@ -98,6 +98,8 @@ def _blocked_parameters(labeled: LabeledModel, smallest_mask: BoolArray) -> dict
     blocked: dict[str, int] = {}
     seen = IdentitySet()
     for call, effect in zip(labeled.graph.calls, labeled.effects, strict=True):
+        if not kept[labeled.branch_units_of_operation(call.operation)].all():
+            continue
         for path, axes in effect.weights.items():
             weight = weight_of(call.operation, path)
             if weight is None or weight in seen:

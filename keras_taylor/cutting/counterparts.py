@@ -46,6 +46,11 @@ class Counterparts:
         return [*from_here[1:], len(self.old.calls)]
 
 
+def is_left(labeled: LabeledModel, kept: BoolArray, call: Call) -> bool:
+    """Whether a call of the original is in none of the branches that leave; a sum is in its branch."""
+    return bool(kept[labeled.branch_units_of_call(call.number)].all())
+
+
 def find_counterparts(labeled: LabeledModel, kept: BoolArray, new: Graph) -> Counterparts | None:
     """The counterparts in a smaller model, `None` if it has not the calls that are left.
 
@@ -61,7 +66,7 @@ def find_counterparts(labeled: LabeledModel, kept: BoolArray, new: Graph) -> Cou
         return Counterparts(old, new, tuple(range(len(old.calls)))) if fits else None
     left: dict[str, list[int]] = {}
     for call in old.calls:
-        if call.site not in bypassed and kept[labeled.branch_units_of_call(call.number)].all():
+        if is_left(labeled, kept, call):
             left.setdefault(call.name, []).append(call.number)
     numbers = [left[call.name].pop(0) for call in new.calls if left.get(call.name)]
     needed = {call.number for call in old.needed_calls}

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_taylor.cutting.batch_statistics import recompute_statistics, renew_statistics
-from keras_taylor.cutting.counterparts import find_counterparts
+from keras_taylor.cutting.counterparts import find_counterparts, is_left
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.remade_tasks import as_task
@@ -162,7 +162,11 @@ def _check_pruned(small: keras.Model, labeled: LabeledModel, kept: BoolArray) ->
     counterparts = find_counterparts(labeled, kept, new)
     has_branches_left = not labeled.bypassed_sums(kept)
     if counterparts is None or (has_branches_left and _call_names(old) != _call_names(new)):
-        known = _call_names(old)
+        known = [
+            name
+            for name, call in zip(_call_names(old), old.calls, strict=True)
+            if is_left(labeled, kept, call)
+        ]
         other = next((name for name in _call_names(new) if name not in known), "none")
         raise ValueError(
             "The small model is not one that was cut from the model. Expected the same layers in the same "

@@ -208,7 +208,11 @@ class Plan:
         if merged.structure is None:
             return merged
         mask = merged.structure.mask_of_channels(merged._kept_channels())
-        return dataclasses.replace(merged, after=merged._costs_of_mask(merged.structure, mask))
+        return dataclasses.replace(
+            merged,
+            layers=layer_plans(merged.structure, mask),
+            after=merged._costs_of_mask(merged.structure, mask),
+        )
 
     def to_json(self) -> str:
         """The plan as a JSON string, which `from_json` reads.

@@ -301,7 +301,7 @@ class _RelaxedKnapsack:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.where(scores > 0, scores / saved, scores * saved)
         ratios = np.where(saved > 0, ratios, np.inf)
-        order = np.lexsort((scores, ratios))
+        order = np.lexsort((-saved, scores, ratios))  # of worthless units the largest goes first
         is_step = [
             np.cumsum(row[order]) * excess[cost] >= step[cost]
             for cost, row in zip(excess, savings, strict=True)

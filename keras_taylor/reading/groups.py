@@ -205,7 +205,7 @@ class LabeledModel:
             counts[key] = counts.get(key, 0) + 1
         groups = []
         for (producer, lock, opens), num in sorted(counts.items()):
-            _, _, name = self.label_space.producers[producer]
+            start, _, name = self.label_space.producers[producer]
             reason = self.label_space.reasons[lock] + (_INEXACT_HINT if opens else "")
             is_branch = start in self._branch_labels
             groups.append(Group(name, num, (name,), -1, reason, is_branch=is_branch))
