@@ -164,6 +164,9 @@ class Plan:
             structure = None  # this one does not know the branches
         elif self.structure and later.structure:
             structure = self.structure.followed_by(later.structure, self._kept_channels())
+        if structure:  # it knows all layers, in the order of the network
+            order = {name: number for number, name in enumerate(structure.layer_units)}
+            layers = dict(sorted(layers.items(), key=lambda one: order.get(one[0], len(order))))
         exact, branches = self.exact and later.exact, self.branches or later.branches
         return Plan(
             layers, self.before or later.before, later.after or self.after, exact, structure, branches

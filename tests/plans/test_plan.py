@@ -294,6 +294,16 @@ def test_composed_plans_speak_of_the_original():
     )
 
 
+def test_composed_plans_name_layers_in_the_order_of_the_network():
+    model = zoo.chain()
+    scores = keras_taylor.score(model, criterion="magnitude")
+    late = keras_taylor.make_plan(model, scores, selection=keras_taylor.Selection(ratios={"conv2": 0.5}))
+    small = keras_taylor.prune(model, late)
+    scores = keras_taylor.score(small, criterion="magnitude")
+    early = keras_taylor.make_plan(small, scores, selection=keras_taylor.Selection(ratios={"conv1": 0.5}))
+    assert list(late.compose(early).layers) == ["conv1", "conv2"]
+
+
 def test_plans_that_do_not_follow_each_other_are_refused():
     first = keras_taylor.Plan({"a": LayerPlan(6, (0, 2, 5))})
     second = keras_taylor.Plan({"a": LayerPlan(6, (0,))})
