@@ -242,10 +242,11 @@ class LabeledModel:
 
     def _lock_unselected(self) -> None:
         names = [name for _, _, name in self.label_space.producers]
-        for index in find_producers(self._exclude, self.graph, names, "exclude"):
+        is_smaller = self._choices is not None and bool(self._choices.units)
+        for index in find_producers(self._exclude, self.graph, names, "exclude", is_smaller):
             self._lock_producer(index, "excluded by the caller")
         if self._include is not None:
-            wanted = find_producers(self._include, self.graph, names, "include")
+            wanted = find_producers(self._include, self.graph, names, "include", is_smaller)
             for index in set(range(len(names))) - set(wanted):
                 self._lock_producer(index, "not included by the caller")
 
@@ -492,7 +493,9 @@ def _producers_by_class(label_space: LabelSpace, roots: IntArray) -> Callable[[i
     return producers_of_class
 
 
-def find_producers(patterns: LayerPatterns, graph: Graph, names: Sequence[str], argument: str) -> list[int]:
+def find_producers(
+    patterns: LayerPatterns, graph: Graph, names: Sequence[str], argument: str, may_miss: bool = False
+) -> list[int]:
     """The producers that are meant by layer names, regular expressions or layers.
 
     Args:
@@ -500,6 +503,7 @@ def find_producers(patterns: LayerPatterns, graph: Graph, names: Sequence[str], 
         graph: The model.
         names: Names of all producers.
         argument: Name of the public argument that holds the patterns, for messages.
+        may_miss: Whether a pattern may match nothing, as one for a layer that left with a branch.
 
     Returns:
         Indices into `names`, for one pattern after the other.
@@ -515,7 +519,7 @@ def find_producers(patterns: LayerPatterns, graph: Graph, names: Sequence[str], 
             hits = _matching_names(pattern, known, argument)
         else:
             hits = {layers[pattern]} if pattern in layers else set()
-        if not hits:
+        if not hits and not may_miss:
             raise ValueError(
                 f"`{argument}` names a layer that the model does not have. Expected layer names, "
                 f"regular expressions that match whole names, or layers of the model; it has "
