@@ -133,6 +133,9 @@ class ChannelOptions(OptionGroup):
             "--inexact", help="Also open channels that are normalized together (LayerNormalization)."
         ),
     ] = False
+    branches: Annotated[bool, typer.Option("--branches", help="Whole residual branches may leave, too.")] = (
+        False
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,15 +198,15 @@ class PruningOptions(OptionGroup):
         parse_max_drop(self.max_drop)
         self.selection()
 
-    def selection(self) -> Selection:
-        """How `compress` selects the channels that leave."""
+    def selection(self, branches: bool = False) -> Selection:
+        """How `compress` selects the channels, and with `branches` the residual branches, that leave."""
         if self.round_to == AUTO:
-            return Selection(round_to=AUTO)
+            return Selection(round_to=AUTO, branches=branches)
         if not self.round_to.isdecimal() or int(self.round_to) < 1:
             raise ValueError(
                 f"--round-to takes a whole number, 1 or larger, or auto. Received: {self.round_to}"
             )
-        return Selection(round_to=int(self.round_to))
+        return Selection(round_to=int(self.round_to), branches=branches)
 
 
 @dataclasses.dataclass(frozen=True)

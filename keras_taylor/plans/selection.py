@@ -53,7 +53,8 @@ class Selection:
             Functional then.
         branches: Whether whole residual branches may leave: the sum that a branch ends in then passes its
             other side on. Each one competes with the channels, by its score and by what it saves. The scores
-            have to be those of `score(..., branches=True)`. `False` by default.
+            have to be those of `score(..., branches=True)`. A task of KerasHub that loses one comes back
+            Functional. `False` by default.
 
     Raises:
         ValueError: if a value is not one of the above.

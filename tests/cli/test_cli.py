@@ -201,6 +201,24 @@ def test_inexact_opens_what_is_normalized_together(run):
     assert small.get_layer("stem").units < 6
 
 
+@pytest.mark.once
+def test_branches_leave_as_a_whole(run):
+    x = inputs = keras.Input((4,))
+    for k in range(2):
+        inner = keras.layers.Dense(8, "relu", name=f"inner{k}")(x)
+        x = keras.layers.Add(name=f"sum{k}")([x, keras.layers.Dense(4, name=f"outer{k}")(inner)])
+    keras.Model(inputs, keras.layers.Dense(2, "softmax", name="head")(x)).save("residual.keras")
+    random = np.random.default_rng(0)
+    np.savez("residual.npz", x=random.normal(size=(32, 4)), y=random.integers(0, 2, 32))
+    listed = json.loads(run("analyze", "residual.keras", "--json", "--branches")[1])["groups"]
+    assert {group["name"] for group in listed if group["is_branch"]} == {"sum0", "sum1"}
+    command = ("compress", "residual.keras", "--data", "residual.npz", "--goal", "0.9", "--epochs", "0")
+    assert "out of reach" in refused(run, *command, "-o", "stays.keras")
+    assert run(*command, "-o", "smaller.keras", "--branches")[0] == 0
+    small = keras.models.load_model("smaller.keras")
+    assert [layer.name for layer in small.layers if layer.weights] == ["head"]
+
+
 def test_analyze_prints_a_table(run):
     code, out, _ = run("analyze", "model.keras")
     assert code == 0 and "channels can leave" in out and "the model's output" in out
@@ -423,9 +441,9 @@ def test_help_names_every_option_and_its_default(run):
     words = " ".join(out.replace("│", " ").split())
     assert code == 0 and "[default: 0.05]" in words and "[default: 0.3]" in words
     names = """
-        model --trust --import --data --divide-by --mean --std --exclude --inexact --goal --increment
-        --criterion --round-to --no-repair --max-drop --epochs --batch-size --learning-rate --distill --seed
-        --output --export --report --resume --force --json --backend
+        model --trust --import --data --divide-by --mean --std --exclude --inexact --branches --goal
+        --increment --criterion --round-to --no-repair --max-drop --epochs --batch-size --learning-rate
+        --distill --seed --output --export --report --resume --force --json --backend
     """
     assert [name for name in names.split() if name not in words] == []
 

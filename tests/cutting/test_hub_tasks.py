@@ -21,6 +21,20 @@ def feed_forward_widths(plan):
     return [len(layer.kept) for name, layer in plan.layers.items() if name.endswith(FEED_FORWARD)]
 
 
+def test_a_task_without_a_branch_comes_back_and_says_that_its_backbone_is_functional():
+    task = hub_tasks.bert_classifier()
+    groups = keras_taylor.analyze(task, branches=True).groups
+    first, *_, last = [group.name for group in groups if group.is_branch and group.prunable]
+    plan = keras_taylor.Plan({name: keras_taylor.LayerPlan(1, ()) for name in (first, last)}, branches=True)
+    with pytest.warns(UserWarning, match="Functional model: no numbers .* to layers without these branches"):
+        small = keras_taylor.prune(task, plan)
+    assert type(small) is type(task) and len(small.weights) < len(task.weights)
+    repaired = keras_taylor.repair(small, task, plan, TEXTS)
+    whole, cut, mended = (one.predict(TEXTS, verbose=0) for one in (task, small, repaired))
+    assert np.abs(mended - whole).mean() < np.abs(cut - whole).mean()
+    assert small.fit(TEXTS, LABELS, verbose=0).history["loss"][0] > 0
+
+
 def plan_for(task, goal=0.15, **arguments):
     return keras_taylor.make_plan(task, keras_taylor.score(task, criterion="magnitude"), goal, **arguments)
 
