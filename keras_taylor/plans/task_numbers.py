@@ -16,6 +16,11 @@ from keras_taylor.reading.config_numbers import (
 from keras_taylor.support.keras_internals import shapes_only
 
 _NOT_NUMBERS = ("preprocessor", "build_config", "compile_config", "dtype")
+# Ends of the names of numbers that measure images and windows. They count no channels.
+_SPATIAL = (
+    *("image_shape", "image_size", "kernel_size", "kernel_sizes", "stride", "strides", "pool_size"),
+    *("dilation_rate", "dilation_rates", "patch_size", "patch_sizes", "upsampling_size"),
+)
 _MOST_KNOWN = 64  # configurations
 
 _known_shapes: dict[Hashable, KnownShapes] = {}
@@ -62,10 +67,10 @@ def numbers_of_task(model: keras.Model) -> ConfigNumbers:
 
 
 def _walk(value: Any, path: NumberPath) -> Iterator[tuple[NumberPath, int]]:
-    """Yields the whole numbers above 1 in nested dicts and lists, with their paths."""
+    """Yields the whole numbers above 1 in nested dicts and lists that may count channels, with paths."""
     if isinstance(value, dict):
         for key, one in value.items():
-            if key not in _NOT_NUMBERS:
+            if key not in _NOT_NUMBERS and not key.endswith(_SPATIAL):
                 yield from _walk(one, (*path, key))
     elif isinstance(value, (list, tuple)):
         for index, one in enumerate(value):

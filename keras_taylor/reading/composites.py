@@ -29,6 +29,8 @@ from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.types import BoolArray, IntArray, Shape
 
+_PLAIN_TYPES = (int, float, str, bool, type(None))
+
 
 class LabeledGroup(Protocol):
     """A group of units, as `groups.Group` is one."""
@@ -426,8 +428,10 @@ def _is_shrunk_alike(labeled: LabeledGraph, kept: KeptLabels, small: Graph) -> b
 def _is_shrunk(call: Call, effect: Effect, kept: KeptLabels, other: Call) -> bool:
     """Whether a call of the smaller layer is that of the whole one as its rule shrinks it."""
     operation, small = call.operation, other.operation
-    if type(operation) is not type(small) or not effect.has_rule or not is_from_keras(type(operation)):
+    if type(operation) is not type(small):
         return False
+    if not is_from_keras(type(operation)) and not _is_same(*map(_plain_attributes, (operation, small))):
+        return False  # a configuration may be incomplete
     if (call.inputs, call.outputs) != (other.inputs, other.outputs):
         return False
     flat = [*call.flat]
@@ -442,6 +446,20 @@ def _is_shrunk(call: Call, effect: Effect, kept: KeptLabels, other: Call) -> boo
         return _is_same(config, _plain_config(small))
     except Exception:  # an operation may have no configuration
         return False
+
+
+def _plain_attributes(operation: keras.Operation) -> dict[str, Any]:
+    """The attributes of an operation that hold plain values, without its names."""
+    return {
+        key: value
+        for key, value in vars(operation).items()
+        if not key.endswith(("name", "path")) and all(type(x) in _PLAIN_TYPES for x in _leaves(value))
+    }
+
+
+def _leaves(value: Any) -> list[Any]:
+    """The entries of nested lists and tuples."""
+    return [x for each in value for x in _leaves(each)] if isinstance(value, (list, tuple)) else [value]
 
 
 def _plain_config(operation: keras.Operation) -> dict[str, Any]:

@@ -22,7 +22,8 @@ KnownShapes: TypeAlias = MutableMapping[tuple[tuple[NumberPath, int], ...], list
 
 _MOST_NUMBERS = 3  # of a configuration that change together
 _MOST_UNITS = 64  # of a group that leave in one step
-_SMALL = 8  # numbers up to this one are doubled first: half of them may be a special case
+_LITTLE = 3  # a change that is lost where numbers are rounded to multiples of eight
+_SMALL = 4  # numbers up to this one are doubled first: half of them may be a special case
 
 
 class WeightAxis(NamedTuple):
@@ -68,12 +69,14 @@ class ConfigNumbers:
         self._find_shapes = find_shapes
         self._known: KnownShapes = {} if known is None else known
         self._growth: dict[NumberPath, AxisCounts] = {}
+        self._limits: dict[NumberPath, set[WeightAxis]] = {}  # axes beyond which a number touches none
         self._has_failed = False
+        self._has_led = False
 
     @functools.cached_property
     def lead_back(self) -> bool:
         """Whether the configuration as it is leads to the shapes that the weights have."""
-        return self.shapes_with({}) == self.shapes
+        return self._has_led or self.shapes_with({}) == self.shapes
 
     def shapes_with(self, changes: Numbers) -> list[KnownShape] | None:
         """The shapes of the weights if the configuration had these numbers; `None` if it cannot have them."""
@@ -111,7 +114,9 @@ class ConfigNumbers:
                 if step is not None:
                     return step
                 tried.add(combination)
-            self._has_failed = True
+            if not self._has_failed:
+                self._has_failed = True
+                self._find_limits()
         return None
 
     def shapes_after(
@@ -131,7 +136,9 @@ class ConfigNumbers:
     def lead_to(self, step: Step, groups: Mapping[str, AxisCounts], num_steps: int = 1) -> bool:
         """Whether the numbers after some steps lead to the shapes that remain."""
         changes = self.changes_of(step, num_steps)
-        return self.shapes_with(changes) == self.shapes_after(step, groups, num_steps)
+        is_right = self.shapes_with(changes) == self.shapes_after(step, groups, num_steps)
+        self._has_led = self._has_led or is_right
+        return is_right
 
     def has_led_to(self, step: Step, groups: Mapping[str, AxisCounts]) -> bool:
         """Whether some number of steps is known to lead to the right shapes, with nothing made for it."""
@@ -156,18 +163,35 @@ class ConfigNumbers:
 
     def _growth_to(self, path: NumberPath, other: int) -> AxisCounts | None:
         """How much axes grow if a number grows by one; nothing if there are other weights then."""
-        changed, shapes = self.shapes_with({path: other}), self.shapes
-        if changed is None:
+        differences = self._differences({path: other})
+        if differences is None:
+            return None if self.shapes_with({path: other}) is None else {}
+        return {axis: change / (other - self.numbers[path]) for axis, change in differences.items()}
+
+    def _differences(self, changes: Numbers) -> dict[WeightAxis, int] | None:
+        """How much longer axes are with changed numbers; `None` if there are other weights then, or none."""
+        changed, shapes = self.shapes_with(changes), self.shapes
+        if changed is None or [len(shape) for shape in changed] != [len(shape) for shape in shapes]:
             return None
-        if len(shapes) != len(changed) or any(len(a) != len(b) for a, b in zip(shapes, changed, strict=True)):
-            return {}
-        by = other - self.numbers[path]
         return {
-            WeightAxis(weight, axis): (new - size) / by
+            WeightAxis(weight, axis): new - size
             for weight, (before, after) in enumerate(zip(shapes, changed, strict=True))
             for axis, (size, new) in enumerate(zip(before, after, strict=True))
             if new != size
         }
+
+    def _touches(self, path: NumberPath, axes: AxisCounts) -> bool:
+        """Whether a number touches a group."""
+        return not axes.keys().isdisjoint(self._limits.get(path, axes)) and not axes.keys().isdisjoint(
+            self.growth(path)
+        )
+
+    def _find_limits(self) -> None:
+        """Changes all larger numbers a little, at once: most do not touch most groups, or are rounded."""
+        large = [path for path, number in self.numbers.items() if number > _SMALL]
+        differences = self._differences({path: self.numbers[path] - _LITTLE for path in large})
+        if differences is not None:
+            self._limits = {path: set(differences) for path in large}
 
     def _sorted_paths(self, axes: AxisCounts) -> tuple[list[NumberPath], list[NumberPath]]:
         """The numbers that are a length of a group, and the others, both in the configuration's order."""
@@ -181,11 +205,8 @@ class ConfigNumbers:
     ) -> Iterable[tuple[NumberPath, ...]]:
         """Yields combinations of numbers that touch a group, the smallest ones first."""
 
-        def touches(path: NumberPath) -> bool:
-            return not axes.keys().isdisjoint(self.growth(path))
-
-        yield from ((path,) for path in paths if touches(path))
-        touching = list(filter(touches, paths))
+        yield from ((path,) for path in paths if self._touches(path, axes))
+        touching = [path for path in paths if self._touches(path, axes)]
         for count in range(2, min(_MOST_NUMBERS, len(touching)) + 1):
             yield from itertools.combinations(touching, count)
 
