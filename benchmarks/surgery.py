@@ -1,7 +1,8 @@
 """Read, plan and cut a model against cloning it with its weights, on each backend.
 
 `python benchmarks/surgery.py` for the ratio, `--all` for the time that reading takes
-for every model of `keras.applications` (structure only, weights zero).
+for every model of `keras.applications` (structure only, weights zero), `--tasks` for
+`analyze` of tasks of KerasHub against their construction.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from common import BACKENDS, in_process, machine, markdown_table, on_each_backen
 
 
 def measure(what, **arguments):
-    return {"ratio": measure_ratio, "all": measure_all}[what](**arguments)
+    return {"ratio": measure_ratio, "all": measure_all, "task": measure_task}[what](**arguments)
 
 
 def measure_ratio(repetitions=5, image_size=224, model_name="ResNet50"):
@@ -66,6 +67,46 @@ def measure_all(image_size=96):
     return results
 
 
+GPT2 = {
+    "GPT-2, 2 layers of 32": {
+        **{"vocabulary_size": 50, "num_layers": 2, "num_heads": 2, "hidden_dim": 32},
+        **{"intermediate_dim": 64, "max_sequence_length": 12},
+    },
+    "GPT-2 base": {
+        **{"vocabulary_size": 50257, "num_layers": 12, "num_heads": 12, "hidden_dim": 768},
+        **{"intermediate_dim": 3072, "max_sequence_length": 1024},
+    },
+}
+
+
+def measure_task(name):
+    """Seconds (wall, processor) to build a task and to analyze it, twice each; MB added, MB of weights."""
+    import hub
+    import keras
+    from keras_hub import models
+    from pruning_memory import Peak, resident
+
+    import keras_taylor
+
+    keras_taylor.analyze(keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), keras.layers.Dense(2)]))
+
+    def build():
+        if name in GPT2:
+            return models.GPT2CausalLM(models.GPT2Backbone(**GPT2[name]))
+        return hub.tasks()[name]()[0]
+
+    made = []
+    first = _seconds(lambda: made.append(build()))
+    (task,) = made
+    before = resident()
+    with Peak() as peak:
+        analyze = _seconds(lambda: keras_taylor.analyze(task))
+    again = _seconds(lambda: keras_taylor.analyze(task))
+    weights = 4 * task.count_params()
+    memory = (peak.bytes - before) / 2**20
+    return [first, _seconds(build), analyze, again, memory, weights / 2**20]
+
+
 def _seconds(function):
     wall, processor = time.perf_counter(), time.process_time()
     function()
@@ -113,13 +154,33 @@ def print_all(backend):
     print(markdown_table(["model", "operations", "groups", "units", "parameters", "s"], rows))
 
 
+def print_tasks(backends):
+    print("## Tasks of KerasHub\n")
+    print(
+        "Processor seconds (wall) to build a task, and to build it once more; of the first `analyze` and of a"
+    )
+    print("second one; the most resident MB that the first one added, and those of the weights.\n")
+    print(machine(backends), end="\n\n")
+    rows = []
+    for name in (*GPT2, "MobileNetImageClassifier"):
+        results = on_each_backend(__file__, backends, what="task", name=name)
+        for backend, (*seconds, memory, weights) in results.items():
+            times = [f"{processor:.2f} ({wall:.1f})" for wall, processor in seconds]
+            rows.append([name, backend, *times, f"{memory:.0f}", f"{weights:.0f}"])
+    header = "task, backend, build s, again s, analyze s, again s, added MB, weights MB"
+    print(markdown_table(header.split(", "), rows))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--tasks", action="store_true")
     arguments = parser.parse_args()
-    if arguments.all:
+    if arguments.tasks:
+        print_tasks(arguments.backends)
+    elif arguments.all:
         print_all(arguments.backends[0])
     else:
         print_ratio(arguments.backends, arguments.repetitions)

@@ -453,13 +453,13 @@ def _plain_attributes(operation: keras.Operation) -> dict[str, Any]:
     return {
         key: value
         for key, value in vars(operation).items()
-        if not key.endswith(("name", "path")) and all(type(x) in _PLAIN_TYPES for x in _leaves(value))
+        if not key.endswith(("name", "path")) and all(type(x) in _PLAIN_TYPES for x in _entries(value))
     }
 
 
-def _leaves(value: Any) -> list[Any]:
+def _entries(value: Any) -> list[Any]:
     """The entries of nested lists and tuples."""
-    return [x for each in value for x in _leaves(each)] if isinstance(value, (list, tuple)) else [value]
+    return [x for each in value for x in _entries(each)] if isinstance(value, (list, tuple)) else [value]
 
 
 def _plain_config(operation: keras.Operation) -> dict[str, Any]:
