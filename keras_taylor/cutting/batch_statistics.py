@@ -13,9 +13,9 @@ from keras_taylor.cutting.downstream import ChannelReader, find_channel_readers
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.reading.graph import Call, Graph
 from keras_taylor.reading.matmul_views import to_float32, to_float64
-from keras_taylor.reading.walk import InputBatch, Walk
+from keras_taylor.reading.walk import InputBatch, Observer, Walk
 from keras_taylor.rules.base import override_attributes
-from keras_taylor.support.keras_internals import layers_inside
+from keras_taylor.support.keras_internals import layers_inside, mask_of_tensor
 from keras_taylor.support.types import Array, FloatArray, Tensor
 
 # Over which share of a training's steps moving statistics average at most, and over how many at least.
@@ -29,9 +29,81 @@ class _Moments(NamedTuple):
     variance: FloatArray
 
 
-def renew_statistics(
-    graph: Graph, batches: Sequence[InputBatch], training: bool = False
-) -> list[LayerRepair]:
+class NormalizationInputs:
+    """What the BatchNormalizations of a model read, gathered while a walk goes through it.
+
+    Args:
+        graph: The graph of the model.
+
+    Attributes:
+        graph: As passed.
+        observers: What the walk is to be made with.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._read: dict[keras.layers.BatchNormalization, list[_ChannelSums]] = {}
+        self._calls: dict[keras.layers.BatchNormalization, Call] = {}
+        self.observers: dict[int, Observer] = {}
+        for call in graph.calls:
+            if _is_plain_normalization(call):
+                self._observe(call)
+
+    def run(self, walk: Walk, number: int) -> None:
+        """Runs a call of the walk; normalizations inside of a layer are run as at inference."""
+        call = self.graph.calls[number]
+        if _is_plain_normalization(call) or not _normalizations_inside(call.operation):
+            walk.run(number)
+            return
+        with _record_moments(call.operation) as read:
+            walk.run_alone(number)
+        for layer, sums in read.items():
+            self._read.setdefault(layer, []).append(sums)
+            self._calls.setdefault(layer, call)
+
+    def moments(self) -> list[tuple[Call, keras.layers.BatchNormalization, _Moments]]:
+        """Each layer with its first call and what it reads, in the order of the calls."""
+        order = sorted(self._read, key=lambda layer: self._calls[layer].number)
+        return [
+            (self._calls[layer], layer, _average([sums.moments() for sums in self._read[layer]]))
+            for layer in order
+        ]
+
+    def _observe(self, call: Call) -> None:
+        """Makes an observer for a call, beside those of other calls that read the same tensor."""
+        layer, others = call.operation, self.observers.get(call.inputs[0])
+        sums = _ChannelSums(layer.axis)
+
+        def observe(column: list[Tensor]) -> None:
+            if others is not None:
+                others(column)
+            self._calls.setdefault(layer, call)
+            if all(sums is not one for one in self._read.setdefault(layer, [])):
+                self._read[layer].append(sums)
+            for x in column:
+                sums.add(x, mask_of_tensor(x))
+
+        self.observers[call.inputs[0]] = observe
+
+
+def gather_inputs(graph: Graph, batches: Sequence[InputBatch], training: bool = False) -> NormalizationInputs:
+    """What the BatchNormalizations of a model read in one pass of the batches.
+
+    Args:
+        graph: The graph of the model.
+        batches: The inputs.
+        training: Whether the other layers (dropout, augmentation) run as in training.
+    """
+    read = NormalizationInputs(graph)
+    walk = Walk(graph, batches, training, read.observers)
+    for number in range(len(graph.calls)):
+        read.run(walk, number)
+        walk.free_after(number)
+    walk.outputs()
+    return read
+
+
+def renew_statistics(read: NormalizationInputs) -> list[LayerRepair]:
     """Sets the moving statistics to those of what the layers read, in place; inference does not change.
 
     Training normalizes by the statistics of the batch. With other moving statistics it therefore starts from
@@ -45,31 +117,19 @@ def renew_statistics(
     that are not trainable stay as they are: training takes their moving statistics.
 
     Args:
-        graph: The graph of the model.
-        batches: The inputs.
-        training: Whether the other layers (dropout, augmentation) run as in training.
+        read: What the layers read.
 
     Returns:
         The layers whose training still differs from inference, each with the reason.
     """
-    walk = Walk(graph, batches, training)
-    found: dict[keras.layers.BatchNormalization, list[_Moments]] = {}
-    calls: dict[keras.Layer, Call] = {}
-    for number, call in enumerate(graph.calls):
-        with _record_moments(call.operation) as read:
-            walk.run(number)
-        walk.free_after(number)
-        for layer, sums in read.items():
-            found.setdefault(layer, []).append(sums.moments())
-            calls.setdefault(layer, call)
-    repairs = []
-    for layer, moments in found.items():
-        call, readers = calls[layer], None
+    repairs, graph = [], read.graph
+    for call, layer, moments in read.moments():
+        readers = None
         is_inner = layer is not call.operation
         if not layer.scale and not is_inner and graph.is_used_once(layer):
             axis = layer.axis % len(graph.shapes[call.outputs[0]])
             readers = find_channel_readers(graph, call.outputs[0], axis)
-        reason = _exchange_statistics(layer, _average(moments), readers)
+        reason = _exchange_statistics(layer, moments, readers)
         if reason is not None:
             name = f"{call.name}/{layer.name}" if is_inner else call.name
             repairs.append(LayerRepair(name, reason=f"its moving statistics stay: {reason}"))
@@ -84,9 +144,13 @@ def recompute_statistics(graph: Graph, batches: Sequence[InputBatch]) -> None:
     walk = Walk(graph, batches)
     done: set[keras.Layer] = set()
     for number, call in enumerate(graph.calls):
+        if not _normalizations_inside(call.operation):
+            walk.run(number)
+            walk.free_after(number)
+            continue
         while True:
             with _record_moments(call.operation) as read:
-                walk.run(number)
+                walk.run_alone(number)
             layer = next((one for one in read if one not in done), None)
             if layer is None:
                 break
@@ -173,6 +237,11 @@ def _record_moments(
         for layer in _normalizations_inside(operation):
             stack.enter_context(override_attributes(layer, call=_call_recorded(layer, read)))
         yield read
+
+
+def _is_plain_normalization(call: Call) -> bool:
+    """Whether a call is that of a BatchNormalization, which gets no mask as an argument."""
+    return isinstance(call.operation, keras.layers.BatchNormalization) and len(call.inputs) == 1
 
 
 def _normalizations_inside(operation: keras.Operation) -> list[keras.layers.BatchNormalization]:

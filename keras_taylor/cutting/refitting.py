@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.cutting.batch_statistics import NormalizationInputs, gather_inputs, renew_statistics
 from keras_taylor.cutting.counterparts import find_counterparts
 from keras_taylor.cutting.layer_fits import FitOptions, LayerFit, LayerRepair
 from keras_taylor.reading import graph as graphs
@@ -31,9 +32,12 @@ def refit(
     small: keras.Model,
     inputs: Sequence[Array],
     thorough: bool = True,
+    training: bool = False,
     track: Track = iter,
 ) -> list[LayerRepair]:
     """Refits, in place, the layers of a smaller model that lost inputs, from the input to the output.
+
+    At the end it renews the moving statistics of BatchNormalizations (`renew_statistics`).
 
     Each kernel is fitted by ridge regression. The rows are what the layer reads in the smaller model, as it
     has been repaired so far. The targets are the outputs of the original layer. Before a residual sum, they
@@ -46,33 +50,46 @@ def refit(
         inputs: Flattened inputs as arrays, batch axis first, in random order.
         thorough: `False` for a model that is trained afterwards. It leaves out what training does as well:
             refitting layers that lost no inputs, the slack of rectifiers, and most of the rows.
+        training: Whether moving statistics are those of what layers read with augmentation and dropout as in
+            training.
         track: What the numbered calls of the model go through, to show progress.
 
     Returns:
-        The result for each layer that lost inputs, and with `thorough` also for later layers.
+        The result for each layer that lost inputs, and with `thorough` also for later layers; then the
+        normalizations whose statistics could not be renewed.
     """
+    read = NormalizationInputs(graphs.read_model(small))
     batches = split_into_batches(inputs, fixed_batch_size(labeled.graph))
     if len(batches) == 1:
         batches *= 2  # a single example is used both to fit and to judge
     num_held_out = max(round(_HELD_OUT_SHARE * len(batches)), 1)
-    outputs_before = list(zip(*run_batches(graphs.read_model(small), batches[-num_held_out:]), strict=True))
+    unread = dict.fromkeys(read.observers, _ignore)  # so that the compiled functions are those of the walk
+    outputs_before = list(zip(*run_batches(read.graph, batches[-num_held_out:], unread), strict=True))
     weights = [np.array(ops.convert_to_numpy(w)) for w in small.weights]
     options = FitOptions(
         num_fit_batches=len(batches) - num_held_out,
         random=np.random.default_rng(0),
         thorough=thorough,
     )
-    walks = _PairedWalks(labeled, kept, small, batches, options)
+    walks = _PairedWalks(labeled, kept, read, batches, options)
     repairs = walks.refit_layers(track)
     wanted, outputs_after = walks.held_out_outputs()
-    if all(repair.ridge is None for repair in repairs):
-        return repairs
-    if _relative_error(outputs_after, wanted) < _relative_error(outputs_before, wanted):
-        return repairs
-    for weight, value in zip(small.weights, weights, strict=True):
-        weight.assign(value)
-    reason = "the model's held-out outputs were closer to the original's without the repair"
-    return [LayerRepair(repair.name, reason=repair.reason or reason) for repair in repairs]
+    is_fitted = any(repair.ridge is not None for repair in repairs)
+    is_undone = is_fitted and not (
+        _relative_error(outputs_after, wanted) < _relative_error(outputs_before, wanted)
+    )
+    if is_undone:
+        for weight, value in zip(small.weights, weights, strict=True):
+            weight.assign(value)
+        reason = "the model's held-out outputs were closer to the original's without the repair"
+        repairs = [LayerRepair(repair.name, reason=repair.reason or reason) for repair in repairs]
+    if is_undone or training:
+        read = gather_inputs(read.graph, batches, training)
+    return repairs + renew_statistics(read)
+
+
+def _ignore(column: list[Tensor]) -> None:
+    """Does nothing with a tensor's values."""
 
 
 class _PairedWalks:
@@ -81,7 +98,8 @@ class _PairedWalks:
     Args:
         labeled: The original model.
         kept: Bool array `(num_units,)`: the units of the smaller model.
-        small: The smaller model, whose layers are refitted in place.
+        read: Takes note of what the normalizations of the smaller model read. The layers of its graph are
+            refitted in place.
         batches: The inputs.
         options: How to fit.
     """
@@ -90,12 +108,13 @@ class _PairedWalks:
         self,
         labeled: LabeledModel,
         kept: BoolArray,
-        small: keras.Model,
+        read: NormalizationInputs,
         batches: Sequence[InputBatch],
         options: FitOptions,
     ) -> None:
-        self._labeled, self._kept, self._options = labeled, kept, options
-        self._old, self._new = Walk(labeled.graph, batches), Walk(graphs.read_model(small), batches)
+        self._labeled, self._kept, self._read, self._options = labeled, kept, read, options
+        self._old = Walk(labeled.graph, batches)
+        self._new = Walk(read.graph, batches, observers=read.observers)
         counterparts = find_counterparts(labeled, kept, self._new.graph)
         assert counterparts is not None, "the smaller model was cut from the original"
         self._counterparts = counterparts
@@ -121,7 +140,7 @@ class _PairedWalks:
                 self._changed.update(call.outputs)
             if lacks_branch and masks is None and len(call.inputs) == 1:
                 self._past_branches.update(call.outputs)
-            self._new.run(number)
+            self._read.run(self._new, number)
             self._new.free_after(number)
             self._old.free_after(min(self._num_run, self._counterparts.num_done[number]) - 1)
         return list(repairs.values())
@@ -220,7 +239,7 @@ def _record(walk: Walk, number: int, layer_number: int, name: str) -> _RecordedT
     """Runs a call of a closed layer, and records one of the layers inside."""
     operation = walk.graph.calls[number].operation
     with record_inside(operation, layer_number) as (inputs, outputs):
-        walk.run(number)
+        walk.run_alone(number)
     layer = layers_inside(operation)[layer_number]
     input_shape, output_shape = ((None, *values[0].shape[1:]) for values in (inputs, outputs))
     graph = single_layer_graph(layer, name, input_shape, output_shape)

@@ -5,7 +5,7 @@ import re
 import keras
 import numpy as np
 
-from keras_taylor.cutting.batch_statistics import recompute_statistics, renew_statistics
+from keras_taylor.cutting.batch_statistics import recompute_statistics
 from keras_taylor.cutting.counterparts import find_counterparts, is_left
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
@@ -103,9 +103,6 @@ def repair(
         inputs = sample_inputs(feed, labeled.graph, num_examples)
         repaired = copy_model(small)
         repairs = refit(labeled, kept, repaired, inputs)
-        repairs += renew_statistics(
-            graphs.read_model(repaired), split_into_batches(inputs, fixed_batch_size(labeled.graph))
-        )
         repaired = as_task(repaired)
     return (repaired, repairs) if return_repairs else repaired
 

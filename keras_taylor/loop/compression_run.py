@@ -12,7 +12,6 @@ import keras
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.budget.feasibility import describe_reach
 from keras_taylor.budget.schedule import RoundTarget
-from keras_taylor.cutting.batch_statistics import renew_statistics
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.remade_tasks import as_task
@@ -27,9 +26,7 @@ from keras_taylor.loop.route import measure_reached
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units, label_as_planned, plan_of
 from keras_taylor.plans.ranking import flatten_scores
-from keras_taylor.reading.graph import read_model
 from keras_taylor.reading.groups import LabeledModel
-from keras_taylor.reading.walk import fixed_batch_size, split_into_batches
 from keras_taylor.reports.info import Info
 from keras_taylor.reports.run_record import Round, repair_record
 from keras_taylor.support.console import Clock
@@ -237,15 +234,10 @@ def repair_round(run: PreparedRun, state: RunState, pruned: PrunedModel, phase: 
     """Refits the layers that lost inputs, and those behind them as long as no training was kept."""
     if not run.settings.repair:
         return []
-    inputs = run.repair_inputs
     track = functools.partial(run.reporter.track, phase=phase)
-    repairs = refit(pruned.source, pruned.kept, pruned.model, inputs, not state.is_trained, track)
-    graph = read_model(pruned.model)
-    return repairs + renew_statistics(
-        graph,
-        split_into_batches(inputs, fixed_batch_size(graph)),
-        training=run.num_trained(len(state.plans) + 1) > 0,
-    )
+    training = run.num_trained(len(state.plans) + 1) > 0
+    arguments = pruned.source, pruned.kept, pruned.model, run.repair_inputs
+    return refit(*arguments, not state.is_trained, training, track)
 
 
 def train_round(run: PreparedRun, state: RunState, pruned: PrunedModel, phase: str) -> FitResult:

@@ -155,7 +155,7 @@ def measure_activations(
                 if r.layer_number is not None
             }
             with gate_inside(call.operation, inside):
-                walk.run(number)
+                (walk.run_alone if inside else walk.run)(number)
             walk.free_after(number)
     if not np.isfinite(read.totals).all():
         raise ValueError(explain_nonfinite(GatedModel(labeled), feed, num_examples))
