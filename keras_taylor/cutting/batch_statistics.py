@@ -20,6 +20,7 @@ from keras_taylor.support.types import Array, FloatArray, Tensor
 
 # Over which share of a training's steps moving statistics average at most, and over how many at least.
 _SHARE_AVERAGED, _LEAST_AVERAGED = 1 / 10, 4
+_ROWS_AT_ONCE = 1024
 
 
 class _Moments(NamedTuple):
@@ -210,10 +211,12 @@ class _ChannelSums:
             return
         if not self._num:
             self._shift = rows.mean(0)  # close to the mean, so that the subtraction cancels no digits
-        centered = rows - self._shift
         self._num += len(rows)
-        self._total = self._total + centered.sum(0, dtype=np.float64)
-        self._squares = self._squares + np.square(centered).sum(0, dtype=np.float64)
+        for start in range(0, len(rows), _ROWS_AT_ONCE):  # each sum in single precision, in double over them
+            centered = rows[start : start + _ROWS_AT_ONCE] - self._shift
+            ones = np.ones(len(centered), np.float32)
+            self._total = self._total + (ones @ centered).astype(np.float64)
+            self._squares = self._squares + (ones @ np.square(centered)).astype(np.float64)
 
     def moments(self) -> _Moments:
         """Mean and variance of all values; not a number if there are none."""

@@ -6,13 +6,12 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_taylor.reading.configurations import complete_configuration, override_get_config
 from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.rules.attention import inner_layers
 from keras_taylor.rules.base import is_from_keras, override_attributes
-from keras_taylor.support.arrays import copy_kept
+from keras_taylor.support.arrays import copy_kept, zeros_of_host
 from keras_taylor.support.identity import IdentityMap
 from keras_taylor.support.keras_internals import (
     compile_arguments,
@@ -108,7 +107,7 @@ def zero_initialized(layer: keras.Layer) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for each in _with_inner_layers(layer):
-            add_weight = _initializing(each.add_weight, lambda name: _zeros)
+            add_weight = _initializing(each.add_weight, lambda name: zeros_of_host)
             stack.enter_context(override_attributes(each, add_weight=add_weight))
         yield
 
@@ -134,13 +133,13 @@ def initialized_from(
 
     def initializer_of(name: str) -> Callable[..., Tensor]:
         if name not in weights or name in done:
-            return _zeros
+            return zeros_of_host
 
         def initialize(shape: Sequence[int], dtype: str | None = None) -> Tensor:
             number, weight = weights[name]
             value = copy_kept(weight, masks.get(number, ()))
             if tuple(value.shape) != tuple(shape):
-                return _zeros(shape, dtype)
+                return zeros_of_host(shape, dtype)
             done.add(name)
             return keras.ops.convert_to_tensor(value, dtype)
 
@@ -171,10 +170,6 @@ def _weights_by_name(layer: keras.Layer) -> dict[str, tuple[int, keras.Variable]
 def _with_inner_layers(layer: keras.Layer) -> list[keras.Layer]:
     """A layer and the layers inside, such as cells and wrapped layers, each once."""
     return list(dict.fromkeys((layer, *inner_layers(layer))))
-
-
-def _zeros(shape: Sequence[int], dtype: str | None = None) -> Tensor:
-    return keras.ops.convert_to_tensor(np.zeros(shape, np.float32), dtype)
 
 
 def build_like(clone: keras.Layer, layer: keras.Layer, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -260,29 +261,39 @@ class _WindowView(MatmulView):
         return (shape[0], *shape[2:], shape[1]) if self._channels_first else shape
 
     def input_rows(self, x: Tensor, positions: SampledPositions) -> FloatArray:
-        windows = self._windows(self._channels_last(to_float32(x)))
-        num_space_axes = windows.ndim // 2 - 1
-        space = np.unravel_index(positions.places, windows.shape[1 : 1 + num_space_axes])
-        rows = windows[(positions.examples, *space)]  # only these rows are copied
-        return np.moveaxis(rows, 1, -1).reshape(1, len(rows), -1)
+        values = self._channels_last(to_float32(x))
+        space = np.unravel_index(positions.places, self._output_shape(tuple(x.shape))[1:-1])
+        first = [
+            place * stride - self._padding(size, window, stride)[0]
+            for place, size, window, stride in zip(
+                space, values.shape[1:-1], self._window_sizes, self.layer.strides, strict=True
+            )
+        ]
+        return self._gather(values, positions.examples, first)
 
     def _channels_last(self, values: FloatArray) -> FloatArray:
         return np.moveaxis(values, 1, -1) if self._channels_first else values
 
-    def _windows(self, x: FloatArray) -> FloatArray:
-        """A view `(num_examples, *space, channels, *window)` of a channels-last input."""
-        strides = self.layer.strides
-        pads = [self._padding(*args) for args in zip(x.shape[1:-1], self._window_sizes, strides, strict=True)]
-        windows = self._slide(np.pad(x, [(0, 0), *pads, (0, 0)]))
-        return windows[(slice(None), *[slice(None, None, stride) for stride in strides])]
+    def _gather(self, values: FloatArray, examples: IntArray, first: Sequence[IntArray]) -> FloatArray:
+        """The windows that begin at some positions, `(1, num_rows, num_columns)`; zeros beside the input.
 
-    def _slide(self, padded: FloatArray) -> FloatArray:
-        """Windows at all positions of a padded input, only the entries that a dilated kernel reads."""
-        num_space_axes = padded.ndim - 2
-        axes = tuple(range(1, 1 + num_space_axes))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, self._window_sizes, axis=axes)
-        taps = [slice(None, None, dilation) for dilation in self.layer.dilation_rate]
-        return windows[(*[slice(None)] * (2 + num_space_axes), *taps)]
+        Args:
+            values: The input, channels last.
+            examples: The example of each window.
+            first: Where it begins along each axis of the window.
+        """
+        taps = list(itertools.product(*map(range, self.layer.kernel_size)))
+        rows = np.empty((len(examples), len(taps), values.shape[-1]), np.float32)
+        for number, tap in enumerate(taps):
+            offsets = zip(tap, self.layer.dilation_rate, strict=True)
+            at = [start + step * dilation for start, (step, dilation) in zip(first, offsets, strict=True)]
+            is_beside = np.zeros(len(examples), bool)
+            for place, size in zip(at, values.shape[1:-1], strict=True):
+                is_beside |= (place < 0) | (place >= size)
+                place.clip(0, size - 1, out=place)
+            rows[:, number] = values[(examples, *at)]
+            rows[is_beside, number] = 0
+        return rows.reshape(1, len(rows), -1)
 
     def _padding(self, size: int, window: int, stride: int) -> tuple[int, int]:
         """Zeros before and after the input along one axis."""
@@ -350,19 +361,18 @@ class _TransposedView(_WindowView):
         *window, outputs, inputs = axes
         return [*window, inputs, outputs]
 
-    def _windows(self, x: FloatArray) -> FloatArray:
-        strides = self.layer.strides
-        space = [(size - 1) * stride + 1 for size, stride in zip(x.shape[1:-1], strides, strict=True)]
-        dilated = np.zeros((len(x), *space, x.shape[-1]), x.dtype)
-        dilated[(slice(None), *[slice(None, None, stride) for stride in strides])] = x
-        shape = (len(x), x.shape[-1], *x.shape[1:-1]) if self._channels_first else x.shape
-        outputs = self._output_shape(shape)[1:-1]
-        pads = []
-        for size, out, window, stride in zip(space, outputs, self._window_sizes, strides, strict=True):
-            before = window - 1 - self._padding(out, window, stride)[0]
-            pads.append((before, max(out + window - 1 - size - before, 0)))
-        windows = self._slide(np.pad(dilated, [(0, 0), *pads, (0, 0)]))
-        return windows[(slice(None), *[slice(out) for out in outputs])]
+    def input_rows(self, x: Tensor, positions: SampledPositions) -> FloatArray:
+        values, strides = self._channels_last(to_float32(x)), self.layer.strides
+        sizes = [(size - 1) * stride + 1 for size, stride in zip(values.shape[1:-1], strides, strict=True)]
+        spread = np.zeros((len(values), *sizes, values.shape[-1]), np.float32)
+        spread[(slice(None), *[slice(None, None, stride) for stride in strides])] = values
+        outputs = self._output_shape(tuple(x.shape))[1:-1]
+        space = np.unravel_index(positions.places, outputs)
+        first = [
+            place - (window - 1 - self._padding(out, window, stride)[0])
+            for place, out, window, stride in zip(space, outputs, self._window_sizes, strides, strict=True)
+        ]
+        return self._gather(spread, positions.examples, first)
 
 
 def matmul_view(layer: keras.Operation) -> MatmulView | None:
@@ -428,6 +438,8 @@ def sample_positions(
 
 def to_float32(tensor: Tensor) -> FloatArray:
     """The values of a tensor, variable or array as a float32 array."""
+    if keras.backend.standardize_dtype(tensor.dtype) == "float32":  # JAX compiles a cast for every shape
+        return np.asarray(ops.convert_to_numpy(tensor))
     return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
 
 

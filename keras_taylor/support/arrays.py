@@ -92,6 +92,11 @@ def outputs_in_batches(
     return [np.concatenate(column)[:num] for column in zip(*parts, strict=True)]
 
 
+def zeros_of_host(shape: Sequence[int], dtype: str | None = None) -> Tensor:
+    """An initializer that makes zeros without a program for each shape, as JAX's own zeros have one."""
+    return ops.convert_to_tensor(np.zeros(shape, np.float32), dtype)
+
+
 def as_number(result: Any) -> float:
     """The result of a metric as a float. Of a metric with several values, one a class, it is their mean."""
     return float(np.mean(keras.ops.convert_to_numpy(result), dtype=np.float64))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_taylor.support.arrays import copy_kept
+from keras_taylor.support.arrays import copy_kept, zeros_of_host
 from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.keras_internals import (
     is_excluded_from_decay,
@@ -197,8 +197,10 @@ def _record_references(
     """A context in which `references` gets an entry for each slot that the optimizer makes."""
     make = optimizer.add_variable_from_reference
 
-    def record(reference_variable: keras.Variable, *args: Any, **kwargs: Any) -> keras.Variable:
-        slot = make(reference_variable, *args, **kwargs)
+    def record(
+        reference_variable: keras.Variable, name: str | None = None, initializer: Any = "zeros"
+    ) -> keras.Variable:
+        slot = make(reference_variable, name, zeros_of_host if initializer == "zeros" else initializer)
         references[slot] = reference_variable
         return slot
 

@@ -81,3 +81,41 @@ def test_states_are_as_before(verb):
 @pytest.mark.slow
 def test_an_export_changes_nothing(tmp_path):
     check_unchanged(remembering_model(), lambda model: keras_taylor.export(model, tmp_path / "model.keras"))
+
+
+def blocks(*widths):
+    """Convolutions with normalizations, all of other widths."""
+    inputs = keras.Input((6, 6, 3))
+    x = inputs
+    for width in widths:
+        x = layers.BatchNormalization()(layers.Conv2D(width, 3, padding="same", use_bias=False)(x))
+        x = layers.Activation("hard_sigmoid")(x)
+    return keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling2D()(x)))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the others compile no single operations")
+def test_layers_between_linear_ones_are_one_program_and_a_second_model_needs_none():
+    import jax
+
+    compiled = []
+
+    def count(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    model = blocks(7, 9, 11, 13, 15, 17)
+    x = np.random.default_rng(0).normal(size=(32, 6, 6, 3)).astype("float32")
+    plan = keras_taylor.make_plan(model, keras_taylor.score(model, criterion="magnitude"), 0.3)
+    small = keras_taylor.prune(model, plan)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        keras_taylor.repair(small, model, plan, x)
+        num_first = len(compiled)
+        other = keras.models.clone_model(model)
+        smaller = keras_taylor.prune(other, plan)
+        compiled.clear()
+        keras_taylor.repair(smaller, other, plan, x)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert num_first < 4 * 2 * 7  # linear layers, and what follows them, in both models; a few for data
+    assert not compiled
