@@ -20,7 +20,7 @@ from keras_taylor.support.types import Array, FloatArray, Tensor
 
 # Over which share of a training's steps moving statistics average at most, and over how many at least.
 _SHARE_AVERAGED, _LEAST_AVERAGED = 1 / 10, 4
-_ROWS_AT_ONCE = 1024
+_ROWS_OF_A_SUM = 1024
 
 
 class _Moments(NamedTuple):
@@ -212,8 +212,8 @@ class _ChannelSums:
         if not self._num:
             self._shift = rows.mean(0)  # close to the mean, so that the subtraction cancels no digits
         self._num += len(rows)
-        for start in range(0, len(rows), _ROWS_AT_ONCE):  # each sum in single precision, in double over them
-            centered = rows[start : start + _ROWS_AT_ONCE] - self._shift
+        for start in range(0, len(rows), _ROWS_OF_A_SUM):  # each sum in single precision, in double over them
+            centered = rows[start : start + _ROWS_OF_A_SUM] - self._shift
             ones = np.ones(len(centered), np.float32)
             self._total = self._total + (ones @ centered).astype(np.float64)
             self._squares = self._squares + (ones @ np.square(centered)).astype(np.float64)

@@ -32,7 +32,7 @@ InputBatch = Sequence[Array]
 Observer: TypeAlias = Callable[[list[Tensor]], None]
 
 # The compiled functions of each graph that is in use; `None` for what cannot be compiled.
-_PROGRAMS: weakref.WeakKeyDictionary[Graph, dict[Any, CompiledFunction | None]] = weakref.WeakKeyDictionary()
+_FUNCTIONS: weakref.WeakKeyDictionary[Graph, dict[Any, CompiledFunction | None]] = weakref.WeakKeyDictionary()
 
 
 class ComputedTensors(Protocol):
@@ -191,7 +191,7 @@ class _Section:
             return None
         if any(mask_of_tensor(x) is not None for x in tensors):
             return None
-        programs = _PROGRAMS.setdefault(self._graph, {})
+        programs = _FUNCTIONS.setdefault(self._graph, {})
         numbers = tuple(call.number for call in self._calls)
         shapes = tuple((tuple(x.shape), str(x.dtype)) for x in tensors)
         key = numbers, self._outputs, self._training, shapes
