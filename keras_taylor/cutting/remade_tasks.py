@@ -15,9 +15,11 @@ from keras_taylor.reading.tracing import Origin, origin_of
 from keras_taylor.support.arrays import copy_kept
 from keras_taylor.support.hub_tasks import has_configuration, hub_class, is_task
 from keras_taylor.support.identity import IdentityMap, IdentitySet
-from keras_taylor.support.keras_internals import layers_inside
+from keras_taylor.support.keras_internals import input_structure, layers_inside
 from keras_taylor.support.optimizers import CutWeight, carry_exclusions, carry_state
 from keras_taylor.support.types import Shape
+
+_LENGTH = 4  # of sequences of any length
 
 
 def as_task(small: keras.Model) -> keras.Model:
@@ -36,6 +38,9 @@ def as_task(small: keras.Model) -> keras.Model:
     if not has_configuration(origin.model):  # a task that was made here, of what was cut before
         return _preprocessing(small, origin)
     sources = {origin.positions[weight]: weight for weight in small.weights if weight in origin.positions}
+    made = _with_fewer_blocks(small, origin, sources) if origin.lacks_branches else None
+    if made is not None:
+        return made
     numbers = None if origin.lacks_branches else _find_numbers(origin.model, sources)
     if numbers is None:
         return _functional(small, origin, sources)
@@ -45,6 +50,66 @@ def as_task(small: keras.Model) -> keras.Model:
         for position, new in enumerate(made.weights)
     )
     return _completed(made, small, origin, weights)
+
+
+def _with_fewer_blocks(
+    small: keras.Model, origin: Origin, sources: Mapping[int, keras.Variable]
+) -> keras.Model | None:
+    """The task with fewer blocks in its configuration, and narrower; `None` if that is not the smaller model.
+
+    That shapes agree does not say that the blocks do the same, so both are run.
+    """
+    found, left = numbers_of_task(origin.model), sorted(sources)
+    wanted = [found.shapes[position] for position in left]
+    changes = next(
+        (
+            {path: fewer}
+            for path, number in found.numbers.items()
+            for fewer in _fewer_blocks(found, path, number, len(wanted))
+            if found.shapes_with({path: fewer}) == wanted
+        ),
+        None,
+    )
+    if changes is None:
+        return None
+    shallower = make_from(origin.model, changes)
+    kept = {number: sources[position] for number, position in enumerate(left)}
+    numbers = _find_numbers(shallower, kept)
+    if numbers is None:
+        return None
+    made = make_from(shallower, numbers)
+    weights = IdentityMap((new, kept[number]) for number, new in enumerate(made.weights))
+    made = _completed(made, small, origin, weights)
+    return made if _computes_the_same_as(made, small) else None
+
+
+def _fewer_blocks(found: ConfigNumbers, path: NumberPath, number: int, num_weights: int) -> list[int]:
+    """The number of blocks with which a task has this number of weights, if this number counts blocks."""
+    shapes = found.shapes_with({path: number - 1})
+    missing = 0 if shapes is None else len(found.shapes) - len(shapes)
+    if missing <= 0:
+        return []
+    gone, rest = divmod(len(found.shapes) - num_weights, missing)
+    return [number - gone] if not rest and 0 < gone < number else []
+
+
+def _computes_the_same_as(made: keras.Model, small: keras.Model) -> bool:
+    """Whether two models have equal outputs for one example of random values; integers are 0 or 1."""
+    random = np.random.default_rng(0)
+    examples = [
+        random.normal(size=shape).astype("float32") if "float" in x.dtype else random.integers(0, 2, shape)
+        for x in small.inputs
+        for shape in [tuple(size or _LENGTH for size in x.shape)]
+    ]
+    try:
+        outputs = [
+            keras.tree.flatten(model(keras.tree.pack_sequence_as(input_structure(small), examples)))
+            for model in (made, small)
+        ]
+        pairs = [[keras.ops.convert_to_numpy(y) for y in pair] for pair in zip(*outputs, strict=True)]
+    except Exception:  # a class may want other values
+        return False
+    return all(np.allclose(ours, theirs, rtol=1e-3, atol=1e-4) for ours, theirs in pairs)
 
 
 def _find_numbers(model: keras.Model, sources: Mapping[int, keras.Variable]) -> Numbers | None:

@@ -53,8 +53,9 @@ class Selection:
             Functional then.
         branches: Whether whole residual branches may leave: the sum that a branch ends in then passes its
             other side on. Each one competes with the channels, by its score and by what it saves. The scores
-            have to be those of `score(..., branches=True)`. A task of KerasHub that loses one comes back
-            Functional. `False` by default.
+            have to be those of `score(..., branches=True)`. In a task of KerasHub whose configuration has a
+            number of layers, the branches of a layer leave together, and the number follows; where it
+            has none, the task comes back Functional. `False` by default.
 
     Raises:
         ValueError: if a value is not one of the above.

@@ -56,7 +56,10 @@ def find_ties(labeled: LabeledModel, uniform: Uniform) -> Ties:
     if uniform is False:
         return Ties()
     if uniform is None or (uniform is True and origin is not None):
-        return Ties() if origin is None else ties_of_configuration(labeled, origin)
+        if origin is None:
+            return Ties()
+        found = ties_of_configuration(labeled, origin)
+        return found._replace(ties=(*found.ties, *_ties_of_blocks(labeled, origin)))
     if uniform is True:
         return Ties(_ties_by_role(labeled))
     return Ties(_ties_by_pattern(labeled, [uniform] if isinstance(uniform, str) else uniform))
@@ -149,6 +152,45 @@ def ties_of_configuration(labeled: LabeledModel, origin: Origin) -> Ties:
         return Ties()
     reason = f"no numbers in the configuration of {type(model).__name__} count these channels alone"
     return Ties(tuple(ties), {name: reason for name in groups if name not in done})
+
+
+def _ties_of_blocks(labeled: LabeledModel, origin: Origin) -> list[Tie]:
+    """The residual branches of each block that a number in the configuration of a task counts.
+
+    The branches of one layer are a block if they hold all weights that are missing with one block less.
+    """
+    blocks: dict[str, list[str]] = {}
+    for group in labeled.groups:
+        if group.is_branch:
+            blocks.setdefault(group.name.rpartition("/")[0], []).append(group.name)
+    if not blocks:
+        return []
+    numbers = numbers_of_task(origin.model)
+    shallower = {
+        path: shapes
+        for path, number in numbers.numbers.items()
+        if (shapes := numbers.shapes_with({path: number - 1})) and len(shapes) < len(numbers.shapes)
+    }
+    ties = []
+    for names in blocks.values():
+        gone = _weights_of_branches(labeled, origin, names)
+        left = [shape for number, shape in enumerate(numbers.shapes) if number not in gone]
+        path = next((path for path, shapes in shallower.items() if shapes == left), None)
+        if path is not None:
+            ties.append(Tie(dict.fromkeys(names, 1), {path: 1}))
+    return ties
+
+
+def _weights_of_branches(labeled: LabeledModel, origin: Origin, names: Sequence[str]) -> set[int]:
+    """The positions of the weights of a task that leave with some branches."""
+    numbers = {number for number, one in enumerate(labeled.branches.branches) if one.name in names}
+    return {
+        origin.positions[weight]
+        for operation, members in labeled.branches.of_operations.items()
+        if not numbers.isdisjoint(members)
+        for weight in getattr(operation, "weights", ())
+        if weight in origin.positions
+    }
 
 
 def _axes_of_groups(

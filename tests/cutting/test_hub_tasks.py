@@ -35,6 +35,35 @@ def test_a_task_without_a_branch_comes_back_and_says_that_its_backbone_is_functi
     assert small.fit(TEXTS, LABELS, verbose=0).history["loss"][0] > 0
 
 
+def test_whole_blocks_leave_and_the_number_of_layers_follows():
+    from keras_hub import models
+
+    backbone = models.ViTBackbone(
+        image_shape=(8, 8, 3), patch_size=4, num_layers=3, num_heads=2, hidden_dim=8, mlp_dim=12
+    )
+    task = hub_tasks.settled(models.ViTImageClassifier(backbone, num_classes=2, preprocessor=None))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    task.compile("sgd", loss, run_eagerly=keras.backend.backend() != "jax")
+    x = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype("float32")
+    scores = keras_taylor.score(task, (x, np.arange(16) % 2), branches=True)
+    selection = keras_taylor.Selection(branches=True, min_channels=6)
+    plan = keras_taylor.make_plan(task, scores, {"flops": 0.6}, selection=selection)
+    sums = [name for name, layer in plan.layers.items() if not layer.kept]
+    blocks = {name.rpartition("/")[0] for name in sums}
+    assert blocks and len(sums) == 2 * len(blocks)  # attention and feed-forward leave together
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        small = keras_taylor.prune(task, plan)
+    config = small.backbone.get_config()
+    assert type(small) is type(task) and small.count_params() == plan.after["params"]
+    assert config["num_layers"] == 3 - len(blocks)
+    widths = {len(layer.kept) for layer in plan.layers.values() if layer.kept}
+    assert {config["mlp_dim"]} == (widths or {12})
+    half = keras_taylor.Plan({sums[0]: keras_taylor.LayerPlan(1, ())}, branches=True)
+    with pytest.warns(UserWarning, match="to layers without these branches"):
+        assert isinstance(keras_taylor.prune(task, half), keras.Model)
+
+
 def plan_for(task, goal=0.15, **arguments):
     return keras_taylor.make_plan(task, keras_taylor.score(task, criterion="magnitude"), goal, **arguments)
 
