@@ -7,13 +7,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_taylor.cutting.surgery import build_smaller_compiled
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units, label_as_planned
 from keras_taylor.reading.groups import LabeledModel
-from keras_taylor.rules.base import weight_of
 from keras_taylor.scores import criteria
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.group_statistics import LazyStatistics
@@ -28,11 +26,10 @@ from keras_taylor.scores.scoring import (
     score_channels,
     uses_model_labels,
 )
-from keras_taylor.scores.scoring_passes import gather_statistics
+from keras_taylor.scores.scoring_passes import RepeatedPasses
 from keras_taylor.support.datasets import BATCH_SIZE, Feed
-from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.replicas import from_first_process
-from keras_taylor.support.types import Array, BoolArray, FloatArray, Masks, Tensor
+from keras_taylor.support.types import Array, FloatArray
 
 # Examples of a scoring pass, if the user does not say: a share of what a round trains on, within bounds.
 _SCORED_SHARE, _MIN_SCORED, _MAX_SCORED = 1 / 8, 512, 10_000
@@ -203,10 +200,7 @@ class MaskedScorer:
     """
 
     def __init__(self, labeled: LabeledModel, gated: GatedModel) -> None:
-        self._labeled, self._gated = labeled, gated
-        weights = IdentitySet(gated.weights)
-        seeds = [variable for variable in gated.variables if variable not in weights]
-        self._seeds = [(variable, np.array(ops.convert_to_numpy(variable))) for variable in seeds]
+        self._labeled, self._passes = labeled, RepeatedPasses(labeled, gated)
 
     def statistics(
         self,
@@ -231,40 +225,8 @@ class MaskedScorer:
         kept = np.ones(self._labeled.num_units, bool)
         if plan is not None:
             kept = kept_units(self._labeled, plan)
-        if not self._can_represent(small, kept):
-            return None
-        self._copy_weights(small, kept)
-        for variable, value in self._seeds:  # random numbers of a pass do not depend on earlier passes
-            variable.assign(value)
-        self._gated.mask = kept
-        arguments = self._labeled, feed, num_examples, class_weight, callbacks
-        return gather_statistics(self._gated, *arguments)[:, kept]
-
-    def _can_represent(self, small: LabeledModel, kept: BoolArray) -> bool:
-        """Whether the small model has the same calls, and the groups that the kept units form."""
-        names, small_names = ([call.name for call in one.graph.calls] for one in (self._labeled, small))
-        left = {g.name: int(kept[g.start :][: g.num_units].sum()) for g in self._labeled.groups}
-        return names == small_names and left == {g.name: g.num_units for g in small.groups}
-
-    def _copy_weights(self, small: LabeledModel, kept: BoolArray) -> None:
-        """Puts the small model's weights where the kept units are; weights behind closed gates stay."""
-        done = set()
-        base = self._labeled
-        for call, effect, other in zip(base.graph.calls, base.effects, small.graph.calls, strict=True):
-            if call.operation in done or not isinstance(call.operation, keras.Layer):
-                continue
-            done.add(call.operation)
-            axes = IdentityMap(
-                (weight_of(call.operation, name), labels) for name, labels in effect.weights.items()
-            )
-            copy = self._gated.network.copy_of(call.operation)
-            weights = zip(call.operation.weights, other.operation.weights, copy.weights, strict=True)
-            for weight, source, target in weights:
-                masks = [
-                    None if labels is None else base.kept_mask(labels, kept).reshape(-1)
-                    for labels in axes.get(weight, ())
-                ]
-                target.assign(_scatter(source, target, masks))
+        arguments = feed, num_examples, class_weight, callbacks
+        return self._passes.statistics(small, kept, *arguments)
 
 
 def count_trained(feed: Feed, fit_kwargs: Mapping[str, Any]) -> int | None:
@@ -301,15 +263,3 @@ def _num_plans_of_scorer(plans: Sequence[Plan]) -> int:
         if left is not None and largest is not None and left < NEW_SCORER_AT * largest:
             num_plans, largest = number, left
     return num_plans
-
-
-def _scatter(source: Tensor, target: Tensor, masks: Masks) -> Array:
-    """Returns the target's values as a new array, with those of the source where all masks are true."""
-    value = np.array(ops.convert_to_numpy(target))
-    masks = masks or [None] * value.ndim
-    places = [
-        np.arange(n) if mask is None else np.flatnonzero(mask)
-        for n, mask in zip(value.shape, masks, strict=True)
-    ]
-    value[np.ix_(*places)] = ops.convert_to_numpy(source)
-    return value

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,16 +22,25 @@ from keras_taylor.scores.group_statistics import LazyStatistics, statistics_by_g
 from keras_taylor.scores.log_odds import NUM_PROBES, OddsModel
 from keras_taylor.scores.losses import check_targets
 from keras_taylor.scores.sampling import sample_labels
-from keras_taylor.scores.scoring_passes import gather_statistics, measure_loss_changes, refuse_class_weight
+from keras_taylor.scores.scoring_passes import (
+    RepeatedPasses,
+    gather_statistics,
+    measure_loss_changes,
+    refuse_class_weight,
+)
 from keras_taylor.scores.sensitivity import measure_sensitivity
 from keras_taylor.support.arguments import check_whole_number, takes_data_as_one
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.hub_tasks import preprocessed
-from keras_taylor.support.replicas import strategy_scope
+from keras_taylor.support.keras_internals import notes_of_compilation
+from keras_taylor.support.replicas import num_replicas, strategy_scope
 from keras_taylor.support.types import Array, Data, FloatArray, LayerPatterns
 
 # Examples whose labels are sampled, at most: they are held in memory.
 MAX_SAMPLED_LABELS = 10_000
+# Single-pass criteria whose gates gather more than others.
+_WITH_OWN_GATES = ("log_odds", "log_odds_probed")
+_PASSES = "passes"  # the name of a note
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -236,10 +248,15 @@ def score_channels(
         feed.check_devices(num_examples)
         if criterion in criteria.COST_AWARE_CRITERIA:
             check_countable(CostModel(labeled)(), cost, f"cost={cost!r}")
+        arguments = feed, num_examples, class_weight, callbacks
+        if is_single_pass(criterion):
+            everything = np.ones(labeled.num_units, bool)
+            totals = _passes_of_compiled(labeled, criterion).statistics(labeled, everything, *arguments)
+            return compute_scores(
+                labeled, criterion, totals, measured=LazyStatistics(labeled, feed, num_examples)
+            )
         gated = make_gated_model(labeled, criterion)
-        gather = functools.partial(
-            gather_statistics, gated, labeled, feed, num_examples, class_weight, callbacks
-        )
+        gather = functools.partial(gather_statistics, gated, labeled, *arguments)
         if criterion == "oracle":
             refuse_class_weight(class_weight)
             extra["loss_changes"] = measure_loss_changes(gated, labeled, feed, num_examples)
@@ -258,9 +275,46 @@ def is_single_pass(criterion: Criterion) -> bool:
     return needs_loss(criterion) and criterion not in ("oracle", "sensitivity", "fisher")
 
 
+def _passes_of_compiled(labeled: LabeledModel, criterion: Criterion) -> RepeatedPasses:
+    """The passes of an earlier call if the model was not compiled again, nor changed but in its weights.
+
+    So a second `score` compiles nothing. The model with gates lives as long as what `compile` noted.
+    """
+    notes, key = notes_of_compilation(labeled.graph.model), _key_of_passes(labeled, criterion)
+    found = notes.get(_PASSES)
+    if key is not None and found is not None and found[0] == key:
+        passes: RepeatedPasses = found[1]
+        return passes
+    passes = RepeatedPasses(labeled, make_gated_model(labeled, criterion))
+    notes.pop(_PASSES, None)
+    if key is not None:
+        notes[_PASSES] = key, passes
+    return passes
+
+
+def _key_of_passes(labeled: LabeledModel, criterion: Criterion) -> tuple[Any, ...] | None:
+    """What the compiled model with gates depends on; `None` if that is not known."""
+    model = labeled.graph.model
+    operations = [call.operation for call in labeled.graph.calls]
+    if num_replicas() > 1 or keras.distribution.distribution() is not None:
+        return None
+    if any(hasattr(one, "finalize_state") for one in operations):  # `adapt` leaves values beside weights
+        return None
+    try:
+        config = json.dumps(model.get_config(), default=repr)
+    except Exception:  # some layers have no complete configuration
+        return None
+    gates = criterion if criterion in _WITH_OWN_GATES else "plain"
+    groups = [(group.name, group.start, group.num_units) for group in labeled.groups]
+    reads = [sorted(effect.reads.items()) for effect in labeled.effects]
+    labels = hashlib.sha256(b"".join(np.asarray(one).tobytes() for one in labeled.labels)).hexdigest()
+    functions = [getattr(one, name, None) for one in operations for name in ("activation", "function")]
+    return gates, config, groups, reads, labels, functions, model.loss, model.jit_compile, model.run_eagerly
+
+
 def make_gated_model(labeled: LabeledModel, criterion: Criterion) -> GatedModel:
     """The model that gathers the statistics of a criterion."""
-    if criterion in ("log_odds", "log_odds_probed"):
+    if criterion in _WITH_OWN_GATES:
         return OddsModel(labeled, NUM_PROBES if criterion == "log_odds_probed" else 0)
     if criterion == "fisher":
         return GatedModel(labeled, gates=FisherGates(labeled.num_units, name="gates"))

@@ -13,13 +13,14 @@ from keras_taylor.reading.closed_layers import gate_inside
 from keras_taylor.reading.graph import Call
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.walk import Walk
-from keras_taylor.rules.base import Effect
+from keras_taylor.rules.base import Effect, weight_of
 from keras_taylor.rules.labels import FIXED
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.support.datasets import Feed, input_batches
+from keras_taylor.support.identity import IdentityMap, IdentitySet
 from keras_taylor.support.keras_internals import compile_arguments
 from keras_taylor.support.replicas import from_first_process
-from keras_taylor.support.types import FloatArray, IntArray, Tensor
+from keras_taylor.support.types import Array, BoolArray, FloatArray, IntArray, Masks, Tensor
 
 # What `measure_activations` takes the mean of, for each property of `GroupStatistics`.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -94,6 +95,76 @@ class _StatisticsTransfer(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self.totals += self.model.pop_statistics()
+
+
+class RepeatedPasses:
+    """Passes with several models through one model with gates, which is compiled once.
+
+    Args:
+        labeled: The model whose gates these are. The others are like it, perhaps without some units.
+        gated: Its model with gates.
+    """
+
+    def __init__(self, labeled: LabeledModel, gated: GatedModel) -> None:
+        self._labeled, self._gated = labeled, gated
+        weights = IdentitySet(gated.weights)
+        seeds = [variable for variable in gated.variables if variable not in weights]
+        self._seeds = [(variable, np.array(ops.convert_to_numpy(variable))) for variable in seeds]
+
+    def statistics(
+        self,
+        small: LabeledModel,
+        kept: BoolArray,
+        feed: Feed,
+        num_examples: int | None = None,
+        class_weight: Mapping[int, float] | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+    ) -> FloatArray | None:
+        """Returns what `gather_statistics` returns for a model that keeps some of the units.
+
+        Args:
+            small: The model.
+            kept: Bool array `(num_units,)`: its units among those that have gates.
+            feed, num_examples, class_weight, callbacks: As in `gather_statistics`.
+
+        Returns:
+            A float64 array `(num_rows, small.num_units)`; `None` if the model has not exactly these units.
+        """
+        if not self._can_represent(small, kept):
+            return None
+        self._copy_weights(small, kept)
+        for variable, value in self._seeds:  # random numbers of a pass do not depend on earlier passes
+            variable.assign(value)
+        self._gated.mask = kept
+        self._gated.pop_statistics()  # those of a pass that was interrupted
+        arguments = self._labeled, feed, num_examples, class_weight, callbacks
+        return gather_statistics(self._gated, *arguments)[:, kept]
+
+    def _can_represent(self, small: LabeledModel, kept: BoolArray) -> bool:
+        """Whether the small model has the same calls, and the groups that the kept units form."""
+        names, small_names = ([call.name for call in one.graph.calls] for one in (self._labeled, small))
+        left = {g.name: int(kept[g.start :][: g.num_units].sum()) for g in self._labeled.groups}
+        return names == small_names and left == {g.name: g.num_units for g in small.groups}
+
+    def _copy_weights(self, small: LabeledModel, kept: BoolArray) -> None:
+        """Puts the small model's weights where the kept units are; weights behind closed gates stay."""
+        done = set()
+        base = self._labeled
+        for call, effect, other in zip(base.graph.calls, base.effects, small.graph.calls, strict=True):
+            if call.operation in done or not isinstance(call.operation, keras.Layer):
+                continue
+            done.add(call.operation)
+            axes = IdentityMap(
+                (weight_of(call.operation, name), labels) for name, labels in effect.weights.items()
+            )
+            copy = self._gated.network.copy_of(call.operation)
+            weights = zip(call.operation.weights, other.operation.weights, copy.weights, strict=True)
+            for weight, source, target in weights:
+                masks = [
+                    None if labels is None else base.kept_mask(labels, kept).reshape(-1)
+                    for labels in axes.get(weight, ())
+                ]
+                target.assign(_scatter(source, target, masks))
 
 
 def refuse_class_weight(class_weight: Mapping[int, float] | None) -> None:
@@ -224,3 +295,15 @@ def explain_nonfinite(gated: GatedModel, feed: Feed, num_examples: int | None = 
         "The loss or its gradient is NaN or infinite although every layer's output is finite: the "
         "targets do not suit the loss. The model was not changed. Received: ds"
     )
+
+
+def _scatter(source: Tensor, target: Tensor, masks: Masks) -> Array:
+    """Returns the target's values as a new array, with those of the source where all masks are true."""
+    value = np.array(ops.convert_to_numpy(target))
+    masks = masks or [None] * value.ndim
+    places = [
+        np.arange(n) if mask is None else np.flatnonzero(mask)
+        for n, mask in zip(value.shape, masks, strict=True)
+    ]
+    value[np.ix_(*places)] = ops.convert_to_numpy(source)
+    return value

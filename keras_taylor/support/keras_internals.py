@@ -124,6 +124,18 @@ def lambda_output_shape(layer: keras.layers.Lambda) -> Shape | None:
     return layer._output_shape
 
 
+def notes_of_compilation(model: keras.Model) -> dict[str, Any]:
+    """What this package notes of a compiled model; it is gone with the model, or when that is compiled again.
+
+    It lies beside the arguments of `compile`: an attribute of the model itself would be saved, or tracked.
+    """
+    arguments = getattr(model, "_compile_config", None)
+    if arguments is None:
+        return {}
+    notes: dict[str, Any] = vars(arguments).setdefault("keras_taylor_notes", {})
+    return notes
+
+
 def compile_arguments(model: keras.Model) -> dict[str, Any]:
     """The arguments of `model.compile` that make another model train as this one does now, as objects.
 

@@ -1,10 +1,12 @@
 """Scores against NumPy in float64, and what must not change them."""
 
 import copy
+import gc
 import json
 import operator
 import pathlib
 import pickle
+import weakref
 
 import helpers
 import keras
@@ -801,3 +803,46 @@ def test_a_model_from_which_nothing_can_leave_has_no_scores(criterion):
     model.compile("sgd", "mse")
     data = np.ones((8, 4), "float32"), np.zeros((8, 2), "float32")
     assert keras_taylor.score(model, data, criterion=criterion) == {}
+
+
+CATEGORICAL = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def scores_in_turn(net, y, criterion, **arguments):
+    """Scores of a network as it is, and those of a new one with its weights."""
+    fresh = Net().compiled(net.model.loss)
+    fresh.model.set_weights(net.model.get_weights())
+    return [one.score(y, criterion, **arguments) for one in (net, fresh)]
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "log_odds_probed", "taylor_batch"])
+def test_a_second_call_knows_new_weights_data_and_losses(criterion):
+    net, y = Net().compiled(CATEGORICAL), np.arange(NUM) % 4
+    first = net.score(y, criterion)
+    np.testing.assert_array_equal(net.score(y, criterion), first)
+    net.model.set_weights([w[::-1] * 0.5 for w in net.model.get_weights()])
+    second, expected = scores_in_turn(net, (y + 1) % 4, criterion, batch_size=4)
+    np.testing.assert_allclose(second, expected, rtol=1e-5, atol=1e-7)
+    assert not np.allclose(second, first)
+    net.compiled(keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0))
+    third, expected = scores_in_turn(net, y, criterion)
+    np.testing.assert_allclose(third, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_second_call_knows_new_choices_of_layers_and_functions():
+    net, y = Net().compiled(CATEGORICAL), np.arange(NUM) % 4
+    net.score(y)
+    assert not keras_taylor.score(net.model, (net.x, y), exclude="hidden")
+    net.model.get_layer("hidden").activation = keras.activations.tanh
+    changed = Net().compiled(CATEGORICAL)
+    changed.model.get_layer("hidden").activation = keras.activations.tanh
+    np.testing.assert_allclose(net.score(y), changed.score(y), rtol=1e-5)
+
+
+def test_a_model_that_was_scored_is_garbage_when_nobody_holds_it():
+    net = Net().compiled(CATEGORICAL)
+    net.score(np.arange(NUM) % 4)
+    held = weakref.ref(net.model)
+    del net
+    gc.collect()
+    assert held() is None
