@@ -10,6 +10,7 @@ from helpers import EAGER, fingerprint, predict, relative_difference, targets_of
 from keras import layers, ops
 
 import keras_taylor
+from keras_taylor.budget.cost_predictions import WeightBytes
 from keras_taylor.budget.costs import CostModel
 from keras_taylor.plans.plan import LayerPlan, Plan
 from keras_taylor.plans.planning import kept_units, label_as_planned, plan_of
@@ -82,6 +83,38 @@ def test_closed_gates_equal_the_model_without_branches_and_channels(name, share)
     assert counted["params"] == small.count_params()
     assert {cost: plan.after[cost] for cost in counted} == counted
     assert memory >= counted_memory if name == "output_in_the_middle" else memory == counted_memory
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["residual", "swin"])
+def test_savings_of_branches_are_exact_at_any_widths(name):
+    labeled = label_model(residual_model(name), with_branches=True)
+    costs, random = CostModel(labeled), np.random.default_rng(0)
+    counted = costs.group_costs
+    is_branch = np.array([group.is_branch for group in labeled.groups])
+    sizes = costs.units_per_group()
+    for _ in range(3):
+        widths = random.integers(np.where(is_branch, 0, 1), sizes + 1)
+        for cost in ("params", "flops"):
+            gradient = counted.gradient(widths, cost)
+            for number in np.flatnonzero(is_branch):
+                gone, there = widths.copy(), widths.copy()
+                gone[number], there[number] = 0, 1
+                np.testing.assert_allclose(gradient[number], counted(there)[cost] - counted(gone)[cost])
+    alone = costs.with_one_group_cut()
+    for number in np.flatnonzero(is_branch):
+        cut = sizes.copy()
+        cut[number] = 0
+        assert alone[number] == counted(cut)
+
+
+@pytest.mark.once
+def test_the_size_of_a_file_is_predicted_without_the_branches():
+    model = residual_model("residual")
+    plan = random_plan(model, 0.5)
+    labeled = label_as_planned(model, plan)
+    left = WeightBytes(labeled, "keras")(kept_units(labeled, plan))
+    assert left == 4 * keras_taylor.prune(model, plan).count_params()
 
 
 def test_without_branches_no_layer_of_them_is_left():
