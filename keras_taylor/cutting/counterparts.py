@@ -40,10 +40,12 @@ class Counterparts:
         return read != list(self.old_call(call).inputs)
 
     @functools.cached_property
-    def num_done(self) -> list[int]:
-        """After each call of the smaller model: how many calls of the original come before what is next."""
-        from_here = list(itertools.accumulate(reversed(self.numbers), min))[::-1]
-        return [*from_here[1:], len(self.old.calls)]
+    def first_needed(self) -> list[int]:
+        """The first call of the original that each call of the smaller model, or a later one, stands for.
+
+        One entry more says that all calls are done.
+        """
+        return [*list(itertools.accumulate(reversed(self.numbers), min))[::-1], len(self.old.calls)]
 
 
 def is_left(labeled: LabeledModel, kept: BoolArray, call: Call) -> bool:

@@ -128,7 +128,7 @@ class _PairedWalks:
         repairs: dict[str, LayerRepair] = {}
         for number, call in track(list(enumerate(self._new.graph.calls))):
             old_number = self._counterparts.numbers[number]
-            self._run_original_to(old_number)
+            self._run_original_to(old_number, self._counterparts.first_needed[number])
             lacks_branch = self._lacks_branch(call)
             masks = self._matrix_masks(old_number)
             if masks is not None and call.name not in repairs and self._is_to_refit(call, masks):
@@ -142,12 +142,18 @@ class _PairedWalks:
                 self._past_branches.update(call.outputs)
             self._read.run(self._new, number)
             self._new.free_after(number)
-            self._old.free_after(min(self._num_run, self._counterparts.num_done[number]) - 1)
+            self._old.free_after(min(self._num_run, self._counterparts.first_needed[number + 1]) - 1)
         return list(repairs.values())
 
-    def _run_original_to(self, number: int) -> None:
-        """Runs the calls of the original that have not been run, up to one with this number."""
+    def _run_original_to(self, number: int, first_needed: int) -> None:
+        """Runs the calls of the original that have not been run, up to one with this number.
+
+        Args:
+            number: The number.
+            first_needed: The first call whose inputs and outputs are still needed.
+        """
         for each in range(self._num_run, number + 1):
+            self._old.free_after(min(each, first_needed) - 1)
             self._old.run(each)
         self._num_run = max(self._num_run, number + 1)
 
