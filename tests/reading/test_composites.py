@@ -157,6 +157,32 @@ def test_heads_that_cannot_leave_have_a_reason(block, reason):
     assert groups["block/query"].reason.endswith("('block')")
 
 
+def test_layers_that_are_alike_are_understood_once_and_no_weights_are_drawn(monkeypatch):
+    made = []
+
+    def analyze(num_layers):
+        class Counted(zoo.Decoder):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                made[-1] += 1
+
+        made.append(0)
+        inputs = keras.Input((None,), dtype="int32")
+        x = layers.Embedding(zoo.VOCABULARY, 8)(inputs)
+        for number in range(num_layers):
+            x = Counted(3, 1, 4, 20, name=f"block_{number}")(x)
+        model = keras.Model(inputs, layers.Dense(zoo.VOCABULARY)(x))
+        with monkeypatch.context() as patch:
+            patch.setattr(keras.initializers.GlorotUniform, "__call__", lambda *_, **__: pytest.fail("drawn"))
+            made[-1] = 0
+            groups = keras_taylor.analyze(model).groups
+        assert [group.prunable for group in groups].count(True) == 2 * num_layers
+
+    analyze(1)
+    analyze(3)
+    assert made[0] == made[1] > 0
+
+
 @pytest.mark.parametrize("cls", [Rounded, Counting])
 def test_a_layer_that_differs_when_built_again_stays_closed(cls):
     model = around(cls(1, 1, 4, 16, name="block"))
