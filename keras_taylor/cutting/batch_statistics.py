@@ -15,6 +15,7 @@ from keras_taylor.reading.graph import Call, Graph
 from keras_taylor.reading.matmul_views import to_float32, to_float64
 from keras_taylor.reading.walk import InputBatch, Observer, Walk
 from keras_taylor.rules.base import override_attributes
+from keras_taylor.support.arrays import assign_rounded
 from keras_taylor.support.keras_internals import layers_inside, mask_of_tensor
 from keras_taylor.support.types import Array, FloatArray, Tensor
 
@@ -279,13 +280,13 @@ def _average(moments: Sequence[_Moments]) -> _Moments:
 
 def _assign_statistics(layer: keras.layers.BatchNormalization, moments: _Moments) -> None:
     """Sets the moving statistics; with renormalization also those by which training normalizes."""
-    layer.moving_mean.assign(moments.mean)
-    layer.moving_variance.assign(moments.variance)
+    assign_rounded(layer.moving_mean, moments.mean)
+    assign_rounded(layer.moving_variance, moments.variance)
     if getattr(layer, "renorm", False):
         deviation = np.sqrt(moments.variance + layer.epsilon)
-        layer.renorm_mean.assign(moments.mean)
-        layer.renorm_stddev.assign(deviation)
-        layer.moving_stddev.assign(deviation)
+        assign_rounded(layer.renorm_mean, moments.mean)
+        assign_rounded(layer.renorm_stddev, deviation)
+        assign_rounded(layer.moving_stddev, deviation)
 
 
 def _exchange_statistics(
@@ -328,7 +329,7 @@ def _exchange_statistics(
     if not all(_is_allowed(value, constraint) for _, value, constraint in new_values):
         return "a constraint would change its new scale or offset"
     for weight, value, _ in new_values:
-        weight.assign(value)
+        assign_rounded(weight, value)
     if not layer.scale:
         for reader in readers or ():
             reader.multiply(factor)

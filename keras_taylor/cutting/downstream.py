@@ -19,6 +19,7 @@ from keras_taylor.reading.matmul_views import (
 )
 from keras_taylor.reading.walk import ComputedTensors
 from keras_taylor.rules.base import is_from_keras
+from keras_taylor.support.arrays import assign_rounded
 from keras_taylor.support.types import BoolArray, FloatArray
 
 # Layers through which a positive factor of a channel goes unchanged, beside rectifiers.
@@ -187,7 +188,7 @@ class ChannelReader:
         all_factors[self.start : self.start + len(factors)] = factors
         by_group = all_factors.reshape(groups, -1).T
         by_output = np.repeat(by_group, kernel.shape[-1] // groups, axis=1)
-        self.layer.kernel.assign(kernel * by_output)
+        assign_rounded(self.layer.kernel, kernel * by_output)
 
 
 def find_channel_readers(graph: Graph, index: int, axis: int, start: int = 0) -> list[ChannelReader] | None:

@@ -152,7 +152,8 @@ class LayerFit:
         if self._path.has_rectifier and self._options.thorough:
             for _ in range(NUM_RELAXATIONS):
                 fitted = self._fit_relaxed(regressions, solutions, fitted, positions, targets)
-        self._view.assign(self._view.matrix() + np.stack([change for change, _ in fitted]))
+        matrix = self._view.matrix() + np.stack([change for change, _ in fitted])
+        self._view.assign(matrix.astype(np.float32))
         if self._bias_weight is not None:
             self._bias_weight.add(np.concatenate([constant for _, constant in fitted]))
         return LayerRepair(self._name, error_before, error_after, max(ridges))

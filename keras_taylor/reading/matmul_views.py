@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_taylor.reading.graph import Call, Graph
 from keras_taylor.rules.einsum import parse_subscripts
+from keras_taylor.support.arrays import assign_rounded
 from keras_taylor.support.types import Array, BoolArray, FloatArray, IntArray, Masks, Tensor
 
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
@@ -465,7 +466,7 @@ class BiasWeight:
     def add(self, constant: FloatArray, layer: keras.Layer | None = None) -> None:
         """Adds an array `(num_outputs,)` in place, to the layer or to `layer`, a copy of it."""
         weight = getattr(layer or self.layer, self.attribute)
-        weight.assign(to_float64(weight) + self.sign * np.reshape(constant, weight.shape))
+        assign_rounded(weight, to_float64(weight) + self.sign * np.reshape(constant, weight.shape))
 
 
 def find_bias_weight(graph: Graph, call: Call, view: MatmulView) -> BiasWeight | None:

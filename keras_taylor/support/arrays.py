@@ -97,6 +97,11 @@ def zeros_of_host(shape: Sequence[int], dtype: str | None = None) -> Tensor:
     return ops.convert_to_tensor(np.zeros(shape, np.float32), dtype)
 
 
+def assign_rounded(variable: Variable, values: Array) -> None:
+    """Assigns float64 values to a variable, rounded here: JAX would compile a cast for every shape."""
+    variable.assign(values if variable.dtype == "float64" else np.asarray(values, np.float32))
+
+
 def as_number(result: Any) -> float:
     """The result of a metric as a float. Of a metric with several values, one a class, it is their mean."""
     return float(np.mean(keras.ops.convert_to_numpy(result), dtype=np.float64))
