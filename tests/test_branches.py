@@ -64,7 +64,7 @@ def groups_of(model):
     return {g.name: g for g in keras_taylor.analyze(model, branches=True).groups if g.is_branch}
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("share", [0.5, 1.0])
 @pytest.mark.parametrize("name", RESIDUAL)
 def test_closed_gates_equal_the_model_without_branches_and_channels(name, share):
@@ -128,6 +128,7 @@ def test_without_branches_no_layer_of_them_is_left():
             np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (new, old)))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["residual", "inverted_residual", "swin"])
 def test_pruning_twice_equals_pruning_once_with_branches(name):
     model = residual_model(name)
@@ -142,6 +143,7 @@ def test_pruning_twice_equals_pruning_once_with_branches(name):
         np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (a, b)))
 
 
+@pytest.mark.once
 def test_an_empty_plan_with_branches_changes_nothing():
     model = residual_model("residual")
     same, x = keras_taylor.prune(model, Plan(branches=True)), zoo.inputs_of(model)
@@ -149,6 +151,7 @@ def test_an_empty_plan_with_branches_changes_nothing():
     assert relative_difference(predict(same, x), predict(model, x)) <= 1e-6
 
 
+@pytest.mark.once
 def test_a_plan_with_branches_goes_through_json_and_can_be_edited():
     model = residual_model("residual")
     plan = random_plan(model, 1.0)
@@ -221,6 +224,7 @@ def test_exclude_and_include_name_branches_by_their_sums():
     assert len(plan.layers) == 1 and gone(plan)
 
 
+@pytest.mark.once
 def test_a_block_that_changes_the_shape_is_named():
     analysis = keras_taylor.analyze(zoo.build("bottleneck"), branches=True)
     (group,) = [one for one in analysis.groups if one.is_branch]
@@ -229,6 +233,7 @@ def test_a_block_that_changes_the_shape_is_named():
     assert "0 of 1 residual branches" in text and "a residual branch" in text
 
 
+@pytest.mark.once
 def test_what_two_sums_add_stays():
     x = inputs = keras.Input((8,))
     y = layers.Dense(8, name="shared")(x)
@@ -254,6 +259,7 @@ def test_a_call_that_two_branches_read_keeps_one_of_them():
     assert keras_taylor.prune(model, plan).get_layer("side") is not None
 
 
+@pytest.mark.once
 def test_a_part_of_a_branch_outside_of_the_submodel_of_its_sum_keeps_it():
     first, second = keras.Input((8,)), keras.Input((8,))
     adding = keras.Model([first, second], layers.Add(name="sum")([first, second]), name="adding")
@@ -263,6 +269,7 @@ def test_a_part_of_a_branch_outside_of_the_submodel_of_its_sum_keeps_it():
     assert group.reason == "'outer' is a part of it, and outside of 'adding', where the sum is"
 
 
+@pytest.mark.once
 def test_parallel_branches_of_one_trunk_can_leave_alone_and_together():
     x = inputs = keras.Input((6, 8))
     y = layers.LayerNormalization(name="norm")(x)
@@ -306,6 +313,7 @@ def test_repair_makes_later_layers_take_over(thorough):
         assert relative_difference(predict(done, x), predict(model, x)) < 1e-3
 
 
+@pytest.mark.once
 def test_repair_refuses_a_model_that_lost_other_branches():
     model = residual_model("residual")
     plans = [Plan({f"block{k}_add": LayerPlan(1, ())}, branches=True) for k in range(2)]
@@ -324,7 +332,7 @@ def test_compress_takes_branches_in_several_rounds(tmp_path):
     small, info = keras_taylor.compress(
         *(model, data, {"flops": 0.6}),
         increment=0.3,
-        epochs=1,
+        epochs=0,
         verbose=0,
         selection=WITH_BRANCHES,
         include=sums,  # one leaves in the first round, with its name
@@ -338,7 +346,7 @@ def test_compress_takes_branches_in_several_rounds(tmp_path):
     again = keras_taylor.compress(
         *(model, data, {"flops": 0.6}),
         increment=0.3,
-        epochs=1,
+        epochs=0,
         verbose=0,
         selection=WITH_BRANCHES,
         include=sums,
