@@ -89,9 +89,14 @@ class ConfigNumbers:
         return self._known[key]
 
     def growth(self, path: NumberPath) -> AxisCounts:
-        """How fast the axes of weights grow with a number that changes alone, for the axes that do."""
+        """How fast the axes of weights grow with a number that changes alone, for the axes that do.
+
+        The first answer may be all that is asked for. Before the second one the configuration has to lead
+        back to the weights, or else nothing that is made of it tells anything.
+        """
         if path not in self._growth:
-            self._growth[path] = self._find_growth(path)
+            is_of_use = not self._growth or self.lead_back
+            self._growth[path] = self._find_growth(path) if is_of_use else {}
         return self._growth[path]
 
     def find_step(self, axes: AxisCounts, groups: Mapping[str, AxisCounts]) -> Step | None:
