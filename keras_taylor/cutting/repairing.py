@@ -16,7 +16,7 @@ from keras_taylor.plans.planning import kept_units, label_as_planned
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.tracing import functional_view, origin_of
-from keras_taylor.reading.walk import fixed_batch_size, sample_inputs, split_into_batches
+from keras_taylor.reading.walk import NUM_EXAMPLES, fixed_batch_size, sample_inputs, split_into_batches
 from keras_taylor.support.arguments import check_whole_number
 from keras_taylor.support.datasets import Feed
 from keras_taylor.support.hub_tasks import preprocessed
@@ -30,7 +30,7 @@ def repair(
     plan: Plan,
     ds: Data,
     *,
-    num_examples: int = 512,
+    num_examples: int = NUM_EXAMPLES,
     batch_size: int | None = None,
     return_repairs: bool = False,
 ) -> keras.Model | tuple[keras.Model, list[LayerRepair]]:
@@ -65,7 +65,7 @@ def repair(
         plan: The `Plan` by which it was pruned.
         ds: The examples: an array `(num_examples, ...)` or a structure of arrays, or anything else that
             `model.fit` takes. Targets are ignored.
-        num_examples: Number of examples to use, an `int`, by default 512. They are evenly spread over
+        num_examples: Number of examples to use, an `int`, by default 1024. They are evenly spread over
             arrays, or the first ones of an iterable. Fewer are used if the layer outputs for them would
             take more than 1 GiB of memory.
         batch_size: Examples in a batch of arrays, an `int`; `None` (the default): 32, as in `model.fit`.
@@ -108,7 +108,7 @@ def repair(
 
 
 def recalibrate(
-    model: keras.Model, ds: Data, *, num_examples: int = 512, batch_size: int | None = None
+    model: keras.Model, ds: Data, *, num_examples: int = NUM_EXAMPLES, batch_size: int | None = None
 ) -> keras.Model:
     """Computes the moving statistics of every BatchNormalization again, from data without labels.
 
@@ -125,7 +125,7 @@ def recalibrate(
         model: A built `keras.Model`. It is not changed.
         ds: The examples: an array `(num_examples, ...)` or a structure of arrays, or anything else that
             `model.fit` takes. Targets are ignored.
-        num_examples: Number of examples to use, an `int`, by default 512, as in `repair`.
+        num_examples: Number of examples to use, an `int`, by default 1024, as in `repair`.
         batch_size: Examples in a batch of arrays, an `int`; `None` (the default): 32, as in `model.fit`.
 
     Returns:

@@ -139,7 +139,7 @@ def compress(
         exact: `False`: channels that are normalized together may leave too, such as the residual stream of
             a transformer or a ConvNeXt, although the others change then (see `analyze`). Default `True`.
         repair: Whether to refit the layers that lost inputs, by least squares, after each cut (see
-            `keras_taylor.repair`), on at most 512 examples. They are fitted to the original, or to the model
+            `keras_taylor.repair`), on at most 1024 examples. They are fitted to the original, or to the model
             of the round before once training has changed it. Default `True`.
         distill: Fine-tune with the given model as the teacher (`keras.distillation.Distiller`). `True`: the
             student imitates the outputs (Hinton et al., 2015, arXiv 1503.02531). A
