@@ -211,6 +211,17 @@ def test_branches_stay_unless_they_are_asked_for():
         keras_taylor.Selection(branches=1)
 
 
+def test_a_latency_out_of_reach_shows_how_branches_leave(monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    model, x = residual_model("residual"), zoo.inputs_of(residual_model("residual"))
+    hint = r"Whole residual branches leave with `selection=Selection\(branches=True\)`"
+    with pytest.raises(ValueError, match=hint):
+        keras_taylor.compress(model, (x, targets_of(model, x)), {"latency": 0.9999}, epochs=0, verbose=0)
+    with pytest.raises(ValueError, match="out of reach") as error:
+        keras_taylor.compress(model, (x, targets_of(model, x)), 0.9999, epochs=0, verbose=0)
+    assert "branches" not in str(error.value)
+
+
 def test_exclude_and_include_name_branches_by_their_sums():
     model, x = residual_model("residual"), zoo.inputs_of(residual_model("residual"))
     data = (x, targets_of(model, x))

@@ -8,6 +8,7 @@ import numpy as np
 from keras_taylor.budget.costs import CostFunction, known_cost
 from keras_taylor.budget.goals import Goal
 from keras_taylor.budget.measured_costs import format_amount
+from keras_taylor.reading.branches import find_branches
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.rules.base import weight_of
 from keras_taylor.support.identity import IdentitySet
@@ -64,8 +65,16 @@ def unreachable_goal_error(
     return ValueError(
         f"The goal is out of reach: {'; '.join(parts)}. It is blocked by {blockers}. Lower the goal, or let "
         f"more channels leave (`include`, `exclude`, {'`ratios`, ' * has_ratios}`round_to`, `min_channels`). "
-        f"{_percent_hint(goal)}Received: goal={goal!r}"
+        f"{_branches_hint(labeled, ceilings)}{_percent_hint(goal)}Received: goal={goal!r}"
     )
+
+
+def _branches_hint(labeled: LabeledModel, ceilings: Mapping[str, float]) -> str:
+    """What to pass for a latency: each layer is still called, however few channels it has."""
+    is_slow = any(cost.startswith("latency") for cost in ceilings) and not labeled.with_branches
+    if is_slow and any(one.reason is None for one in find_branches(labeled.graph).branches):
+        return "Whole residual branches leave with `selection=Selection(branches=True)`. "
+    return ""
 
 
 def _percent_hint(goal: object) -> str:
