@@ -13,7 +13,6 @@ from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units, label_as_planned
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.scores import criteria
-from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.group_statistics import LazyStatistics
 from keras_taylor.scores.log_odds import has_odds
 from keras_taylor.scores.sampling import sample_labels
@@ -123,7 +122,8 @@ class RoundScorer:
         self._model, self._read, self._data = model, read, data
         self.criterion, self._cost, self._class_weight = criterion, cost, class_weight
         self._num_examples = None if data is None else data.num_examples
-        self._masked: tuple[int, MaskedScorer] | None = None  # after how many plans; the scorer
+        # after how many plans, the model then, and passes through its gates
+        self._masked: tuple[int, LabeledModel, RepeatedPasses] | None = None
         if data is not None:
             data.feed.check_devices(data.num_examples)
 
@@ -174,9 +174,12 @@ class RoundScorer:
         num_plans = _num_plans_of_scorer(plans)
         if self._masked is None or self._masked[0] != num_plans:
             base = labeled if num_plans == len(plans) else self._read_after(plans[:num_plans])
-            self._masked = num_plans, MaskedScorer(base, make_gated_model(base, self.criterion))
-        arguments = feed, self._num_examples, self._class_weight, callbacks
-        return self._masked[1].statistics(labeled, _compose(plans[num_plans:]), *arguments)
+            passes = RepeatedPasses(base, make_gated_model(base, self.criterion))
+            self._masked = num_plans, base, passes
+        _, base, passes = self._masked
+        plan = _compose(plans[num_plans:])
+        kept = np.ones(base.num_units, bool) if plan is None else kept_units(base, plan)
+        return passes.statistics(labeled, kept, feed, self._num_examples, self._class_weight, callbacks)
 
     def _read_after(self, plans: Sequence[Plan]) -> LabeledModel:
         """The original after some plans: its structure, without what was trained since."""
@@ -186,47 +189,6 @@ class RoundScorer:
         original = label_as_planned(self._model, plan)
         kept = kept_units(original, plan)
         return self._read(build_smaller_compiled(original, kept, carry=False), plan)
-
-
-class MaskedScorer:
-    """Scores smaller models through one model with gates, which is compiled once.
-
-    A closed gate has the effect of a cut, so the model with gates and the weights of the smaller model
-    has the same outputs and the same derivatives.
-
-    Args:
-        labeled: The model that the smaller ones are cut from.
-        gated: Its model with gates.
-    """
-
-    def __init__(self, labeled: LabeledModel, gated: GatedModel) -> None:
-        self._labeled, self._passes = labeled, RepeatedPasses(labeled, gated)
-
-    def statistics(
-        self,
-        small: LabeledModel,
-        plan: Plan | None,
-        feed: Feed,
-        num_examples: int | None = None,
-        class_weight: Mapping[int, float] | None = None,
-        callbacks: Sequence[keras.callbacks.Callback] = (),
-    ) -> FloatArray | None:
-        """Returns what `gather_statistics` returns for a smaller model.
-
-        Args:
-            small: The smaller model, trained since the cut or not.
-            plan: The plan that led to it; `None`: nothing was cut.
-            feed, num_examples, class_weight, callbacks: As in `gather_statistics`.
-
-        Returns:
-            A float64 array `(num_rows, small.num_units)`; `None` if the units of the smaller model are
-            not exactly those that the plan keeps.
-        """
-        kept = np.ones(self._labeled.num_units, bool)
-        if plan is not None:
-            kept = kept_units(self._labeled, plan)
-        arguments = feed, num_examples, class_weight, callbacks
-        return self._passes.statistics(small, kept, *arguments)
 
 
 def count_trained(feed: Feed, fit_kwargs: Mapping[str, Any]) -> int | None:

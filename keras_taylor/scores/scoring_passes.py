@@ -100,6 +100,9 @@ class _StatisticsTransfer(keras.callbacks.Callback):
 class RepeatedPasses:
     """Passes with several models through one model with gates, which is compiled once.
 
+    A closed gate has the effect of a cut. So the model with gates and the weights of a smaller model has the
+    same outputs and the same derivatives as that one.
+
     Args:
         labeled: The model whose gates these are. The others are like it, perhaps without some units.
         gated: Its model with gates.

@@ -8,13 +8,14 @@ import zoo
 
 import keras_taylor
 from keras_taylor.loop import round_scores
-from keras_taylor.loop.round_scores import MaskedScorer, share_of_trained
+from keras_taylor.loop.round_scores import share_of_trained
+from keras_taylor.plans.planning import kept_units
 from keras_taylor.reading.groups import label_model
 from keras_taylor.scores import scoring_passes
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.log_odds import ODDS_ROWS
 from keras_taylor.scores.scoring import make_gated_model
-from keras_taylor.scores.scoring_passes import gather_statistics
+from keras_taylor.scores.scoring_passes import RepeatedPasses, gather_statistics
 from keras_taylor.support.datasets import Feed
 
 NAMES = [
@@ -39,9 +40,9 @@ def test_a_mask_scores_the_smaller_model_that_was_trained_since(name):
     channels, feed = label_model(small), Feed((x, helpers.targets_of(small, x)), small)
     wanted = gather_statistics(GatedModel(channels), channels, feed)
     whole = label_model(model)
-    scorer = MaskedScorer(whole, GatedModel(whole))
-    first = scorer.statistics(whole, None, feed, None, None, ())
-    found = scorer.statistics(channels, plan, feed, None, None, ())
+    passes = RepeatedPasses(whole, GatedModel(whole))
+    first = passes.statistics(whole, np.ones(whole.num_units, bool), feed)
+    found = passes.statistics(channels, kept_units(whole, plan), feed)
     assert first.shape[1] > found.shape[1] == channels.num_units
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
@@ -118,8 +119,9 @@ def test_how_many_examples_are_scored(capsys, epochs, options, scored):
 def test_a_pass_draws_the_same_probes_whatever_passes_came_before():
     model, (x, y) = small_model(), data()
     channels = label_model(model)
-    scorer = MaskedScorer(channels, make_gated_model(channels, "log_odds_probed"))
-    first, second = (scorer.statistics(channels, None, Feed((x, y), model), None, None, ()) for _ in range(2))
+    passes = RepeatedPasses(channels, make_gated_model(channels, "log_odds_probed"))
+    everything = np.ones(channels.num_units, bool)
+    first, second = (passes.statistics(channels, everything, Feed((x, y), model)) for _ in range(2))
     probes = ODDS_ROWS["probe"]
     assert np.ptp(first[probes]) > 0
     np.testing.assert_array_equal(first, second)
