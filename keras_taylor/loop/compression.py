@@ -22,7 +22,7 @@ from keras_taylor.reports.info import Info
 from keras_taylor.scores.criteria import Criterion
 from keras_taylor.scores.scoring import Scoring
 from keras_taylor.support.arguments import MovedArgument, refuse_moved_arguments, takes_data_as_one
-from keras_taylor.support.console import Reporter
+from keras_taylor.support.console import Reporter, expected_tracing
 from keras_taylor.support.replicas import is_first_process, strategy_scope
 from keras_taylor.support.types import Data, LayerPatterns
 
@@ -197,7 +197,8 @@ def compress(
         backup_dir=backup_dir,
         fit_kwargs=fit_kwargs,
     )
-    with strategy_scope(model), Reporter(verbose if is_first_process() else 0) as reporter:
+    reporting = Reporter(verbose if is_first_process() else 0)
+    with strategy_scope(model), expected_tracing(), reporting as reporter:
         run = prepare_run(model, ds, settings, reporter)
         run.info.command = messages.format_call(_arguments_to_repeat(run, learning_rate, max_drop))
         with contextlib.nullcontext() if run.backups is None else run.backups.held():

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -20,6 +21,24 @@ Verbose: TypeAlias = Literal["auto", 0, 1, 2]
 Item = TypeVar("Item")
 
 _SECONDS_BETWEEN_LINES = 15
+
+
+@contextlib.contextmanager
+def expected_tracing() -> Iterator[None]:
+    """Leaves out TensorFlow's warnings that a function is traced again and again: each round has a new model.
+
+    TensorFlow counts by addresses in memory, which the functions of a new model take over from freed ones.
+    """
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "triggered tf.function retracing" not in record.getMessage()
+
+    logger = logging.getLogger("tensorflow")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 class Reporter:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import signal
 import sys
@@ -20,6 +21,20 @@ from keras_taylor.support.console import Reporter
 pytestmark = pytest.mark.sweep(3)
 
 EVERY_ROUND = {"learning_rate": keras_taylor.FineTuning(every_round=True)}
+
+
+def test_tensorflow_does_not_warn_that_each_round_has_a_new_model(caplog):
+    logger = logging.getLogger("tensorflow")
+
+    def warn(epoch, logs):
+        logger.warning("5 out of the last 9 calls to %s triggered tf.function retracing.", "predict")
+        logger.warning("something else")
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=warn)
+    keras_taylor.compress(small_model(), stripes(), 0.1, increment=0.1, verbose=0, callbacks=[callback])
+    assert "something else" in caplog.text and "retracing" not in caplog.text
+    warn(0, {})
+    assert "retracing" in caplog.text
 
 
 @pytest.fixture(scope="module")
