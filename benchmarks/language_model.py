@@ -9,16 +9,14 @@ The texts are the documentation strings of the standard library; every tenth mod
 import argparse
 import importlib
 import inspect
-import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 import warnings
 
 import numpy as np
-from common import BACKENDS, in_process, machine, markdown_table
+from common import BACKENDS, in_process, machine, markdown_table, on_each_backend
 
 WIDTH, NUM_LAYERS, LENGTH, BATCH_SIZE = 96, 4, 96, 32
 LETTERS = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ", "ĠĠ"]  # as GPT-2 writes a space and a new line
@@ -158,18 +156,6 @@ def measure(folder, names):
     return found
 
 
-def speeds(folder, names):
-    """Tokens in a second by backend and task."""
-    found = {}
-    for backend in BACKENDS:
-        arguments = json.dumps({"folder": str(folder), "names": names})
-        environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        command = [sys.executable, __file__, "--measure", arguments]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        found[backend] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def main():
     if in_process(measure, sys.argv):
         return
@@ -219,7 +205,7 @@ def main():
     ]
     print(markdown_table(header, rows))
     print("\nLetters generated in a second, greedy, 16 prompts at once, one process a backend:\n")
-    found = speeds(options.folder, names)
+    found = on_each_backend(__file__, BACKENDS, folder=str(options.folder), names=names)
     cells = [[backend, *(f"{values[name]:,.0f}" for name in names)] for backend, values in found.items()]
     print(markdown_table(["backend", "given", *(f"-{name} %" for name in names[1:])], cells))
 

@@ -118,11 +118,7 @@ def find_structure(
 
 def _describe_layer(call: Call, shapes: Sequence[Shape]) -> _LayerKey:
     """The layer's class, configuration and call arguments."""
-    config = {
-        key: value
-        for key, value in configuration_of(call.operation).items()
-        if key != "name" and not key.endswith("initializer")  # initializers have seeds
-    }
+    config = _without_names(configuration_of(call.operation))
     arguments = [x if isinstance(x, (int, float, str, bool)) else None for x in call.site.flat]
     sizes = [shapes[index] for index in call.inputs]
     description = json.dumps([config, arguments, sizes], sort_keys=True, default=repr)
@@ -440,10 +436,10 @@ def _is_shrunk(call: Call, effect: Effect, kept: KeptLabels, other: Call) -> boo
     if len(flat) != len(other.flat) or not all(map(_is_same, flat, other.flat)):
         return False
     try:
-        config = _plain_config(operation)
+        config = _without_names(operation.get_config())
         for path, value in kept.changes(effect.config).items():
             config = with_value(config, path.split("."), value)
-        return _is_same(config, _plain_config(small))
+        return _is_same(config, _without_names(small.get_config()))
     except Exception:  # an operation may have no configuration
         return False
 
@@ -462,12 +458,9 @@ def _entries(value: Any) -> list[Any]:
     return [x for each in value for x in _entries(each)] if isinstance(value, (list, tuple)) else [value]
 
 
-def _plain_config(operation: keras.Operation) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in operation.get_config().items()
-        if key != "name" and not key.endswith("initializer")  # initializers have seeds
-    }
+def _without_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the name, and without initializers: they have seeds."""
+    return {key: value for key, value in config.items() if key != "name" and not key.endswith("initializer")}
 
 
 def _is_same(first: Any, second: Any) -> bool:
