@@ -1,6 +1,8 @@
-"""Runs a model call by call over batches that stay in memory."""
+"""Runs a model call by call over batches that stay in memory, compiled where that is slow otherwise."""
 
+import collections
 import contextlib
+import hashlib
 import inspect
 import math
 import weakref
@@ -13,11 +15,10 @@ from keras import ops
 
 from keras_taylor.reading.graph import Call, Graph, TensorRef
 from keras_taylor.reading.matmul_views import matmul_view
-from keras_taylor.support.arrays import CompiledFunction, compile_once
 from keras_taylor.support.datasets import Feed, flat_inputs
 from keras_taylor.support.keras_internals import copy_mask, layers_inside, mask_of_tensor
 from keras_taylor.support.replicas import from_first_process
-from keras_taylor.support.types import Array, Tensor
+from keras_taylor.support.types import Array, Tensor, Tree
 
 # Examples of a repair: 1024 keep 0.7 points more than 512, 2048 no more (docs/experiments/repair.md).
 NUM_EXAMPLES = 1024
@@ -33,6 +34,10 @@ InputBatch = Sequence[Array]
 # Gets the values of a tensor, one for each batch.
 Observer: TypeAlias = Callable[[list[Tensor]], None]
 
+# A function of lists of tensors.
+CompiledFunction: TypeAlias = Callable[..., Any]
+_MOST_PROGRAMS = 1024
+_PROGRAMS: collections.OrderedDict[tuple[str, ...], CompiledFunction] = collections.OrderedDict()
 # The compiled functions of each graph that is in use; `None` for what cannot be compiled.
 _FUNCTIONS: weakref.WeakKeyDictionary[Graph, dict[Any, CompiledFunction | None]] = weakref.WeakKeyDictionary()
 
@@ -198,7 +203,7 @@ class _Section:
         shapes = tuple((tuple(x.shape), str(x.dtype)) for x in tensors)
         key = numbers, self._outputs, self._training, shapes
         if key not in programs:
-            programs[key] = compile_once(self._run_stateless, values, tensors)
+            programs[key] = _compile_once(self._run_stateless, values, tensors)
         return programs[key]
 
     def _run_stateless(
@@ -228,6 +233,38 @@ class _Section:
                 if self._last[index] is call and index not in self._outputs:
                     here.pop(index, None)
         return [here[index] for index in self._outputs]
+
+
+def _compile_once(function: CompiledFunction, *arguments: Tree) -> CompiledFunction | None:
+    """A function, compiled for arguments of these shapes where a backend compiles every operation by itself.
+
+    That is JAX. Equal functions are compiled once in a process, whichever model they belong to: they are
+    known by the text of their program. The last 1024 are kept.
+
+    Args:
+        function: A function of structures of tensors, without side effects.
+        arguments: Its arguments.
+
+    Returns:
+        The compiled function; `None` where it is to run operation by operation: on the other backends, or if
+        it cannot be traced.
+    """
+    if keras.backend.backend() != "jax":
+        return None
+    import jax
+
+    try:
+        lowered = jax.jit(function).lower(*arguments)
+    except Exception:  # values decide what it does, say; run by itself, it works or shows its own error
+        return None
+    places = (str(getattr(x, "sharding", None)) for x in keras.tree.flatten(arguments))
+    key = (hashlib.sha256(lowered.as_text().encode()).hexdigest(), *places)
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = lowered.compile()
+        if len(_PROGRAMS) > _MOST_PROGRAMS:
+            _PROGRAMS.popitem(last=False)
+    _PROGRAMS.move_to_end(key)
+    return _PROGRAMS[key]
 
 
 @contextlib.contextmanager

@@ -1,14 +1,12 @@
-"""Arrays for the inputs and outputs of a model, copies of variables, and functions that are compiled once.
+"""Arrays for the inputs and outputs of a model, and values of variables: copies, zeros, rounded ones.
 
 Arrays for inputs or outputs are in a flat list. All of a list have the same number of examples.
 """
 
-import collections
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,10 +16,6 @@ from keras_taylor.support.types import Array, BoolArray, FloatArray, Masks, Shap
 
 _UNKNOWN_SIZE = 32  # stands for an axis of unknown size
 BLOCK_BYTES = 4 * 2**20
-# A function of lists of tensors.
-CompiledFunction: TypeAlias = Callable[..., Any]
-_MOST_PROGRAMS = 1024
-_PROGRAMS: collections.OrderedDict[tuple[str, ...], CompiledFunction] = collections.OrderedDict()
 _MOST_PARTS = 16  # JAX concatenates this many arrays at a time; more would take a third copy
 
 
@@ -171,35 +165,3 @@ def _compress(value: Array, masks: Masks) -> Array:
         if mask is not None:
             cut = np.compress(mask, cut, axis)
     return np.array(value) if cut is value else cut
-
-
-def compile_once(function: CompiledFunction, *arguments: Tree) -> CompiledFunction | None:
-    """A function, compiled for arguments of these shapes where a backend compiles every operation by itself.
-
-    That is JAX. Equal functions are compiled once in a process, whichever model they belong to: they are
-    known by the text of their program. The last 1024 are kept.
-
-    Args:
-        function: A function of structures of tensors, without side effects.
-        arguments: Its arguments.
-
-    Returns:
-        The compiled function; `None` where it is to run operation by operation: on the other backends, or if
-        it cannot be traced.
-    """
-    if keras.backend.backend() != "jax":
-        return None
-    import jax
-
-    try:
-        lowered = jax.jit(function).lower(*arguments)
-    except Exception:  # values decide what it does, say; run by itself, it works or shows its own error
-        return None
-    places = (str(getattr(x, "sharding", None)) for x in keras.tree.flatten(arguments))
-    key = (hashlib.sha256(lowered.as_text().encode()).hexdigest(), *places)
-    if key not in _PROGRAMS:
-        _PROGRAMS[key] = lowered.compile()
-        if len(_PROGRAMS) > _MOST_PROGRAMS:
-            _PROGRAMS.popitem(last=False)
-    _PROGRAMS.move_to_end(key)
-    return _PROGRAMS[key]
