@@ -251,7 +251,7 @@ def score_channels(
         arguments = feed, num_examples, class_weight, callbacks
         if is_single_pass(criterion):
             everything = np.ones(labeled.num_units, bool)
-            totals = _passes_of_compiled(labeled, criterion).statistics(labeled, everything, *arguments)
+            totals = _passes_of_compiled(labeled, criterion, feed).statistics(labeled, everything, *arguments)
             return compute_scores(
                 labeled, criterion, totals, measured=LazyStatistics(labeled, feed, num_examples)
             )
@@ -275,12 +275,12 @@ def is_single_pass(criterion: Criterion) -> bool:
     return needs_loss(criterion) and criterion not in ("oracle", "sensitivity", "fisher")
 
 
-def _passes_of_compiled(labeled: LabeledModel, criterion: Criterion) -> RepeatedPasses:
+def _passes_of_compiled(labeled: LabeledModel, criterion: Criterion, feed: Feed) -> RepeatedPasses:
     """The passes of an earlier call if the model was not compiled again, nor changed but in its weights.
 
     So a second `score` compiles nothing. The model with gates lives as long as what `compile` noted.
     """
-    notes, key = notes_of_compilation(labeled.graph.model), _key_of_passes(labeled, criterion)
+    notes, key = notes_of_compilation(labeled.graph.model), _key_of_passes(labeled, criterion, feed)
     found = notes.get(_PASSES)
     if key is not None and found is not None and found[0] == key:
         passes: RepeatedPasses = found[1]
@@ -292,7 +292,7 @@ def _passes_of_compiled(labeled: LabeledModel, criterion: Criterion) -> Repeated
     return passes
 
 
-def _key_of_passes(labeled: LabeledModel, criterion: Criterion) -> tuple[Any, ...] | None:
+def _key_of_passes(labeled: LabeledModel, criterion: Criterion, feed: Feed) -> tuple[Any, ...] | None:
     """What the compiled model with gates depends on; `None` if that is not known."""
     model = labeled.graph.model
     operations = [call.operation for call in labeled.graph.calls]
@@ -309,7 +309,10 @@ def _key_of_passes(labeled: LabeledModel, criterion: Criterion) -> tuple[Any, ..
     reads = [sorted(effect.reads.items()) for effect in labeled.effects]
     labels = hashlib.sha256(b"".join(np.asarray(one).tobytes() for one in labeled.labels)).hexdigest()
     functions = [getattr(one, name, None) for one in operations for name in ("activation", "function")]
-    return gates, config, groups, reads, labels, functions, model.loss, model.jit_compile, model.run_eagerly
+    # data of another rank: TensorFlow would trace the compiled step again, for tensors of no known rank
+    data = feed.form
+    compiled = model.loss, model.jit_compile, model.run_eagerly
+    return gates, config, groups, reads, labels, functions, data, *compiled
 
 
 def make_gated_model(labeled: LabeledModel, criterion: Criterion) -> GatedModel:

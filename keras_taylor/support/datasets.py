@@ -46,6 +46,7 @@ class Feed:
         first_size: Number of examples in the first batch; of arrays, as many as are looked at first.
         known_targets: Targets and weights, `None` where there are none: those of arrays, or of the first
             batch.
+        form: Structure, shapes and dtypes of an example; equal forms give equal values here.
 
     Raises:
         ValueError: if the data is empty, has no targets where they are needed, holds values that are not
@@ -83,6 +84,7 @@ class Feed:
             self._num_batches = count_batches(ds) if steps_per_epoch is None else steps_per_epoch
         first = self._check(model, targets)
         self.first_size = len(keras.tree.flatten(first[0])[0])
+        self.form = repr(keras.tree.map_structure(_form_of, first))
         self.known_targets: tuple[Tree, Tree] = (first if self._arrays is None else self._arrays)[1:]
         if (
             self.num_examples is None
@@ -498,6 +500,11 @@ def _fits_input(shape: Shape, want: Shape) -> bool:
     elif len(shape) == len(want) + 1 and shape[-1] == 1:
         shape = shape[:-1]
     return len(shape) == len(want) and all(w in (None, s) for s, w in zip(shape, want, strict=True))
+
+
+def _form_of(part: Any) -> tuple[Shape, str]:
+    """Shape without the examples, and dtype, of a part of a batch."""
+    return tuple(getattr(part, "shape", ()))[1:], str(getattr(part, "dtype", type(part)))
 
 
 def _shapes_of(x: Tree) -> list[Shape]:
