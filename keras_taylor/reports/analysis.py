@@ -34,6 +34,8 @@ from keras_taylor.support.types import Costs, Data, LayerPatterns
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MAX_CHARACTERS = 32  # of a name on one line
+
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
@@ -98,20 +100,21 @@ class Analysis:
 
     def __str__(self) -> str:
         table = Table(title=self._headline())
-        for column in ("group", "channels", "parameters", "FLOPs"):
-            table.add_column(column, justify="left" if column == "group" else "right", overflow="fold")
+        names = [_describe_makers(group) for group in self.groups]
+        longest = max((len(line) for name in names for line in name.split("\n")), default=0)
+        table.add_column("group", overflow="fold", no_wrap=longest <= _MAX_CHARACTERS)
+        for column in ("channels", "parameters", "FLOPs"):
+            table.add_column(column, justify="right", overflow="fold")
         has_inexact = any(group.normalized_by for group in self.groups)
-        for column in ("made by", "stays because", *["open with exact=False only: changes"] * has_inexact):
+        for column in ("stays because", *["open with exact=False only: changes"] * has_inexact):
             table.add_column(column, overflow="fold")
-        for group in self.groups:
-            makers = "a residual branch" if group.is_branch else _shorten_names(group.producers)
+        for group, name in zip(self.groups, names, strict=True):
             savings = self.savings.get(group.name, {}) if group.prunable else {}
             amounts = [savings.get(cost) for cost in ("params", "flops")]
             table.add_row(
-                group.name,
+                name,
                 str(group.num_units),
                 *("" if amount is None else f"{amount:,}" for amount in amounts),
-                makers,
                 group.reason or "",
                 *[_shorten_names(group.normalized_by)] * has_inexact,
             )
@@ -126,7 +129,7 @@ class Analysis:
         total = sum(group.num_units for group in channels)
         free = sum(group.prunable for group in branches)
         whole = f" and {free} of {len(branches)} residual branches" if branches else ""
-        probed = f"; probed with random numbers: {', '.join(self.probed)}" if self.probed else ""
+        probed = f"; probed with random numbers: {_shorten_names(self.probed, 3)}" if self.probed else ""
         uncounted = f"; FLOPs not counted, no rule: {_shorten_names(self.unknown)}" if self.unknown else ""
         return f"{prunable:,} of {total:,} channels{whole} can leave: up to {shares}{probed}{uncounted}"
 
@@ -231,7 +234,20 @@ def analyze(
     )
 
 
-def _shorten_names(names: Sequence[str]) -> str:
-    """The first name, and how many more there are."""
-    more = f" and {len(names) - 1} more" if names[1:] else ""
-    return f"{names[0]}{more}" if names else ""
+def _describe_makers(group: Group) -> str:
+    """The name of a group, on several lines if it is long, and the other layers that make its channels."""
+    name = group.name
+    lines = [name.replace("/", "/\n") if len(name) > _MAX_CHARACTERS else name]
+    inside = name.rpartition("/")[0] + "/"
+    others = [other.removeprefix(inside) for other in group.producers if other != name]
+    if group.is_branch:
+        lines.append("(a residual branch)")
+    elif others:
+        lines.append(f"with {_shorten_names(others)}")
+    return "\n".join(lines)
+
+
+def _shorten_names(names: Sequence[str], shown: int = 1) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if names[shown:] else ""
+    return ", ".join(names[:shown]) + more

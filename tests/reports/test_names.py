@@ -65,6 +65,20 @@ def test_tables(case):
     assert "│ [bold]x " in plan and "│ :smile: " in plan
 
 
+def test_a_group_in_a_model_in_the_model_takes_a_line_for_each_name(case):
+    part = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(4, name="a_long_name_of_a_hidden_layer")],
+        name="a_model_inside",
+    )
+    x = inputs = keras.Input((4,))
+    x = keras.layers.Add()([part(x), keras.layers.Dense(4, name="beside")(x)])
+    model = keras.Model(inputs, keras.layers.Dense(2, name="last")(x))
+    lines = [
+        line.split("│")[1].strip() for line in str(keras_taylor.analyze(model)).split("\n") if "│" in line
+    ]
+    assert lines == ["a_model_inside/", "a_long_name_of_a_hidden_layer", "with beside", "last"]
+
+
 def test_pictures(case, tmp_path):
     pytest.importorskip("matplotlib")
     analysis = keras_taylor.analyze(*case, fractions=(0.5,), num_examples=8, verbose=0)
