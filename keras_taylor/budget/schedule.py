@@ -13,6 +13,8 @@ from keras_taylor.support.types import Costs
 # The fraction of the original that a round removes, or a function from the number of a round (from 1 on)
 # to the fraction that is gone after it.
 Increment: TypeAlias = float | Callable[[int], float]
+# Where nothing else is said, a round that is trained removes as much; and one that is not, at most as much.
+TRAINED_INCREMENT, UNTRAINED_INCREMENT = 0.05, 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +25,14 @@ class RoundTarget:
         ceilings: Cost -> how much of it may be left after the round.
         goal_index: Number of the goal that the round reaches, from 0 on; `None` between two goals.
         progress: How much of the way to the last goal is behind after the round, from 0 to 1.
+        trainings: How many trainings it takes where only goals are trained for: those of all rounds since the
+            goal before.
     """
 
     ceilings: Mapping[str, float]
     goal_index: int | None = None
     progress: float = 1.0
+    trainings: int = 1
 
 
 class _Waypoint(NamedTuple):
@@ -37,7 +42,9 @@ class _Waypoint(NamedTuple):
     ceilings: Mapping[str, float]
 
 
-def schedule_rounds(goals: Sequence[Goal], original: Costs, increment: Increment) -> list[RoundTarget]:
+def schedule_rounds(
+    goals: Sequence[Goal], original: Costs, increment: Increment | None = None
+) -> list[RoundTarget]:
     """The targets of the rounds that lead to one goal after the other.
 
     The last goal removes a larger fraction of the leading cost than of any other. The leading cost falls
@@ -46,7 +53,9 @@ def schedule_rounds(goals: Sequence[Goal], original: Costs, increment: Increment
     Args:
         goals: Goals about the same costs, each asking for more than the one before.
         original: Costs of the original model.
-        increment: The fraction of the leading cost that a round removes, as in `removed_fractions`.
+        increment: The fraction of the leading cost that a round removes, as in `removed_fractions`. `None`:
+            rounds of equal size that remove `UNTRAINED_INCREMENT` at most. A goal takes as many trainings as
+            if they were smaller, with the increment of rounds that are trained.
 
     Returns:
         One target for each round; no target if the original meets the last goal already.
@@ -66,31 +75,46 @@ def schedule_rounds(goals: Sequence[Goal], original: Costs, increment: Increment
     stops = [
         _Waypoint(one[lead], goal.ceilings(original)) for one, goal in zip(fractions, goals, strict=True)
     ]
-    if not stops[-1].fraction:
-        removed_fractions(0.5, increment)  # refuses a value that is no increment
+    furthest = stops[-1].fraction
+    if not furthest:
+        removed_fractions(0.5, TRAINED_INCREMENT if increment is None else increment)  # refuses other values
         return []
-    between = [
+    equal = furthest / math.ceil(furthest / UNTRAINED_INCREMENT - 1e-9)
+    steps = _fractions_between(stops, equal if increment is None else increment)
+    trained = _fractions_between(stops, TRAINED_INCREMENT if increment is None else increment)
+    at_goals = [stop.fraction for stop in stops if stop.fraction]
+    trainings = {
+        then: 1 + sum(first < fraction < then for fraction in trained)
+        for first, then in itertools.pairwise([0.0, *at_goals])
+    }
+    return [
+        _target_at(fraction, [start, *stops], trainings.get(fraction, 0))
+        for fraction in sorted([*steps, *at_goals])
+    ]
+
+
+def _fractions_between(stops: Sequence[_Waypoint], increment: Increment) -> list[float]:
+    """What `removed_fractions` returns for the last stop, without fractions that are stops themselves."""
+    return [
         fraction
         for fraction in removed_fractions(stops[-1].fraction, increment)
         if not any(math.isclose(fraction, stop.fraction, abs_tol=1e-9) for stop in stops)
     ]
-    at_goals = [stop.fraction for stop in stops if stop.fraction]
-    return [_target_at(fraction, [start, *stops]) for fraction in sorted([*between, *at_goals])]
 
 
-def _target_at(fraction: float, waypoints: Sequence[_Waypoint]) -> RoundTarget:
+def _target_at(fraction: float, waypoints: Sequence[_Waypoint], trainings: int) -> RoundTarget:
     """The target at a fraction of the leading cost; between two waypoints the ceilings are interpolated."""
     progress = fraction / waypoints[-1].fraction
     for index, goal in enumerate(waypoints[1:]):
         if goal.fraction == fraction:
-            return RoundTarget(goal.ceilings, index, progress)
+            return RoundTarget(goal.ceilings, index, progress, trainings)
     last, following = next(pair for pair in itertools.pairwise(waypoints) if fraction < pair[1].fraction)
     part = (fraction - last.fraction) / (following.fraction - last.fraction)
     ceilings = {
         cost: last.ceilings[cost] + part * (ceiling - last.ceilings[cost])
         for cost, ceiling in following.ceilings.items()
     }
-    return RoundTarget(ceilings, progress=progress)
+    return RoundTarget(ceilings, None, progress, trainings)
 
 
 def removed_fractions(goal: float, increment: Increment) -> list[float]:

@@ -169,8 +169,12 @@ class PruningOptions(OptionGroup):
 
     goal: GoalTexts = None
     increment: Annotated[
-        float, typer.Option(help="The fraction of the original to remove in each round.")
-    ] = 0.05
+        float | None,
+        typer.Option(
+            help="The fraction of the original to remove in each round. Default: 0.05 if each is fine-tuned, "
+            "else at most 0.25."
+        ),
+    ] = None
     criterion: Annotated[
         str | None, typer.Option(help="What makes a channel important. Default: depends on the model.")
     ] = None

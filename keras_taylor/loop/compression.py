@@ -45,7 +45,7 @@ def compress(
     ds: Data,
     goal: GoalLike | Sequence[GoalLike] | None = 0.3,
     *,
-    increment: Increment = 0.05,
+    increment: Increment | None = None,
     criterion: Criterion | Scoring | None = None,
     include: LayerPatterns | None = None,
     exclude: LayerPatterns = (),
@@ -107,7 +107,9 @@ def compress(
             output, the default).
         increment: The fraction of the original to remove in a round, of the cost that has most to lose, a
             float above 0 and at most 1; or a function from the round's number (from 1 on) to the fraction
-            that is gone after it. Default 0.05.
+            that is gone after it. `None` (the default): 0.05 where every round is trained. Else rounds of
+            equal size that remove at most 0.25, since smaller ones take longer and keep no more; a goal is
+            trained for with the epochs of rounds of 0.05.
         max_drop: How much worse a metric on `validation_data` may become, a float of 0 or more, or a
             `MetricLimit`. A dict sets a limit for each metric that it names: `{"digit_accuracy": 0.01,
             "speaker_accuracy": 0.02}`. After each round metrics are compared with those of the given model.

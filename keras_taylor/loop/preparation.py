@@ -13,7 +13,7 @@ import numpy as np
 from keras_taylor.budget.goals import GoalLike
 from keras_taylor.budget.measured_costs import proxy_cost
 from keras_taylor.budget.measuring import Measurements
-from keras_taylor.budget.schedule import Increment
+from keras_taylor.budget.schedule import TRAINED_INCREMENT, Increment
 from keras_taylor.loop.backups import Backups, describe_call, draw_seed
 from keras_taylor.loop.fine_tuning import (
     Distill,
@@ -69,7 +69,7 @@ class CompressionSettings:
     """
 
     goal: GoalLike | Sequence[GoalLike] | None
-    increment: Increment = 0.05
+    increment: Increment | None = None
     scoring: Scoring = dataclasses.field(default_factory=Scoring)
     include: LayerPatterns | None = None
     exclude: LayerPatterns = ()
@@ -89,6 +89,14 @@ class CompressionSettings:
             if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise TypeError(f"Expected `True` or `False`. Received: {name}={getattr(self, name)!r}")
         parse_selection(self.selection)  # refuses another value
+
+    def trains_every_round(self, model: keras.Model) -> bool:
+        """Whether rounds on the way to a goal are trained, too."""
+        wanted = self.tuning.every_round
+        if wanted is None:
+            # a schedule is made for the steps of a round
+            return not self.repair or bool(self.limits) or has_schedule(model.optimizer)
+        return wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,15 +167,7 @@ class PreparedRun:
     @property
     def trains_every_round(self) -> bool:
         """Whether rounds on the way to a goal are trained, too."""
-        wanted = self.settings.tuning.every_round
-        if wanted is None:
-            # a schedule is made for the steps of a round
-            return (
-                not self.settings.repair
-                or bool(self.settings.limits)
-                or has_schedule(self.original.optimizer)
-            )
-        return wanted
+        return self.settings.trains_every_round(self.original)
 
     def num_trained(self, number: int) -> int:
         """How many rounds' epochs round `number`, from 1 on, is trained for; 0: it is not trained.
@@ -176,10 +176,7 @@ class PreparedRun:
         """
         if not self.tuner.trains:
             return 0
-        if self.trains_every_round:
-            return 1
-        stops = [k for k, target in enumerate(self.route.rounds, 1) if target.goal_index is not None]
-        return number - max((k for k in stops if k < number), default=0) if number in stops else 0
+        return 1 if self.trains_every_round else self.route.rounds[number - 1].trainings
 
     def seed_round(self, number: int) -> None:
         """Sets the random seed of a round to a function of its number, so that it can be repeated."""
@@ -213,8 +210,11 @@ def prepare_run(
     branches = settings.selection.branches
     labeled = label_model(model, include, exclude, settings.exact, with_branches=branches)
     reader = ModelReader(include, exclude, settings.exact, labeled.size_choices, branches)
+    increment = settings.increment
+    if increment is None and settings.trains_every_round(model):
+        increment = TRAINED_INCREMENT
     goals = check_goals(
-        labeled, settings.goal, settings.increment, settings.selection, has_limit=bool(settings.limits)
+        labeled, settings.goal, increment, settings.selection, has_limit=bool(settings.limits)
     )
     route = None if goals.measured else plan_route(goals)
     feed, fit_kwargs = _split_fit_arguments(model, ds, settings)
@@ -224,7 +224,8 @@ def prepare_run(
     criterion = settings.scoring.criterion or default_criterion(
         labeled, settings.repair, uses_model_labels(feed, settings.scoring.labels)
     )
-    score_data = prepare_score_data(model, feed, fit_kwargs, settings.scoring)
+    trainings = 1 if route is None else route.trainings_for_each_round
+    score_data = prepare_score_data(model, feed, fit_kwargs, settings.scoring, trainings)
     check_targets(model, *feed.known_targets)
     check_targets(model, *score_data.feed.known_targets, argument="criterion")
     if isinstance(fit_kwargs.get("validation_data"), tuple):

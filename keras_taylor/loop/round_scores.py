@@ -65,7 +65,11 @@ class ScoreData:
 
 
 def prepare_score_data(
-    model: keras.Model, training: Feed, fit_kwargs: Mapping[str, Any], scoring: Scoring
+    model: keras.Model,
+    training: Feed,
+    fit_kwargs: Mapping[str, Any],
+    scoring: Scoring,
+    trainings: float = 1.0,
 ) -> ScoreData:
     """Checks the data of the scores, and chooses how many examples a pass takes.
 
@@ -74,12 +78,13 @@ def prepare_score_data(
         training: The data of the training.
         fit_kwargs: Arguments of `fit`: "epochs" counts here.
         scoring: As in `compress`.
+        trainings: How many trainings there are for each scoring pass.
 
     Raises:
         ValueError: If the data does not fit the model.
     """
     labels, num_examples = scoring.labels, scoring.num_examples
-    feed, num_trained = training, count_trained(training, fit_kwargs)
+    feed, num_trained = training, count_trained(training, fit_kwargs, trainings)
     if scoring.ds is not None:
         feed = Feed(scoring.ds, model, training.batch_size, targets=labels == "data")
         num_trained = None
@@ -191,12 +196,12 @@ class RoundScorer:
         return self._read(build_smaller_compiled(original, kept, carry=False), plan)
 
 
-def count_trained(feed: Feed, fit_kwargs: Mapping[str, Any]) -> int | None:
-    """Returns how many examples `fit` trains on, one counted once an epoch; `None`: unknown, or none."""
+def count_trained(feed: Feed, fit_kwargs: Mapping[str, Any], trainings: float = 1.0) -> int | None:
+    """Returns how many examples trainings take, one counted once an epoch; `None`: unknown, or none."""
     epochs = fit_kwargs.get("epochs", 1)
     if not epochs or feed.num_examples is None:
         return None
-    return feed.num_examples * epochs
+    return round(feed.num_examples * epochs * trainings)
 
 
 def share_of_trained(num_trained: int | None, share: float, least: int, most: int) -> int:

@@ -47,7 +47,7 @@ class CheckedGoals:
         labeled: The original model.
         stops: The goals, each asking for more than the one before.
         given_goal: The goal as the user wrote it.
-        increment: As in `compress`.
+        increment: As in `schedule_rounds`.
         selection: As in `compress`.
         limits: The part of the selection that holds for every group. While a `round_to` of "auto" is not
             measured, it counts as 1.
@@ -56,7 +56,7 @@ class CheckedGoals:
     labeled: LabeledModel
     stops: Sequence[Goal]
     given_goal: object
-    increment: Increment
+    increment: Increment | None
     selection: Selection
     limits: Limits
 
@@ -101,6 +101,11 @@ class Route:
     def num_rounds(self) -> int:
         """How many rounds lead to the last goal."""
         return len(self.rounds)
+
+    @property
+    def trainings_for_each_round(self) -> float:
+        """How many trainings there are for each round, where only goals are trained for."""
+        return sum(target.trainings for target in self.rounds) / max(self.num_rounds, 1)
 
     def for_criterion(self, criterion: Criterion) -> "Route":
         """Returns the same route with the `rank` that suits scores by a criterion."""
@@ -168,7 +173,7 @@ def measure_reached(
 def check_goals(
     labeled: LabeledModel,
     goal: GoalLike | Sequence[GoalLike] | None,
-    increment: Increment,
+    increment: Increment | None,
     selection: Selection,
     has_limit: bool,
 ) -> CheckedGoals:
@@ -176,7 +181,8 @@ def check_goals(
 
     Args:
         labeled: The original model.
-        goal, increment, selection: As in `compress`.
+        goal, selection: As in `compress`.
+        increment: As in `schedule_rounds`.
         has_limit: Whether a metric can end the run. Without it there must be a goal.
 
     Raises:

@@ -34,7 +34,7 @@ from keras_taylor.support.types import Costs, Data, LayerPatterns
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MAX_CHARACTERS = 32  # of a name on one line
+_MAX_NAME_CHARACTERS = 32  # of a name on one line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Analysis:
         table = Table(title=self._headline())
         names = [_describe_makers(group) for group in self.groups]
         longest = max((len(line) for name in names for line in name.split("\n")), default=0)
-        table.add_column("group", overflow="fold", no_wrap=longest <= _MAX_CHARACTERS)
+        table.add_column("group", overflow="fold", no_wrap=longest <= _MAX_NAME_CHARACTERS)
         for column in ("channels", "parameters", "FLOPs"):
             table.add_column(column, justify="right", overflow="fold")
         has_inexact = any(group.normalized_by for group in self.groups)
@@ -237,7 +237,7 @@ def analyze(
 def _describe_makers(group: Group) -> str:
     """The name of a group, on several lines if it is long, and the other layers that make its channels."""
     name = group.name
-    lines = [name.replace("/", "/\n") if len(name) > _MAX_CHARACTERS else name]
+    lines = [name.replace("/", "/\n") if len(name) > _MAX_NAME_CHARACTERS else name]
     inside = name.rpartition("/")[0] + "/"
     others = [other.removeprefix(inside) for other in group.producers if other != name]
     if group.is_branch:

@@ -82,6 +82,22 @@ def test_steps_go_straight_from_goal_to_goal():
     assert flops == pytest.approx([3800, 3600, 3200, 2800, 2400, 2000])
 
 
+@pytest.mark.parametrize(
+    "goals, gone, trainings",
+    [
+        ([0.2], [0.2], [4]),
+        ([0.3], [0.15, 0.3], [0, 6]),
+        ([0.75], [0.25, 0.5, 0.75], [0, 0, 15]),
+        ([0.2, 0.4], [0.2, 0.4], [4, 4]),
+        ([0.1, 0.6], [0.1, 0.2, 0.4, 0.6], [2, 0, 0, 10]),
+    ],
+)
+def test_by_default_rounds_on_the_way_are_few_and_the_training_is_as_long(goals, gone, trainings):
+    found = schedule_rounds(parse_goals(goals), {"params": 1000})
+    assert [1 - step.ceilings["params"] / 1000 for step in found] == pytest.approx(gone)
+    assert [step.trainings for step in found] == trainings
+
+
 @pytest.mark.slow
 def test_a_ceiling_is_kept_to_and_said(capsys):
     model = small_model()
