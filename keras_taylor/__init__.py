@@ -64,7 +64,7 @@ from keras_taylor.loop.callbacks import TaylorPruning
 from keras_taylor.loop.compression import compress
 from keras_taylor.loop.compression_run import CompressionInterrupted
 from keras_taylor.loop.fine_tuning import FineTuning
-from keras_taylor.loop.judging import MetricLimit
+from keras_taylor.loop.metric_limits import MetricLimit
 from keras_taylor.loop.wrapper import PrunableModel
 from keras_taylor.plans.plan import LayerPlan, Plan
 from keras_taylor.plans.plan_difference import PlanDifference

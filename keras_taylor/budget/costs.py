@@ -14,8 +14,8 @@ model. To add another one, "reads" for example:
    field of `GroupCosts`, and a branch in its `__call__`, `with_one_group_cut`, `gradient`, `to_dict` and
    `from_dict`.
 3. If inputs of unknown size make it unknown, give it a subject in `_UNKNOWN_COSTS`, for the message.
-4. Give it a unit in `_UNIT_NAMES` of `keras_taylor.loop.messages` (for "remove 30 % of ...") and name it in
-   the message of `measured_costs.refuse_measured`, which cannot import `COSTS`.
+4. Give it a unit in `_UNIT_NAMES` of `keras_taylor.reports.messages` (for "remove 30 % of ...") and name it
+   in the message of `measured_costs.refuse_measured`, which cannot import `COSTS`.
 5. Hold it against a count by hand in `tests/budget/test_costs.py`, add it to
    `test_the_gradient_is_the_derivative_of_the_cost` in `tests/plans/test_ranking.py`, and to the words and
    sets that `tests/plans/test_plan.py` and `tests/budget/test_measured_goals.py` hold.

@@ -14,7 +14,7 @@ from keras_taylor.cli.data_files import DataSplit, Scaling, load_data
 from keras_taylor.cli.model_files import FileError, load_model
 from keras_taylor.cli.signatures import OptionGroup
 from keras_taylor.exports.formats import VARIANTS
-from keras_taylor.loop.judging import MaxDrop
+from keras_taylor.loop.metric_limits import MaxDrop
 from keras_taylor.plans.selection import AUTO, Selection
 
 # One goal, or several, in the form that `compress` takes.

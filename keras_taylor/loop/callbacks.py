@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_taylor.budget.goals import parse_goal
 from keras_taylor.budget.schedule import removal_schedule
-from keras_taylor.loop.judging import (
+from keras_taylor.loop.metric_limits import (
     MOVED_TO_LIMIT,
     MaxDrop,
     MetricLimit,

@@ -12,12 +12,12 @@ import keras
 from keras_taylor.budget.goals import GoalLike
 from keras_taylor.budget.schedule import Increment
 from keras_taylor.cutting.remade_tasks import as_task
-from keras_taylor.loop import messages
 from keras_taylor.loop.compression_run import complete_run
 from keras_taylor.loop.fine_tuning import Distill, FineTuning, parse_fine_tuning
-from keras_taylor.loop.judging import MOVED_TO_LIMIT, MaxDrop, parse_metric_limits
+from keras_taylor.loop.metric_limits import MOVED_TO_LIMIT, MaxDrop, parse_metric_limits
 from keras_taylor.loop.preparation import CompressionSettings, PreparedRun, prepare_run
 from keras_taylor.plans.selection import MOVED_TO_SELECTION, Selection
+from keras_taylor.reports import messages
 from keras_taylor.reports.info import Info
 from keras_taylor.scores.criteria import Criterion
 from keras_taylor.scores.scoring import Scoring

@@ -16,17 +16,17 @@ from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.cutting.refitting import refit
 from keras_taylor.cutting.remade_tasks import as_task
 from keras_taylor.cutting.surgery import build_smaller_compiled, copy_model
-from keras_taylor.loop import messages
 from keras_taylor.loop.backups import capture, restore_model
 from keras_taylor.loop.fine_tuning import DivergenceError, FitResult
-from keras_taylor.loop.judging import WatchedMetrics
 from keras_taylor.loop.learning_rates import plan_trials
+from keras_taylor.loop.metric_limits import WatchedMetrics
 from keras_taylor.loop.preparation import PreparedRun
 from keras_taylor.loop.route import measure_reached
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units, label_as_planned, plan_of
 from keras_taylor.plans.ranking import flatten_scores
 from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.reports import messages
 from keras_taylor.reports.info import Info
 from keras_taylor.reports.run_record import Round, repair_record
 from keras_taylor.support.console import Clock

@@ -23,8 +23,9 @@ from keras_taylor.loop.fine_tuning import (
     check_fit_arguments,
     flat_callbacks,
 )
-from keras_taylor.loop.judging import MetricLimit, Validation, describe_limits, judge_training
+from keras_taylor.loop.judging import judge_training
 from keras_taylor.loop.learning_rates import RateSearch, choose_learning_rate
+from keras_taylor.loop.metric_limits import MetricLimit, Validation, describe_limits
 from keras_taylor.loop.round_scores import (
     RoundScorer,
     ScoreData,

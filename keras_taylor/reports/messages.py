@@ -10,7 +10,6 @@ import numpy as np
 
 from keras_taylor.budget.costs import known_cost
 from keras_taylor.budget.measured_costs import format_amount
-from keras_taylor.loop.fine_tuning import DivergenceError
 from keras_taylor.reports.info import Info
 from keras_taylor.reports.run_record import GoalRecord, RateRecord, Round
 from keras_taylor.support.arguments import OMITTED, format_value
@@ -193,7 +192,7 @@ def describe_lag(info: Info) -> str:
     )
 
 
-def explain_divergence(error: DivergenceError, num_done: int, learning_rate: float) -> str:
+def explain_divergence(error: Exception, num_done: int, learning_rate: float) -> str:
     """Returns why fine-tuning ended the run, what to change, and which model the result is."""
     result = f"that of round {num_done}" if num_done else "an unpruned copy of the model"
     return (
