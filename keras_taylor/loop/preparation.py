@@ -38,7 +38,7 @@ from keras_taylor.plans.selection import Selection, parse_selection
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.groups import LabeledModel, as_name_patterns, label_model
 from keras_taylor.reading.tracing import trainable_view
-from keras_taylor.reading.walk import sample_inputs
+from keras_taylor.reading.walk import NUM_EXAMPLES, sample_inputs
 from keras_taylor.reports.info import Info
 from keras_taylor.rules.labels import SizeChoices
 from keras_taylor.scores.losses import check_targets
@@ -162,8 +162,12 @@ class PreparedRun:
 
     @functools.cached_property
     def repair_inputs(self) -> Tree:
-        """The inputs of all repairs, read from the data once."""
-        return sample_inputs(self.tuner.feed, graphs.read_model(self.original))
+        """The inputs of all repairs, read once: from other data of the scores, if that is large enough."""
+        feed, scored = self.tuner.feed, self.score_data.feed
+        enough = min(NUM_EXAMPLES, feed.num_examples or NUM_EXAMPLES)
+        if self.score_data.is_separate and (scored.num_examples or 0) >= enough:
+            feed = scored
+        return sample_inputs(feed, graphs.read_model(self.original))
 
     @property
     def trains_every_round(self) -> bool:

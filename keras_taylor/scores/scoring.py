@@ -54,8 +54,9 @@ class Scoring:
             a function from a `GroupStatistics` to an array `(num_units,)`. `None`: "log_odds" for a
             classifier with one output, a cross-entropy and labels, where `repair` is on; else "taylor".
         ds: Data for the scores, in any form that `model.fit` takes: examples that the model was not
-            trained on, for instance, if it knows the training examples by heart and they tell little.
-            `None`: the training data.
+            trained on, for instance, if it knows the training examples by heart and they tell little; or
+            examples as they are, where the training data augments them. Repairs read them, too, if there are
+            1024, or as many as in the training data. `None`: the training data.
         num_examples: Examples in a scoring pass, 1 or more. `None`: an eighth of those that a round trains
             on (an example counts once an epoch), at least 512; of other data, and without training, all;
             at most 10,000.

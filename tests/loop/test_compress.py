@@ -193,6 +193,19 @@ def test_scores_from_other_data_than_the_training():
     assert other.plan == same.plan != nothing.plan
 
 
+@pytest.mark.parametrize("share, is_read", [(1.0, True), (0.5, False)], ids=["as many", "fewer"])
+def test_repairs_read_other_data_of_the_scores_if_there_is_no_less_of_it(share, is_read):
+    model, (x, y) = small_model(), stripes()
+    arguments = {"goal": 0.3, "epochs": 0, "verbose": 0}
+    num = int(share * len(x))
+    scoring = keras_taylor.Scoring("magnitude", ds=(x[:num], y[:num]))
+    other = keras_taylor.compress(model, (np.zeros_like(x), y), criterion=scoring, **arguments)
+    read = x if is_read else np.zeros_like(x)
+    wanted = keras_taylor.compress(model, (read, y), criterion="magnitude", **arguments)
+    for found, want in zip(other.get_weights(), wanted.get_weights(), strict=True):
+        np.testing.assert_array_equal(found, want)
+
+
 def test_other_data_for_scores_that_do_not_fit():
     words = r"^The data does not fit the model.s inputs\. .*Received: ds with x of shapes \[\(2, 5, 5, 1\)\]$"
     with pytest.raises(ValueError, match=words):
