@@ -24,8 +24,9 @@ from peers import DATA, goal_of
 HEAD = """# The main job
 
 Accuracy on test images, which were looked at only here. "Repaired only": `compress(..., epochs=0)`.
-"compress": increment {increment}, {epochs} epochs for each round on {num} images with flips and shifts of 4,
-nothing held out by hand, all else by default. Torch-Pruning's criteria cut once as much; their networks
+"compress": {rounds}, {epochs} epochs for each round on {num} images with flips and shifts of 4, nothing
+held out by hand; scores and repairs read the images as they are, as those of the others do; all else by
+default. Torch-Pruning's criteria cut once as much; their networks
 (BatchNorm statistics renewed) are trained by one cycle of the learning rate to {peak}, in plain PyTorch:
 "steps" as many steps as `compress`, "time" as long as `compress` took with scores, repairs and judging.
 "Scratch": the widths that `compress` found, trained anew in Keras for that time. Means over
@@ -65,6 +66,7 @@ def ours(model, train, what, share, options):
             batches,
             {what: share},
             increment=options.increment,
+            criterion=keras_taylor.Scoring(ds=train),
             epochs=epochs,
             return_info=True,
             verbose=0,
@@ -201,7 +203,7 @@ def main():
     parser.add_argument("networks", type=pathlib.Path, nargs="+", help="files of trained networks")
     parser.add_argument("--goals", type=goal_of, nargs="+", default=[("params", 0.3), ("params", 0.5)])
     parser.add_argument("--epochs", type=int, default=1, help="of `compress`, for each round")
-    parser.add_argument("--increment", type=float, default=0.05, help="of `compress`")
+    parser.add_argument("--increment", type=float, help="of `compress`")
     parser.add_argument("--images", type=int, help="to train on; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
@@ -226,8 +228,8 @@ def main():
             cells = [cell(name, [one[name] for one in found]) for name in found[0]]
             rows.append([path.stem, f"{what} {share:.0%}", *cells])
     num = options.images or "all"
-    values = {"epochs": options.epochs, "increment": options.increment, "seeds": options.seeds}
-    print(HEAD.format(**values, num=num, peak=options.rate))
+    rounds = "the default increment" if options.increment is None else f"increment {options.increment}"
+    print(HEAD.format(rounds=rounds, epochs=options.epochs, seeds=options.seeds, num=num, peak=options.rate))
     print(machine([keras.backend.backend()]), end="\n\n")
     print(markdown_table(header, rows))
 
