@@ -18,6 +18,7 @@ from keras_taylor.exports.formats import VARIANTS, ExportSettings, check_install
 from keras_taylor.exports.timing import time_model
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.support.files import scratch_folder
+from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.replicas import num_processes
 from keras_taylor.support.types import BoolArray, Costs
 
@@ -92,7 +93,9 @@ class Measurements:
 
     def _measure_cost(self, model: keras.Model, folder: str, cost: MeasuredCost) -> int:
         if cost.kind == "bytes":
-            return size_on_disk(_export_file(model, folder, cost.variant))
+            return size_on_disk(
+                _export_file(model, folder, cost.variant, _batch_size_of_file(model, cost.variant))
+            )
         if cost.variant == "keras":
             return time_model(model, self._batch_size)
         path = _export_file(model, folder, cost.variant, self._batch_size)
@@ -122,6 +125,12 @@ class Measurements:
     def _has_suspicious_time(self, amounts: Mapping[str, int], predicted: Costs) -> bool:
         """Whether any time is much longer than predicted."""
         return any(amounts[key] > _SUSPICIOUS_RATIO * known_cost(predicted, key) for key in self._layer_times)
+
+
+def _batch_size_of_file(model: keras.Model, variant: str) -> int | None:
+    """The batch size of a file whose bytes count: `None`, any, but where LiteRT takes recurrent layers."""
+    is_recurrent = any(isinstance(layer, keras.layers.RNN) for layer in layers_inside(model))
+    return 1 if is_recurrent and VARIANTS[variant].format == "litert" else None
 
 
 def _export_file(

@@ -34,6 +34,11 @@ def shorten(error: Exception) -> str:
 def _conversion_advice(error: Exception, settings: ExportSettings) -> str:
     """Sentences that end in a blank, or nothing."""
     name = error.error_name if isinstance(error, JobError) else type(error).__name__
+    if name == "crash" and settings.format == "litert" and settings.quantize == "int8":
+        return (
+            "TensorFlow's quantizer dies of loops, as recurrent layers make them: quantize the weights only "
+            "(`quantize='dynamic'`), or make these layers with `unroll=True`, which writes a larger file. "
+        )
     if name in ("LoadingError", "ModuleNotFoundError"):
         return (
             "It does not load in the process that converts it, where Keras runs on TensorFlow. Put your own "

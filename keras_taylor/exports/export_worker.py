@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from keras_taylor.exports.source_models import UserCode
 IDLE_SECONDS = 60
 CAN_FORK = sys.platform == "linux"  # macOS' system libraries do not survive a fork, Windows has none
 _MAX_LOG_LINES = 8
+_LOGGED_INFORMATION = re.compile(r"I\d{4} ")  # how lines of TensorFlow begin that say nothing of errors
 _START = "from keras_taylor.exports.export_worker import serve_jobs; serve_jobs()"
 
 
@@ -165,7 +167,8 @@ class Worker:
     def _read_log(self, begin: int) -> str:
         """The last lines of the log from this position on, as a sentence."""
         self._log.seek(begin)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()[-_MAX_LOG_LINES:]
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        lines = [line for line in lines if not _LOGGED_INFORMATION.match(line)][-_MAX_LOG_LINES:]
         return " The last lines of its log: " + " | ".join(lines) if lines else ""
 
     def _close_when_idle(self) -> None:

@@ -286,3 +286,17 @@ def test_the_file_that_is_exported_is_under_its_goal(tmp_path, goal):
     )
     assert artifact.num_bytes == found[what] <= arguments[2].ceilings[what]
     assert found[what] > 0.97 * arguments[2].ceilings[what]
+
+
+def test_a_file_with_recurrent_layers_takes_one_example_at_a_time(tmp_path):
+    model = keras.Sequential([keras.Input((8, 3)), keras.layers.GRU(48), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    examples = np.random.default_rng(0).normal(size=(16, 8, 3)), np.zeros((16, 2))
+    small = keras_taylor.compress(
+        model, examples, {"bytes:litert": 0.3}, increment=0.5, epochs=0, criterion="magnitude", verbose=0
+    )
+    sizes = [
+        keras_taylor.export(one, tmp_path / f"{one.count_params()}.tflite", batch_size=1).num_bytes
+        for one in (model, small)
+    ]
+    assert sizes[1] <= 0.7 * sizes[0]

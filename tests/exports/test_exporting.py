@@ -206,6 +206,15 @@ def test_recurrent_layers_in_lite_rt(tmp_path):
     assert keras_taylor.export(model, tmp_path / "one.tflite", batch_size=1).relative_difference < 1e-5
 
 
+def test_recurrent_layers_in_int8(tmp_path):
+    model = keras.Sequential([keras.Input((16, 3)), keras.layers.GRU(4), keras.layers.Dense(2)])
+    x = np.random.default_rng(0).normal(size=(8, 16, 3)).astype("float32")
+    with pytest.raises(keras_taylor.ExportError, match=r"or make these layers with `unroll=True`") as failure:
+        keras_taylor.export(model, tmp_path / "m.tflite", quantize="int8", calibration=x, batch_size=1)
+    assert "oneDNN" not in str(failure.value)
+    assert os.listdir(tmp_path) == []
+
+
 def with_what_exporters_do_not_take():
     """Augmentation of integers, constants of both sizes, grouped convolutions, the exact GELU."""
     layers, ops = keras.layers, keras.ops
