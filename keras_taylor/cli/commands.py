@@ -18,7 +18,7 @@ from rich.console import Console
 import keras_taylor
 from keras_taylor.cli.data_files import DataSplit
 from keras_taylor.cli.demo import compress_digits_network
-from keras_taylor.cli.held_out import print_if_known, print_test_metrics
+from keras_taylor.cli.held_out import measure_on_test_examples, print_if_known, print_test_metrics
 from keras_taylor.cli.model_files import FileError, compile_for_targets
 from keras_taylor.cli.options import (
     Backend,
@@ -145,6 +145,7 @@ def compress_command(
         _fail(f"interrupted after {len(interrupt.info.rounds)} complete rounds; {way_on}.", 130)
     info.command = _command_line()
     *others, small = models if isinstance(models, list) else [models]
+    info.test_metrics = measure_on_test_examples(original, small, split.test)
     written = [*paths.intermediate[: len(others)], paths.result]
     for path, one in zip(written, [*others, small], strict=True):
         write_file(path, one.save)
@@ -171,7 +172,7 @@ def compress_command(
         print(info.to_json())
     else:
         print(info)
-        print_test_metrics(original, small, split.test)
+        print_test_metrics(info.test_metrics, split.test)
         print_if_known(original, split)
         _offer_int8_io(artifacts[1::2])
         _print_written(*written)

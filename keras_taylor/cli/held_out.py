@@ -1,5 +1,7 @@
 """What the command line says of examples that the model was not trained on."""
 
+from collections.abc import Mapping
+
 import keras
 
 from keras_taylor.cli.data_files import DataSplit, Examples
@@ -24,10 +26,21 @@ def print_if_known(model: keras.Model, split: DataSplit) -> None:
         )
 
 
-def print_test_metrics(original: keras.Model, small: keras.Model, test: Examples) -> None:
-    """Prints the loss and the metrics of both models on the test examples."""
+def measure_on_test_examples(
+    original: keras.Model, small: keras.Model, test: Examples
+) -> dict[str, dict[str, float]]:
+    """The loss and the metrics of both models on the test examples, by "before" and "after"."""
     before, after = _metrics(original, test), _metrics(small, test)
-    shown = [f"{name} {value:.4g} -> {after[name]:.4g}" for name, value in before.items() if name in after]
+    return {
+        "before": {name: value for name, value in before.items() if name in after},
+        "after": {name: value for name, value in after.items() if name in before},
+    }
+
+
+def print_test_metrics(metrics: Mapping[str, Mapping[str, float]], test: Examples) -> None:
+    """Prints what `measure_on_test_examples` found."""
+    after = metrics["after"]
+    shown = [f"{name} {value:.4g} -> {after[name]:.4g}" for name, value in metrics["before"].items()]
     print(f"on the {len(test[0])} test examples: {', '.join(shown)}")
 
 

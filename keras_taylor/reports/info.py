@@ -42,6 +42,8 @@ class Info(RunRecord):
         round_to: Every group keeps a multiple of this number of channels, an int.
         metrics: "before" and "after" -> a dict, name -> float: the loss and the metrics on the
             validation data. Empty without validation data.
+        test_metrics: The same on test data, for the page and the file. It is empty until you fill it; the
+            command line does.
         artifacts: "before" and "after" -> a list of `Artifact`s of the original and of the result, in
             the same order, measured together by `measure_artifacts`. It is empty until you fill it.
         command: The call, or the command line, that repeats the run.

@@ -84,9 +84,11 @@ def _summary_cards(record: RunRecord) -> list[SummaryCard]:
         if before and after is not None:
             texts = [format_amount(cost, amount, named=False) for amount in (before, after)]
             cards.append(_summary_card(name, texts[0], texts[1], _percent_change(before, after)))
-    for metric, value in record.metrics.get("after", {}).items():
-        first = record.metrics["before"][metric]
-        cards.append(_summary_card(metric, f"{first:.4g}", f"{value:.4g}", f"{value - first:+.4g}"))
+    for data, metrics in (("validation", record.metrics), ("test", record.test_metrics)):
+        for metric, value in metrics.get("after", {}).items():
+            first = metrics["before"][metric]
+            texts = [f"{first:.4g}", f"{value:.4g}", f"{value - first:+.4g}"]
+            cards.append(_summary_card(f"{metric}, {data}", *texts))
     for old, new in record.exported():
         label = variant_label(new)
         change = _percent_change(old.num_bytes, new.num_bytes)

@@ -222,6 +222,7 @@ class RunRecord:
     layers: dict[str, int] = dataclasses.field(default_factory=dict)
     round_to: int = 1
     metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    test_metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     artifacts: dict[str, list[Artifact]] = dataclasses.field(default_factory=dict)
     command: str = ""
     environment: dict[str, str] = dataclasses.field(default_factory=lambda: package_versions())

@@ -37,11 +37,12 @@ def test_compress_writes_model_state_and_report(run):
     full = keras.models.load_model("model.keras").count_params()
     assert small.count_params() <= 0.6 * full and small.get_layer("first").filters == 8
     info = keras_taylor.Info.from_json(pathlib.Path("small.json").read_text())
-    assert info.metrics.keys() == {"before", "after"}
+    assert info.metrics.keys() == info.test_metrics.keys() == {"before", "after"}
+    assert f"accuracy {info.test_metrics['before']['accuracy']:.4g} -> " in out
     assert len(info.rounds) == 2 and len(info.rounds[-1].history["loss"]) == 2 * 8
     page = pathlib.Path("report.html").read_text()
     assert "keras-taylor compress model.keras" in page and "second" in page and "<svg" in page
-    assert "Repair in the last round" in page
+    assert "Repair in the last round" in page and "accuracy, validation" in page and "accuracy, test" in page
     assert sorted(os.listdir()) == ["data.npz", "model.keras", "report.html", "small.json", "small.keras"]
     code, out, _ = run("report", "small.json")
     assert code == 0 and "removed from" in out

@@ -33,12 +33,12 @@ def test_files_and_metrics_are_cards_and_tables(info):
     page, text = info.to_html(), str(info)
     cards = page.split('<div class="card">')[1:]
     names = [card.split(">")[1].split("<")[0] for card in cards]
-    metrics = list(info.metrics["after"])
+    metrics = [f"{name}, validation" for name in info.metrics["after"]]
     assert names == ["parameters", "FLOPs", *metrics, "litert int8, size", "litert int8, latency"]
     assert "10.0 KiB" in cards[-2] and "before 20.0 KiB (-50.0%)" in cards[-2]
     assert "1.000 ms" in cards[-1] and "before 4.000 ms (-75.0%)" in cards[-1]
     after, before = info.metrics["after"]["accuracy"], info.metrics["before"]["accuracy"]
-    assert f"before {before:.4g} ({after - before:+.4g})" in cards[names.index("accuracy")]
+    assert f"before {before:.4g} ({after - before:+.4g})" in cards[names.index("accuracy, validation")]
     for table in ("What is left at each goal", "Rounds", "Files"):
         assert f"<h2>{table}" in page
     assert "b.tflite" in text and "20.0 KiB" in text and text.count("┏") == 3
