@@ -139,17 +139,17 @@ class _ProgressLines:
     def advance(self, task_id: TaskID) -> None:
         """Notes a step; prints a line if the last one is long ago."""
         self._steps[task_id] += 1
-        now = time.monotonic()
+        now, steps = time.monotonic(), self._steps[task_id]
+        phase, total, first = self._phases[task_id]
+        if steps == 1:
+            first = now  # compiling is over: it takes longer than many steps
+            self._phases[task_id] = phase, total, first
         if now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        phase, total, start = self._phases[task_id]
-        steps = self._steps[task_id]
-        left = (
-            ""
-            if total is None
-            else f" of {total}, {describe_duration((total - steps) * (now - start) / steps)} left"
-        )
+        left = "" if total is None else f" of {total}"
+        if total is not None and steps > 1:
+            left += f", {describe_duration((total - steps) * (now - first) / (steps - 1))} left"
         self._say(f"{phase}: step {steps}{left}")
 
     def remove_task(self, task_id: TaskID) -> None:

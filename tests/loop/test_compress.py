@@ -639,6 +639,25 @@ def test_without_a_terminal_a_line_every_15_seconds_says_how_far_it_is(capsys, m
     assert capsys.readouterr().out == ""
 
 
+def test_the_first_step_which_compiles_does_not_count_for_the_time_that_is_left(capsys, monkeypatch):
+    now = [0.0]
+
+    class Clock(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            now[0] += 1.0 if now[0] else 60.0
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Reporter(2) as reporter:
+        (callback,) = reporter.callback("fine-tuning")
+        x, y = stripes()
+        small_model().fit(x[:40], y[:40], batch_size=1, verbose=0, callbacks=[Clock(), callback])
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "fine-tuning: step 1 of 40"
+    assert second.endswith("step 16 of 40, about 24 s left") and third.endswith(
+        "step 31 of 40, about 9 s left"
+    )
+
+
 def test_live_bar_in_a_terminal():
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     with Reporter("auto", console) as reporter:
