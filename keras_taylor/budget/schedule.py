@@ -76,12 +76,13 @@ def schedule_rounds(
         _Waypoint(one[lead], goal.ceilings(original)) for one, goal in zip(fractions, goals, strict=True)
     ]
     furthest = stops[-1].fraction
+    of_trained = TRAINED_INCREMENT if increment is None else increment
     if not furthest:
-        removed_fractions(0.5, TRAINED_INCREMENT if increment is None else increment)  # refuses other values
+        removed_fractions(0.5, of_trained)  # refuses a value that is no increment
         return []
     equal = furthest / math.ceil(furthest / UNTRAINED_INCREMENT - 1e-9)
     steps = _fractions_between(stops, equal if increment is None else increment)
-    trained = _fractions_between(stops, TRAINED_INCREMENT if increment is None else increment)
+    trained = _fractions_between(stops, of_trained)
     at_goals = [stop.fraction for stop in stops if stop.fraction]
     trainings = {
         then: 1 + sum(first < fraction < then for fraction in trained)

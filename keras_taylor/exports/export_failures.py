@@ -36,8 +36,9 @@ def _conversion_advice(error: Exception, settings: ExportSettings) -> str:
     name = error.error_name if isinstance(error, JobError) else type(error).__name__
     if name == "crash" and settings.format == "litert" and settings.quantize == "int8":
         return (
-            "TensorFlow's quantizer dies of loops, as recurrent layers make them: quantize the weights only "
-            "(`quantize='dynamic'`), or make these layers with `unroll=True`, which writes a larger file. "
+            "If the model has recurrent layers, TensorFlow's quantizer dies of their loops: quantize the "
+            "weights only (`quantize='dynamic'`), or make these layers with `unroll=True`, which writes a "
+            "larger file. "
         )
     if name in ("LoadingError", "ModuleNotFoundError"):
         return (

@@ -404,5 +404,6 @@ def _describe_run_settings(run: PreparedRun) -> dict[str, Any]:
         validation_split=settings.fit_kwargs.get("validation_split"),
         keep_best=settings.tuning.keep_best,
         every_round=run.trains_every_round,
+        trainings=None if is_measured else [target.trainings for target in route.rounds],
         examples=run.num_examples,
     )
