@@ -118,7 +118,7 @@ def test_how_many_examples_are_scored(capsys, epochs, options, scored):
 
 def test_fewer_rounds_score_more_examples_each(capsys):
     keras_taylor.compress(small_model(), data(3200), 0.3, verbose=2)
-    # two rounds for six trainings with 3040 examples each: 128 are held out, batches are whole
+    # two rounds for six trainings with 3040 examples each: a twentieth is held out, batches are whole
     assert "rounds: 2; in each: 'log_odds' scores from at most 1,152 examples" in capsys.readouterr().out
 
 
