@@ -12,7 +12,7 @@ from keras import ops
 from keras_taylor.cutting.downstream import ChannelReader, find_channel_readers
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.reading.graph import Call, Graph
-from keras_taylor.reading.matmul_views import to_float32, to_float64
+from keras_taylor.reading.matmul_views import to_float64, view_float32
 from keras_taylor.reading.walk import InputBatch, Observer, Walk
 from keras_taylor.rules.base import override_attributes
 from keras_taylor.support.arrays import assign_rounded
@@ -204,7 +204,7 @@ class _ChannelSums:
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         """Adds a batch; `mask` says which positions count, all if it is `None`."""
-        values = np.moveaxis(to_float32(x), self._axis, -1)
+        values = np.moveaxis(view_float32(x), self._axis, -1)
         rows = values.reshape(-1, values.shape[-1])
         if mask is not None:
             rows = rows[np.broadcast_to(ops.convert_to_numpy(mask), values.shape[:-1]).reshape(-1)]

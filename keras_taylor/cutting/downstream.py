@@ -100,7 +100,7 @@ class DownstreamPath:
         lost = before[:, self._outputs] - self._sum_residual_terms(batch, positions)
         gain = self._affine.gain
         damped = np.square(gain) + _GAIN_DAMPING * np.square(gain).mean()
-        return (lost * gain / damped).astype(np.float32)
+        return lost * (gain / damped).astype(np.float32)
 
     def relax_targets(
         self, targets: FloatArray, predicted: FloatArray, batch: int, positions: SampledPositions
@@ -119,12 +119,12 @@ class DownstreamPath:
         Returns:
             A float32 array `(num_rows, num_outputs)`.
         """
-        gain = self._affine.gain
-        rest = self._affine.offset + self._sum_residual_terms(batch, positions)
+        gain, offset = (value.astype(np.float32) for value in self._affine)
+        rest = offset + self._sum_residual_terms(batch, positions)
         is_cut_off = gain * targets + rest <= 0
         nonzero_gain = np.where(np.abs(gain) > 1e-6, gain, np.inf)
         relaxed = np.where(gain * predicted + rest <= 0, predicted, -rest / nonzero_gain)
-        return np.where(is_cut_off, relaxed, targets).astype(np.float32)
+        return np.where(is_cut_off, relaxed, targets)
 
     def _sum_residual_terms(self, batch: int, positions: SampledPositions) -> FloatArray:
         """The sum of the residual terms in the repaired model; a zero if there are none."""

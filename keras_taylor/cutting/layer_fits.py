@@ -182,15 +182,16 @@ class LayerFit:
         targets: list[FloatArray],
     ) -> list[AffineMap]:
         """Solves again for targets that are relaxed by the slack of the rectifier, with the same ridges."""
-        matrix, bias = self._view.matrix(), self._view.bias()
+        bias, pairs = self._view.bias(), zip(self._view.matrix(), fitted, strict=True)
+        blocks = [((block + c).astype(np.float32), k.astype(np.float32)) for block, (c, k) in pairs]
         repeated = [regression.repeated() for regression in regressions]
         for batch, rows in self._rows_of_batches(positions):
-            blocks = zip(rows, matrix, fitted, strict=True)
-            predicted = np.concatenate([x @ (block + c) + k for x, block, (c, k) in blocks], axis=1)
+            both = zip(rows, blocks, strict=True)
+            predicted = np.concatenate([x @ block + k for x, (block, k) in both], axis=1)
             wanted, place = targets[batch] + bias, positions[batch]
-            relaxed = self._path.relax_targets(wanted, predicted + bias, batch, place) - bias
-            for regression, x, y in zip(repeated, rows, self._split(relaxed), strict=True):
-                regression.add(x, y)
+            change = self._path.relax_targets(wanted, predicted + bias, batch, place) - wanted
+            for regression, x, part in zip(repeated, rows, self._split(change), strict=True):
+                regression.change_targets(x, part)
         return [
             before if solution.ridge is None else regression.solve(solution.ridge)
             for regression, solution, before in zip(repeated, solutions, fitted, strict=True)

@@ -1,5 +1,6 @@
 """Linear layers as matrix products: the im2col rows that their kernel multiplies, and where a bias goes."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -155,13 +156,11 @@ class MatmulView:
         Returns:
             A float32 array `(num_blocks, num_rows, num_columns)`.
         """
-        values = to_float32(x)
-        return values.reshape(len(values), -1, values.shape[-1])[positions][None]
+        return _rows_at(view_float32(x), positions)[None]
 
     def output_rows(self, y: Tensor, positions: SampledPositions) -> FloatArray:
         """Values of a tensor of the output's shape at some positions, float32 `(num_rows, num_outputs)`."""
-        values = to_float32(y)
-        return values.reshape(len(values), -1, values.shape[-1])[positions]
+        return _rows_at(view_float32(y), positions)
 
 
 class _EinsumTerms(NamedTuple):
@@ -234,7 +233,7 @@ class _EinsumView(MatmulView):
     def _flatten(self, tensor: Tensor, letters: str, last: list[str]) -> FloatArray:
         """A tensor as `(num_examples, num_positions, size)`, where `size` covers the axes in `last`."""
         order = [letters.index(c) for c in (letters[0], *self._position_letters(), *last)]
-        values = to_float32(tensor).transpose(order)
+        values = view_float32(tensor).transpose(order)
         return values.reshape(len(values), -1, math.prod(values.shape[-len(last) :]))
 
 
@@ -255,14 +254,14 @@ class _WindowView(MatmulView):
         self.kernel.assign(matrix[0].reshape(self.kernel.shape))
 
     def output_rows(self, y: Tensor, positions: SampledPositions) -> FloatArray:
-        return super().output_rows(self._channels_last(to_float32(y)), positions)
+        return super().output_rows(self._channels_last(view_float32(y)), positions)
 
     def _output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         shape = super()._output_shape(input_shape)
         return (shape[0], *shape[2:], shape[1]) if self._channels_first else shape
 
     def input_rows(self, x: Tensor, positions: SampledPositions) -> FloatArray:
-        values = self._channels_last(to_float32(x))
+        values = self._channels_last(view_float32(x))
         space = np.unravel_index(positions.places, self._output_shape(tuple(x.shape))[1:-1])
         first = [
             place * stride - self._padding(size, window, stride)[0]
@@ -363,7 +362,7 @@ class _TransposedView(_WindowView):
         return [*window, inputs, outputs]
 
     def input_rows(self, x: Tensor, positions: SampledPositions) -> FloatArray:
-        values, strides = self._channels_last(to_float32(x)), self.layer.strides
+        values, strides = self._channels_last(view_float32(x)), self.layer.strides
         sizes = [(size - 1) * stride + 1 for size, stride in zip(values.shape[1:-1], strides, strict=True)]
         spread = np.zeros((len(values), *sizes, values.shape[-1]), np.float32)
         spread[(slice(None), *[slice(None, None, stride) for stride in strides])] = values
@@ -410,6 +409,13 @@ def _matmul_terms(layer: keras.Layer) -> _EinsumTerms | None:
     return _EinsumTerms(*terms) if is_known else None
 
 
+def _rows_at(values: FloatArray, positions: SampledPositions) -> FloatArray:
+    """The channels of an array at some positions, `(num_rows, num_channels)`, whatever its strides."""
+    sizes = values.shape[1:-1]
+    space = np.unravel_index(positions.places, sizes) if sizes else ()
+    return values[(positions.examples, *space)]
+
+
 def _outer(combine: np.ufunc, axes: Sequence[Array]) -> Array:
     """Combined values of all pairs of positions along some axes, flattened."""
     return functools.reduce(lambda first, second: combine.outer(first, second).reshape(-1), axes)
@@ -442,6 +448,14 @@ def to_float32(tensor: Tensor) -> FloatArray:
     if keras.backend.standardize_dtype(tensor.dtype) == "float32":  # JAX compiles a cast for every shape
         return np.asarray(ops.convert_to_numpy(tensor))
     return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
+
+
+def view_float32(tensor: Tensor) -> FloatArray:
+    """The same as `to_float32`, for reading only: it shares the tensor's memory where that is the host's."""
+    if keras.backend.standardize_dtype(tensor.dtype) == "float32":
+        with contextlib.suppress(TypeError, RuntimeError):  # PyTorch's, on a device or with a gradient
+            return np.asarray(tensor)
+    return to_float32(tensor)
 
 
 def to_float64(tensor: Tensor) -> FloatArray:

@@ -80,8 +80,8 @@ class Regression:
         (self._held_out if held_out else self._fit).add(x, y - x @ self._start)
 
     def repeated(self) -> RepeatedRegression:
-        """The regression of the same rows, held-out ones included, on other targets."""
-        return RepeatedRegression(self._all.without_targets(), self._start, self._constant)
+        """The regression of the same rows, held-out ones included, whose targets can be changed."""
+        return RepeatedRegression(self._all.repeated(), self._constant)
 
     @functools.cached_property
     def _all(self) -> _Sums:
@@ -148,12 +148,12 @@ class Elimination:
 class RepeatedRegression:
     """A regression on known rows with a known ridge. It reuses everything that depends on the rows alone."""
 
-    def __init__(self, sums: _Sums, start: Array, constant: bool) -> None:
-        self._sums, self._start, self._constant = sums, start, constant
+    def __init__(self, sums: _Sums, constant: bool) -> None:
+        self._sums, self._constant = sums, constant
 
-    def add(self, x: Array, y: Array) -> None:
-        """Adds new targets of the same rows, in the same order."""
-        self._sums.add_targets(x, y - x @ self._start)
+    def change_targets(self, x: Array, change: Array) -> None:
+        """Adds to the targets of rows that were added before; batches come in the order they had then."""
+        self._sums.change_targets(x, change)
 
     def solve(self, ridge: float) -> AffineMap:
         """The change and the constant, as in `Solution`."""
@@ -238,14 +238,14 @@ class _Sums(Protocol):
     def add(self, x: Array, r: Array) -> None:
         """Adds rows."""
 
-    def add_targets(self, x: Array, r: Array) -> None:
-        """Adds residuals of rows that are known already."""
+    def change_targets(self, x: Array, change: Array) -> None:
+        """Adds to the residuals of rows that are known already; only `solve` takes note."""
 
     def joined(self, other: Self) -> Self:
         """The sums of both sets of rows."""
 
-    def without_targets(self) -> Self:
-        """The same rows without residuals."""
+    def repeated(self) -> Self:
+        """The same rows and residuals, which can be changed."""
 
     def solve(self, ridge: float, constant: bool, dtype: DTypeLike = np.float64) -> AffineMap:
         """The change of the matrix, and the constant."""
@@ -268,12 +268,12 @@ class _TargetMoments:
 
     def add(self, x: Array, r: Array) -> None:
         self._rows.add(x)
-        self.add_targets(x, r)
-
-    def add_targets(self, x: Array, r: Array) -> None:
-        self._xr += x.T @ r
-        self._r += r.sum(0, dtype=np.float64)
+        self.change_targets(x, r)
         self._squares += np.square(r, dtype=np.float64).sum(0)
+
+    def change_targets(self, x: Array, change: Array) -> None:
+        self._xr += x.T @ change
+        self._r += change.sum(0, dtype=np.float64)
 
     def joined(self, other: Self) -> Self:
         both = type(self)(*self._xr.shape, self._rows.joined(other._rows))
@@ -281,8 +281,10 @@ class _TargetMoments:
         both._squares = self._squares + other._squares
         return both
 
-    def without_targets(self) -> Self:
-        return type(self)(*self._xr.shape, self._rows)
+    def repeated(self) -> Self:
+        same = type(self)(*self._xr.shape, self._rows)
+        same._xr, same._r = self._xr.copy(), self._r.copy()
+        return same
 
     def solve(self, ridge: float, constant: bool, dtype: DTypeLike = np.float64) -> AffineMap:
         level = constant * self._r / max(self.num, 1)
@@ -294,7 +296,8 @@ class _TargetMoments:
 
     def errors(self, fitted: AffineMap) -> Array:
         (change, constant), rows = fitted, self._rows
-        mixed = (change * (rows.xx @ change)).sum(0) - 2 * (change * self._xr).sum(0)
+        products = rows.xx.astype(np.float32) @ change.astype(np.float32)  # enough to compare ridges
+        mixed = (change * (products - 2 * self._xr)).sum(0)
         shifted = (
             self.num * (np.square(constant) + 2 * constant * (rows.mean @ change)) - 2 * constant * self._r
         )
@@ -307,7 +310,7 @@ class _Rows:
     def __init__(self, num_columns: int, num_outputs: int, gram: _GramMatrix | None = None) -> None:
         self._x = [np.zeros((0, num_columns), np.float32)]
         self._r = [np.zeros((0, num_outputs), np.float32)]
-        self._gram = gram
+        self._gram, self._num_changed = gram, 0
 
     @property
     def num(self) -> int:
@@ -322,13 +325,14 @@ class _Rows:
         both._x, both._r = self._x + other._x, self._r + other._r
         return both
 
-    def without_targets(self) -> Self:
-        fresh = type(self)(self._x[0].shape[1], self._r[0].shape[1], self._gram)
-        fresh._x = [x for x in self._x if len(x)]
-        return fresh
+    def repeated(self) -> Self:
+        same = type(self)(self._x[0].shape[1], self._r[0].shape[1], self._gram)
+        same._x, same._r = ([part for part in parts if len(part)] for parts in (self._x, self._r))
+        return same
 
-    def add_targets(self, x: Array, r: Array) -> None:
-        self._r.append(r)
+    def change_targets(self, x: Array, change: Array) -> None:
+        self._r[self._num_changed] = self._r[self._num_changed] + change
+        self._num_changed += 1
 
     def solve(self, ridge: float, constant: bool, dtype: DTypeLike = np.float64) -> AffineMap:
         r = np.concatenate(self._r).astype(np.float64)
