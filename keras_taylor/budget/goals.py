@@ -128,7 +128,7 @@ def parse_goals(
 
 
 def goals_from_texts(texts: Sequence[str]) -> GoalLike | list[GoalLike]:
-    """The goals of a command line: "0.3", or targets like "params=200000" and "flops=0.5".
+    """The goals of a command line: "0.3" or "30%", or targets like "params=200000" and "flops=0.5".
 
     Args:
         texts: Texts about different costs. Values with commas between them ("0.2,0.4,0.6") are several
@@ -164,18 +164,25 @@ def _parse_value(cost: str, value: str, text: str) -> float | int | str:
         if not cost:
             raise ValueError(
                 "A whole number is what may be left of a cost. Expected its name before it, as in "
-                f"params=200000, or a fraction of the parameters to remove, as in 0.3. Received: {text}"
+                "params=200000, or the part of the parameters to remove, as in 0.3 or 30%. "
+                f"Received: {text}"
             )
         return int(value)
     try:
-        return float(value)
+        number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
     except ValueError as error:
         if measured_cost_of(cost) is not None:
             return value
         raise ValueError(
-            "A goal is the fraction to remove, as in 0.3 or flops=0.5, or what may be left, as in "
+            "A goal is the part to remove, as in 0.3, 30% or flops=0.5, or what may be left, as in "
             f"params=200000. Received: {text}"
         ) from error
+    if not 0 < number < 1 and measured_cost_of(cost) is None:
+        raise ValueError(
+            "The part to remove is above 0 and below 1, as in 0.3, or above 0% and below 100%. "
+            f"Received: {text}"
+        )
+    return number
 
 
 def _parse_target(cost: str, value: Any) -> float | int:

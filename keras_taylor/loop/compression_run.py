@@ -188,6 +188,7 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetrics) -> Rou
         number=number,
         costs=judgment.costs,
         layers={name: [layer.width, len(layer.kept)] for name, layer in pruned.plan.layers.items()},
+        epochs=fitted.epochs,
         history=fitted.history,
         step_losses=fitted.step_losses,
         seconds=clock.seconds,
@@ -306,7 +307,7 @@ def announce_run(run: PreparedRun) -> None:
         carries_optimizer=run.carries_optimizer,
         learning_rate=run.tuner.learning_rate,
         tries_rates=run.tuner.search is not None and plan_trials(run.tuner.num_steps(max(rounds)))[0] > 0,
-        epochs=[run.tuner.last_epoch(num) for num in rounds if num],
+        epochs=[run.tuner.num_epochs(num) for num in rounds if num],
         judged_on=run.tuner.judge.examples if run.tuner.judge is not None else "",
     )
     goals, route = run.route.goals.stops, run.route

@@ -64,6 +64,7 @@ class FitResult(NamedTuple):
         judged: Which state was kept; `None` if states were not compared.
         rate: The learning rate, and how it was found; `None`: a schedule of the optimizer.
         failure: Why the last state could not be used, in words; empty if it could.
+        epochs: For how many epochs it was to train; callbacks may have stopped it before.
     """
 
     history: dict[str, list[float]]
@@ -71,6 +72,7 @@ class FitResult(NamedTuple):
     judged: JudgedRecord | None = None
     rate: RateRecord | None = None
     failure: str = ""
+    epochs: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,15 +112,14 @@ class FineTuner:
         """Epochs of a round."""
         return self.fit_kwargs.get("epochs", 1)
 
-    def last_epoch(self, num_rounds: int) -> int:
-        """The epoch at which a training ends that takes the epochs of several rounds."""
-        first = self.fit_kwargs.get("initial_epoch", 0)
-        return first + num_rounds * (self.epochs - first)
+    def num_epochs(self, num_rounds: int) -> int:
+        """Epochs of a training that takes those of several rounds."""
+        return num_rounds * (self.epochs - self.fit_kwargs.get("initial_epoch", 0))
 
     def num_steps(self, num_rounds: int) -> int | None:
         """Steps of a training that takes the epochs of several rounds; `None`: unknown."""
-        steps, first = self.feed.num_steps, self.fit_kwargs.get("initial_epoch", 0)
-        return None if steps is None else steps * (self.last_epoch(num_rounds) - first)
+        steps = self.feed.num_steps
+        return None if steps is None else steps * self.num_epochs(num_rounds)
 
     @property
     def trains(self) -> bool:
@@ -170,7 +171,8 @@ class FineTuner:
             best = BestState(self.judge, model, reads_logs=not (self.distill or of_user))
             callbacks.append(best)
         arguments = {**self.feed.fit_arguments(), **self.fit_kwargs, "verbose": 0, "callbacks": callbacks}
-        arguments["epochs"] = self.last_epoch(num_rounds)
+        num_epochs = self.num_epochs(num_rounds)
+        arguments["epochs"] = self.fit_kwargs.get("initial_epoch", 0) + num_epochs
         num_steps = self.num_steps(num_rounds)
         with (
             temporary_learning_rate(model, self.learning_rate),
@@ -186,7 +188,7 @@ class FineTuner:
         if failure and best is None:
             raise DivergenceError(failure)
         numbers = {name: [as_number(value) for value in values] for name, values in history.items()}
-        return FitResult(numbers, losses.values, judged, rate, failure)
+        return FitResult(numbers, losses.values, judged, rate, failure, num_epochs)
 
     def assess(self, model: keras.Model) -> FitResult:
         """Judges a model that is not trained, if there is a judge."""

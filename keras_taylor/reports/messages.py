@@ -93,7 +93,8 @@ def _describe_steps(criterion: str, outline: RoundOutline) -> Iterator[str]:
         optimizer = "" if outline.carries_optimizer else " with a new optimizer"
         falling = "" if outline.learning_rate is None else " at a learning rate that falls to zero"
         when = "where a goal is reached " if len(outline.epochs) < outline.num_rounds else ""
-        epochs = ", ".join(map(str, dict.fromkeys(outline.epochs)))
+        differ = len(set(outline.epochs)) > 1
+        epochs = ", then ".join(map(str, outline.epochs if differ else outline.epochs[:1]))
         yield f"{when}fine-tuning{optimizer}{falling}, epochs: {epochs}"
         if outline.judged_on:
             yield f"the best state on {outline.judged_on} is kept"

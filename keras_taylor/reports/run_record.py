@@ -109,6 +109,8 @@ class Round:
             "measure" (a string) and "trials" (a list of `[rate, value]`; empty without them). `None` without
             fine-tuning, and if the optimizer follows a schedule.
         held: A bool. `False` if a metric became worse by more than `max_drop`: the round was undone.
+        epochs: For how many epochs the round was to be fine-tuned, an int: more than `num_epochs` if a
+            callback of yours stopped it.
 
     Example:
 
@@ -130,6 +132,7 @@ class Round:
     judged: JudgedRecord | None = None
     learning_rate: RateRecord | None = None
     held: bool = True
+    epochs: int = 0
 
     @property
     def num_epochs(self) -> int:
@@ -138,7 +141,7 @@ class Round:
 
     @property
     def kept_epoch(self) -> int:
-        """The epoch whose model was kept, an int; 0: the one before fine-tuning."""
+        """The epoch whose model was kept, an int; 0: the one before fine-tuning, or there was none."""
         return self.num_epochs if self.judged is None else self.judged["epoch"]
 
     @property
@@ -169,7 +172,9 @@ class Round:
         return values[:1] + ([values[self.kept_epoch or -1]] if values[1:] else [])
 
     def verdict(self) -> str:
-        """Which state was kept, and why, in one line; empty if states were not compared.
+        """Which state was kept, and why, and whether a callback stopped the training, in one line.
+
+        Empty if states were not compared and nothing stopped it.
 
         Example:
 
@@ -177,9 +182,12 @@ class Round:
         >>> info.rounds[0].verdict()
         'epoch ... of 1 kept...'
         """
+        is_stopped = 0 < self.num_epochs < self.epochs
+        stopped = [f"stopped after {self.num_epochs} of {self.epochs} epochs"] if is_stopped else []
         if self.judged is None:
-            return ""
+            return ", ".join(stopped)
         parts = [f"epoch {self.kept_epoch} of {self.num_epochs} kept"] if self.num_epochs else []
+        parts += stopped
         parts += [self.judged["reason"]] if self.judged["reason"] else []
         when = (" before training", " after it") if self.num_epochs else ("",)
         found = ", ".join(f"{value:.4g}{at}" for value, at in zip(self.judged_values, when, strict=False))

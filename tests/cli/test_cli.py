@@ -53,7 +53,7 @@ def test_compress_writes_model_state_and_report(run):
 @pytest.mark.slow
 @pytest.mark.once
 def test_several_goals_write_a_model_each(run):
-    words = (*COMPRESS[:-1], "0.2,0.4", "--goal", "flops=0.1,0.3", "--epochs", "0", "--report", "report.html")
+    words = (*COMPRESS[:-1], "20%,0.4", "--goal", "flops=0.1,0.3", "--epochs", "0", "--report", "report.html")
     code, out, _ = run(*words)
     assert code == 0 and "small-1.keras, small.keras, small.json, report.html" in " ".join(out.split())
     full = keras.models.load_model("model.keras").count_params()
@@ -374,8 +374,11 @@ def test_data_that_cannot_be_used(run):
 
 
 def test_arguments_that_cannot_be_used(run):
-    assert "Received: goal={'params': 2.5}" in refused(run, *COMPRESS[:-1], "2.5")
-    assert "as in params=200000, or a fraction of" in refused(run, *COMPRESS[:-1], "2")
+    for share in ("2.5", "1.0", "0.0", "100%", "flops=-0.5"):
+        message = refused(run, *COMPRESS[:-1], share)
+        assert "The part to remove is above 0 and below 1, as in 0.3" in message and share in message
+    assert "as in params=200000, or the part of" in refused(run, *COMPRESS[:-1], "2")
+    assert "Received: half%" in refused(run, *COMPRESS[:-1], "half%")
     assert "Received: params=few" in refused(run, *COMPRESS[:-1], "params=few")
     assert "are about the same cost. Received: 0.4 params=9" in refused(run, *COMPRESS, "--goal", "params=9")
     assert "each part has one value for each goal. Received: 0.2,0.4 flops=0.5" in refused(

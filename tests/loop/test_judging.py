@@ -228,7 +228,8 @@ def test_the_last_state_is_the_one_that_callbacks_leave(trained):
     stop = keras.callbacks.EarlyStopping("val_loss", mode="max", restore_best_weights=True)
     data = on_validation_data(ds)
     small, done = compress(model, ds, callbacks=[lesson, stop], **arguments, **data)
-    assert (done.num_epochs, done.kept_epoch) == (2, 1)
+    assert (done.num_epochs, done.kept_epoch, done.epochs) == (2, 1, 3)
+    assert done.verdict().startswith("epoch 1 of 2 kept, stopped after 2 of 3 epochs: loss ")
     assert same(small.get_weights(), lesson.weights[1])
 
     lesson = Lesson(99, 99, 99)
