@@ -20,7 +20,9 @@ def print_if_known(model: keras.Model, split: DataSplit) -> None:
     known = _loss(model, split.train)
     losses = {"validation": _loss(model, split.validation), "test": _loss(model, split.test)}
     found = [
-        f"on the {name} part, {loss:.4g}," for name, loss in losses.items() if loss <= (1 + _SAME_LOSS) * known
+        f"on the {name} part, {loss:.4g},"
+        for name, loss in losses.items()
+        if loss <= (1 + _SAME_LOSS) * known
     ]
     if found:
         print(

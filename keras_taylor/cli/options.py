@@ -33,9 +33,9 @@ GoalTexts = Annotated[
     list[str] | None,
     typer.Option(
         "--goal",
-        help="What to remove: a part of the parameters (0.3 or 30%) or of another cost (flops=0.5). Or what may "
-        "be left at most (params=200000, bytes:litert-int8=90KiB). Repeat the option for several costs: all "
-        "must hold. With commas (0.2,0.4,0.6): several goals in one run, and a model for each.  "
+        help="What to remove: a part of the parameters (0.3 or 30%) or of another cost (flops=0.5). "
+        "Or what may be left at most (params=200000, bytes:litert-int8=90KiB). Repeat the option for several "
+        "costs: all must hold. With commas (0.2,0.4,0.6): several goals in one run, and a model for each.  "
         "\\[default: 0.3]",
         show_default=False,
     ),

@@ -18,10 +18,6 @@ _MAX_DROP = 0.02  # of a metric that is better the larger it is
 _MAX_GROWTH = 0.1  # of another one, as a share of its value
 LOSSY: Final = ("dynamic", "int8")  # precisions whose outputs are judged by what they say
 _DIFFERS = "The exported model differs from the Keras model"
-_WAYS_OUT = (
-    "Expected a difference within the tolerance. Pass `samples` that resemble the model's real inputs, "
-    "calibrate on more data, quantize less, or pass a larger `tolerance` or `max_drop`."
-)
 
 
 class OutputError(NamedTuple):
@@ -193,7 +189,7 @@ def judge(
             the smaller it is.
     """
     if not all(np.isfinite(error.difference) for error in errors):
-        return Verdict(False, f"{_DIFFERS}: its outputs are not finite, or far too large. {_WAYS_OUT}")
+        return Verdict(False, f"{_DIFFERS}: its outputs are not finite, or far too large")
     verdicts = [_judge_output(error, tolerance, quantize in LOSSY) for error in errors]
     worst = min(verdicts, key=lambda verdict: verdict.is_accepted)
     if metric is None or not worst.is_accepted:
@@ -211,7 +207,7 @@ def _judge_metric(metric: MetricValues, max_drop: float | None) -> Verdict:
         return Verdict(
             False,
             f"{_DIFFERS}: '{name}' {'falls' if is_larger_better else 'grows'} from {before:.4g} to "
-            f"{after:.4g}. The largest accepted drop is {max_drop:.3g}. {_WAYS_OUT}",
+            f"{after:.4g}. The largest accepted drop is {max_drop:.3g}",
         )
     less = "less" if is_larger_better else "more"
     return Verdict(True, f"judged by '{name}': {after:.4g}, at most {max_drop:.3g} {less} than {before:.4g}")
@@ -229,11 +225,22 @@ def _judge_output(error: OutputError, tolerance: float, is_lossy: bool) -> Verdi
     accepted = [text for text, value in found.items() if value <= tolerance]
     if accepted:
         return Verdict(True, f"judged by its outputs: {accepted[0]} (tolerance {tolerance:.3g})")
-    return Verdict(False, f"{_DIFFERS}: {', '.join(found)}. The tolerance is {tolerance:.3g}. {_WAYS_OUT}")
+    return Verdict(False, f"{_DIFFERS}: {', '.join(found)}. The tolerance is {tolerance:.3g}")
+
+
+def explain_refusal(verdict: Verdict, quantize: str | None) -> str:
+    """Why an artifact's outputs are not accepted, and what helps."""
+    ways = ["Pass `samples` that resemble the model's real inputs"]
+    ways += ["calibrate on more data"] if quantize == "int8" else []
+    ways += ["quantize less"] if quantize else []
+    return (
+        f"{verdict.text}. Expected a difference within the tolerance. {', '.join(ways)}, or pass a larger "
+        "`tolerance` or `max_drop`."
+    )
 
 
 def size_violation(artifact: Artifact, max_bytes: float | None, max_arena_bytes: float | None) -> str:
-    """How an artifact is larger than is accepted, `""` if it is not."""
+    """How an artifact is larger than is accepted, and what its outputs are like; `""` if it is not."""
     for name, size, limit in (
         ("file", artifact.num_bytes, max_bytes),
         ("tensor arena", artifact.arena_bytes, max_arena_bytes),
@@ -241,6 +248,6 @@ def size_violation(artifact: Artifact, max_bytes: float | None, max_arena_bytes:
         if limit is not None and size is not None and size > limit:
             return (
                 f"The {name} takes {size:,} bytes; the limit is {limit:,.0f}. Prune more, quantize (int8), "
-                "or allow more."
+                f"or allow more. All else is accepted, {artifact.verdict}."
             )
     return ""

@@ -12,7 +12,13 @@ from keras_taylor.exports.artifacts import Artifact, ExportError, size_on_disk
 from keras_taylor.exports.conversion import save_and_convert
 from keras_taylor.exports.export_checks import check_calibration, check_limits, check_model, check_target
 from keras_taylor.exports.export_failures import conversion_failure, run_failure, shorten
-from keras_taylor.exports.export_parity import Verdict, judge, size_violation, summarize_errors
+from keras_taylor.exports.export_parity import (
+    Verdict,
+    explain_refusal,
+    judge,
+    size_violation,
+    summarize_errors,
+)
 from keras_taylor.exports.export_worker import JobError, run_job, workers
 from keras_taylor.exports.formats import ExportSettings, check_installed, checked_format
 from keras_taylor.exports.inspection import Inspection
@@ -138,7 +144,7 @@ def export(
     with AtomicFile(target) as draft:
         convert_model(model, draft.path, settings, examples.calibration)
         artifact, verdict = _inspect(model, draft.path, settings, reference, limits)
-        violation = "" if verdict.is_accepted else verdict.text
+        violation = "" if verdict.is_accepted else explain_refusal(verdict, quantize)
         violation = violation or size_violation(artifact, max_bytes, max_arena_bytes)
         if violation:
             rejected = draft.move_to(target.with_name(target.name + ".rejected"))

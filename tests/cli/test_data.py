@@ -97,4 +97,6 @@ def test_a_model_that_knows_the_held_out_part_is_noted(run):
     _, out, _ = run(
         "compress", "model.keras", "--data", "all.npz", "-o", "s.keras", "--epochs", "0", "--goal", "0.2"
     )
-    assert re.search(r"loss on the validation part, \S+, and on the test part, \S+, is no larger than on the", out)
+    assert re.search(
+        r"loss on the validation part, \S+, and on the test part, \S+, is no larger than on the", out
+    )
