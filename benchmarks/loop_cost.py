@@ -8,7 +8,6 @@ ResNet-20 and CIFAR-10 come from the folder that KERAS_TAYLOR_DATA names.
 import argparse
 import os
 import pathlib
-import statistics
 import sys
 import time
 
@@ -21,16 +20,16 @@ PHASES = ("score", "prune", "repair", "fit")
 
 HEAD = """# The loop beside its training
 
-`compress` of a ResNet-20 by 30 % of its parameters, one epoch a round over 4000 CIFAR-10 images in batches of
-64, default settings otherwise. "Fits alone": the same models, in the states in which each round's fit found
-them, compiled anew and fitted on the same images, after the run and in the same process. "Ratio": the run's
-seconds by theirs; "of a round": each round's by those of its fit alone, the median, and the least and the
-largest. "First batches": what the first batch of each of the fits alone took, which is mostly compilation.
-"Accuracy" of the result on 1000 test images. One run a backend.
+`compress` of a ResNet-20 by 30 % of its parameters, over {num} CIFAR-10 images in batches of 64, {rounds},
+all else by default. "Fits alone": the same models, in the states in which the run's fits found them,
+compiled anew and fitted for as many epochs of as many steps, after the run and in the same process.
+"Ratio": the run's seconds by theirs. "First batches": what the first batch of each of the fits alone took,
+which is mostly compilation. "Fit s" of the run has what judges the states, too. "Accuracy" of the result on 1000 test images.
+One run a backend.
 """
 
 
-def measure(rounds, batch_size=64):
+def measure(increment, num_images, batch_size=64):
     """Seconds of one run, of its phases, and of its fits alone."""
     import keras
     import resnet_cifar
@@ -39,6 +38,7 @@ def measure(rounds, batch_size=64):
 
     keras.utils.set_random_seed(0)
     x, y, test_x, test_y = resnet_cifar.images_and_labels(DATA / "cifar10_4k1k.npz")
+    x, y = x[:num_images], y[:num_images]
     model = keras.models.load_model(DATA / "resnet20_cifar10.keras", compile=False)
 
     def compiled(network):
@@ -47,20 +47,24 @@ def measure(rounds, batch_size=64):
         return network
 
     class Starts(keras.callbacks.Callback):
-        """What the models are at the start of each fit; to make them would count as a part of it."""
+        """What the models are at the start of each fit, and its length.
+
+        They are made later: that would count as a part of the fit.
+        """
 
         def __init__(self):
             super().__init__()
             self.found = []
 
         def on_train_begin(self, logs=None):
-            self.found.append((self.model.get_config(), self.model.get_weights()))
+            length = self.params["epochs"], self.params["steps"]
+            self.found.append((self.model.get_config(), self.model.get_weights(), length))
 
         def models(self):
-            for config, weights in self.found:
+            for config, weights, length in self.found:
                 network = keras.Model.from_config(config)
                 network.set_weights(weights)
-                yield compiled(network)
+                yield compiled(network), *length
 
     class FirstBatch(keras.callbacks.Callback):
         """Seconds until the first batch of a fit is done."""
@@ -79,7 +83,7 @@ def measure(rounds, batch_size=64):
         compiled(model),
         (x, y),
         0.3,
-        increment=0.3 / rounds,
+        increment=increment,
         batch_size=batch_size,
         callbacks=[starts],
         verbose=0,
@@ -87,14 +91,14 @@ def measure(rounds, batch_size=64):
     )
     whole = time.perf_counter() - start
     alone, first = [], []
-    for network in starts.models():
+    for network, epochs, steps in starts.models():
         batch, start = FirstBatch(), time.perf_counter()
-        network.fit(x, y, batch_size=batch_size, verbose=0, callbacks=[batch])
+        data = x[: steps * batch_size], y[: steps * batch_size]
+        network.fit(*data, batch_size=batch_size, epochs=epochs, verbose=0, callbacks=[batch])
         alone.append(time.perf_counter() - start)
         first.append(batch.seconds)
     phases = {phase: sum(one.seconds[phase] for one in info.rounds) for phase in PHASES}
-    rounds = [sum(one.seconds.values()) / fit for one, fit in zip(info.rounds, alone, strict=True)]
-    found = {"whole": whole, "alone": sum(alone), "first": sum(first), "rounds": rounds, **phases}
+    found = {"whole": whole, "alone": sum(alone), "first": sum(first), "rounds": len(info.rounds), **phases}
     accuracy = small.evaluate(test_x, test_y, verbose=0, return_dict=True)["accuracy"]
     return {**found, "accuracy": accuracy}
 
@@ -103,14 +107,10 @@ def row(backend, found):
     other = found["whole"] - sum(found[phase] for phase in PHASES)
     seconds = [found["whole"], found["alone"], found["first"], *(found[phase] for phase in PHASES), other]
     ratio = f"{found['whole'] / found['alone']:.2f}"
-    rounds = (
-        f"{statistics.median(found['rounds']):.2f} ({min(found['rounds']):.2f} to {max(found['rounds']):.2f})"
-    )
     return [
         backend,
-        str(len(found["rounds"])),
+        str(found["rounds"]),
         ratio,
-        rounds,
         *(f"{one:.0f}" for one in seconds),
         f"{found['accuracy']:.1%}",
     ]
@@ -119,12 +119,18 @@ def row(backend, found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=BACKENDS)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--increment", type=float)
+    parser.add_argument("--images", type=int, default=4000)
     arguments = parser.parse_args()
-    results = on_each_backend(__file__, arguments.backends, rounds=arguments.rounds)
-    print(HEAD)
+    increment, num_images = arguments.increment, arguments.images
+    results = on_each_backend(__file__, arguments.backends, increment=increment, num_images=num_images)
+    print(
+        HEAD.format(
+            num=num_images, rounds=f"an increment of {increment}" if increment else "the default increment"
+        )
+    )
     print(machine(results), end="\n\n")
-    header = ["backend", "rounds", "ratio", "of a round", "compress s", "fits alone s", "first batches s"]
+    header = ["backend", "rounds", "ratio", "compress s", "fits alone s", "first batches s"]
     print(
         markdown_table(
             [*header, *(f"{phase} s" for phase in PHASES), "other s", "accuracy"],
