@@ -24,7 +24,8 @@ HEAD = """# The loop beside its training
 all else by default. "Fits alone": the same models, in the states in which the run's fits found them,
 compiled anew and fitted for as many epochs of as many steps, after the run and in the same process.
 "Ratio": the run's seconds by theirs. "First batches": what the first batch of each of the fits alone took,
-which is mostly compilation. "Fit s" of the run has what judges the states, too. "Accuracy" of the result on 1000 test images.
+which is mostly compilation. "Fit s" of the run has what judges the states, too. "Accuracy" of the result on
+1000 test images.
 One run a backend.
 """
 
