@@ -299,8 +299,10 @@ def _key_of_passes(labeled: LabeledModel, criterion: Criterion, feed: Feed) -> t
     operations = [call.operation for call in labeled.graph.calls]
     if num_replicas() > 1 or keras.distribution.distribution() is not None:
         return None
-    if any(hasattr(one, "finalize_state") for one in operations):  # `adapt` leaves values beside weights
+    adapted = [one for one in operations if hasattr(one, "finalize_state")]  # leaves values beside weights
+    if any(type(one) is not keras.layers.Normalization for one in adapted):
         return None
+    values = [keras.ops.convert_to_numpy(weight).tobytes() for one in adapted for weight in one.weights]
     try:
         config = json.dumps(model.get_config(), default=repr)
     except Exception:  # some layers have no complete configuration
@@ -313,7 +315,7 @@ def _key_of_passes(labeled: LabeledModel, criterion: Criterion, feed: Feed) -> t
     # data of another rank: TensorFlow would trace the compiled step again, for tensors of no known rank
     data = feed.form
     compiled = model.loss, model.jit_compile, model.run_eagerly
-    return gates, config, groups, reads, labels, functions, data, *compiled
+    return gates, config, values, groups, reads, labels, functions, data, *compiled
 
 
 def make_gated_model(labeled: LabeledModel, criterion: Criterion) -> GatedModel:

@@ -839,6 +839,34 @@ def test_a_second_call_knows_new_choices_of_layers_and_functions():
     np.testing.assert_allclose(net.score(y), changed.score(y), rtol=1e-5)
 
 
+def test_a_second_call_knows_what_a_layer_was_adapted_to():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(32, 6)).astype("float32"), np.arange(32) % 3
+
+    def adapted(values):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [
+                keras.Input((6,)),
+                keras.layers.Normalization(),
+                keras.layers.Dense(5, activation="relu", name="hidden"),
+                keras.layers.Dense(3),
+            ]
+        )
+        model.compile("sgd", CATEGORICAL)
+        model.layers[0].adapt(values)
+        return model
+
+    model = adapted(x)
+    first = keras_taylor.score(model, (x, y))
+    model.layers[0].adapt(x * 3 + 1)
+    again = keras_taylor.score(model, (x, y))
+    expected = keras_taylor.score(adapted(x * 3 + 1), (x, y))
+    for name, values in expected.items():
+        np.testing.assert_allclose(again[name], values, rtol=1e-5, atol=1e-8)
+        assert not np.allclose(again[name], first[name])
+
+
 def test_a_model_that_was_scored_is_garbage_when_nobody_holds_it():
     net = Net().compiled(CATEGORICAL)
     net.score(np.arange(NUM) % 4)
