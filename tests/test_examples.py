@@ -33,6 +33,7 @@ def test_a_loop_for_every_backend():
     assert {p.stem for p in EXAMPLES.glob("loop_*.py")} == {"loop_jax", "loop_tensorflow", "loop_torch"}
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_the_notebook_runs_and_prints_what_it_says(monkeypatch):
     pytest.importorskip("tensorflow")  # which `export` needs

@@ -191,6 +191,7 @@ def test_many_outputs_and_names_that_tensorflow_changes(tmp_path):
         assert len(artifact.outputs) == 12
 
 
+@pytest.mark.once
 def test_what_onnx_has_no_operation_for_says_so(tmp_path):
     inputs = keras.Input((4,))
     model = keras.Model(inputs, keras.ops.erfinv(keras.ops.tanh(inputs)))
@@ -349,6 +350,7 @@ def small_object():
     )
 
 
+@pytest.mark.once
 def test_int8_is_judged_by_the_compiled_metric_or_in_the_terms_of_the_output(tmp_path):
     keras.utils.set_random_seed(0)
     model = small_object()
@@ -497,6 +499,7 @@ def test_overwrite_replaces_a_directory(made, tmp_path):
     assert size_on_disk(target) == second.num_bytes
 
 
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of another process")
 def test_a_full_disk_leaves_nothing(tmp_path):
     """The process may write no file of more than 2000 bytes."""
@@ -515,6 +518,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["first.tflite"]
 
 
+@pytest.mark.once
 def test_artifacts_are_timed_in_turn(made):
     names = ("free.tflite", "int8.tflite", "free.onnx")
     measured = keras_taylor.measure_artifacts([made.artifact(n) for n in names], 4, repetitions=5)
@@ -532,6 +536,7 @@ def test_artifacts_are_timed_in_turn(made):
         keras_taylor.measure_artifacts([])
 
 
+@pytest.mark.once
 def test_budgets_of_bytes(made, tmp_path):
     path = tmp_path / "model.tflite"
     size = made.artifact("integers.tflite").num_bytes

@@ -33,6 +33,7 @@ def run(*names, validate=True):
     return keras_taylor.compress(model, ds, **goals, **data)[1]
 
 
+@pytest.mark.once
 def test_two_outputs_do_not_make_200_columns():
     info = run("digit", "speaker")
     info.rounds[-1].held = False
@@ -52,6 +53,7 @@ def test_two_outputs_do_not_make_200_columns():
     assert f"{info.rounds[-1].history['loss'][info.rounds[-1].kept_epoch - 1]:.4g}" in text
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("validate", [True, False])
 def test_more_metrics_take_more_tables(validate):
     info = run(*(f"output_number_{k}_of_the_network" for k in range(5)), validate=validate)
