@@ -41,6 +41,8 @@ MAX_SAMPLED_LABELS = 10_000
 # Single-pass criteria whose gates gather more than others.
 _WITH_OWN_GATES = ("log_odds", "log_odds_probed")
 _PASSES = "passes"  # the name of a note
+# The model with gates holds a copy of the weights. One with more of them (200 MB) is made again at each call.
+MOST_WEIGHTS_KEPT = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -279,7 +281,8 @@ def is_single_pass(criterion: Criterion) -> bool:
 def _passes_of_compiled(labeled: LabeledModel, criterion: Criterion, feed: Feed) -> RepeatedPasses:
     """The passes of an earlier call if the model was not compiled again, nor changed but in its weights.
 
-    So a second `score` compiles nothing. The model with gates lives as long as what `compile` noted.
+    So a second `score` compiles nothing. The model with gates lives as long as what `compile` noted, unless
+    it is large.
     """
     notes, key = notes_of_compilation(labeled.graph.model), _key_of_passes(labeled, criterion, feed)
     found = notes.get(_PASSES)
@@ -288,7 +291,7 @@ def _passes_of_compiled(labeled: LabeledModel, criterion: Criterion, feed: Feed)
         return passes
     passes = RepeatedPasses(labeled, make_gated_model(labeled, criterion))
     notes.pop(_PASSES, None)
-    if key is not None:
+    if key is not None and labeled.graph.model.count_params() <= MOST_WEIGHTS_KEPT:
         notes[_PASSES] = key, passes
     return passes
 

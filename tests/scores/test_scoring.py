@@ -18,7 +18,7 @@ from keras import layers, ops
 
 import keras_taylor
 from keras_taylor.reading.groups import label_model
-from keras_taylor.scores import criteria
+from keras_taylor.scores import criteria, scoring
 from keras_taylor.scores.gated_model import GatedModel
 from keras_taylor.scores.scoring import Scoring
 
@@ -874,3 +874,15 @@ def test_a_model_that_was_scored_is_garbage_when_nobody_holds_it():
     del net
     gc.collect()
     assert held() is None
+
+
+@pytest.mark.parametrize(("limit", "num_models"), [(10**6, 1), (10, 0)])
+def test_weights_of_a_large_model_are_not_held_twice(limit, num_models, monkeypatch):
+    monkeypatch.setattr(scoring, "MOST_WEIGHTS_KEPT", limit)
+    gc.collect()
+    before = sum(isinstance(one, GatedModel) for one in gc.get_objects())
+    net = Net().compiled(CATEGORICAL)
+    scores = [net.score(np.arange(NUM) % 4) for _ in range(2)]
+    gc.collect()
+    assert sum(isinstance(one, GatedModel) for one in gc.get_objects()) == before + num_models
+    np.testing.assert_array_equal(*scores)
