@@ -18,7 +18,12 @@ from rich.console import Console
 import keras_taylor
 from keras_taylor.cli.data_files import DataSplit
 from keras_taylor.cli.demo import compress_digits_network
-from keras_taylor.cli.held_out import measure_on_test_examples, print_if_known, print_test_metrics
+from keras_taylor.cli.held_out import (
+    measure_on_test_examples,
+    print_if_at_chance,
+    print_if_known,
+    print_test_metrics,
+)
 from keras_taylor.cli.model_files import FileError, compile_for_targets
 from keras_taylor.cli.options import (
     Backend,
@@ -46,6 +51,7 @@ from keras_taylor.exports.formats import VARIANTS
 from keras_taylor.support.files import to_json_text
 
 BACKENDS = ("tensorflow", "jax", "torch")
+_OPTIONS = {"backup_dir": "--resume"}  # by the argument that an error may name
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
@@ -172,8 +178,9 @@ def compress_command(
         print(info.to_json())
     else:
         print(info)
-        print_test_metrics(info.test_metrics, split.test)
+        print_test_metrics(info.test_metrics, len(split.test[0]))
         print_if_known(original, split)
+        print_if_at_chance(original, split)
         _offer_int8_io(artifacts[1::2])
         _print_written(*written)
 
@@ -228,12 +235,23 @@ def report_command(
     if not path.is_file():
         raise FileError(f"There is no file '{path}'. Pass the .json file that `compress` wrote.")
     page = check_output(output, force, ".html") if output else None
-    done = keras_taylor.Info.from_json(path.read_text("utf-8"))
+    done = keras_taylor.Info.from_json(_read_info(path))
     if page:
         write_text(page, done.to_html())
         _print_written(page)
     else:
         print(done)
+        print_test_metrics(done.test_metrics)
+
+
+def _read_info(path: pathlib.Path) -> str:
+    """The text of a file that `compress` wrote."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        beside = path.with_suffix(".json")
+        hint = f" Try '{beside}'." if beside.is_file() else ""
+        raise FileError(f"'{path}' is not the .json file that `compress` wrote.{hint}") from error
 
 
 @app.command("demo", epilog="Example: keras-taylor demo --backend jax")
@@ -317,7 +335,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (ValueError, TypeError, ImportError, OSError, keras_taylor.ExportError) as error:
-        _fail(" ".join(str(error).split()), 1)
+        text = " ".join(str(error).split())
+        for argument, option in _OPTIONS.items():
+            text = text.replace(f"`{argument}`", option).replace(f"{argument}=", f"{option} ")
+        _fail(text, 1)
 
 
 def _close_working_directory() -> None:

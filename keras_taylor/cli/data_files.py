@@ -218,6 +218,11 @@ def _load_images(directory: pathlib.Path, model: keras.Model) -> _Source:
     images, labels = [], []
     for label, name in enumerate(classes):
         for file in sorted(p for p in (directory / name).iterdir() if not _is_hidden(p)):
+            if file.is_dir():
+                raise FileError(
+                    f"'{directory / name}' holds directories. Expected one directory of images for each "
+                    f"class: is '{directory / name}' the one that you mean?"
+                )
             images.append(_load_image(file, (height, width), channels))
             labels.append(label)
     if not images:

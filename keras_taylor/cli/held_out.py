@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import keras
+import numpy as np
 
 from keras_taylor.cli.data_files import DataSplit, Examples
 
@@ -31,6 +32,21 @@ def print_if_known(model: keras.Model, split: DataSplit) -> None:
         )
 
 
+def print_if_at_chance(model: keras.Model, split: DataSplit) -> None:
+    """Says so if the given model is right about as often as chance: the inputs may be scaled wrongly."""
+    _, y = split.validation
+    share = _metrics(model, split.validation).get("accuracy")
+    if share is None or y.ndim > 2:
+        return
+    labels = y if y.ndim == 1 else y.argmax(-1)
+    if share <= np.unique(labels, return_counts=True)[1].max() / len(labels):
+        print(
+            f"note: the given model is right for {share:.0%} of the validation examples, no better than "
+            "naming the most frequent class each time. Are the inputs scaled as in its training "
+            "(--divide-by, --mean, --std)?"
+        )
+
+
 def measure_on_test_examples(
     original: keras.Model, small: keras.Model, test: Examples
 ) -> dict[str, dict[str, float]]:
@@ -42,11 +58,12 @@ def measure_on_test_examples(
     }
 
 
-def print_test_metrics(metrics: Mapping[str, Mapping[str, float]], test: Examples) -> None:
-    """Prints what `measure_on_test_examples` found."""
-    after = metrics["after"]
-    shown = [f"{name} {value:.4g} -> {after[name]:.4g}" for name, value in metrics["before"].items()]
-    print(f"on the {len(test[0])} test examples: {', '.join(shown)}")
+def print_test_metrics(metrics: Mapping[str, Mapping[str, float]], num_examples: int | None = None) -> None:
+    """Prints what `measure_on_test_examples` found, if it did."""
+    before, after = metrics.get("before", {}), metrics.get("after", {})
+    shown = [f"{name} {value:.4g} -> {after[name]:.4g}" for name, value in before.items()]
+    if shown:
+        print(f"on the {'' if num_examples is None else f'{num_examples} '}test examples: {', '.join(shown)}")
 
 
 def _loss(model: keras.Model, examples: Examples) -> float:

@@ -350,11 +350,11 @@ def parse_max_drop(texts: list[str] | None) -> MaxDrop | None:
     for text in texts:
         metric, equals, number = text.rpartition("=")
         try:
-            limits[metric] = float(number)
+            limits[metric] = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
         except ValueError as error:
             raise FileError(
-                "--max-drop takes a number, such as 0.01, or the name of a metric and a number, such as "
-                f"accuracy=0.01. Received: {text}"
+                "--max-drop takes a number, such as 0.01 or 1%, or the name of a metric and a number, "
+                f"such as accuracy=0.01. Received: {text}"
             ) from error
         if (equals and not metric) or not limits[metric] >= 0:
             raise FileError(f"--max-drop is how much worse a metric may become, 0 or more. Received: {text}")

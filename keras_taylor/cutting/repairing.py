@@ -37,12 +37,13 @@ def repair(
     """Refits the layers that lost inputs, so that the smaller model comes close to the original one again.
 
     A removed channel is often nearly a linear combination of the remaining ones. `repair` visits the layers
-    from the input to the output. Each layer that lost inputs gets a new kernel by ridge regression, towards
-    the kernel that it has: it minimizes |Y - X W - b|² + ridge · s · |W - W₀|², where W₀ is the kernel in
-    `small` and s the mean of the diagonal of XᵀX. The rows X are what the layer reads in the smaller model,
-    as it has been repaired so far. The rows Y are the output of the layer in `model`. If the output goes
-    into a residual sum, Y also makes up for what the other terms of the sum have lost. If a ReLU follows,
-    the fit ignores how negative its input is.
+    from the input to the output. Each layer that lost inputs, or that reads what such layers made and comes
+    before another layer with a kernel, gets a new kernel by ridge regression, towards the kernel that it
+    has: it minimizes |Y - X W - b|² + ridge · s · |W - W₀|², where W₀ is the kernel in `small` and s the
+    mean of the diagonal of XᵀX. The rows X are what the layer reads in the smaller model, as it has been
+    repaired so far. The rows Y are the output of the layer in `model`. If the output goes into a residual
+    sum, Y also makes up for what the other terms of the sum have lost. If a ReLU follows, the fit ignores
+    how negative its input is.
 
     A quarter of the examples is held out. They choose the ridge. A layer whose error on them does not fall
     is left unchanged. If the outputs of the whole model on them do not come closer to those of `model`, all

@@ -12,16 +12,16 @@ _MAX_ERROR_LENGTH = 1000
 def conversion_failure(error: Exception, model: keras.Model, settings: ExportSettings) -> ExportError:
     """The error to raise for a model that could not be converted."""
     return ExportError(
-        f"The model could not be converted ({shorten(error)}). Nothing was written. "
-        f"{_conversion_advice(error, settings)}Received: model={model!r}, {settings}"
+        f"The model could not be converted. {_conversion_advice(error, settings)}Nothing was written. "
+        f"Received: model={model!r}, {settings}, and from the converter: {shorten(error)}"
     )
 
 
 def run_failure(error: JobError, model: keras.Model, settings: ExportSettings) -> ExportError:
     """The error to raise for an exported model that does not run."""
     return ExportError(
-        f"The exported model does not run ({shorten(error)}). It was removed. "
-        f"{_run_advice(settings)}Received: model={model!r}, {settings}"
+        f"The exported model does not run. {_run_advice(settings)}It was removed. "
+        f"Received: model={model!r}, {settings}, and from its run: {shorten(error)}"
     )
 
 

@@ -30,6 +30,7 @@ from keras_taylor.exports.source_models import (
     find_user_code,
 )
 from keras_taylor.exports.timing import ExportedFile
+from keras_taylor.support.arguments import format_value
 from keras_taylor.support.arrays import read_arrays, write_arrays
 from keras_taylor.support.console import Reporter
 from keras_taylor.support.files import AtomicFile, scratch_folder
@@ -169,6 +170,7 @@ def measure_artifacts(
         A list of `Artifact`s with new latencies.
 
     Raises:
+        TypeError: for something that is no `Artifact`, such as a model.
         ValueError: for an empty list, or an artifact whose file does not exist.
         ExportError: if an artifact does not run.
 
@@ -180,6 +182,12 @@ def measure_artifacts(
     8
     """
     artifacts = list(artifacts)
+    other = next((one for one in artifacts if not isinstance(one, Artifact)), None)
+    if other is not None:
+        raise TypeError(
+            "Expected `Artifact`s, which `export` returns; a Keras model becomes one by "
+            f"`keras_taylor.export(model, 'model.keras')`. Received: {format_value(other)}"
+        )
     paths = [artifact.path for artifact in artifacts]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing or not artifacts:

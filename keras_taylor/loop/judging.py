@@ -239,6 +239,8 @@ class BestState(keras.callbacks.Callback):
         if np.isinf(best.penalties).all() and np.isinf(last.penalties).all():  # neither keeps to the limits
             return last.metrics[self._judge.measure] < best.metrics[self._judge.measure]
         gains = best.penalties - last.penalties
+        if len(gains) == 1 and gains[0] == 0:  # a metric that counts is often the same: the loss decides
+            return last.metrics.get("loss", math.inf) < best.metrics.get("loss", math.inf)
         if self._best > 0 or len(gains) == 1:
             return bool(gains.mean() > 0)
         return bool(gains.mean() > max(0.5, 4 / len(gains) ** 0.5) * standard_error(gains))

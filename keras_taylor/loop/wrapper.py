@@ -29,7 +29,7 @@ from keras_taylor.scores.gates import GATE_ROWS
 from keras_taylor.scores.losses import averages_examples
 from keras_taylor.scores.scoring import compute_scores
 from keras_taylor.scores.statistics_optimizer import StatisticsOptimizer, add_batch
-from keras_taylor.support.arguments import refuse_moved_arguments
+from keras_taylor.support.arguments import format_value, refuse_moved_arguments
 from keras_taylor.support.optimizers import carry_exclusions, carry_state, fresh_optimizer
 from keras_taylor.support.replicas import strategy_scope
 from keras_taylor.support.types import BoolArray, FloatArray, LayerPatterns, Tensor
@@ -316,8 +316,14 @@ class PrunableModel(GatedModel):
             compiled and no optimizer is given, the smaller one is not compiled either.
 
         Raises:
+            TypeError: if the optimizer is none of Keras', which alone have a state that can be cut.
             ValueError: if the optimizer was built for other weights.
         """
+        if not isinstance(optimizer, (keras.optimizers.Optimizer, type(None))):
+            raise TypeError(
+                "Expected a Keras optimizer, or `None`; the state of another one cannot be cut: make a new "
+                f"one for the smaller model. Received: optimizer={format_value(optimizer)}"
+            )
         with strategy_scope(self):
             labeled, kept = self._pruning.labeled, self.mask > 0
             if optimizer is None:

@@ -45,7 +45,10 @@ def test_compress_writes_model_state_and_report(run):
     assert "Repair in the last round" in page and "accuracy, validation" in page and "accuracy, test" in page
     assert sorted(os.listdir()) == ["data.npz", "model.keras", "report.html", "small.json", "small.keras"]
     code, out, _ = run("report", "small.json")
-    assert code == 0 and "removed from" in out
+    assert code == 0 and "removed from" in out and "on the test examples: accuracy " in out
+    assert "is not the .json file that `compress` wrote. Try 'small.json'" in refused(
+        run, "report", "small.keras"
+    )
     code, out, _ = run("report", "small.json", "-o", "again.html")
     assert code == 0 and pathlib.Path("again.html").read_text() == page
 
@@ -247,6 +250,8 @@ def test_a_killed_run_continues(run, monkeypatch):
     assert code == 1 and "out of memory" in err and not os.path.exists("small.keras")
     code, out, _ = run(*words)
     assert code == 0 and "resumed after round 1 of 2" in out
+    other = refused(run, *words, "--epochs", "3", "--force")
+    assert "--resume holds the state of another call: epochs: " in other and "Received: --resume '" in other
 
 
 @pytest.mark.once
@@ -369,6 +374,8 @@ def test_data_that_cannot_be_used(run):
     assert "has no directories. Expected one directory of images for each class" in compress("empty")
     os.makedirs("images/cat")
     assert "has no images in its directories cat" in compress("images")
+    os.makedirs("above/images/cat")
+    assert "one directory of images for each class: is 'above/images' the one that" in compress("above")
     pathlib.Path("images/cat/1.png").write_text("no image")
     assert "is not an image that can be read (UnidentifiedImageError)" in compress("images")
 
@@ -380,6 +387,7 @@ def test_arguments_that_cannot_be_used(run):
     assert "as in params=200000, or the part of" in refused(run, *COMPRESS[:-1], "2")
     assert "Received: half%" in refused(run, *COMPRESS[:-1], "half%")
     assert "Received: params=few" in refused(run, *COMPRESS[:-1], "params=few")
+    assert "such as 0.01 or 1%, or the name" in refused(run, *COMPRESS, "--max-drop", "few")
     assert "are about the same cost. Received: 0.4 params=9" in refused(run, *COMPRESS, "--goal", "params=9")
     assert "each part has one value for each goal. Received: 0.2,0.4 flops=0.5" in refused(
         run, *COMPRESS[:-1], "0.2,0.4", "--goal", "flops=0.5"

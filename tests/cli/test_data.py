@@ -90,6 +90,16 @@ def test_compress_says_what_data_it_took_and_what_the_test_part_says(run):
     assert len(measured) == 1 and re.match(r"on the \d+ test examples: .*loss \S+ -> \S+", measured[0])
 
 
+def test_a_model_that_is_no_better_than_chance_is_noted(run):
+    """The labels are what the model says. Of inputs that are nearly zero it says the same for all."""
+    x = np.random.default_rng(0).normal(size=(60, 8, 8, 1))
+    command = ("compress", "model.keras", "-o", "s.keras", "--epochs", "0", "--goal", "0.2", "--data")
+    for divide_by, is_noted in (("1", False), ("1e9", True)):
+        np.savez("labels.npz", x=x, y=keras.models.load_model("model.keras").predict(x).argmax(-1))
+        _, out, _ = run(*command, "labels.npz", "--divide-by", divide_by, "--force")
+        assert ("Are the inputs scaled as in its training" in out) == is_noted
+
+
 def test_a_model_that_knows_the_held_out_part_is_noted(run):
     """The model is not trained at all, so its loss is the same everywhere."""
     x = np.tile(np.random.default_rng(0).normal(size=(1, 8, 8, 1)), (60, 1, 1, 1))

@@ -534,6 +534,8 @@ def test_artifacts_are_timed_in_turn(made):
         keras_taylor.measure_artifacts([dataclasses.replace(measured[0], path="nowhere")])
     with pytest.raises(ValueError, match="nothing to measure"):
         keras_taylor.measure_artifacts([])
+    with pytest.raises(TypeError, match=r"a Keras model becomes one by `keras_taylor.export\(.*Received: '"):
+        keras_taylor.measure_artifacts([made.model])
 
 
 @pytest.mark.once

@@ -186,6 +186,21 @@ def test_the_metric_with_a_limit_is_what_counts(trained):
     assert done.metrics == pytest.approx(found, rel=1e-4)
 
 
+def same_for_all(labels, outputs):
+    return keras.ops.ones_like(outputs[:, 0])
+
+
+def test_where_the_metric_stays_the_same_the_loss_counts(trained):
+    model, ds, arguments = trained
+    model.compile(keras.optimizers.SGD(0.02), model.loss, metrics=[same_for_all], run_eagerly=EAGER)
+    limit, lesson = keras_taylor.MetricLimit(0.5, monitor="same_for_all", mode="max"), Lesson(99, 0, 50)
+    small, done = compress(
+        model, ds, max_drop=limit, callbacks=[lesson], **arguments, **on_validation_data(ds)
+    )
+    assert [one["same_for_all"] for one in done.judged["metrics"]] == [1, 1, 1, 1]
+    assert done.kept_epoch == 2 and same(small.get_weights(), lesson.weights[2])
+
+
 class Shift(Lesson):
     """Adds its offsets to all logits: the loss stays."""
 

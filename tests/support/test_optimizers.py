@@ -251,3 +251,7 @@ def test_an_optimizer_of_another_model_is_refused():
     other.build(plain_net().trainable_variables)
     with pytest.raises(ValueError, match=r"state does not belong to this model.* Received: optimizer=<"):
         prunable.strip(optimizer=other)
+    with pytest.raises(
+        TypeError, match=r"another one cannot be cut: make a new one.* Received: optimizer='adam'"
+    ):
+        prunable.strip(optimizer="adam")
