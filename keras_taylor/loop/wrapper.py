@@ -186,10 +186,17 @@ class PrunableModel(GatedModel):
         Pruned units have a score of 0.
 
         Raises:
-            ValueError: if there has been no backward pass yet.
+            ValueError: if there has been no backward pass yet, or an optimizer trained the scores as weights.
         """
         criterion = self._arguments["criterion"]
-        totals = self.statistics if self.statistics[GATE_ROWS["examples"]].any() else None
+        num_examples = self.statistics[GATE_ROWS["examples"]]
+        if (num_examples < 0).any():  # every step down a gradient that is positive ends there
+            raise ValueError(
+                "An optimizer has trained `score_variable` as if it was a weight, so there are no scores. "
+                "Leave it out, the last of `trainable_variables`, and call `update_scores()` after each "
+                f"backward pass; or use a Keras optimizer. Received: model={self.name!r}"
+            )
+        totals = self.statistics if num_examples.any() else None
         if criterion not in criteria.DATA_FREE_CRITERIA and totals is None:
             raise ValueError(
                 "There are no scores yet: they come from backward passes. Call `fit`, or run a training "

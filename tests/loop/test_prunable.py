@@ -7,7 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import NAMES, case, fingerprint, predict, random_scores, reachable, relative_difference
+from helpers import BACKEND, NAMES, case, fingerprint, predict, random_scores, reachable, relative_difference
 from stripes import small_model, stripes
 
 import keras_taylor
@@ -326,3 +326,21 @@ def test_losses_of_different_reductions_are_refused():
     prunable = keras_taylor.PrunableModel(model, loss_reduction="mean")
     prunable.fit(np.ones((4, 3)), [np.ones((4, 1)), np.ones((4, 1))], verbose=0)
     assert prunable.prune(1) == 1
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="other optimizers than Keras' take PyTorch's parameters")
+def test_an_optimizer_that_trains_the_scores_like_a_weight_is_noticed():
+    import torch
+
+    prunable = keras_taylor.PrunableModel(small_model())
+    x, y = stripes(16)
+    for make in (torch.optim.SGD, torch.optim.Adam):
+        optimizer = make(prunable.parameters(), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            keras.losses.sparse_categorical_crossentropy(y, prunable(x, training=True)).mean().backward()
+            optimizer.step()
+        with pytest.raises(
+            ValueError, match=r"trained `score_variable` as if it was a weight.*call `update_scores"
+        ):
+            prunable.prune(2)
