@@ -102,6 +102,11 @@ class PlanStructure:
                 width -= num_channels[unit]
                 removed.append(unit)
                 possible_widths.append(width)
+        if num < width == units.size:
+            raise ValueError(
+                f"None of the {units.size} channels of layer '{layer}' can leave. "
+                f"`print(keras_taylor.analyze(model))` says why. Received: channels={num!r}"
+            )
         if width != num:
             nearest = " or ".join(map(str, sorted(possible_widths[-2:])))
             raise ValueError(
