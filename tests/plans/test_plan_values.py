@@ -149,8 +149,8 @@ def test_plans_of_older_versions_load_but_cannot_be_edited():
         ),
         (
             *("chain", "head", 2),
-            "None of the 3 channels of layer 'head' can leave. `print(keras_taylor.analyze(model))` says why. "
-            "Received: channels=2",
+            "None of the 3 channels of layer 'head' can leave. `print(keras_taylor.analyze(model))` says "
+            "why. Received: channels=2",
         ),
     ],
 )
