@@ -270,7 +270,7 @@ class Context:
 
     def union(self, first: IntArray, second: IntArray) -> None:
         """Makes channels that meet in this operation one unit. The arrays broadcast against each other."""
-        self.space.union(first, second, f"meets values that are not channels in '{self.name}'")
+        self.space.union(first, second, f"meets values in '{self.name}' that stay whole")
 
     def record_normalization(self, labels: IntArray) -> bool:
         """Records that these channels are normalized together.

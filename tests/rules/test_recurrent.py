@@ -111,7 +111,7 @@ def test_states_that_are_given_leave_with_the_units_whose_past_they_are():
 @pytest.mark.parametrize(
     ("states", "reason"),
     [
-        (lambda x: [layers.Dense(3)(x), x], "meets values that are not channels in 'lstm'"),
+        (lambda x: [layers.Dense(3)(x), x], "meets values in 'lstm' that stay whole"),
         (lambda x: [np.ones((4, 3), "float32")] * 2, "its initial state is not made of channels ('lstm')"),
     ],
 )
