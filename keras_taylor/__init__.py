@@ -16,7 +16,7 @@ The verbs, in the order in which they are used:
     analyze            what can be removed, and what each part is worth
     compress           score, prune, repair and fine-tune, round by round, down to a goal
     export             a SavedModel, LiteRT, ONNX or Keras file, run and compared with the model
-    measure_artifacts  times several models or files against each other
+    measure_artifacts  times several exported models against each other
 
 What `compress` does, one step at a time:
 

@@ -88,8 +88,10 @@ class Plan:
     def keep(self, layer: str, channels: int | Iterable[int]) -> "Plan":
         """This plan with other channels kept of one layer, and of all layers whose channels leave with them.
 
+        What the plan was made with, such as `round_to`, does not hold for these layers any more.
+
         Args:
-            layer: Name of a layer that makes channels.
+            layer: Name of a layer that makes channels; `"mha/query"` for the heads of an attention "mha".
             channels: An int: how many channels the layer keeps, those with the highest scores, whatever
                 it keeps now. Or several ints: the indices, in the original, of the channels that it keeps.
 

@@ -130,6 +130,11 @@ def ratio_range(pattern: str | keras.Layer, ratio: object) -> tuple[float, float
 
 def check_num_channels(name: str, value: object) -> None:
     """Refuses a number of channels that is not a whole number from 1 on."""
+    if value == AUTO:
+        raise ValueError(
+            f"`{name}` is found by timing layers, which only `compress` with a goal for a latency does. "
+            f"Expected a whole number from 1 on. Received: {name}={value!r}"
+        )
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(
             f"`{name}` is a number of channels. Expected a whole number from 1 on. Received: {name}={value!r}"

@@ -405,7 +405,10 @@ def test_auto_needs_times():
     selection = keras_taylor.Selection(round_to="auto")
     model = case("chain").model
     text = message_of(keras_taylor.make_plan, model, random_scores(model), 0.2, selection=selection)
-    assert text.endswith("Expected a whole number from 1 on. Received: round_to='auto'")
+    assert text == (
+        "`round_to` is found by timing layers, which only `compress` with a goal for a latency does. "
+        "Expected a whole number from 1 on. Received: round_to='auto'"
+    )
 
 
 @pytest.mark.parametrize("ratios", [0.5, ["conv1"], "conv1"])
