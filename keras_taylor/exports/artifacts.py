@@ -12,6 +12,8 @@ from rich.table import Table
 from keras_taylor.support.console import render_table
 from keras_taylor.support.files import to_json_text, with_nan, with_nan_by_name
 
+_MOST_SIDE_BY_SIDE = 3  # artifacts in a table
+
 
 class ExportError(RuntimeError):
     """An exported model is not usable: conversion failed, or the file does not run or is not accurate enough.
@@ -162,13 +164,19 @@ def artifact_from_dict(content: Mapping[str, Any]) -> Artifact:
 
 
 def artifact_table(artifacts: Sequence[Artifact]) -> Table:
-    """A rich table with one row for each artifact."""
-    table = Table()
-    rows = [artifact_row(artifact) for artifact in artifacts]
-    for column, name in enumerate(rows[0] if rows else ()):
+    """A rich table of artifacts, without what none of them has: few of them side by side, more in rows."""
+    table, rows = Table(), [artifact_row(artifact) for artifact in artifacts]
+    names = [name for name in (rows[0] if rows else ()) if any(row[name] for row in rows)]
+    if len(rows) <= _MOST_SIDE_BY_SIDE:  # ten columns would not fit a narrow terminal
+        for column, text in enumerate(["file", *(row["file"] for row in rows)]):
+            table.add_column(text, justify="right" if column else "left", overflow="fold")
+        for name in names[1:]:
+            table.add_row(name, *(row[name] for row in rows))
+        return table
+    for column, name in enumerate(names):
         table.add_column(name, justify="left" if column < 2 else "right", no_wrap=column < 2)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(row[name] for name in names))
     return table
 
 

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import sys
 
 import exported_layers
@@ -561,6 +562,14 @@ def test_an_artifact_as_text(made):
     assert json.loads(artifact.to_json())["quantize"] == "int8"
     assert "integers.tflite" in str(artifact)
     assert "litert int8" in str(artifact)
+    table = render_table(artifact_table([artifact, made.artifact("free.tflite")]), width=80)
+    lines = [re.split(r"\s*[│┃]\s*", line.strip("│┃ ")) for line in table.splitlines() if line[0] in "│┃"]
+    assert (
+        lines[0] == ["file", "integers.tflite", "free.tflite"]
+        and ["format", "litert int8", "litert"] in lines
+    )
+    rows = render_table(artifact_table([artifact] * 4), width=140)
+    assert rows.count("litert int8") == 4 and "p90 ms" in rows.splitlines()[1]
     with pytest.raises(ValueError, match="is not an `Artifact`"):
         Artifact.from_json("{}")
 
