@@ -36,10 +36,11 @@ def print_if_at_chance(model: keras.Model, split: DataSplit) -> None:
     """Says so if the given model is right about as often as chance: the inputs may be scaled wrongly."""
     _, y = split.validation
     share = _metrics(model, split.validation).get("accuracy")
-    if share is None or y.ndim > 2:
+    is_one_hot = y.ndim == 2 and bool((y.sum(-1) == 1).all())
+    if share is None or not (y.ndim == 1 or is_one_hot):
         return
-    labels = y if y.ndim == 1 else y.argmax(-1)
-    if share <= np.unique(labels, return_counts=True)[1].max() / len(labels):
+    counts = np.unique(y.argmax(-1) if is_one_hot else y, return_counts=True)[1]
+    if len(counts) > 1 and share <= counts.max() / len(y):
         print(
             f"note: the given model is right for {share:.0%} of the validation examples, no better than "
             "naming the most frequent class each time. Are the inputs scaled as in its training "
