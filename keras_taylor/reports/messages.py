@@ -18,7 +18,7 @@ from keras_taylor.support.types import Costs
 
 _UNIT_NAMES = {"params": "parameters", "flops": "FLOPs", "activation_memory": "bytes of activations"}
 _MAX_NAMES = 5  # layers named in a line
-_MAX_METRICS = 6  # metrics in a line
+_MAX_METRICS = 3  # metrics in a line, each on the training and on the validation data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +141,10 @@ def describe_round(done: Round, before: Costs) -> str:
 def _shown_metrics(names: list[str]) -> list[str]:
     """The metrics that a line has room for.
 
-    Of many, those on the validation data, if there are any, without losses of single outputs.
+    Of many, those on the validation data, if there are any, without losses of single outputs. A round that
+    is not trained has values on the validation data only, and its line shows the same ones.
     """
-    if len(names) <= _MAX_METRICS:
+    if len({name.removeprefix("val_") for name in names}) <= _MAX_METRICS:
         return names
     validated = [name for name in names if name.startswith("val_")] or names
     return [name for name in validated if not name.endswith("_loss") or name == "val_loss"]
