@@ -14,6 +14,8 @@ from keras_taylor.rules.base import weight_of
 from keras_taylor.support.identity import IdentitySet
 from keras_taylor.support.types import BoolArray, Costs
 
+RATIOS = "`ratios`"  # among the limits that a user sets
+
 
 def describe_reach(goals: Sequence[Goal], original: Costs, smallest: Costs) -> Iterator[str]:
     """A line for each cost of the goals: its amount now, what is asked for, and what can be reached.
@@ -40,7 +42,7 @@ def unreachable_goal_error(
     smallest_mask: BoolArray,
     ceilings: Mapping[str, float],
     goal: object,
-    has_ratios: bool = False,
+    limits: Sequence[str] = (),
 ) -> ValueError:
     """The error for a goal out of reach.
 
@@ -50,7 +52,7 @@ def unreachable_goal_error(
         smallest_mask: Which units are kept after all left that may, `(num_units,)`.
         ceilings: Cost -> how much of it may be left.
         goal: The goal as the user wrote it.
-        has_ratios: Whether the user gave ratios, which can be in the way.
+        limits: What the user set that may keep groups from leaving down to one unit, as texts.
     """
     original, smallest = costs(), costs(smallest_mask)
     parts = []
@@ -62,6 +64,9 @@ def unreachable_goal_error(
                 f"removed, which leaves {format_amount(cost, least, named=False)}"
             )
     blockers = describe_blockers(labeled, smallest_mask)
+    if any(smallest_mask[group.start :][: group.num_units].sum() > 1 for group in labeled.groups):
+        blockers = "; ".join([*limits, blockers])
+    has_ratios = RATIOS in limits
     return ValueError(
         f"The goal is out of reach: {'; '.join(parts)}. It is blocked by {blockers}. Lower the goal, or let "
         f"more channels leave (`include`, `exclude`, {'`ratios`, ' * has_ratios}`round_to`, `min_channels`). "

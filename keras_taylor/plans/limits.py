@@ -7,6 +7,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+from keras_taylor.budget.feasibility import RATIOS
 from keras_taylor.budget.measured_costs import measured_cost_of
 from keras_taylor.plans.selection import AUTO, Selection, check_num_channels, ratio_range
 from keras_taylor.plans.ties import Ties, find_ties, tied_groups
@@ -52,6 +53,12 @@ class Limits:
         ties = find_ties(labeled, selection.uniform)
         _check_tied_ratios(labeled, ties, ratios, selection)
         return cls(selection.round_to, selection.min_channels, ratios, ties)  # type: ignore[arg-type]  # checks itself
+
+    def set_by_user(self) -> list[str]:
+        """What may keep groups from leaving down to one unit, as texts."""
+        numbers = {"round_to": self.round_to, "min_channels": self.min_channels}
+        found = [f"`{name}={value}`" for name, value in numbers.items() if value > 1]
+        return found + [RATIOS] * bool(self.ratios)
 
     def bounds(
         self, labeled: LabeledModel, original_widths: Mapping[str, int] | None = None, progress: float = 1.0

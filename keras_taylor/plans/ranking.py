@@ -178,7 +178,7 @@ def units_to_keep(
     if kept is None:
         raise unreachable_goal_error(
             *(labeled, costs, order.smallest_mask()),
-            *(request.ceilings, request.goal, bool(request.limits.ratios)),
+            *(request.ceilings, request.goal, request.limits.set_by_user()),
         )
     return kept
 

@@ -156,6 +156,10 @@ def test_a_goal_out_of_reach_is_refused_with_the_largest_one():
         "Lower the goal, or let more channels leave (`include`, `exclude`, `round_to`, `min_channels`). "
         "Received: goal=0.99"
     )
+    held = keras_taylor.Selection(min_channels=4, round_to=2)
+    assert "It is blocked by `round_to=2`; `min_channels=4`; 'head' (3 channels: " in message_of(
+        keras_taylor.make_plan, model, random_scores(model), 0.9, selection=held
+    )
     words = "5 is what may be left; to remove 5 % pass {'params': 0.05}. Received: goal={'params': 5}"
     assert message_of(keras_taylor.make_plan, model, random_scores(model), {"params": 5}).endswith(words)
     reached = float(largest[:-1]) / 100 - 1e-3
