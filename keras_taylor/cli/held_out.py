@@ -40,7 +40,7 @@ def print_if_at_chance(model: keras.Model, split: DataSplit) -> None:
     if share is None or not (y.ndim == 1 or is_one_hot):
         return
     counts = np.unique(y.argmax(-1) if is_one_hot else y, return_counts=True)[1]
-    if len(counts) > 1 and share <= counts.max() / len(y):
+    if len(counts) > 1 and round(share * len(y)) <= counts.max():
         print(
             f"note: the given model is right for {share:.0%} of the validation examples, no better than "
             "naming the most frequent class each time. Are the inputs scaled as in its training "
