@@ -158,6 +158,11 @@ def goals_from_texts(texts: Sequence[str]) -> GoalLike | list[GoalLike]:
     return goals if goals[1:] else goals[0]
 
 
+def number_of_text(text: str) -> float:
+    """The number of a text like "0.3" or "30%"."""
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+
+
 def _parse_value(cost: str, value: str, text: str) -> float | int | str:
     """A number, or for a measured cost an amount with its unit."""
     if value.isdecimal():
@@ -169,7 +174,7 @@ def _parse_value(cost: str, value: str, text: str) -> float | int | str:
             )
         return int(value)
     try:
-        number = float(value.removesuffix("%")) / (100 if value.endswith("%") else 1)
+        number = number_of_text(value)
     except ValueError as error:
         if measured_cost_of(cost) is not None:
             return value

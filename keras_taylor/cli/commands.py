@@ -18,12 +18,7 @@ from rich.console import Console
 import keras_taylor
 from keras_taylor.cli.data_files import DataSplit
 from keras_taylor.cli.demo import compress_digits_network
-from keras_taylor.cli.held_out import (
-    measure_on_test_examples,
-    print_if_at_chance,
-    print_if_known,
-    print_test_metrics,
-)
+from keras_taylor.cli.held_out import measure_on_test_examples, print_notes, print_test_metrics
 from keras_taylor.cli.model_files import FileError, compile_for_targets
 from keras_taylor.cli.options import (
     Backend,
@@ -179,8 +174,7 @@ def compress_command(
     else:
         print(info)
         print_test_metrics(info.test_metrics, len(split.test[0]))
-        print_if_known(original, split)
-        print_if_at_chance(original, split)
+        print_notes(original, split)
         _offer_int8_io(artifacts[1::2])
         _print_written(*written)
 

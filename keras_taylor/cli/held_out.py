@@ -6,24 +6,33 @@ import keras
 import numpy as np
 
 from keras_taylor.cli.data_files import DataSplit, Examples
+from keras_taylor.support.types import Array
 
 _NUM_COMPARED = 1000  # examples
 # A loss on held-out examples that is at most this share above the training part's is no larger.
 _SAME_LOSS = 0.1
 
 
-def print_if_known(model: keras.Model, split: DataSplit) -> None:
-    """Says so if the model seems to have been trained on held-out examples, too.
+def print_notes(model: keras.Model, split: DataSplit) -> None:
+    """Says so if the given model seems to know held-out examples, or is no better than chance on them."""
+    parts = {"training": split.train, "validation": split.validation, "test": split.test}
+    first = {name: (x[:_NUM_COMPARED], y[:_NUM_COMPARED]) for name, (x, y) in parts.items()}
+    found = {name: _metrics(model, examples) for name, examples in first.items()}
+    _print_if_known({name: metrics["loss"] for name, metrics in found.items()})
+    _print_if_at_chance(found["validation"].get("accuracy"), first["validation"][1])
 
-    It knows them if its loss there is no larger than on the training examples. Accuracies on them are then
-    too good, before and after.
+
+def _print_if_known(losses: Mapping[str, float]) -> None:
+    """Takes the losses by part.
+
+    A model knows held-out examples if its loss there is no larger than on the training examples. Accuracies
+    on them are then too good, before and after.
     """
-    known = _loss(model, split.train)
-    losses = {"validation": _loss(model, split.validation), "test": _loss(model, split.test)}
+    known = losses["training"]
     found = [
         f"on the {name} part, {loss:.4g},"
         for name, loss in losses.items()
-        if loss <= (1 + _SAME_LOSS) * known
+        if name != "training" and loss <= (1 + _SAME_LOSS) * known
     ]
     if found:
         print(
@@ -32,10 +41,8 @@ def print_if_known(model: keras.Model, split: DataSplit) -> None:
         )
 
 
-def print_if_at_chance(model: keras.Model, split: DataSplit) -> None:
-    """Says so if the given model is right about as often as chance: the inputs may be scaled wrongly."""
-    _, y = split.validation
-    share = _metrics(model, split.validation).get("accuracy")
+def _print_if_at_chance(share: float | None, y: Array) -> None:
+    """Takes the accuracy on the validation part, and its labels. At chance, inputs may be scaled wrongly."""
     is_one_hot = y.ndim == 2 and bool((y.sum(-1) == 1).all())
     if share is None or not (y.ndim == 1 or is_one_hot):
         return
@@ -65,11 +72,6 @@ def print_test_metrics(metrics: Mapping[str, Mapping[str, float]], num_examples:
     shown = [f"{name} {value:.4g} -> {after[name]:.4g}" for name, value in before.items()]
     if shown:
         print(f"on the {'' if num_examples is None else f'{num_examples} '}test examples: {', '.join(shown)}")
-
-
-def _loss(model: keras.Model, examples: Examples) -> float:
-    x, y = examples
-    return _metrics(model, (x[:_NUM_COMPARED], y[:_NUM_COMPARED]))["loss"]
 
 
 def _metrics(model: keras.Model, examples: Examples) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 import keras
 import typer
 
-from keras_taylor.budget.goals import GoalLike, goals_from_texts
+from keras_taylor.budget.goals import GoalLike, goals_from_texts, number_of_text
 from keras_taylor.cli.data_files import DataSplit, Scaling, load_data
 from keras_taylor.cli.model_files import FileError, load_model
 from keras_taylor.cli.signatures import OptionGroup
@@ -350,7 +350,7 @@ def parse_max_drop(texts: list[str] | None) -> MaxDrop | None:
     for text in texts:
         metric, equals, number = text.rpartition("=")
         try:
-            limits[metric] = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+            limits[metric] = number_of_text(number)
         except ValueError as error:
             raise FileError(
                 "--max-drop takes a number, such as 0.01 or 1%, or the name of a metric and a number, "

@@ -12,10 +12,9 @@ from keras import ops
 from keras_taylor.cutting.downstream import ChannelReader, find_channel_readers
 from keras_taylor.cutting.layer_fits import LayerRepair
 from keras_taylor.reading.graph import Call, Graph
-from keras_taylor.reading.matmul_views import to_float64, view_float32
 from keras_taylor.reading.walk import InputBatch, Observer, Walk
 from keras_taylor.rules.base import override_attributes
-from keras_taylor.support.arrays import assign_rounded
+from keras_taylor.support.arrays import assign_rounded, to_float64, view_float32
 from keras_taylor.support.keras_internals import layers_inside, mask_of_tensor
 from keras_taylor.support.types import Array, FloatArray, Tensor
 

@@ -15,11 +15,10 @@ from keras_taylor.reading.matmul_views import (
     affine_at_inference,
     has_no_activation,
     sole_reader,
-    to_float64,
 )
 from keras_taylor.reading.walk import ComputedTensors
 from keras_taylor.rules.base import is_from_keras
-from keras_taylor.support.arrays import assign_rounded
+from keras_taylor.support.arrays import assign_rounded, to_float64
 from keras_taylor.support.types import BoolArray, FloatArray
 
 # Layers through which a positive factor of a channel goes unchanged, beside rectifiers.

@@ -15,8 +15,9 @@ from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.closed_layers import record_inside
 from keras_taylor.reading.graph import Call, Graph, single_layer_graph
 from keras_taylor.reading.groups import LabeledModel
-from keras_taylor.reading.matmul_views import MatrixMasks, matmul_view, to_float32
+from keras_taylor.reading.matmul_views import MatrixMasks, matmul_view
 from keras_taylor.reading.walk import InputBatch, Walk, fixed_batch_size, run_batches, split_into_batches
+from keras_taylor.support.arrays import to_float32
 from keras_taylor.support.keras_internals import layers_inside
 from keras_taylor.support.types import Array, BoolArray, IntArray, Tensor
 

@@ -1,6 +1,5 @@
 """Linear layers as matrix products: the im2col rows that their kernel multiplies, and where a bias goes."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -14,7 +13,7 @@ from keras import ops
 
 from keras_taylor.reading.graph import Call, Graph
 from keras_taylor.rules.einsum import parse_subscripts
-from keras_taylor.support.arrays import assign_rounded
+from keras_taylor.support.arrays import assign_rounded, to_float32, to_float64, view_float32
 from keras_taylor.support.types import Array, BoolArray, FloatArray, IntArray, Masks, Tensor
 
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
@@ -441,26 +440,6 @@ def sample_positions(
     if num_rows < num_positions:
         chosen = random.permuted(chosen, axis=1)[:, :num_rows]
     return SampledPositions(np.repeat(np.arange(num_examples), chosen.shape[1]), chosen.reshape(-1))
-
-
-def to_float32(tensor: Tensor) -> FloatArray:
-    """The values of a tensor, variable or array as a float32 array."""
-    if keras.backend.standardize_dtype(tensor.dtype) == "float32":  # JAX compiles a cast for every shape
-        return np.asarray(ops.convert_to_numpy(tensor))
-    return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
-
-
-def view_float32(tensor: Tensor) -> FloatArray:
-    """The same as `to_float32`, for reading only: it shares the tensor's memory where that is the host's."""
-    if keras.backend.standardize_dtype(tensor.dtype) == "float32":
-        with contextlib.suppress(TypeError, RuntimeError):  # PyTorch's, on a device or with a gradient
-            return np.asarray(tensor)
-    return to_float32(tensor)
-
-
-def to_float64(tensor: Tensor) -> FloatArray:
-    """The values of a tensor or variable as a float64 array."""
-    return np.asarray(ops.convert_to_numpy(tensor), np.float64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

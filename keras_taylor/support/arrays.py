@@ -1,8 +1,9 @@
-"""Arrays for the inputs and outputs of a model, and values of variables: copies, zeros, rounded ones.
+"""Arrays for the inputs and outputs of a model, and values of tensors: copies, zeros, rounded ones.
 
 Arrays for inputs or outputs are in a flat list. All of a list have the same number of examples.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -165,3 +166,23 @@ def _compress(value: Array, masks: Masks) -> Array:
         if mask is not None:
             cut = np.compress(mask, cut, axis)
     return np.array(value) if cut is value else cut
+
+
+def to_float32(tensor: Tensor) -> FloatArray:
+    """The values of a tensor, variable or array as a float32 array."""
+    if keras.backend.standardize_dtype(tensor.dtype) == "float32":  # JAX compiles a cast for every shape
+        return np.asarray(ops.convert_to_numpy(tensor))
+    return np.asarray(ops.convert_to_numpy(ops.cast(tensor, "float32")))
+
+
+def view_float32(tensor: Tensor) -> FloatArray:
+    """The same as `to_float32`, for reading only: it shares the tensor's memory where that is the host's."""
+    if keras.backend.standardize_dtype(tensor.dtype) == "float32":
+        with contextlib.suppress(TypeError, RuntimeError):  # PyTorch's, on a device or with a gradient
+            return np.asarray(tensor)
+    return to_float32(tensor)
+
+
+def to_float64(tensor: Tensor) -> FloatArray:
+    """The values of a tensor or variable as a float64 array."""
+    return np.asarray(ops.convert_to_numpy(tensor), np.float64)
