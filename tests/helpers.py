@@ -46,6 +46,14 @@ def needs_compiled_steps():
             pytest.skip(f"torch.compile does not work here: {type(error).__name__}")
 
 
+def compile_faster(monkeypatch):
+    """PyTorch traces what `jit_compile=True` compiles, but makes no C++ of it, which takes half a minute."""
+    if BACKEND == "torch":
+        import torch
+
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
 def random_scores(model, seed=0, exact=True):
     random = np.random.default_rng(seed)
     return {g.name: random.random(g.num_units) for g in label_model(model, exact=exact).groups}

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+from helpers import EAGER
 
 TEXTS = ["the cat sat on the mat", "a dog ran fast", "the dog sat", "a slow cat ran"] * 8
 LABELS = np.array([0, 1, 0, 1] * 8)
@@ -23,7 +24,14 @@ def bert_classifier():
         max_sequence_length=12,
     )
     preprocessor = models.BertTextClassifierPreprocessor(tokenizer, sequence_length=12)
-    return settled(models.BertTextClassifier(backbone, num_classes=2, preprocessor=preprocessor))
+    task = settled(models.BertTextClassifier(backbone, num_classes=2, preprocessor=preprocessor))
+    task.compile(
+        optimizer=keras.optimizers.Adam(1e-3),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[keras.metrics.SparseCategoricalAccuracy()],
+        run_eagerly=EAGER,
+    )
+    return task
 
 
 def gpt2_lm():
@@ -47,6 +55,7 @@ def gpt2_lm():
         optimizer=keras.optimizers.Adam(1e-3),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         sampler="greedy",
+        run_eagerly=EAGER,
     )
     return task
 

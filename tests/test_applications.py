@@ -19,6 +19,7 @@ from keras_taylor.scores.gated_model import GatedModel
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.sweep(1),
     pytest.mark.skipif(BACKEND != "tensorflow", reason="the graphs are the same on every backend"),
 ]
 

@@ -40,6 +40,7 @@ def test_pruned_backbones_obey_the_laws(name):
 
 @pytest.mark.once
 @pytest.mark.filterwarnings("ignore:The `get_config` of class")
+@pytest.mark.slow
 def test_what_holds_layers_that_do_not_say_what_they_are_made_from_loads_without_this_package(tmp_path):
     data = {}
     for name in ("ViT", "MiT", "Llama"):

@@ -58,6 +58,7 @@ def test_taylor_keeps_more_accuracy_than_chance(trained):
     assert accuracies["taylor"] > accuracies["random"] + 0.2
 
 
+@pytest.mark.slow
 def test_pruned_while_training_it_strips_to_the_same(trained):
     model, x, y = trained
     prunable = keras_taylor.PrunableModel(model)

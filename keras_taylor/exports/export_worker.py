@@ -240,7 +240,7 @@ def serve_jobs() -> None:
     """The loop of the worker process: it reads requests and writes answers, a line of JSON each."""
     import keras
 
-    if keras.backend.backend() == "tensorflow":
+    with contextlib.suppress(ImportError):  # Keras imports it wherever it is installed to save a `.keras` file
         import tensorflow  # noqa: F401  # once, not in every child
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to the log, not between the answers

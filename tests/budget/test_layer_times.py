@@ -341,6 +341,7 @@ def test_slow_models_are_called_a_few_times_anyway(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", ["keras", "litert-int8", "onnx"])
+@pytest.mark.slow
 def test_layers_and_models_are_really_timed(tmp_path, variant):
     if variant != "keras":
         pytest.importorskip("tensorflow")

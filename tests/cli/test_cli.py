@@ -117,6 +117,7 @@ def test_integers_outside_are_offered_where_they_save_memory(run):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_file_for_a_microcontroller(run):
     words = ("export", "model.keras", "-o", "tiny.tflite", "--format", "litert-int8", "--data", "data.npz")
     words = (*words, "--batch-size", "1", "--int8-io")
@@ -498,17 +499,8 @@ def other_backend():
     pytest.skip("only one backend is installed")
 
 
-def test_another_backend_starts_the_process_again(tmp_path):
-    small_model().save(tmp_path / "model.keras")
-    command = [sys.executable, "-m", "keras_taylor", "analyze", str(tmp_path / "model.keras")]
-    command += ["--backend", other_backend()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "channels can leave" in done.stdout
-
-
-@pytest.mark.once
-def test_nothing_in_the_working_directory_is_imported(trapped_folder):
-    """Neither when the process starts again on another backend, nor for a library that is imported late."""
+def test_another_backend_starts_the_process_again(trapped_folder):
+    """Nothing in the working directory is imported by that, but what `--import` names."""
     (trapped_folder / "own.py").write_text("import sys; print(sys.path[-1])")
     model = trapped_folder / "model.keras"
     small_model().save(model)
@@ -516,12 +508,13 @@ def test_nothing_in_the_working_directory_is_imported(trapped_folder):
     start = "import sys; from keras_taylor.cli.commands import main; sys.exit(main())"
     command = [sys.executable, "-P", "-c", start, "analyze", str(model), "--backend", other_backend()]
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(keras_taylor.__file__).parent.parent)}
-    run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment)
-    assert "channels can leave" in run(command).stdout
-    assert run([*command, "--import", "own"]).stdout.startswith(f"{trapped_folder}\n")
+    command += ["--import", "own"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.startswith(f"{trapped_folder}\n") and "channels can leave" in done.stdout
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_python_m_imports_nothing_of_the_working_directory(trapped_folder):
     package = os.path.dirname(os.path.dirname(keras_taylor.__file__))
     command = [sys.executable, "-m", "keras_taylor", "--help"]

@@ -13,6 +13,8 @@ from keras_taylor.reading.graph import read_model
 from keras_taylor.reading.walk import Walk
 from keras_taylor.support.keras_internals import layers_inside
 
+pytestmark = pytest.mark.sweep(1)
+
 layers = keras.layers
 
 

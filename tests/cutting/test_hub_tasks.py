@@ -13,6 +13,8 @@ from hub_tasks import LABELS, TEXTS
 
 import keras_taylor
 
+pytestmark = pytest.mark.sweep(1)
+
 pytest.importorskip("keras_hub")
 FEED_FORWARD = "feedforward_intermediate_dense"
 
@@ -21,6 +23,7 @@ def feed_forward_widths(plan):
     return [len(layer.kept) for name, layer in plan.layers.items() if name.endswith(FEED_FORWARD)]
 
 
+@pytest.mark.slow
 def test_a_task_without_a_branch_comes_back_and_says_that_its_backbone_is_functional():
     task = hub_tasks.bert_classifier()
     groups = keras_taylor.analyze(task, branches=True).groups
@@ -35,6 +38,7 @@ def test_a_task_without_a_branch_comes_back_and_says_that_its_backbone_is_functi
     assert small.fit(TEXTS, LABELS, verbose=0).history["loss"][0] > 0
 
 
+@pytest.mark.slow
 def test_whole_blocks_leave_and_the_number_of_layers_follows():
     from keras_hub import models
 
@@ -91,6 +95,7 @@ def test_a_text_classifier_is_compressed_on_strings_and_comes_back_as_one():
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_scores_come_from_raw_data_and_from_what_the_preprocessor_makes_of_it_alike():
     task = hub_tasks.bert_classifier()
     x, y = task.preprocessor(TEXTS, y=LABELS)
@@ -104,6 +109,7 @@ def test_scores_come_from_raw_data_and_from_what_the_preprocessor_makes_of_it_al
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_the_preprocessor_runs_once_over_arrays():
     task, seen = hub_tasks.gpt2_lm(), []
     preprocess = task.preprocessor.call
@@ -145,6 +151,7 @@ def test_a_language_model_generates_what_the_original_without_the_units_does():
 
 @pytest.mark.once
 @pytest.mark.parametrize("make", [hub_tasks.bert_classifier, hub_tasks.gpt2_lm])
+@pytest.mark.slow
 def test_an_empty_plan_changes_nothing_and_the_optimizer_goes_on(make):
     task = make()
     task.fit(TEXTS, LABELS if make is hub_tasks.bert_classifier else None, verbose=0)
@@ -156,6 +163,7 @@ def test_an_empty_plan_changes_nothing_and_the_optimizer_goes_on(make):
         np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (old, new)))
 
 
+@pytest.mark.slow
 def test_presets_load_in_a_process_without_this_package(tmp_path):
     task = hub_tasks.gpt2_lm()
     small = keras_taylor.prune(task, plan_for(task))
@@ -175,6 +183,7 @@ def test_presets_load_in_a_process_without_this_package(tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_the_result_can_be_quantized_and_tuned_with_lora():
     task = hub_tasks.gpt2_lm()
     small = keras_taylor.prune(task, plan_for(task))
@@ -201,6 +210,7 @@ def test_what_the_configuration_cannot_say_stays_and_analyze_tells_why():
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_free_widths_come_back_functional_and_preprocess():
     free = keras_taylor.Selection(uniform=False, rank="score")
     task = hub_tasks.bert_classifier()
@@ -232,6 +242,7 @@ def test_backbones_come_back_as_backbones():
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_repair_takes_raw_data_and_returns_a_task():
     task = hub_tasks.gpt2_lm()
     plan = plan_for(task, 0.2)
@@ -279,12 +290,14 @@ def test_ratios_that_contradict_the_ties_of_a_task_are_refused():
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_keras_hub_is_not_imported():
     code = "import sys, keras_taylor; assert 'keras_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_data_sets_are_preprocessed_in_each_pass():
     tf = pytest.importorskip("tensorflow")
     task = hub_tasks.bert_classifier()

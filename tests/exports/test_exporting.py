@@ -353,6 +353,7 @@ def small_object():
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_int8_is_judged_by_the_compiled_metric_or_in_the_terms_of_the_output(tmp_path):
     keras.utils.set_random_seed(0)
     model = small_object()
@@ -503,6 +504,7 @@ def test_overwrite_replaces_a_directory(made, tmp_path):
 
 @pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of another process")
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tmp_path):
     """The process may write no file of more than 2000 bytes."""
     import resource
@@ -521,6 +523,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_artifacts_are_timed_in_turn(made):
     names = ("free.tflite", "int8.tflite", "free.onnx")
     measured = keras_taylor.measure_artifacts([made.artifact(n) for n in names], 4, repetitions=5)
@@ -541,6 +544,7 @@ def test_artifacts_are_timed_in_turn(made):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_budgets_of_bytes(made, tmp_path):
     path = tmp_path / "model.tflite"
     size = made.artifact("integers.tflite").num_bytes
@@ -746,7 +750,7 @@ def test_a_process_without_work_ends(monkeypatch):
 
 def test_the_process_imports_nothing_of_the_working_directory(trapped_folder, monkeypatch):
     monkeypatch.syspath_prepend("")  # as in an interactive Python
-    export_worker.workers.close()
+    monkeypatch.setattr(export_worker, "workers", export_worker.WorkerPool())
     with pytest.raises(JobError, match="KeyError: 'no such job'"):
         run_job("numpy", "no such job")
     (trapped_folder / "own.py").write_text("raise ValueError('found')")
@@ -755,6 +759,7 @@ def test_the_process_imports_nothing_of_the_working_directory(trapped_folder, mo
     path = ["", "lib", str(trapped_folder), "/usr/lib"]
     expected = [str(trapped_folder / "lib"), "/usr/lib", str(trapped_folder)]
     assert export_worker.installed_first(path, str(trapped_folder)) == expected
+    export_worker.workers.close()
 
 
 def test_the_first_export_says_at_once_what_it_does(tmp_path, monkeypatch, capsys):

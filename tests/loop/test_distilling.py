@@ -149,6 +149,7 @@ def test_labels_and_validation_and_features():
     assert "distill=[...]" in info.command and small.count_params() <= 0.6 * model.count_params()
 
 
+@pytest.mark.slow
 def test_weights_count_in_the_loss_on_labels():
     model, x, y = trained()
 

@@ -311,6 +311,7 @@ def test_ceilings_are_exact_at_the_end():
     assert np.isclose(goal.fractions_to_remove({"params": 1000, "flops": 10})["params"], 0.667)
 
 
+@pytest.mark.slow
 def test_a_file_is_under_its_size(tmp_path, capsys):
     model = small_model()
     whole = keras_taylor.export(model, tmp_path / "whole.tflite").num_bytes

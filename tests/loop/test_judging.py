@@ -72,6 +72,7 @@ def test_labels_that_are_noise(name):
 
 @pytest.mark.filterwarnings("ignore:.*an earlier state of its model is kept")
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_a_learning_rate_that_is_a_hundred_times_too_high(name):
     check_untrained(name, "predictions", learning_rate=100 * RATE)
 

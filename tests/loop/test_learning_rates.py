@@ -7,6 +7,8 @@ from stripes import same, small_model, stripes
 
 import keras_taylor
 
+pytestmark = pytest.mark.sweep(1)
+
 
 class Rates(keras.callbacks.Callback):
     """Notes the learning rate of each step, and the weights that training begins with."""
@@ -114,11 +116,13 @@ def test_trials_find_a_rate_and_leave_the_model_as_it_was(trained, capsys):
     ],
     ids=["too few steps", "rate given", "no judge", "no repair", "scheduler"],
 )
+@pytest.mark.slow
 def test_there_are_no_trials(trained, arguments):
     _, done, rates = compress(*trained, **arguments)
     assert done.learning_rate["trials"] == [] and len(rates.starts) == 1
 
 
+@pytest.mark.slow
 def test_trials_judge_by_validation_data(trained):
     model, (x, y) = trained
     _, done, _ = compress(model, (x, y), validation_data=(x[:40], (y[:40] + 1) % 3), **LONG)

@@ -116,6 +116,7 @@ np.savez(sys.argv[3], **arrays)
 """
 
 
+@pytest.mark.slow
 def test_saved_in_mid_run_it_goes_on_in_another_process(trained, tmp_path):
     prunable, (x, _) = trained[0], stripes()
     prunable.save(tmp_path / "run.keras")

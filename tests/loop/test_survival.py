@@ -177,6 +177,7 @@ def test_resumed_before_the_last_round(whole, copied):
     assert_same(whole[1], run(backup_dir=copied))
 
 
+@pytest.mark.slow
 def test_two_newest_states_are_kept_and_of_a_finished_run_one(tmp_path):
     interrupted(tmp_path, in_round=3, increment=0.1)
     assert rounds_in(tmp_path) == [1, 2]
@@ -383,6 +384,7 @@ with exclusive(pathlib.Path(sys.argv[1])):
 
 @pytest.mark.once
 @pytest.mark.skipif(sys.platform == "win32", reason="no locks of directories")
+@pytest.mark.slow
 def test_two_processes_at_once_in_one_directory(copied):
     """The second one is refused, and leaves alone what the first one writes."""
     (copied / "unfinished-12345.tmp").write_bytes(b"half of a state")

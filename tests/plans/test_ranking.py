@@ -220,6 +220,7 @@ def residual():
 
 @pytest.mark.parametrize("build", [lambda: stack(16, 32, 32, 32), separable, residual])
 @pytest.mark.parametrize("criterion", ["log_odds", "taylor", "magnitude"])
+@pytest.mark.slow
 def test_a_tenth_of_a_network_has_all_its_layers_and_trains(build, criterion):
     keras.utils.set_random_seed(0)
     model, x = build(), np.random.default_rng(0).normal(size=(32, 8, 8, 3)).astype("float32")

@@ -450,6 +450,7 @@ class Structured(keras.Model):
 
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.sweep(3)
 def test_inputs_and_outputs_keep_their_structure(structure):
     x = np.random.default_rng(0).normal(size=(6, 5)).astype("float32")
     data = {"right": x[:, :3], "left": x[:, 3:]}

@@ -10,6 +10,8 @@ from keras_taylor.exports.timing import time_model
 from keras_taylor.reading.graph import read_model
 from keras_taylor.reading.walk import run_batches
 
+pytestmark = pytest.mark.sweep(1)
+
 layers = keras.layers
 
 

@@ -55,6 +55,7 @@ def test_two_outputs_do_not_make_200_columns():
 
 @pytest.mark.once
 @pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.slow
 def test_more_metrics_take_more_tables(validate):
     info = run(*(f"output_number_{k}_of_the_network" for k in range(5)), validate=validate)
     text = str(info).split("What is left at each goal")[0]

@@ -80,7 +80,7 @@ CASES = {
     "pixels from channels": (lambda x: ops.depth_to_space(x, 2), {"before": 2}),
     "channels from pixels": (lambda x: ops.space_to_depth(x, 3), ALL),
     "patches": (lambda x: ops.image.extract_patches(x, 3), ALL),
-    "quantiles": (lambda x: x * ops.nanpercentile(x, 30, axis=1, keepdims=True), ALL),
+    "quantiles": (lambda x: ops.nanpercentile(x[:, :, :1], 30, axis=1, keepdims=True), ALL),  # slow on TF
     "spectrum": (lambda x: ops.rfft(ops.transpose(x, (0, 1, 3, 2)))[0][:, :, None, :, 0], ALL),
     "a mapped function": (lambda x: ops.vectorized_map(ops.relu, x), ALL),
     "bounded alike": (lambda x: ops.clip(x, 0, 1), ALL),

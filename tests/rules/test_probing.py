@@ -13,6 +13,8 @@ import keras_taylor
 from keras_taylor.reading import rule_checks
 from keras_taylor.reading.groups import label_model
 
+pytestmark = pytest.mark.sweep(1)
+
 SIZE = (4, 6)
 
 

@@ -319,9 +319,11 @@ SLOW_ON_TORCH = [pytest.mark.slow] if BACKEND == "torch" else []  # torch.compil
     [pytest.param(p, marks=SLOW_ON_TORCH) for p in ("float32", "mixed_bfloat16", "mixed_float16")],
     indirect=True,
 )
-def test_compiled_steps(policy):
+def test_compiled_steps(policy, monkeypatch):
     """XLA on TensorFlow and JAX, `torch.compile` on PyTorch: exact scores, as far as the policy has them."""
     helpers.needs_compiled_steps()
+    if policy != "float32":
+        helpers.compile_faster(monkeypatch)
     net, y, g = regression()
     net.model.compile("sgd", "mse", jit_compile=True)
     assert net.model.jit_compile is True

@@ -11,6 +11,8 @@ import keras_taylor
 from keras_taylor.support import datasets
 from keras_taylor.support.datasets import Feed, count_batches
 
+pytestmark = pytest.mark.sweep(1)
+
 X = np.random.default_rng(0).normal(size=(48, 2)).astype("float32")
 Y = X[:, :1]
 

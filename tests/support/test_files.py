@@ -64,6 +64,7 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path, temporary):
     assert os.listdir(temporary) == []
 
 
+@pytest.mark.slow
 def test_what_was_set_aside_by_a_killed_run_comes_back(tmp_path, temporary):
     target = tmp_path / "served"
     target.mkdir()

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import zoo
-from helpers import BACKEND, needs_compiled_steps
+from helpers import BACKEND, compile_faster, needs_compiled_steps
 
 import keras_taylor
 
@@ -110,11 +110,12 @@ SLOW_ON_TORCH = [pytest.mark.slow] if BACKEND == "torch" else []  # torch.compil
         {"steps_per_execution": 3},
     ],
 )
-def test_scores_under_every_way_of_running(arguments):
+def test_scores_under_every_way_of_running(arguments, monkeypatch):
     if BACKEND == "torch" and "steps_per_execution" in arguments:
         pytest.skip("steps_per_execution is not for torch")
     if "jit_compile" in arguments:
         needs_compiled_steps()
+        compile_faster(monkeypatch)
     model = plain_net(**arguments)
     assert_scores(scores_while_training(model), keras_taylor.score(model, some_data()))
 
