@@ -73,6 +73,7 @@ def inputs_of(model, rows=40, seed=1):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """The model, and a function from a variant to its artifact, each made once."""
+    keras.backend.clear_session()  # names of layers are part of the files, and of their sizes
     keras.utils.set_random_seed(3)
     model = two_headed()
     folder = tmp_path_factory.mktemp("artifacts")
