@@ -9,7 +9,7 @@ from typing import TypeAlias
 import keras
 import numpy as np
 
-from keras_taylor.cli.model_files import FileError
+from keras_taylor.cli.failures import FileError, check_source
 from keras_taylor.support.types import Array
 
 # Inputs, the examples first, and their targets.
@@ -73,16 +73,12 @@ def load_data(
     Raises:
         FileError: for data that is missing, damaged or pickled, or does not fit the model.
     """
-    if source == "digits":
+    if check_source(source) == "digits":
         parts, said = _load_digits()
     elif pathlib.Path(source).is_dir():
         parts, said = _load_images(pathlib.Path(source), model)
-    elif pathlib.Path(source).is_file():
-        parts, said = _load_npz(pathlib.Path(source))
     else:
-        raise FileError(
-            f"There is no data '{source}'. Expected 'digits', an .npz file or a directory of images."
-        )
+        parts, said = _load_npz(pathlib.Path(source))
     split_off = []
     for name, share in (("test", test), ("validation", validation)):
         if name not in parts:

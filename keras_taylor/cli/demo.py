@@ -3,8 +3,8 @@
 import keras
 
 import keras_taylor
+from keras_taylor.budget.goals import GoalLike
 from keras_taylor.cli.data_files import load_data
-from keras_taylor.cli.options import Goals
 
 
 def small_network() -> keras.Sequential:
@@ -22,7 +22,7 @@ def small_network() -> keras.Sequential:
     return keras.Sequential(layers, name="digits_cnn")
 
 
-def compress_digits_network(goal: Goals) -> keras_taylor.Info:
+def compress_digits_network(goal: GoalLike | list[GoalLike]) -> keras_taylor.Info:
     """Trains the small network, makes it smaller, and returns what `compress` did."""
     keras.utils.set_random_seed(0)
     model = small_network()

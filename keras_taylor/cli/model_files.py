@@ -3,19 +3,17 @@
 import contextlib
 import json
 import pathlib
+import warnings
 import zipfile
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_taylor.cli.failures import FileError, check_model_file
 from keras_taylor.support.types import Array
 
 _MOST_FOREIGN = 3  # of foreign classes in a message
-
-
-class FileError(ValueError):
-    """A file cannot be used. The message is one line that says what to do."""
 
 
 def load_model(path: str | pathlib.Path, trust: bool = False) -> keras.Model:
@@ -33,17 +31,13 @@ def load_model(path: str | pathlib.Path, trust: bool = False) -> keras.Model:
         FileError: for a file that is missing or damaged, needs unknown classes, or holds code and is not
             trusted.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise FileError(f"There is no file '{path}'. Check the name.")
-    if path.suffix not in (".keras", ".h5", ".hdf5"):
-        raise FileError(f"'{path}' is not a model file. Expected a .keras or .h5 file.")
-    if path.suffix == ".keras" and not zipfile.is_zipfile(path):
-        raise FileError(f"'{path}' is damaged or not a .keras file. Save the model again with `model.save`.")
+    path = check_model_file(path)
     if path.suffix != ".keras":
         return _load_uncompiled(path, trust)
     try:
-        return keras.models.load_model(path, safe_mode=not trust)
+        with warnings.catch_warnings():  # an optimizer that never trained is told by Keras in many words
+            warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+            return keras.models.load_model(path, safe_mode=not trust)
     except Exception as error:
         if _is_about_compiling(error):
             return _load_uncompiled(path, trust)

@@ -1,28 +1,27 @@
-"""The options of the commands, as small values that check themselves."""
+"""The options of the commands, as small values that check themselves.
+
+Keras takes seconds to load. So it is loaded where an option needs it, and not for `--help` or a file that is
+missing.
+"""
 
 import dataclasses
-import importlib
-import os
-import sys
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import keras
 import typer
 
-from keras_taylor.budget.goals import GoalLike, goals_from_texts, number_of_text
-from keras_taylor.cli.data_files import DataSplit, Scaling, load_data
-from keras_taylor.cli.model_files import FileError, load_model
+from keras_taylor.cli.failures import FileError, check_model_file, check_source, quiet_imports
 from keras_taylor.cli.signatures import OptionGroup
 from keras_taylor.exports.formats import VARIANTS
-from keras_taylor.loop.metric_limits import MaxDrop
-from keras_taylor.plans.selection import AUTO, Selection
 
-# One goal, or several, in the form that `compress` takes.
-Goals: TypeAlias = GoalLike | list[GoalLike]
+if TYPE_CHECKING:
+    from keras_taylor.budget.goals import GoalLike
+    from keras_taylor.loop.metric_limits import MaxDrop
+    from keras_taylor.plans.selection import Selection
 
 RequiredData = Annotated[
     str,
     typer.Option(
+        callback=check_source,
         help="'digits', an .npz file (x_train, y_train, perhaps x_val, y_val, x_test, y_test; or x, y), or a "
         "directory with one directory of images for each class.",
         show_default=False,
@@ -66,16 +65,8 @@ class ModelOptions(OptionGroup):
         ),
     ] = None
 
-    def load(self) -> keras.Model:
-        """The model, after the modules that register its layers."""
-        if self.modules:
-            sys.path.append(os.getcwd())
-        for name in self.modules or ():
-            try:
-                importlib.import_module(name)
-            except ImportError as error:
-                raise FileError(f"The module '{name}' of --import cannot be imported ({error}).") from error
-        return load_model(self.model, self.trust)
+    def __post_init__(self) -> None:
+        check_model_file(self.model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +103,6 @@ class InputOptions(OptionGroup):
         if 0 in (self.divide_by, *(parse_numbers(self.std) or ())):
             raise FileError("--divide-by and --std divide the inputs. Expected numbers other than 0.")
 
-    def load(self, source: str, model: keras.Model) -> DataSplit:
-        """Training, validation and test data for a model, scaled."""
-        scaling = Scaling(self.divide_by, parse_numbers(self.mean), parse_numbers(self.std))
-        return load_data(source, model, self.validation, self.test, scaling)
-
 
 @dataclasses.dataclass(frozen=True)
 class ChannelOptions(OptionGroup):
@@ -147,6 +133,7 @@ class SensitivityOptions(OptionGroup):
     data: Annotated[
         str,
         typer.Option(
+            callback=check_source,
             help="Measure the loss of the training examples while a growing share of each group of channels "
             "is removed. The same kinds of data as for `compress`.",
             show_default=False,
@@ -202,8 +189,11 @@ class PruningOptions(OptionGroup):
         parse_max_drop(self.max_drop)
         self.selection()
 
-    def selection(self, branches: bool = False) -> Selection:
+    def selection(self, branches: bool = False) -> "Selection":
         """How `compress` selects the channels, and with `branches` the residual branches, that leave."""
+        with quiet_imports():
+            from keras_taylor.plans.selection import AUTO, Selection
+
         if self.round_to == AUTO:
             return Selection(round_to=AUTO, branches=branches)
         if not self.round_to.isdecimal() or int(self.round_to) < 1:
@@ -337,13 +327,19 @@ def parse_numbers(text: str) -> list[float] | None:
         raise FileError(f"'{text}' is neither a number nor a list of numbers like 0.5,0.4,0.4.") from error
 
 
-def parse_goal_texts(texts: list[str] | None) -> Goals:
-    """The goal that `--goal` asks for, 0.3 by default."""
+def parse_goal_texts(texts: list[str] | None) -> "GoalLike | list[GoalLike]":
+    """The goal that `--goal` asks for, 0.3 by default; a list where it asks for several."""
+    with quiet_imports():
+        from keras_taylor.budget.goals import goals_from_texts
+
     return goals_from_texts(texts or ["0.3"])
 
 
-def parse_max_drop(texts: list[str] | None) -> MaxDrop | None:
+def parse_max_drop(texts: list[str] | None) -> "MaxDrop | None":
     """The limits that `--max-drop` sets: a number for the first metric, or numbers by metric."""
+    with quiet_imports():
+        from keras_taylor.budget.goals import number_of_text
+
     if not texts:
         return None
     limits: dict[str, float] = {}

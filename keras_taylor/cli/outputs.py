@@ -5,10 +5,9 @@ import os
 import pathlib
 from collections.abc import Callable
 
-from keras_taylor.cli.model_files import FileError
-from keras_taylor.cli.options import CompressOutputs, Goals
+from keras_taylor.cli.failures import FileError, quiet_imports
+from keras_taylor.cli.options import CompressOutputs
 from keras_taylor.exports.formats import VARIANTS
-from keras_taylor.reports import plots
 from keras_taylor.support.files import AtomicFile
 
 
@@ -34,13 +33,12 @@ class OutputPaths:
         return self.result.with_suffix(".json")
 
 
-def compress_paths(outputs: CompressOutputs, goal: Goals, force: bool) -> OutputPaths:
+def compress_paths(outputs: CompressOutputs, num_goals: int, force: bool) -> OutputPaths:
     """The paths of everything that `compress` writes; refuses one that it could not write."""
     result = check_output(outputs.output, force, ".keras")
-    goals = goal if isinstance(goal, list) else [goal]
     return OutputPaths(
         result,
-        [_check_beside(result, f"-{number}{result.suffix}", force) for number in range(1, len(goals))],
+        [_check_beside(result, f"-{number}{result.suffix}", force) for number in range(1, num_goals)],
         {
             name: _check_beside(result, f"-{name}{VARIANTS[name].suffix}", force)
             for name in outputs.export or ()
@@ -84,6 +82,9 @@ def check_plot(path: str, data: str, force: bool) -> pathlib.Path | None:
         return None
     if not data:
         raise FileError("--plot draws what is measured on data: pass --data as well.")
+    with quiet_imports():
+        from keras_taylor.reports import plots
+
     plots.check_picture(path)
     return check_output(path, force)
 

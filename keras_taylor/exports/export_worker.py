@@ -18,12 +18,13 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final, TypedDict
 
 from keras_taylor.exports import conversion, inspection, source_models, timing
 from keras_taylor.exports.formats import ExportSettings
 from keras_taylor.exports.source_models import UserCode
+from keras_taylor.support.files import installed_first
 
 IDLE_SECONDS = 60
 CAN_FORK = sys.platform == "linux"  # macOS' system libraries do not survive a fork, Windows has none
@@ -97,13 +98,6 @@ def run_job(backend: str, job: str, code: UserCode | None = None, **arguments: A
     if "error" in answer:
         raise JobError(answer["error"], answer["message"])
     return answer["result"]
-
-
-def installed_first(path: Sequence[str], folder: str) -> list[str]:
-    """A `sys.path` on which a folder stands last: no file that lies there takes the place of a library."""
-    entries = [os.path.abspath(entry) for entry in path]
-    others = [entry for entry in entries if os.path.realpath(entry) != os.path.realpath(folder)]
-    return others if len(others) == len(entries) else [*others, folder]
 
 
 class Worker:
@@ -238,9 +232,7 @@ atexit.register(workers.close)
 
 def serve_jobs() -> None:
     """The loop of the worker process: it reads requests and writes answers, a line of JSON each."""
-    import keras
-
-    with contextlib.suppress(ImportError):  # Keras imports it wherever it is installed to save a `.keras` file
+    with contextlib.suppress(ImportError):  # to save a `.keras` file, Keras imports it on every backend
         import tensorflow  # noqa: F401  # once, not in every child
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to the log, not between the answers

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -208,3 +208,10 @@ def with_nan_by_name(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of the fields of a class, each as `with_nan` gives it."""
     hints = get_type_hints(owner)
     return {name: with_nan(hints.get(name), value) for name, value in values.items()}
+
+
+def installed_first(path: Sequence[str], folder: str) -> list[str]:
+    """A `sys.path` on which a folder stands last: no file that lies there takes the place of a library."""
+    entries = [os.path.abspath(entry) for entry in path]
+    others = [entry for entry in entries if os.path.realpath(entry) != os.path.realpath(folder)]
+    return others if len(others) == len(entries) else [*others, folder]

@@ -505,12 +505,35 @@ def test_another_backend_starts_the_process_again(trapped_folder):
     model = trapped_folder / "model.keras"
     small_model().save(model)
     # -P: the command `keras-taylor` has its own folder on the path, not the working directory
-    start = "import sys; from keras_taylor.cli.commands import main; sys.exit(main())"
+    start = "import sys; sys.argv[0] = 'keras-taylor'; from keras_taylor.cli.commands import main; main()"
     command = [sys.executable, "-P", "-c", start, "analyze", str(model), "--backend", other_backend()]
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(keras_taylor.__file__).parent.parent)}
     command += ["--import", "own"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.startswith(f"{trapped_folder}\n") and "channels can leave" in done.stdout
+    assert done.stderr == ""  # TensorFlow, too, says nothing while it is loaded
+
+
+@pytest.mark.once
+def test_help_and_files_that_are_missing_need_no_keras(tmp_path, monkeypatch):
+    """Which takes seconds to load; to replace it by nothing makes every import of it an error."""
+    monkeypatch.chdir(tmp_path)
+    small_model().save("model.keras")
+    start = (
+        "import sys; sys.argv[0] = 'keras-taylor'; sys.modules['keras'] = None; "
+        "from keras_taylor.cli.commands import main; main()"
+    )
+    command = [sys.executable, "-c", start]
+    for words, code, said in (
+        (["--help"], 0, "analyze"),
+        (["compress", "--help"], 0, "--goal"),
+        (["analyze", "absent.keras"], 1, "There is no file 'absent.keras'"),
+        (["compress", "model.keras", "--data", "absent", "-o", "s.keras"], 1, "There is no data 'absent'"),
+        (["export", "model.keras", "-o", "absent/s.tflite"], 1, "There is no directory 'absent'"),
+        (["report", "absent.json"], 1, "There is no file 'absent.json'"),
+    ):
+        done = subprocess.run([*command, *words], capture_output=True, text=True)
+        assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr
 
 
 @pytest.mark.once

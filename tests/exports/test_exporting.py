@@ -32,6 +32,7 @@ from keras_taylor.exports.export_parity import (
 from keras_taylor.exports.export_worker import JobError, run_job
 from keras_taylor.exports.formats import checked_format
 from keras_taylor.support.console import render_table
+from keras_taylor.support.files import installed_first
 
 pytest.importorskip("tensorflow")
 HAS_ONNX = all(map(pytest.importorskip, ("tf2onnx", "onnxruntime")))
@@ -759,7 +760,7 @@ def test_the_process_imports_nothing_of_the_working_directory(trapped_folder, mo
         run_job("numpy", "no such job", {"modules": ["own"], "pickles": {}})
     path = ["", "lib", str(trapped_folder), "/usr/lib"]
     expected = [str(trapped_folder / "lib"), "/usr/lib", str(trapped_folder)]
-    assert export_worker.installed_first(path, str(trapped_folder)) == expected
+    assert installed_first(path, str(trapped_folder)) == expected
     export_worker.workers.close()
 
 
