@@ -306,6 +306,25 @@ def test_first_batches_of_a_data_set(trained):
     assert len(done.step_losses) == 10
 
 
+def test_weights_of_validation_examples_count_and_class_weights_do_not(trained):
+    model, (x, y), arguments = trained
+    x, y = x[:40], y[:40]
+    weights = np.where(y == 0, 5.0, 0.1)
+    for validation_data in ((x, y, weights), (x, y)):
+        arguments = {
+            **arguments,
+            "epochs": 1,
+            "increment": 1.0,
+            "verbose": 0,
+            "class_weight": {0: 5.0, 1: 0.1, 2: 0.1},
+        }
+        small, done = compress(model, trained[1], validation_data=validation_data, **arguments)
+        loss = small.evaluate(
+            x, y, sample_weight=weights if validation_data[2:] else None, verbose=0, return_dict=True
+        )["loss"]
+        assert done.judged["metrics"][done.kept_epoch]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
 def test_a_validation_split_is_validation_data(trained):
     model, ds, arguments = trained
     arguments = {**arguments, "epochs": 1, "increment": 1.0, "verbose": 0, "return_info": True}
