@@ -200,9 +200,9 @@ def _choose_backend() -> None:
         fail(f"There is no backend '{wanted}'. Expected one of {', '.join(BACKENDS)}.", 2)
     if importlib.util.find_spec(wanted) is None:
         fail(f'{wanted} is not installed: pip install "keras-taylor[{wanted}]"', 1)
-    os.environ["KERAS_BACKEND"] = wanted
     if "keras" in sys.modules and sys.modules["keras"].backend.backend() != wanted:
         fail(f"Keras was imported before the command, and runs on another backend than {wanted}.", 1)
+    os.environ["KERAS_BACKEND"] = wanted
 
 
 def _value_of_option(name: str) -> str:

@@ -514,6 +514,11 @@ def test_another_backend_starts_the_process_again(trapped_folder):
     assert done.stderr == ""  # TensorFlow, too, says nothing while it is loaded
 
 
+def test_keras_that_is_loaded_keeps_its_backend(run):
+    message = refused(run, "analyze", "model.keras", "--backend", other_backend())
+    assert "Keras was imported before the command, and runs on another backend than" in message
+
+
 @pytest.mark.once
 def test_help_and_files_that_are_missing_need_no_keras(tmp_path, monkeypatch):
     """Which takes seconds to load; to replace it by nothing makes every import of it an error."""
