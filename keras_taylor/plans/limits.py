@@ -78,7 +78,7 @@ class Limits:
             original = (original_widths or {}).get(group.name, group.num_units)
             first, last = _whole_numbers(low, high, original)
             gone = original - group.num_units
-            floor = 0 if group.is_branch else min(self.min_channels, group.num_units)
+            floor = 0 if group.is_branch else self.min_channels
             most.append(max(min(last - gone, group.num_units - floor), 0))
             least.append(min(max(int(progress * first) - gone, 0), most[-1]))
         return self._tied_bounds(labeled, np.array(least, np.int64), np.array(most, np.int64))

@@ -154,11 +154,10 @@ def order_removals(
     even_mask = units_to_keep(labeled, costs, even_order, request)
     if selection.scope == "layer":
         return even_order
-    # no floor is above the even cut, so the goal stays in reach
+    # no floor is above the even cut: the goal stays in reach, and what is closed stays closed
     is_branch = np.array([group.is_branch for group in labeled.groups], bool)
     floors = np.ceil(selection.balance * costs.units_per_group(even_mask)).astype(np.int64) * ~is_branch
-    num_closed = 0 if request.num_closed is None else request.num_closed
-    most = np.maximum(np.minimum(most, costs.units_per_group() - floors), num_closed)
+    most = np.minimum(most, costs.units_per_group() - floors)
     bounds = RemovalBounds(np.minimum(least, most), most)
     if selection.rank == "cost":
         ceilings = proxy_ceilings(request.ceilings, costs())

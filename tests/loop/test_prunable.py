@@ -215,6 +215,24 @@ def test_whatever_the_goals_what_went_stays_gone_and_no_layer_collapses(name, ra
     assert all(width >= len(evenly[layer].kept) // 2 for layer, width in kept.items() if layer in evenly)
 
 
+class Fixed(keras_taylor.PrunableModel):
+    """The channels of the first layer are the least important ones."""
+
+    @property
+    def scores(self):
+        return {"first": np.arange(8.0), "second": np.arange(10.0, 22.0)}
+
+
+def test_a_floor_of_a_later_goal_opens_nothing_again():
+    """Seven of eight channels of a layer went by number; half of what an even cut leaves is more than one."""
+    prunable = Fixed(small_model())
+    assert prunable.prune(7) == 7 and len(prunable.plan.layers["first"].kept) == 1
+    mask = prunable.mask
+    gone = 1 - prunable.cost()["params"] / prunable.plan.before["params"]
+    assert prunable.prune(gone + 0.05) > 0
+    assert (prunable.mask <= mask).all()
+
+
 def test_more_than_can_go_takes_all_that_can():
     prunable = keras_taylor.PrunableModel(small_model(), selection=keras_taylor.Selection(min_channels=2))
     prunable.fit(*stripes(), batch_size=16, verbose=0)

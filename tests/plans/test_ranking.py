@@ -218,6 +218,13 @@ def residual():
     return zoo.classified(inputs, x)
 
 
+def test_of_units_whose_loss_helps_those_that_save_most_leave_first():
+    model = stack(8, 8)  # a unit of the first layer is 100 parameters, one of the second is fewer
+    scores = {"conv0": np.full(8, -1.0), "conv1": np.full(8, -1.0)}
+    plan = plan_for(model, 0.1, scores, rank="cost", balance=0)
+    assert widths_left(plan, model) == {"conv0": 7, "conv1": 8}
+
+
 @pytest.mark.parametrize("build", [lambda: stack(16, 32, 32, 32), separable, residual])
 @pytest.mark.parametrize("criterion", ["log_odds", "taylor", "magnitude"])
 @pytest.mark.slow

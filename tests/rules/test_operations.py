@@ -33,6 +33,7 @@ CASES = {
     "resized to the nearest": (lambda x: ops.image.resize(x, (3, 9), interpolation="nearest"), ALL),
     "pooled": (lambda x: ops.max_pool(x, 2, 2), ALL),
     "averaged": (lambda x: ops.average_pool(x, 2, 2, padding="same"), ALL),
+    "padded behind": (lambda x: ops.pad(x, [[0, 0], [0, 0], [0, 0], [0, 3]]), {"before": 8, "pad": 3}),
     "padded": (lambda x: ops.image.pad_images(x, 1, 1, target_height=9, target_width=8), ALL),
     "cropped": (lambda x: ops.image.crop_images(x, 1, 1, target_height=3, target_width=4), ALL),
     "blurred": (ops.image.gaussian_blur, ALL),
