@@ -136,11 +136,22 @@ def test_which_rounds_are_trained(arguments, trained):
     assert [bool(one.step_losses) for one in info.rounds] == trained
 
 
-def test_a_schedule_is_followed_in_every_round():
-    model = small_model()
-    model.compile(keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.05, 10)), model.loss)
-    _, info = keras_taylor.compress(model, stripes(), 0.3, increment=0.15, verbose=0, return_info=True)
-    assert all(one.history for one in info.rounds)
+@pytest.mark.sweep(1)
+def test_a_schedule_starts_again_in_every_round_and_its_momentum_too():
+    class Starts(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            optimizer = self.model.optimizer
+            seen.append([np.abs(keras.ops.convert_to_numpy(v)).max() for v in optimizer.variables[2:]])
+            assert int(optimizer.iterations) == 0
+
+    seen, model = [], small_model()
+    schedule = keras.optimizers.schedules.CosineDecay(0.05, 10)
+    model.compile(keras.optimizers.SGD(schedule, momentum=0.9), model.loss)
+    model.fit(*stripes(), verbose=0)
+    arguments = {"increment": 0.15, "verbose": 0, "return_info": True, "callbacks": [Starts()]}
+    _, info = keras_taylor.compress(model, stripes(), 0.3, **arguments)
+    assert all(one.history for one in info.rounds) and len(seen) == len(info.rounds) == 2
+    assert all(found and not any(found) for found in seen)
 
 
 def test_a_round_on_the_way_is_judged_not_trained(capsys):

@@ -123,6 +123,7 @@ def test_units_stay_where_their_first_past_does(states, reason):
     check_law_two(model, zoo.inputs_of(model))
 
 
+@pytest.mark.sweep(1)
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
