@@ -23,7 +23,6 @@ def feed_forward_widths(plan):
     return [len(layer.kept) for name, layer in plan.layers.items() if name.endswith(FEED_FORWARD)]
 
 
-@pytest.mark.slow
 def test_a_task_without_a_branch_comes_back_and_says_that_its_backbone_is_functional():
     task = hub_tasks.bert_classifier()
     groups = keras_taylor.analyze(task, branches=True).groups
@@ -38,7 +37,6 @@ def test_a_task_without_a_branch_comes_back_and_says_that_its_backbone_is_functi
     assert small.fit(TEXTS, LABELS, verbose=0).history["loss"][0] > 0
 
 
-@pytest.mark.slow
 def test_whole_blocks_leave_and_the_number_of_layers_follows():
     from keras_hub import models
 

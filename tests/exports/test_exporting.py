@@ -120,6 +120,7 @@ def test_quantized_files_are_smaller_and_less_exact(made):
     assert differences[0] < differences[1] < differences[2]
 
 
+@pytest.mark.sweep(1)
 def test_int8_reads_and_gives_what_was_asked_for(made):
     plain, integers = made.artifact("int8.tflite"), made.artifact("integers.tflite")
     assert plain.inputs["image"] == {"shape": [1, 8, 8, 3], "dtype": "float32"}
