@@ -169,7 +169,6 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
+# Keras loads a file with a `PrunableModel` once that class is registered, which its module does.
 if not (_IS_MODULE_RUN or pathlib.PurePath(*sys.argv[:1]).stem == "keras-taylor"):
-    importlib.import_module(
-        "keras_taylor.loop.wrapper"
-    )  # Keras loads a `PrunableModel` once it is registered
+    importlib.import_module("keras_taylor.loop.wrapper")

@@ -16,8 +16,9 @@ import keras
 import keras_taylor
 from keras_taylor.cli.data_files import DataSplit, Scaling, load_data
 from keras_taylor.cli.demo import compress_digits_network
-from keras_taylor.cli.failures import FileError, fail, quiet_imports
+from keras_taylor.cli.failures import FileError, fail
 from keras_taylor.cli.held_out import measure_on_test_examples, print_notes, print_test_metrics
+from keras_taylor.cli.loading import quiet_imports
 from keras_taylor.cli.model_files import compile_for_targets, load_model
 from keras_taylor.cli.options import (
     ChannelOptions,

@@ -11,7 +11,8 @@ from typing import Annotated, NoReturn
 import typer
 
 import keras_taylor
-from keras_taylor.cli.failures import FileError, check_source, fail, quiet_imports
+from keras_taylor.cli.failures import FileError, check_source, fail
+from keras_taylor.cli.loading import quiet_imports
 from keras_taylor.cli.options import (
     Backend,
     ChannelOptions,

@@ -1,12 +1,7 @@
 """How a command fails: with one line, and where it can before Keras is loaded, which takes seconds."""
 
-import contextlib
-import os
 import pathlib
-import sys
-import tempfile
 import zipfile
-from collections.abc import Iterator
 from typing import NoReturn
 
 from rich.console import Console
@@ -50,24 +45,3 @@ def fail(text: str, code: int) -> NoReturn:
     """Prints one line on standard error, and ends the process with an exit code."""
     Console(stderr=True, soft_wrap=True).print(f"keras-taylor: {text}", markup=False, highlight=False)
     raise SystemExit(code)
-
-
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Hides what libraries write to standard error while they are imported, unless an import fails.
-
-    Whatever its log level is, TensorFlow writes lines about the processor.
-    """
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as said:
-        shown = os.dup(2)
-        os.dup2(said.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            said.seek(0)
-            os.write(shown, said.read())
-            raise
-        finally:
-            os.dup2(shown, 2)
-            os.close(shown)

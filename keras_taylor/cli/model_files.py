@@ -35,7 +35,7 @@ def load_model(path: str | pathlib.Path, trust: bool = False) -> keras.Model:
     if path.suffix != ".keras":
         return _load_uncompiled(path, trust)
     try:
-        with warnings.catch_warnings():  # an optimizer that never trained is told by Keras in many words
+        with warnings.catch_warnings():  # of an optimizer that never trained, so has no state to lose
             warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
             return keras.models.load_model(path, safe_mode=not trust)
     except Exception as error:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from keras_taylor.cli.failures import FileError, check_model_file, check_source, quiet_imports
+from keras_taylor.cli.failures import FileError, check_model_file, check_source
+from keras_taylor.cli.loading import quiet_imports
 from keras_taylor.cli.signatures import OptionGroup
 from keras_taylor.exports.formats import VARIANTS
 

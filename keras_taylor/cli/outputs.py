@@ -5,7 +5,8 @@ import os
 import pathlib
 from collections.abc import Callable
 
-from keras_taylor.cli.failures import FileError, quiet_imports
+from keras_taylor.cli.failures import FileError
+from keras_taylor.cli.loading import quiet_imports
 from keras_taylor.cli.options import CompressOutputs
 from keras_taylor.exports.formats import VARIANTS
 from keras_taylor.support.files import AtomicFile

@@ -499,9 +499,9 @@ def other_backend():
     pytest.skip("only one backend is installed")
 
 
-def test_another_backend_starts_the_process_again(trapped_folder):
-    """Nothing in the working directory is imported by that, but what `--import` names."""
-    (trapped_folder / "own.py").write_text("import sys; print(sys.path[-1])")
+def test_another_backend_is_the_one_that_keras_loads(trapped_folder):
+    """Nothing in the working directory is imported, but what `--import` names."""
+    (trapped_folder / "own.py").write_text("import sys, keras; print(sys.path[-1], keras.backend.backend())")
     model = trapped_folder / "model.keras"
     small_model().save(model)
     # -P: the command `keras-taylor` has its own folder on the path, not the working directory
@@ -510,7 +510,8 @@ def test_another_backend_starts_the_process_again(trapped_folder):
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(keras_taylor.__file__).parent.parent)}
     command += ["--import", "own"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.startswith(f"{trapped_folder}\n") and "channels can leave" in done.stdout
+    assert done.stdout.startswith(f"{trapped_folder} {other_backend()}\n")
+    assert "channels can leave" in done.stdout
     assert done.stderr == ""  # TensorFlow, too, says nothing while it is loaded
 
 
