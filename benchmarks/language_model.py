@@ -30,7 +30,7 @@ A `GPT2CausalLM` of KerasHub, {layers} layers of width {width}, trained from scr
 perplexity of a letter on those of modules that it has not seen ({test:,} letters). "Fine-tuned": {tuned}
 steps more, a fifth of its training. "Free": `Selection(uniform=False)`: each block has a width of its own,
 and the task comes back as a plain Functional model. "Blocks": `Selection(branches=True)`: whole blocks may
-leave, too. "Comes back": the class of the result and the layers of its backbone.
+leave, too. "Depth": nothing but whole blocks may leave. "Comes back": the class of the result and the layers of its backbone.
 Before: perplexity {before:.2f}, {params:,} parameters.
 """
 
@@ -117,14 +117,16 @@ def row(task, how, goal, train, held_out, num_steps):
     """Perplexity of a task that lost units: cut, repaired, fine-tuned."""
     import keras_taylor
 
-    selection = {"uniform": {}, "free": {"uniform": False}, "blocks": {"branches": True}}[how]
-    selection = keras_taylor.Selection(**selection)
+    selection = keras_taylor.Selection(
+        uniform=False if how == "free" else None, branches=how in ("blocks", "depth")
+    )
+    include = [r".*transformer_layer_\d+"] if how == "depth" else None
     start = time.perf_counter()
     sample = train[:: len(train) // 1024][:1024]
-    scores = keras_taylor.score(compiled(task), sample, branches=selection.branches)
-    plan = keras_taylor.make_plan(task, scores, goal, selection=selection)
+    scores = keras_taylor.score(compiled(task), sample, branches=selection.branches, include=include)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        plan = keras_taylor.make_plan(task, scores, goal, selection=selection, include=include)
         cut = keras_taylor.prune(task, plan)
         repaired = keras_taylor.repair(cut, task, plan, sample)
     seconds = time.perf_counter() - start
@@ -178,11 +180,11 @@ def main():
     print("before", before, file=sys.stderr, flush=True)
     rows, names = [], ["given"]
     for goal in options.goals:
-        for how in ("uniform", "free", "blocks"):
+        for how in ("uniform", "free", "blocks", "depth"):
             small, cells = row(task, how, goal, train, held_out, tuned)
             rows.append([f"{goal:.0%}", *cells])
-            if how == "uniform":
-                names.append(f"{goal:.0%}".rstrip("%"))
+            if how in ("uniform", "depth"):
+                names.append(f"-{goal:.0%}, {how}".replace("%", " %"))
                 small.save_to_preset(str(options.folder / names[-1]))
     print(
         HEAD.format(
@@ -207,7 +209,7 @@ def main():
     print("\nLetters generated in a second, greedy, 16 prompts at once, one process a backend:\n")
     found = on_each_backend(__file__, BACKENDS, folder=str(options.folder), names=names)
     cells = [[backend, *(f"{values[name]:,.0f}" for name in names)] for backend, values in found.items()]
-    print(markdown_table(["backend", "given", *(f"-{name} %" for name in names[1:])], cells))
+    print(markdown_table(["backend", *names], cells))
 
 
 if __name__ == "__main__":

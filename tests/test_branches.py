@@ -18,7 +18,8 @@ from keras_taylor.reading.groups import label_model
 from keras_taylor.scores.gated_model import GatedModel
 
 WITH_BRANCHES = keras_taylor.Selection(branches=True)
-# ResNet, MobileNetV2, nested, transformers, ViT, Swin; sub-models and opened layers that are called twice
+# ResNet, MobileNetV2, nested, transformers, ViT, Swin; sub-models and opened layers that are called twice;
+# closed decoders that are branches themselves
 RESIDUAL = (
     "residual",
     "inverted_residual",
@@ -28,6 +29,7 @@ RESIDUAL = (
     "swin",
     "composite_layers",
     "output_in_the_middle",
+    "open_decoder",
 )
 
 
@@ -242,6 +244,45 @@ def test_a_block_that_changes_the_shape_is_named():
     assert not group.prunable and "a block changes the shape" in group.reason
     text = " ".join(str(analysis).split())
     assert "0 of 1 residual branches" in text and "a residual branch" in text
+
+
+@keras.saving.register_keras_serializable("test_branches")
+class Closed(layers.Layer):
+    """Stays closed, since it has a weight of its own: `x + factor * dense(x)`, or without its input."""
+
+    def __init__(self, adds, **kwargs):
+        super().__init__(**kwargs)
+        self.adds = adds
+
+    def build(self, shape):
+        self.factor = self.add_weight(shape=(shape[-1],), initializer="ones", name="factor")
+        self.dense = layers.Dense(shape[-1], name="dense")
+        self.dense.build(shape)
+
+    def call(self, x):
+        y = self.factor * self.dense(x)
+        return x + y if self.adds else y
+
+    def get_config(self):
+        return {**super().get_config(), "adds": self.adds}
+
+
+def test_a_closed_layer_that_adds_to_its_input_leaves_as_a_whole_and_no_other():
+    x = inputs = keras.Input((8,))
+    for name in ("first", "plain", "last"):
+        x = Closed(name != "plain", name=name)(x)
+    model = compiled(zoo.randomized(keras.Model(inputs, layers.Dense(3, name="head")(x))))
+    assert {name: group.prunable for name, group in groups_of(model).items()} == {"first": True, "last": True}
+    data = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+    for weight in model.get_layer("last").weights:
+        weight.assign(np.zeros(weight.shape))
+    scores = keras_taylor.score(model, (data, targets_of(model, data)), branches=True)
+    assert scores["last"] == 0 < scores["first"]
+    plan = keras_taylor.make_plan(model, scores, 0.2, selection=WITH_BRANCHES)
+    assert gone(plan) == ["last"]
+    small = keras_taylor.prune(model, plan)
+    assert [layer.name for layer in small.layers[1:]] == ["first", "plain", "head"]
+    assert relative_difference(predict(small, data), predict(model, data)) <= 1e-6
 
 
 @pytest.mark.once

@@ -58,8 +58,8 @@ def find_ties(labeled: LabeledModel, uniform: Uniform) -> Ties:
     if uniform is None or (uniform is True and origin is not None):
         if origin is None:
             return Ties()
-        found = ties_of_configuration(labeled, origin)
-        return found._replace(ties=(*found.ties, *_ties_of_blocks(labeled, origin)))
+        found, blocks = ties_of_configuration(labeled, origin), _ties_of_blocks(labeled, origin)
+        return Ties((*found.ties, *blocks.ties), {**found.locked, **blocks.locked})
     if uniform is True:
         return Ties(_ties_by_role(labeled))
     return Ties(_ties_by_pattern(labeled, [uniform] if isinstance(uniform, str) else uniform))
@@ -154,31 +154,38 @@ def ties_of_configuration(labeled: LabeledModel, origin: Origin) -> Ties:
     return Ties(tuple(ties), {name: reason for name in groups if name not in done})
 
 
-def _ties_of_blocks(labeled: LabeledModel, origin: Origin) -> list[Tie]:
+def _ties_of_blocks(labeled: LabeledModel, origin: Origin) -> Ties:
     """The residual branches of each block that a number in the configuration of a task counts.
 
-    The branches of one layer are a block if they hold all weights that are missing with one block less.
+    The branches of one layer, or a closed layer, are a block if they hold all weights that are missing with
+    one block less. Where there is such a number, branches that it does not count stay.
     """
     blocks: dict[str, list[str]] = {}
+    layers = {branch.name for branch in labeled.branches.branches if branch.is_layer}
     for group in labeled.groups:
         if group.is_branch:
-            blocks.setdefault(group.name.rpartition("/")[0], []).append(group.name)
+            block = group.name if group.name in layers else group.name.rpartition("/")[0]
+            blocks.setdefault(block, []).append(group.name)
     if not blocks:
-        return []
+        return Ties()
     numbers = numbers_of_task(origin.model)
     shallower = {
         path: shapes
         for path, number in numbers.numbers.items()
         if (shapes := numbers.shapes_with({path: number - 1})) and len(shapes) < len(numbers.shapes)
     }
-    ties = []
+    ties: list[Tie] = []
+    others: list[str] = []
     for names in blocks.values():
         gone = _weights_of_branches(labeled, origin, names)
         left = [shape for number, shape in enumerate(numbers.shapes) if number not in gone]
         path = next((path for path, shapes in shallower.items() if shapes == left), None)
-        if path is not None:
+        if path is None:
+            others += names
+        else:
             ties.append(Tie(dict.fromkeys(names, 1), {path: 1}))
-    return ties
+    reason = f"no number in the configuration of {type(origin.model).__name__} counts this branch"
+    return Ties(tuple(ties), dict.fromkeys(others, reason) if ties else {})
 
 
 def _weights_of_branches(labeled: LabeledModel, origin: Origin, names: Sequence[str]) -> set[int]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import keras
 
 from keras_taylor.reading.graph import Call, Graph, Site
+from keras_taylor.reading.rule_checks import passes_input_on
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.rules.base import is_from_keras
 
@@ -23,19 +24,29 @@ _READ_ELSEWHERE = "what it adds is read elsewhere, too"
 class Branch:
     """What makes one side of a sum from the other side, the trunk.
 
-    Without the branch the sum is gone as well, and what read the sum reads the trunk.
+    Without the branch the sum is gone as well, and what read the sum reads the trunk. The sum may be inside
+    of a layer that stays closed, such as a decoder. Then that layer is the branch, and stands for its sum.
 
     Attributes:
         name: Name of the sum.
         site: The place of the sum.
-        trunk: Which of the two tensors that the sum reads is the trunk, 0 or 1.
+        trunk: Which of the tensors that the sum reads is the trunk: 0 or 1, or 0 for a closed layer.
         reason: Why the branch stays; `None` if it can leave.
+        is_layer: Whether it is a closed layer.
     """
 
     name: str
     site: Site
     trunk: int = 0
     reason: str | None = None
+    is_layer: bool = False
+
+    def added(self, call: Call) -> int:
+        """The tensor that holds what the branch adds, given the call of its sum.
+
+        A closed layer's holds the sum.
+        """
+        return call.outputs[0] if self.is_layer else call.inputs[1 - self.trunk]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,9 +68,9 @@ def find_branches(graph: Graph) -> Branches:
     """Finds the residual branches of a graph.
 
     A sum of two tensors of equal shape has a branch if one of them, the trunk, is an ancestor of the other.
-    All that only the other side needs is the branch. Each call and each layer with weights must be there
-    exactly as long as certain branches are, so that costs are products. Where a call serves two branches,
-    one of these has to stay.
+    All that only the other side needs is the branch. A closed layer that adds to its input is one, too. Each
+    call and each layer with weights must be there exactly as long as certain branches are, so that costs are
+    products. Where a call serves two branches, one of these has to stay.
     """
     branches = _find_sums(graph)
     while True:
@@ -90,9 +101,12 @@ def _find_sums(graph: Graph) -> list[Branch]:
         for index in call.inputs:
             bits |= ancestors[index]
         ancestors.update((index, bits | 1 << index) for index in call.outputs)
-        if not _is_plain_sum(graph, call) or call.site not in open_sites:
+        is_layer = _may_be_residual(graph, call)
+        if call.site not in open_sites or not (is_layer or _is_plain_sum(graph, call)):
             continue
-        trunk = _find_trunk(call, ancestors, trunks)
+        if is_layer and (call.name in found or not passes_input_on(call, graph.shapes)):
+            continue
+        trunk = 0 if is_layer else _find_trunk(call, ancestors, trunks)
         if trunk is not None:
             trunks[call.outputs[0]] = call.inputs[trunk]
         reason = None if trunk is not None else _CHANGES_SHAPE
@@ -102,8 +116,15 @@ def _find_sums(graph: Graph) -> list[Branch]:
         if known is not None and known.trunk != (trunk or 0):
             reason = _SHARED_SUM
         if known is None or reason is not None:
-            found[call.name] = Branch(call.name, call.site, trunk or 0, reason)
+            found[call.name] = Branch(call.name, call.site, trunk or 0, reason, is_layer)
     return list(found.values())
+
+
+def _may_be_residual(graph: Graph, call: Call) -> bool:
+    """Whether a call is one of a closed layer with weights whose output has the shape of its first tensor."""
+    if not (call.closed_reason and call.inputs and len(call.outputs) == 1 and _has_weights(call.operation)):
+        return False
+    return graph.shapes[call.inputs[0]] == graph.shapes[call.outputs[0]]
 
 
 def _is_plain_sum(graph: Graph, call: Call) -> bool:
@@ -186,7 +207,7 @@ def _find_misplaced(
     for number, branch in enumerate(branches):
         if branch.reason is None:
             place = branch.name[: branch.name.rfind("/") + 1]  # the sub-model that holds the sum
-            names = [name for name in inside.get(number, ()) if name != branch.name]
+            names = [name for name in inside.get(number, ()) if branch.is_layer or name != branch.name]
             reason = _find_obstacle(graph, place, names, of_calls) if names else _READ_ELSEWHERE
             if reason is not None:
                 return number, reason

@@ -148,7 +148,7 @@ class LabeledModel:
         return units[units >= 0]
 
     def bypassed_sums(self, kept: BoolArray) -> dict[Site, int]:
-        """The sums whose branches leave -> which of the two tensors that they read takes their place."""
+        """The sums whose branches leave -> which of the tensors that they read takes their place."""
         return {
             branch.site: branch.trunk
             for branch, unit in zip(self.branches.branches, self.branch_units.tolist(), strict=True)
@@ -230,7 +230,7 @@ class LabeledModel:
             self.label_space.lock(label, branch.reason)
         for call in self.graph.calls:
             if call.site is branch.site:
-                index = call.inputs[1 - branch.trunk]
+                index = branch.added(call)
                 if self.batches[index] is None or len(self.graph.shapes[index]) < 2:
                     self.label_space.lock(label, "a gate cannot follow its example")
         return int(label[0])

@@ -519,6 +519,28 @@ def computes_the_same(
         return False
 
 
+def passes_input_on(call: Call, shapes: Sequence[Shape]) -> bool:
+    """Whether a layer whose weights are all zero returns its first tensor, as one that adds to it does.
+
+    Args:
+        call: The call of the layer.
+        shapes: Shape of every tensor of its graph.
+    """
+    layer, random = call.operation, np.random.default_rng(0)
+    first = call.inputs[0]
+    inputs = {index: random_input(random, shapes[index], tensor_dtype(call, index)) for index in call.inputs}
+    inputs.update((index, np.ones_like(x)) for index, x in inputs.items() if x.dtype.kind != "f")  # masks
+    zeros = [(weight, ops.zeros(weight.shape, weight.dtype)) for weight in layer.weights]
+    try:
+        with keras.StatelessScope(state_mapping=zeros):
+            (output,) = run_like_call(call, layer, inputs)
+    except Exception:  # a layer may raise anything
+        return False
+    same_shape = output.shape == inputs[first].shape
+    tolerance = equivalence_tolerance(layer.compute_dtype)
+    return same_shape and _largest_difference([output], [inputs[first]]) <= tolerance
+
+
 class _CopyTrial:
     """A layer and its copies, run on the same random inputs.
 

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_taylor.reading.branches import Branch
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.reading.graph import Call, Graph, TensorRef
 from keras_taylor.reading.groups import LabeledModel
@@ -92,6 +93,8 @@ class GatedNetwork(keras.layers.Layer):
                     kwargs["training"] = training
                 with wiring.internal_gates(call, carrier):
                     outputs = keras.tree.flatten(operation(*args, **kwargs))
+            if call in wiring.whole_layers:
+                outputs = [wiring.whole_layers[call].mix(tensors[call.inputs[0]], outputs[0], carrier)]
             tensors.update(zip(call.outputs, outputs, strict=True))
             yield call
 
@@ -217,6 +220,11 @@ class _EdgeGates:
         """`x` times the gate of each of its channels."""
         return copy_mask(x, x * ops.cast(self.gate(carrier), x.dtype))
 
+    def mix(self, x: Tensor, y: Tensor, carrier: Tensor) -> Tensor:
+        """`y` where the gate is 1, `x` where it is 0."""
+        gate = ops.cast(self.gate(carrier), y.dtype)
+        return copy_mask(y, gate * y + (1 - gate) * ops.cast(x, y.dtype))
+
     def gate(self, carrier: Tensor) -> Tensor:
         """The gates of all channels, in the rank of the tensor."""
         if self._start is None:
@@ -256,6 +264,7 @@ class _GateWiring:
     Attributes:
         takes_training: The model's operations whose `call` has an argument `training`.
         normalizations: Calls that normalize units together, which gates change from within.
+        whole_layers: Calls of closed layers that can leave as a whole, with their gates.
     """
 
     def __init__(self, labeled: LabeledModel, operations: dict[keras.Operation, keras.Operation]) -> None:
@@ -267,6 +276,7 @@ class _GateWiring:
         self._edges = _edges_by_call(labeled)
         self._internal = _internal_reads_by_call(labeled)
         self.normalizations = _normalizations_by_call(labeled)
+        self.whole_layers = _whole_layers_by_call(labeled)
 
     def arguments(
         self,
@@ -323,12 +333,28 @@ def _edges_by_call(labeled: LabeledModel) -> dict[tuple[Call, int], _EdgeGates]:
                 if (index, axis) not in shared:
                     shared[index, axis] = _EdgeGates(units, axis, _batch_of(labeled, index))
                 edges[call, index] = shared[index, axis]
+    for call, branch, unit in _calls_of_branches(labeled):
+        if not branch.is_layer:
+            index = branch.added(call)
+            edges[call, index] = _edge_of_branch(labeled, index, unit)
+    return edges
+
+
+def _whole_layers_by_call(labeled: LabeledModel) -> dict[Call, _EdgeGates]:
+    """The calls of closed layers that can leave as a whole, with their gates."""
+    return {
+        call: _edge_of_branch(labeled, branch.added(call), unit)
+        for call, branch, unit in _calls_of_branches(labeled)
+        if branch.is_layer
+    }
+
+
+def _calls_of_branches(labeled: LabeledModel) -> Iterator[tuple[Call, Branch, int]]:
+    """The calls of the sums of all branches that can leave, with the branches and their units."""
     for branch, unit in zip(labeled.branches.branches, labeled.branch_units.tolist(), strict=True):
         for call in labeled.graph.calls if unit >= 0 else ():
             if call.site is branch.site:
-                index = call.inputs[1 - branch.trunk]
-                edges[call, index] = _edge_of_branch(labeled, index, unit)
-    return edges
+                yield call, branch, unit
 
 
 def _edge_of_branch(labeled: LabeledModel, tensor: int, unit: int) -> _EdgeGates:

@@ -2,8 +2,16 @@
 
 import pathlib
 import sys
+import warnings
 
+import keras
 import pytest
+from helpers import predict, relative_difference
+from hub_tasks import settled
+
+import keras_taylor
+from keras_taylor.plans.planning import kept_units, label_as_planned
+from keras_taylor.scores.gated_model import GatedModel
 
 pytest.importorskip("keras_hub")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
@@ -29,6 +37,29 @@ def test_tasks_come_back_as_tasks(name):
     assert removed >= min(100 * hub.GOAL, 0.9 * reachable) - 0.1
     assert float(cells["masked"]) <= 1e-5 and float(cells["preset"]) <= 1e-5
     assert cells["generates"] == ("equal" if name.endswith("LM") else "")
+
+
+@pytest.mark.sweep(2)
+@pytest.mark.parametrize("name", ["GPT2CausalLM", "LlamaCausalLM", "GemmaCausalLM", "MistralCausalLM"])
+def test_whole_decoders_leave_and_the_smaller_task_generates(name):
+    task, texts = hub.tasks()[name]()
+    settled(task)
+    groups = {g.name: g for g in keras_taylor.analyze(task, branches=True).groups if g.is_branch}
+    decoders = [name for name, group in groups.items() if group.prunable]
+    assert len(decoders) == task.backbone.num_layers
+    plan = keras_taylor.Plan({decoders[0]: keras_taylor.LayerPlan(1, ())}, branches=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        small = keras_taylor.prune(task, plan)
+    assert type(small) is type(task) and small.backbone.num_layers == task.backbone.num_layers - 1
+    labeled = label_as_planned(task, plan)
+    gated = GatedModel(labeled)
+    gated.mask = kept_units(labeled, plan)
+    tokens, *_ = task.preprocessor(texts)
+    tokens = {key: keras.ops.convert_to_numpy(value) for key, value in tokens.items()}
+    assert relative_difference(predict(small, tokens), predict(gated, tokens)) <= 1e-5
+    assert relative_difference(predict(task, tokens), predict(gated, tokens)) > 1e-3
+    assert small.generate("the cat", max_length=8).startswith("the cat")
 
 
 def test_all_tasks_of_the_benchmark_are_tested():
