@@ -30,7 +30,8 @@ A `GPT2CausalLM` of KerasHub, {layers} layers of width {width}, trained from scr
 perplexity of a letter on those of modules that it has not seen ({test:,} letters). "Fine-tuned": {tuned}
 steps more, a fifth of its training. "Free": `Selection(uniform=False)`: each block has a width of its own,
 and the task comes back as a plain Functional model. "Blocks": `Selection(branches=True)`: whole blocks may
-leave, too. "Depth": nothing but whole blocks may leave. "Comes back": the class of the result and the layers of its backbone.
+leave, too. "Depth": nothing but whole blocks may leave. "Comes back": the class of the result and the layers
+of its backbone.
 Before: perplexity {before:.2f}, {params:,} parameters.
 """
 
