@@ -176,6 +176,8 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetrics) -> Rou
     run.seed_round(number)  # scoring may have drawn random numbers
     with clock.phase("prune"):
         pruned = prune_round(run, state, labeled, unit_scores, target)
+    with clock.phase("fit"):  # which is that of judging
+        cut = run.tuner.assess_cut(pruned.model) if run.settings.repair else {}
     with clock.phase("repair"):
         repairs = repair_round(run, state, pruned, f"{name}: repair")
     with clock.phase("fit"):
@@ -194,7 +196,7 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetrics) -> Rou
         seconds=clock.seconds,
         repairs=[repair_record(one) for one in repairs],
         metrics=judgment.metrics,
-        judged=fitted.judged,
+        judged=fitted.judged and {**fitted.judged, "cut": cut},
         learning_rate=fitted.rate,
         held=judgment.is_good_enough,
     )

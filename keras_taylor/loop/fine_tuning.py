@@ -198,6 +198,10 @@ class FineTuner:
         reason = "not trained on the way to a goal"
         return FitResult({}, [], self._record_of([found.metrics], reason))
 
+    def assess_cut(self, model: keras.Model) -> dict[str, float]:
+        """The metrics of a model that will be repaired, for the record; empty if there is no judge."""
+        return {} if self.judge is None or not self.trains else self.judge.assess(model).metrics
+
     @property
     def _start_rate(self) -> RateRecord | None:
         if self.learning_rate is None:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import json
 import platform
-from typing import Self, TypedDict
+from typing import NotRequired, Self, TypedDict
 
 import keras
 import numpy as np
@@ -60,13 +60,15 @@ ON_VALIDATION_DATA = "the validation data"  # what `examples` of a `JudgedRecord
 class JudgedRecord(TypedDict):
     """Which state of a round's model was kept: as repaired (epoch 0), or after an epoch of training.
 
-    `metrics` has an entry for each state that was judged, the repaired one first.
+    `metrics` has an entry for each state that was judged, the one before training first. `cut` has the
+    metrics before repair; it is empty without repair.
     """
 
     epoch: int
     measure: str
     examples: str
     metrics: list[dict[str, float]]
+    cut: NotRequired[dict[str, float]]
     reason: str
 
 
@@ -102,8 +104,9 @@ class Round:
             unless `max_drop` is set or the round reached a goal.
         judged: Which state of the model the round kept, a dict: "epoch" (an int; 0 is the model before
             training), "metrics" (a list of dicts, name -> float: of the model before training, then after
-            each epoch), "measure" (the name of the metric that was compared), "examples" (on which ones, a
-            string) and "reason" (why it is epoch 0, a string). `None` if states were not compared.
+            each epoch), "cut" (a dict: the same before repair, empty without repair), "measure" (the name of
+            the metric that was compared), "examples" (on which ones, a string) and "reason" (why it is epoch
+            0, a string). `None` if states were not compared.
         learning_rate: The learning rate of the fine-tuning, a dict: "peak" (a float, from which it falls to
             zero, unless a callback of yours sets it), and of the trials that chose it "steps" (an int),
             "measure" (a string) and "trials" (a list of `[rate, value]`; empty without them). `None` without
@@ -161,15 +164,22 @@ class Round:
         return {name: named[name] for name in self.history if name in named}
 
     @property
-    def judged_values(self) -> list[float]:
-        """The compared metric before training and after it, where there was any: a list of floats.
+    def judged_values(self) -> dict[str, float]:
+        """The compared metric of the states of the model, as far as they were judged.
 
-        After training is the epoch that was kept, or the last one if none was.
+        A dict from "cut" (before repair), "repaired" and "trained" to floats. Trained is the epoch that was
+        kept, or the last one if none was. Without repair there is no "repaired".
         """
         if self.judged is None:
-            return []
-        values = [metrics[self.judged["measure"]] for metrics in self.judged["metrics"]]
-        return values[:1] + ([values[self.kept_epoch or -1]] if values[1:] else [])
+            return {}
+        measure, cut = self.judged["measure"], self.judged.get("cut", {})
+        values = [metrics[measure] for metrics in self.judged["metrics"]]
+        found = {"cut": cut[measure]} if cut else {}
+        if values:
+            found["repaired" if self.repairs or cut else "cut"] = values[0]
+        if values[1:]:
+            found["trained"] = values[self.kept_epoch or -1]
+        return found
 
     def verdict(self) -> str:
         """Which state was kept, and why, and whether a callback stopped the training, in one line.
@@ -189,8 +199,7 @@ class Round:
         parts = [f"epoch {self.kept_epoch} of {self.num_epochs} kept"] if self.num_epochs else []
         parts += stopped
         parts += [self.judged["reason"]] if self.judged["reason"] else []
-        when = (" before training", " after it") if self.num_epochs else ("",)
-        found = ", ".join(f"{value:.4g}{at}" for value, at in zip(self.judged_values, when, strict=False))
+        found = ", ".join(f"{value:.4g} {state}" for state, value in self.judged_values.items())
         return ", ".join(parts) + (f": {self.judged['measure']} {found}" if found else "")
 
     @property

@@ -13,6 +13,7 @@ from keras_taylor.support.types import Costs
 
 _MAX_CHARACTERS = 140  # a table of rounds that is wider becomes two
 _SPLIT_CHARACTERS = 100  # the most of these
+_STATES = ("cut", "repaired", "trained")  # of a round's model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,9 @@ def rounds_as_text(record: RunRecord, title: str, caption: str | None = None) ->
 
 
 def _metric_names(record: RunRecord) -> list[str]:
-    return list(dict.fromkeys(name for one in record.rounds for name in one.history))
+    """The metrics that tables show: of the validation data if there is any, else of the training."""
+    names = dict.fromkeys(name for one in record.rounds for name in one.history)
+    return [name for name in names if name.startswith("val_")] or list(names)
 
 
 def _table_of_rounds(record: RunRecord, metrics: list[str]) -> TextTable:
@@ -137,15 +140,13 @@ def _metric_rows(record: RunRecord, metrics: list[str]) -> list[list[str]]:
 def _verdict_columns(record: RunRecord) -> list[str]:
     """Names of the columns that say which states were kept; empty if none were compared."""
     measures = {one.judged["measure"] for one in record.rounds if one.judged is not None} - {""}
-    return [
-        name for measure in measures for name in ("epoch kept", f"{measure} repaired", f"{measure} trained")
-    ]
+    return [name for measure in measures for name in (*(f"{measure} {s}" for s in _STATES), "epoch kept")]
 
 
 def _verdict_cells(one: Round) -> list[str]:
-    values = [f"{value:.4g}" for value in one.judged_values]
+    values = one.judged_values
     kept = f"{one.kept_epoch} of {one.num_epochs}" if one.num_epochs else ""
-    return [kept, *values, *[""] * (2 - len(values))]
+    return [*(f"{values[state]:.4g}" if state in values else "" for state in _STATES), kept]
 
 
 def _cost_cells(costs: Costs, measured: list[str]) -> list[str]:

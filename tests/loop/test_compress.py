@@ -159,9 +159,10 @@ def test_a_round_on_the_way_is_judged_not_trained(capsys):
     _, info = keras_taylor.compress(small_model(), stripes(), **arguments)
     first, last = info.rounds
     assert set(first.kept_history) == {"val_loss", "val_accuracy"} and first.judged["epoch"] == 0
-    assert (
-        first.verdict() == f"not trained on the way to a goal: loss {first.judged['metrics'][0]['loss']:.4g}"
-    )
+    cut, repaired = first.judged["cut"]["loss"], first.judged["metrics"][0]["loss"]
+    assert first.judged_values == {"cut": cut, "repaired": repaired}
+    said = f"not trained on the way to a goal: loss {cut:.4g} cut, {repaired:.4g} repaired"
+    assert first.verdict() == said
     assert last.num_epochs == 2  # those of both rounds
     printed = capsys.readouterr().out
     assert "then repair, then where a goal is reached fine-tuning" in printed

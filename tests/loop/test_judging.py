@@ -168,7 +168,7 @@ def test_the_best_epoch_is_kept_with_its_optimizer(offsets, best, on, trained):
     if best:
         assert same(values(state_of(small.optimizer)), lesson.optimizers[best])
     assert values([small.optimizer.learning_rate]) == values([model.optimizer.learning_rate])  # as compiled
-    before, after = done.judged_values
+    before, after = (done.judged_values[state] for state in ("cut", "trained"))  # there is no repair
     assert before < after if best == 0 else before > after
 
 
@@ -182,7 +182,8 @@ def test_the_metric_with_a_limit_is_what_counts(trained):
     )
     done = info.rounds[0]
     assert done.kept_epoch == 2 and same(small.get_weights(), lesson.weights[2])
-    assert done.metrics["first_logit"] == done.judged_values[1] == info.metrics["after"]["first_logit"]
+    assert done.metrics["first_logit"] == info.metrics["after"]["first_logit"]
+    assert done.judged_values["trained"] == done.metrics["first_logit"]
     found = small.evaluate(*data["validation_data"], verbose=0, return_dict=True)
     assert done.metrics == pytest.approx(found, rel=1e-4)
 
@@ -361,17 +362,16 @@ def test_lines_and_tables_say_which_state_was_kept(trained, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("epochs: 3, then the best state on 30 held-out examples is kept")
     assert lines[3].endswith(info.rounds[0].verdict())
-    before, after = info.rounds[0].judged_values
-    assert info.rounds[0].verdict() == (
-        f"epoch 1 of 3 kept: loss {before:.4g} before training, {after:.4g} after it"
-    )
+    cut, after = info.rounds[0].judged_values.values()
+    assert info.rounds[0].verdict() == f"epoch 1 of 3 kept: loss {cut:.4g} cut, {after:.4g} trained"
     page = info.to_html()
     for text in (
         "epoch kept",
+        "loss cut",
         "loss repaired",
         "loss trained",
         "1 of 3",
-        f"{before:.4g}",
+        f"{cut:.4g}",
     ):
         assert text in str(info) and text in page
     assert keras_taylor.Info.from_json(info.to_json()) == info

@@ -48,9 +48,9 @@ def test_two_outputs_do_not_make_200_columns():
             values = [info.metrics["before"], *(one.metrics for one in info.rounds)]
             for one in values:
                 assert f"{one[f'{name}_{metric}']:.4g}" in text
-    for part in ("epoch kept", "loss trained", "seconds", "speaker_", "top2", f"{info.rounds[0].params:,}"):
+    for part in ("epoch kept", "trained", "seconds", "speaker_", "top2", f"{info.rounds[0].params:,}"):
         assert part in text
-    assert f"{info.rounds[-1].history['loss'][info.rounds[-1].kept_epoch - 1]:.4g}" in text
+    assert f"{info.rounds[-1].judged_values['trained']:.4g}" in text
 
 
 @pytest.mark.once
@@ -74,4 +74,4 @@ def test_one_output_has_one_table():
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     arguments = {"verbose": 0, "return_info": True, "validation_data": (x, y["digit"])}
     _, info = keras_taylor.compress(model, (x, y["digit"]), 0.3, increment=0.3, **arguments)
-    assert str(info).count("┏") == 1 and " val_accuracy ┃ val_loss ┃ epoch kept " in str(info)
+    assert str(info).count("┏") == 1 and " val_accuracy ┃ val_loss ┃ loss cut ┃ loss repaired ┃ loss trained ┃ epoch kept " in str(info)
