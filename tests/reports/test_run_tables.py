@@ -74,4 +74,5 @@ def test_one_output_has_one_table():
     model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
     arguments = {"verbose": 0, "return_info": True, "validation_data": (x, y["digit"])}
     _, info = keras_taylor.compress(model, (x, y["digit"]), 0.3, increment=0.3, **arguments)
-    assert str(info).count("┏") == 1 and " val_accuracy ┃ val_loss ┃ loss cut ┃ loss repaired ┃ loss trained ┃ epoch kept " in str(info)
+    text = str(info)
+    assert text.count("┏") == 1 and " val_loss ┃ loss cut ┃ loss repaired ┃ loss trained ┃ " in text
