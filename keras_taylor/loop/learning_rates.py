@@ -46,12 +46,13 @@ class RateSearch:
         A trial is too short to show what a high rate gains in the long run; it shows what the rate destroys
         (as the range test of Smith, Cyclical Learning Rates for Training Neural Networks, 2017). So the
         highest rate is chosen that is not clearly worse than the best trial, or the one above the best if it
-        is not clearly worse than the model before any training.
+        is not clearly worse than the model before any training. Where the first rate does harm, lower ones
+        are tried, until one does none.
 
         Args:
             model: The compiled model. Its state does not change.
             trainer: What trains it: the model, or one around it.
-            first: The lowest rate. Each trial's is three times that of the one before.
+            first: The first rate. Each trial's is three times that of the one before, or a third of it.
             num_steps: Steps of the training that follows; `None`: unknown. A short one has no trials.
         """
         num_trials, num_steps = plan_trials(num_steps)
@@ -60,17 +61,19 @@ class RateSearch:
         state, found = ModelState(model), list[_Trial]()
         judge = self.judge.of_examples()
         start = _Trial(0.0, judge.assess(model).penalties)
-        batches = self._batches(num_steps)
-        for number in range(num_trials):
-            rate = first * _FACTOR**number
+        batches, rate = self._batches(num_steps), first
+        for _ in range(num_trials):
             self._try(trainer, rate, batches)
-            penalties = judge.assess(model).penalties
+            trial = _Trial(rate, judge.assess(model).penalties)
             state.restore()
-            if not np.isfinite(penalties).all():
+            if trial.is_finite:
+                found.append(trial)
+            if rate <= first and (not trial.is_finite or trial.is_behind(start, 1)):
+                rate /= _FACTOR
+            elif rate < first or not trial.is_finite or trial.is_behind(_best_of(found), _HOPELESS):
                 break
-            found.append(_Trial(rate, penalties))
-            if found[-1].is_behind(_best_of(found), _HOPELESS):
-                break
+            else:
+                rate *= _FACTOR
         trials = [[one.rate, float(one.penalties.mean())] for one in found]
         chosen = _choose(start, found) if found else first
         return {"peak": chosen, "steps": num_steps, "measure": judge.measure, "trials": trials}
@@ -93,6 +96,11 @@ class RateSearch:
 class _Trial(NamedTuple):
     rate: float
     penalties: FloatArray
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it led to finite values only."""
+        return bool(np.isfinite(self.penalties).all())
 
     def is_behind(self, other: "_Trial", num_errors: float) -> bool:
         """Whether it is worse than another one by more than so many standard errors of the difference."""

@@ -1,5 +1,7 @@
 """The learning rate of a round: short trials find it, and it falls to zero unless something else sets it."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -126,9 +128,20 @@ def test_there_are_no_trials(trained, arguments):
 def test_trials_judge_by_validation_data(trained):
     model, (x, y) = trained
     _, done, _ = compress(model, (x, y), validation_data=(x[:40], (y[:40] + 1) % 3), **LONG)
-    rate = done.learning_rate
-    assert rate["peak"] == min(rate["trials"], key=lambda one: one[1])[0]
-    assert rate["trials"][0][1] == min(one[1] for one in rate["trials"])  # learning harms there
+    (first, at_first), (second, at_second) = done.learning_rate["trials"]  # learning harms there
+    assert first == pytest.approx(0.005) and done.learning_rate["peak"] == second == first / 3
+    assert at_second < at_first
+
+
+def test_where_a_tenth_of_the_compiled_rate_does_harm_lower_ones_are_tried(trained):
+    model, ds = trained
+    hot = keras.models.clone_model(model)
+    hot.set_weights(model.get_weights())
+    hot.compile(keras.optimizers.SGD(200.0), model.loss)
+    _, done, _ = compress(hot, ds, **{**LONG, "epochs": 40})
+    rates = [rate for rate, _ in done.learning_rate["trials"]]
+    assert len(rates) > 1 and all(after == before / 3 for before, after in itertools.pairwise(rates))
+    assert done.learning_rate["peak"] == rates[-1] < 20
 
 
 def test_rates_that_lead_nowhere_are_left_out(trained):
