@@ -88,7 +88,9 @@ class Plan:
     def keep(self, layer: str, channels: int | Iterable[int]) -> "Plan":
         """This plan with other channels kept of one layer, and of all layers whose channels leave with them.
 
-        What the plan was made with, such as `round_to`, does not hold for these layers any more.
+        Groups that are tied to theirs (`Selection(uniform=...)`, and the layers of a task of KerasHub) lose
+        equally many units, the least important ones. Other things that the plan was made with, such as
+        `round_to`, do not hold for these layers any more.
 
         Args:
             layer: Name of a layer that makes channels; `"mha/query"` for the heads of an attention "mha".
@@ -119,6 +121,7 @@ class Plan:
             mask = structure.keep_channels(mask, layer, indices)
         else:
             mask = structure.keep_most_important(mask, layer, _parse_num_channels(channels, layer, width))
+        mask = structure.keep_ties(mask, layer)
         empty = structure.find_empty_group(mask)
         if empty is not None:
             raise ValueError(

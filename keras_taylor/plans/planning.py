@@ -1,5 +1,6 @@
 """Plans from scores (`make_plan`), plans from masks of kept units, and masks from plans."""
 
+import dataclasses
 from collections.abc import Collection, Mapping
 
 import keras
@@ -12,6 +13,7 @@ from keras_taylor.plans.plan import LayerPlan, Plan, layer_plans
 from keras_taylor.plans.ranking import RemovalRequest, choose_kept, flatten_scores
 from keras_taylor.plans.selection import MOVED_TO_SELECTION, Selection, parse_selection
 from keras_taylor.plans.structure import PlanStructure
+from keras_taylor.plans.ties import UNTIED, Ties
 from keras_taylor.reading.groups import LabeledModel, label_model
 from keras_taylor.scores.criteria import warn_without_criterion
 from keras_taylor.support.arguments import refuse_moved_arguments
@@ -80,11 +82,16 @@ def make_plan(
     unit_scores = flatten_scores(labeled, scores)
     limits = Limits.from_selection(selection, labeled)
     request = RemovalRequest(wanted.ceilings(costs()), goal, limits, selection)
-    return plan_of(labeled, costs, choose_kept(labeled, costs, unit_scores, request), unit_scores)
+    kept = choose_kept(labeled, costs, unit_scores, request)
+    return plan_of(labeled, costs, kept, unit_scores, limits.ties)
 
 
 def plan_of(
-    labeled: LabeledModel, costs: CostFunction, kept: BoolArray, unit_scores: FloatArray | None = None
+    labeled: LabeledModel,
+    costs: CostFunction,
+    kept: BoolArray,
+    unit_scores: FloatArray | None = None,
+    ties: Ties = UNTIED,
 ) -> Plan:
     """The `Plan` of a mask of kept units.
 
@@ -94,8 +101,11 @@ def plan_of(
         kept: Which units are kept, `(num_units,)`.
         unit_scores: The scores that led to the mask, `(num_units,)`, infinite for units without a score;
             `None`: no unit has a score.
+        ties: The ties that it was made with.
     """
-    structure = _structure_for(labeled, costs, unit_scores)
+    structure = dataclasses.replace(
+        _structure_for(labeled, costs, unit_scores), ties=tuple(dict(tie.units) for tie in ties.ties)
+    )
     layers, exact, branches = layer_plans(structure, kept), labeled.exact, labeled.with_branches
     return Plan(layers, costs(), costs(kept), exact, structure, branches)
 

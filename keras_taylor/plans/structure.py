@@ -29,6 +29,7 @@ class PlanStructure:
         group_costs: The costs as a function of the number of units that each group keeps.
         branches: Group that is a residual branch -> names of the layers that leave with it. Such a group
             may keep no unit.
+        ties: Groups that lose units together: how many of each leave in one step.
     """
 
     group_sizes: Mapping[str, int]
@@ -36,6 +37,7 @@ class PlanStructure:
     removal_order: tuple[int, ...]
     group_costs: GroupCosts
     branches: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    ties: tuple[Mapping[str, int], ...] = ()
 
     def mask_of_channels(self, channels: KeptChannels) -> BoolArray:
         """The mask of kept units `(num_units,)` if layers keep only these channels."""
@@ -140,6 +142,46 @@ class PlanStructure:
         mask[units[asked & (units >= 0)]] = True
         return mask
 
+    def keep_ties(self, mask: BoolArray, layer: str) -> BoolArray:
+        """`mask` with what is tied to the groups of a layer: as many steps of it leave.
+
+        Raises:
+            ValueError: if the groups of the layer lose no whole steps, or the others have no scores.
+        """
+        numbers, group_of = {name: k for k, name in enumerate(self.group_sizes)}, self._group_of_units()
+        units = np.array(self.layer_units[layer])
+        own = {int(number) for number in np.unique(group_of[units[units >= 0]])}
+        mask = mask.copy()
+        for tie in self.ties:
+            leading = next((name for name in tie if numbers[name] in own), None)
+            if leading is None:
+                continue
+            lost = int((~mask[group_of == numbers[leading]]).sum())
+            num_steps, rest = divmod(lost, tie[leading])
+            if rest:
+                raise ValueError(
+                    f"The units of '{leading}' leave {tie[leading]} at a time, together with those of "
+                    f"{', '.join(repr(name) for name in tie if name != leading)}. Expected channels that "
+                    f"make whole steps. Received: layer={layer!r}, of which {lost} units would leave"
+                )
+            for name, num in tie.items():
+                if numbers[name] not in own:
+                    mask[group_of == numbers[name]] = True
+                    mask[self._least_important(numbers[name], num_steps * num)] = False
+        return mask
+
+    def _least_important(self, group: int, num: int) -> list[int]:
+        """So many units of a group, those that leave first."""
+        group_of = self._group_of_units()
+        ranked = [unit for unit in self.removal_order if group_of[unit] == group]
+        if len(ranked) < num:
+            name = list(self.group_sizes)[group]
+            raise ValueError(
+                f"The plan does not know which units of '{name}' matter most: they had no scores. Expected a "
+                f"plan with scores for them, since they are tied to others. Received: {num} units to leave"
+            )
+        return ranked[:num]
+
     def find_empty_group(self, mask: BoolArray) -> str | None:
         """The name of a group of channels that keeps no unit; `None` if there is none."""
         counts = self._units_per_group(mask)
@@ -200,6 +242,7 @@ class PlanStructure:
             "order": self.removal_order,
             "costs": self.group_costs.to_dict(),
             "branches": dict(self.branches),
+            "ties": [dict(tie) for tie in self.ties],
         }
 
     @classmethod
@@ -211,4 +254,5 @@ class PlanStructure:
             tuple(map(int, content["order"])),
             GroupCosts.from_dict(content["costs"]),
             {name: tuple(layers) for name, layers in content.get("branches", {}).items()},
+            tuple(dict(tie) for tie in content.get("ties", ())),
         )

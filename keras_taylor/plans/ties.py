@@ -44,6 +44,9 @@ class Ties(NamedTuple):
     locked: Mapping[str, str] = {}
 
 
+UNTIED = Ties()
+
+
 def find_ties(labeled: LabeledModel, uniform: Uniform) -> Ties:
     """The ties that a user asks for, or else those without which a task could not be made again.
 

@@ -207,6 +207,16 @@ def test_what_the_configuration_cannot_say_stays_and_analyze_tells_why():
     assert set(plan.layers) == set(free)
 
 
+def test_an_edited_plan_keeps_the_layers_of_a_task_alike():
+    task = hub_tasks.bert_classifier()
+    plan = plan_for(task)
+    name = next(name for name in plan.layers if name.endswith(FEED_FORWARD))
+    edited = plan.keep(name, 20)
+    assert feed_forward_widths(edited) == [20, 20]
+    small = keras_taylor.prune(task, edited)
+    assert type(small) is type(task) and small.backbone.get_config()["intermediate_dim"] == 20
+
+
 @pytest.mark.once
 @pytest.mark.slow
 def test_free_widths_come_back_functional_and_preprocess():

@@ -70,6 +70,19 @@ def test_a_uniform_plan_survives_files_and_composition(tmp_path):
     assert len(set(widths(both, HIDDEN))) == 1
 
 
+def test_an_edited_plan_keeps_to_ties(tmp_path):
+    model = blocks()
+    plan_for(model, 0.2, uniform=True).save(tmp_path / "plan.json")
+    plan = keras_taylor.Plan.load(tmp_path / "plan.json")
+    for edited in (plan.keep("block0_hidden", 5), plan.keep("block1_hidden", range(5))):
+        small = keras_taylor.prune(model, edited)
+        assert widths(small, HIDDEN) == [5, 5, 5] and small.count_params() == edited.after["params"]
+    assert plan.keep("block1_hidden", range(5)).layers["block1_hidden"].kept == (0, 1, 2, 3, 4)
+    assert plan.keep("block0_hidden", 12).layers.keys().isdisjoint(HIDDEN)
+    free = plan_for(model, 0.2).keep("block0_hidden", 5)
+    assert len(free.layers["block0_hidden"].kept) == 5 != len(free.layers["block1_hidden"].kept)
+
+
 def test_rounds_and_wrappers_keep_to_ties():
     model = blocks()
     model.compile("adam", "mse")
