@@ -4,8 +4,8 @@
     python benchmarks/networks.py resnet20 mobile vgg --folder FOLDER
     KERAS_BACKEND=torch python benchmarks/main_job.py FOLDER/resnet20_fashion.keras --goals params=0.5
 
-A network's data go by its name: `..._fashion` is Fashion-MNIST, `..._cifar10` the 4000 CIFAR-10 images in the
-folder that KERAS_TAYLOR_DATA names.
+A network's data go by its name: `..._fashion` is Fashion-MNIST, `digits` is scikit-learn's, `..._cifar10` the
+4000 CIFAR-10 images in the folder that KERAS_TAYLOR_DATA names; a ResNet-8 reads them from 0 to 255.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from peers import DATA, goal_of
 HEAD = """# The main job
 
 Accuracy on test images, which were looked at only here. "Repaired only": `compress(..., epochs=0)`.
-"compress": {rounds}, {epochs} epochs for each round on {num} images with flips and shifts of 4, nothing
-held out by hand; scores and repairs read the images as they are, as those of the others do; all else by
-default. Torch-Pruning's criteria cut once as much; their networks
-(BatchNorm statistics renewed) are trained by one cycle of the learning rate to {peak}, in plain PyTorch:
+"compress": {rounds}, {epochs} epochs for each round on {num} images with flips and shifts of 4 (digits as
+they are), nothing held out by hand; scores and repairs read the images as they are, as those of the
+others do; all else by default. Torch-Pruning's criteria cut once as much; their networks (BatchNorm
+statistics renewed) are trained by one cycle of the learning rate to {peak}, in plain PyTorch:
 "steps" as many steps as `compress`, "time" as long as `compress` took with scores, repairs and judging.
 "Scratch": the widths that `compress` found, trained anew in Keras for that time. Means over
 {seeds} seeds, with the spread (largest less smallest) where there are several.
@@ -38,11 +38,15 @@ def data_of(name):
     """Training data, and test data, by the name of a network's file."""
     import resnet_cifar
 
+    if name.startswith("digits"):
+        return networks.digits()
     if name.endswith("_fashion"):
         train, _, test = networks.fashion()
         return train, test
-    x, y, *test = resnet_cifar.images_and_labels(DATA / "cifar10_4k1k.npz")
-    return (x, y), tuple(test)
+    x, y, x_test, y_test = resnet_cifar.images_and_labels(DATA / "cifar10_4k1k.npz")
+    if "resnet8" in name:
+        x, x_test = (255 * (part * resnet_cifar.STD + resnet_cifar.MEAN) for part in (x, x_test))
+    return (x.astype("float32"), y), (x_test.astype("float32"), y_test)
 
 
 def accuracy(model, test):
@@ -52,14 +56,13 @@ def accuracy(model, test):
 def ours(model, train, what, share, options):
     """The networks that `compress` makes without training and with it; steps and seconds of the latter."""
     import keras
-    import resnet_cifar
 
     import keras_taylor
 
     def compress(epochs):
         keras.utils.set_random_seed(options.seed)
         networks.compiled(model, options.rate)
-        batches = resnet_cifar.Augmented(*train, networks.BATCH_SIZE, seed=options.seed)
+        batches = networks.batches(options.name, *train, seed=options.seed)
         start = time.perf_counter()
         small, info = keras_taylor.compress(
             model,
@@ -103,11 +106,10 @@ def peer(model, train, criterion, goal, budget, options):
 
 def fit(network, train, options, num_steps=math.inf, seconds=math.inf):
     """Trains a PyTorch module by one cycle of the learning rate for so many steps, or seconds."""
-    import resnet_cifar
     import torch
 
     torch.manual_seed(options.seed)
-    batches = resnet_cifar.Augmented(*train, networks.BATCH_SIZE, seed=options.seed)
+    batches = networks.batches(options.name, *train, seed=options.seed)
     weights = [w for w in network.parameters() if w.requires_grad]
     optimizer = torch.optim.SGD(weights, options.rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     start, k = time.perf_counter(), 0
@@ -141,11 +143,10 @@ def torch_accuracy(network, test):
 def from_scratch(small, train, seconds, options):
     """The same widths with new weights, trained for so many seconds."""
     import keras
-    import resnet_cifar
 
     keras.utils.set_random_seed(options.seed)
     model = networks.compiled(keras.models.clone_model(small), 0.1)
-    batches = resnet_cifar.Augmented(*train, networks.BATCH_SIZE, seed=options.seed)
+    batches = networks.batches(options.name, *train, seed=options.seed)
     start = time.perf_counter()
 
     class Cycle(keras.callbacks.Callback):
@@ -168,7 +169,8 @@ def measure(path, what, share, options):
 
     import keras_taylor
 
-    train, test = data_of(path.stem)
+    options.name = path.stem
+    train, test = data_of(options.name)
     train = tuple(part[: options.images] for part in train)
     model = networks.compiled(keras.models.load_model(path, compile=False), options.rate)
     repaired, small, num_steps, seconds = ours(model, train, what, share, options)

@@ -1,6 +1,6 @@
-"""Networks that benchmarks train themselves, on Fashion-MNIST, and their twins in plain PyTorch.
+"""Networks that benchmarks train themselves, on Fashion-MNIST or digits, and their twins in plain PyTorch.
 
-python benchmarks/networks.py resnet20 mobile vgg --folder FOLDER --epochs 8
+python benchmarks/networks.py resnet20 mobile vgg digits --folder FOLDER --epochs 8
 """
 
 import argparse
@@ -32,6 +32,30 @@ def fashion():
     order = np.random.default_rng(0).permutation(len(y))
     held_out, rest = order[:NUM_VALIDATION], order[NUM_VALIDATION:]
     return (x[rest], y[rest]), (x[held_out], y[held_out]), test
+
+
+def digits():
+    """Images of scikit-learn's handwritten digits with labels, and those of the test set."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).reshape(-1, 8, 8, 1).astype("float32")
+    x, x_test, y, y_test = train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
+    return (x, y), (x_test, y_test)
+
+
+def batches(name, x, y, seed=0):
+    """Batches of training images; those of digits as they are, all others flipped and shifted by up to 4."""
+    import resnet_cifar
+
+    class Plain(resnet_cifar.Augmented):
+        def __getitem__(self, index):
+            rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+            return self.x[rows, 4:-4, 4:-4], self.y[rows]
+
+    made = Plain if name.startswith("digits") else resnet_cifar.Augmented
+    return made(x, y, BATCH_SIZE, seed=seed)
 
 
 def _normalized(x, filters, size=3, strides=1, activation=True):
@@ -87,13 +111,24 @@ def vgg():
     return keras.Model(inputs, keras.layers.Dense(10)(x), name="vgg")
 
 
-NETWORKS = {"resnet20": resnet20, "mobile": mobile, "vgg": vgg}
+def digits_cnn():
+    """The network of `examples/quickstart.py`."""
+    import keras
+
+    from keras_taylor.cli.demo import small_network
+
+    model = small_network()
+    return keras.Model(model.inputs, model.outputs, name="digits")
+
+
+NETWORKS = {"resnet20": resnet20, "mobile": mobile, "vgg": vgg, "digits": digits_cnn}
 
 
 def compiled(model, rate=0.02):
     import keras
 
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    has_softmax = getattr(model.layers[-1], "activation", None) is keras.activations.softmax
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=not has_softmax)
     optimizer = keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     model.compile(optimizer, loss, metrics=["accuracy"])
     return model
@@ -110,12 +145,10 @@ def one_cycle(peak, num_steps):
 
 
 def train(model, data, epochs, peak=0.1):
-    """Trains from scratch with flips and shifts, one cycle of the learning rate."""
-    import resnet_cifar
-
-    batches = resnet_cifar.Augmented(*data, BATCH_SIZE)
-    compiled(model, one_cycle(peak, epochs * len(batches)))
-    model.fit(batches, epochs=epochs, verbose=2)
+    """Trains from scratch, one cycle of the learning rate."""
+    made = batches(model.name, *data)
+    compiled(model, one_cycle(peak, epochs * len(made)))
+    model.fit(made, epochs=epochs, verbose=2)
 
 
 def torch_twin(model):
@@ -152,11 +185,14 @@ def torch_twin(model):
             made.weight.data, made.bias.data = weights[0].T.contiguous(), weights[1]
             relu = layer.activation.__name__ == "relu"
             return nn.Sequential(made, nn.ReLU()) if relu else made
+        if kind == "Dropout":
+            return nn.Dropout(layer.rate)
         return {"ReLU": nn.ReLU, "MaxPooling2D": lambda: nn.MaxPool2d(2)}.get(kind, nn.Identity)()
 
     class Twin(nn.Module):
         def __init__(self):
             super().__init__()
+            self.image_size = model.inputs[0].shape[1]
             self.kinds = [(layer.name, type(layer).__name__) for layer in model.layers]
             self.parts = nn.ModuleDict({layer.name: module(layer) for layer in model.layers})
             made = {layer.output.name: layer.name for layer in model.layers}
@@ -191,8 +227,9 @@ def _reorder_after_flatten(model, twin):
     """The rows of a dense layer behind `Flatten` in the order of channels-first images."""
     import torch
 
-    for flatten, dense in zip(model.layers, model.layers[1:], strict=False):
+    for number, flatten in enumerate(model.layers):
         if type(flatten).__name__ == "Flatten":
+            dense = next(one for one in model.layers[number:] if type(one).__name__ == "Dense")
             height, width, channels = flatten.input.shape[1:]
             part = twin.parts[dense.name]
             linear = part[0] if isinstance(part, torch.nn.Sequential) else part
@@ -208,15 +245,16 @@ def main():
     arguments = parser.parse_args()
     import keras
 
-    data, validation, _ = fashion()
     for name in arguments.networks:
         keras.utils.set_random_seed(0)
         model = NETWORKS[name]()
+        data, validation, *_ = digits() if name == "digits" else fashion()
         train(model, data, arguments.epochs)
         accuracy = model.evaluate(*validation, verbose=0, return_dict=True)["accuracy"]
-        print(f"{name}: {model.count_params():,} parameters, {accuracy:.2%} of the validation images")
+        print(f"{name}: {model.count_params():,} parameters, {accuracy:.2%} of the held-out images")
         model.compile()  # the file holds the network only
-        model.save(arguments.folder / f"{name}_fashion.keras")
+        ending = "" if name == "digits" else "_fashion"
+        model.save(arguments.folder / f"{name}{ending}.keras")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class _Block(nn.Module):
 class _Network(nn.Module):
     def __init__(self, model):
         super().__init__()
-        get = model.get_layer
+        self.image_size, get = model.inputs[0].shape[1], model.get_layer
         self.conv1, self.bn1 = _conv(get("conv1")), _normalization(get("bn1"))
         names = [layer.name[:-6] for layer in model.layers if layer.name.endswith("_conv1")]
         self.blocks = nn.Sequential(*(_Block(get, name) for name in names))
@@ -149,11 +149,7 @@ def _costs(network):
 def _example(network):
     """One image, as the first convolution reads it."""
     first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
-    return (
-        torch.zeros(1, first.in_channels, 32, 32)
-        if isinstance(network, _Network)
-        else torch.zeros(1, first.in_channels, 28, 28)
-    )
+    return torch.zeros(1, first.in_channels, network.image_size, network.image_size)
 
 
 def _kept_layers(network):
