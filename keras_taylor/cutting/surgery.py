@@ -229,7 +229,8 @@ class _SmallerModelBuilder:
         )
 
     def _build_sequential(self, submodel: SubmodelGraph) -> keras.Sequential:
-        layers = [self._build_input(submodel, 0), *(self._build_site(site) for site in submodel.sites)]
+        sites = [site for site in submodel.sites if site not in self._bypassed]
+        layers = [self._build_input(submodel, 0), *map(self._build_site, sites)]
         with contextlib.ExitStack() as stack:
             for layer in filter(_needs_build, layers):
                 stack.enter_context(self._weights_initialized(layer))

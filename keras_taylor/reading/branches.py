@@ -87,7 +87,7 @@ def _find_sums(graph: Graph) -> list[Branch]:
     open_sites = {
         site
         for submodel in (graph.root, *graph.submodels.values())
-        if not is_attention(submodel.model) and not isinstance(submodel.model, keras.Sequential)
+        if not is_attention(submodel.model)
         for site in submodel.sites
     }
     sites = collections.Counter(
@@ -104,7 +104,7 @@ def _find_sums(graph: Graph) -> list[Branch]:
         is_layer = _may_be_residual(graph, call)
         if call.site not in open_sites or not (is_layer or _is_plain_sum(graph, call)):
             continue
-        if is_layer and (call.name in found or not passes_input_on(call, graph.shapes)):
+        if is_layer and call.name not in found and not passes_input_on(call, graph.shapes):
             continue
         trunk = 0 if is_layer else _find_trunk(call, ancestors, trunks)
         if trunk is not None:
