@@ -202,6 +202,23 @@ def test_a_worthless_branch_leaves_first():
     assert relative_difference(predict(small, x), predict(model, x)) <= 1e-6
 
 
+@pytest.mark.parametrize("rank", ["cost", "score"])
+def test_a_branch_that_saves_enough_alone_takes_no_other_units_along(rank):
+    x = inputs = keras.Input((8,))
+    x = layers.Dense(8, "relu", name="early")(x)
+    x = layers.Dense(8, name="trunk")(x)
+    x = layers.Add(name="sum")([x, layers.Dense(8, name="out")(layers.Dense(40, "relu", name="large")(x))])
+    model = keras.Model(inputs, layers.Dense(3, name="head")(x))
+    scores = {"early": np.linspace(1, 2, 8), "sum": np.array([900.0]), "large": np.full(40, 1e6)}
+    selection = keras_taylor.Selection(branches=True, rank=rank)
+    plan = keras_taylor.make_plan(model, scores, 0.6, selection=selection)
+    assert gone(plan) == ["sum"] == list(plan.layers)
+    plan = keras_taylor.make_plan(model, scores, 0.85, selection=selection)
+    early = plan.layers["early"].kept
+    assert gone(plan) == ["sum"] and 1 < len(early) < 8
+    assert plan.keep("early", len(early) + 1).after["params"] > 0.15 * model.count_params()
+
+
 def test_branches_stay_unless_they_are_asked_for():
     model, x = residual_model("residual"), zoo.inputs_of(residual_model("residual"))
     plan = keras_taylor.make_plan(model, keras_taylor.score(model, criterion="magnitude"), 0.7)

@@ -88,11 +88,16 @@ class RemovalOrder:
         eligible &= np.isfinite(unit_scores)
         order = np.lexsort((unit_scores, ~forced))
         self._order = order[eligible[order]]
-        self._num_forced = int((forced & eligible).sum())
+        self._is_forced = forced
+        self._is_branch = np.array([group.is_branch for group in labeled.groups], bool)
 
     def mask_after(self, num: int) -> BoolArray:
         """The mask of kept units `(num_units,)` after the first `num` units of the order left."""
-        gone = np.bincount(self._group_of[self._order[:num]], minlength=len(self._group_sizes))
+        return self._mask_without(self._order[:num])
+
+    def _mask_without(self, units: IntArray) -> BoolArray:
+        """The mask of kept units `(num_units,)` if groups lose as many units as these, in whole steps."""
+        gone = np.bincount(self._group_of[units], minlength=len(self._group_sizes))
         kept = -(-(self._group_sizes - gone) // self._round_to) * self._round_to
         gone = self._group_sizes - np.minimum(kept, self._group_sizes)
         for numbers, units in self._ties:
@@ -106,21 +111,49 @@ class RemovalOrder:
         return self.mask_after(self._order.size)
 
     def largest_mask_within(self, ceilings: Mapping[str, float]) -> BoolArray | None:
-        """The first mask on the way whose costs are at most `ceilings`, by bisection; `None` if none is."""
-        low, high = self._num_forced, self._order.size
-        if not self._is_within(high, ceilings):
+        """The first mask on the way whose costs are at most `ceilings`, by bisection; `None` if none is.
+
+        A residual branch that leaves last may save much more than is missing. Then units that would have
+        left before it stay.
+        """
+        leaving = self._first_within(ceilings, self._order)
+        if leaving is None:
+            return None
+        last = self._branches_with(leaving[-1]) if leaving.size else leaving
+        if last.size:
+            others = leaving[~np.isin(leaving, last)]
+            fewer = self._first_within(ceilings, others, last)
+            leaving = leaving if fewer is None else fewer
+        return self._mask_without(leaving)
+
+    def _first_within(
+        self, ceilings: Mapping[str, float], order: IntArray, gone: IntArray | None = None
+    ) -> IntArray | None:
+        """The first units of an order without which, and without `gone`, costs are at most `ceilings`."""
+        gone = order[:0] if gone is None else gone
+        low, high = int(self._is_forced[order].sum()), order.size
+
+        def is_within(num: int) -> bool:
+            costs = self._costs(self._mask_without(np.append(order[:num], gone)))
+            return all(known_cost(costs, cost) <= ceiling for cost, ceiling in ceilings.items())
+
+        if not is_within(high):
             return None
         while low < high:
             middle = (low + high) // 2
-            if self._is_within(middle, ceilings):
+            if is_within(middle):
                 high = middle
             else:
                 low = middle + 1
-        return self.mask_after(high)
+        return np.append(order[:high], gone)
 
-    def _is_within(self, num: int, ceilings: Mapping[str, float]) -> bool:
-        costs = self._costs(self.mask_after(num))
-        return all(known_cost(costs, cost) <= ceiling for cost, ceiling in ceilings.items())
+    def _branches_with(self, unit: int) -> IntArray:
+        """The residual branches that leave with a unit: none unless it is one itself."""
+        group = int(self._group_of[unit])
+        if not self._is_branch[group]:
+            return np.zeros(0, np.int64)
+        tied = next((numbers for numbers, _ in self._ties if group in numbers), np.array([group]))
+        return np.flatnonzero(np.isin(self._group_of, tied))
 
 
 def choose_kept(
