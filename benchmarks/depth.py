@@ -1,8 +1,9 @@
-"""Channels, whole residual branches, or both: accuracy and latency of ResNet-56 at the same FLOPs.
+"""Channels, whole residual branches, or both: accuracy and latency at the same FLOPs, or at the same latency.
 
     KERAS_BACKEND=torch python benchmarks/depth.py --epochs 0 3 > benchmarks/results/depth.md
+    KERAS_BACKEND=torch python benchmarks/depth.py --cost latency:litert --network FOLDER/mobile_fashion.keras
 
-ResNet-56 and CIFAR-10 come from the folder that KERAS_TAYLOR_DATA names.
+ResNet-56 and CIFAR-10 come from the folder that KERAS_TAYLOR_DATA names, other networks from `networks.py`.
 """
 
 import argparse
@@ -15,42 +16,30 @@ import time
 from common import machine, markdown_table
 
 ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 DATA = pathlib.Path(os.environ.get("KERAS_TAYLOR_DATA", ROOT.parent / "shared" / "data"))
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 HEAD = """# Channels, whole residual branches, or both
 
 `python benchmarks/depth.py {arguments}`
 
-ResNet-56 on CIFAR-10, `compress` to {goal:.0%} fewer FLOPs, `increment={increment}`; accuracy on 1000 test
-images, good to about 1.7 points. "channels": without branches; "branches": nothing else may leave; "both":
-`Selection(branches=True)`. Epochs: of all rounds, on 4000 training images; 0: repaired only. Latency:
+{network}, `compress` to {goal:.0%} less of {cost}, increment {increment}; accuracy on {tested} test
+images. "channels": without branches; "branches": nothing else may leave; "both":
+`Selection(branches=True)`. Epochs: of each round, on {trained} training images; 0: repaired only. Latency:
 median of one call on one thread, all models in turn in one process, as a part of the original's.
 """
+ENDINGS = {"keras": "Keras", "tflite": "LiteRT", "onnx": "ONNX Runtime"}
 
 
-def load():
+def load(path):
     """The compiled network, and images with labels of the training and of the test set."""
     import keras
-    import numpy as np
+    import networks
+    from main_job import data_of
 
-    model = keras.saving.load_model(DATA / "resnet56_cifar10.keras", compile=False)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=not _has_softmax(model))
-    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss, metrics=["accuracy"])
-    arrays = np.load(DATA / "cifar10_4k1k.npz")
-
-    def part(name):
-        images = (arrays[f"x_{name}"] / 255 - np.array(MEAN)) / np.array(STD)
-        return images.astype("float32"), arrays[f"y_{name}"].reshape(-1).astype("int32")
-
-    return model, part("train"), part("test")
-
-
-def _has_softmax(model):
-    import keras
-
-    return getattr(model.layers[-1], "activation", None) is keras.activations.softmax
+    model = networks.compiled(keras.saving.load_model(path, compile=False))
+    train, test = data_of(path.stem)
+    return model, tuple(part[:16_000] for part in train), test
 
 
 def ways(model):
@@ -72,10 +61,14 @@ def compressed(model, train, test, arguments, way, epochs):
     import keras_taylor
 
     started = time.perf_counter()
-    goal = {"flops": arguments.goal}
-    fit = {"epochs": max(epochs // round(arguments.goal / arguments.increment), 1) if epochs else 0}
+    goal = {arguments.cost: arguments.goal}
     small, info = keras_taylor.compress(
-        model, train, goal, increment=arguments.increment, return_info=True, verbose=0, **way, **fit
+        *(model, train, goal),
+        increment=arguments.increment,
+        epochs=epochs,
+        return_info=True,
+        verbose=0,
+        **way,
     )
     gone = sum(not layer.kept for layer in info.plan.layers.values())
     accuracy = small.evaluate(*test, batch_size=250, verbose=0, return_dict=True)["accuracy"]
@@ -90,7 +83,7 @@ def latencies(models, batch_sizes):
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for ending in ("keras", "onnx"):
+        for ending in ENDINGS:
             paths = [os.path.join(folder, f"{number}.{ending}") for number in range(len(models))]
             made = [
                 keras_taylor.export(model, path, tolerance=float("inf"))
@@ -104,14 +97,16 @@ def latencies(models, batch_sizes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", type=pathlib.Path, default=DATA / "resnet56_cifar10.keras")
+    parser.add_argument("--cost", default="flops", help="what the goal is about, such as latency:litert")
     parser.add_argument("--goal", type=float, default=0.5)
-    parser.add_argument("--increment", type=float, default=0.1)
+    parser.add_argument("--increment", type=float, help="default: that of `compress`")
     parser.add_argument("--epochs", type=int, nargs="+", default=[0])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
     arguments = parser.parse_args()
     import keras
 
-    model, train, test = load()
+    model, train, test = load(arguments.network)
     accuracy = model.evaluate(*test, batch_size=250, verbose=0, return_dict=True)["accuracy"]
     models, rows = [model], [["original", "", "0", "1.00", "1.00", f"{accuracy:.1%}"]]
     for epochs in arguments.epochs:
@@ -123,12 +118,14 @@ def main():
             print(*rows[-1], f"{seconds:.0f} s", file=sys.stderr, flush=True)
     times = latencies(models, arguments.batch_sizes)
     header = ["what leaves", "epochs", "branches gone", "FLOPs", "parameters", "accuracy"]
-    names = {"keras": f"Keras ({keras.backend.backend()})", "onnx": "ONNX Runtime"}
     for (ending, size), values in times.items():
-        header.append(f"{names[ending]}, batch {size}")
+        header.append(f"{ENDINGS[ending]}, batch {size}")
         for row, value in zip(rows, values, strict=True):
             row.append(f"{value / values[0]:.2f} ({value:.1f} ms)")
-    print(HEAD.format(arguments=" ".join(sys.argv[1:]), goal=arguments.goal, increment=arguments.increment))
+    named = {"network": arguments.network.stem, "cost": arguments.cost, "goal": arguments.goal}
+    increment = arguments.increment or "by default"
+    sizes = {"trained": len(train[1]), "tested": len(test[1])}
+    print(HEAD.format(arguments=" ".join(sys.argv[1:]), increment=increment, **named, **sizes))
     print(markdown_table(header, rows))
     print("\n" + machine([keras.backend.backend()]))
 
