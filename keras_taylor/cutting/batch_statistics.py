@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ from keras_taylor.support.arrays import assign_rounded, to_float64, view_float32
 from keras_taylor.support.keras_internals import layers_inside, mask_of_tensor
 from keras_taylor.support.types import Array, FloatArray, Tensor
 
-# Over which share of a training's steps moving statistics average at most, and over how many at least.
-_SHARE_AVERAGED, _LEAST_AVERAGED = 1 / 10, 4
+# Moving statistics average over this share of a training's steps, but over so many steps and values at least.
+_SHARE_AVERAGED, _LEAST_AVERAGED, _LEAST_VALUES = 1 / 10, 4, 4096
 _ROWS_OF_A_SUM = 1024
 
 
@@ -161,31 +162,42 @@ def recompute_statistics(graph: Graph, batches: Sequence[InputBatch]) -> None:
 
 
 @contextlib.contextmanager
-def shorter_averages(model: keras.Model, num_steps: int | None) -> Iterator[None]:
-    """A context in which moving statistics average over a tenth of a training's steps, if over more before.
+def shorter_averages(model: keras.Model, num_steps: int | None, batch_size: int) -> Iterator[None]:
+    """A context in which moving statistics average over a part of a training, if over more steps before.
 
-    With the usual momentum of 0.99 they would lag behind the weights at the end of a short training. A
+    With the usual momentum of 0.99 they would lag behind the weights at the end of a short training. Of few
+    values, such as those behind a dense layer, they would be noise: there they average over more steps. A
     momentum of 1 stays: it freezes statistics.
 
     Args:
         model: The compiled model that is trained.
         num_steps: Steps of the training; `None`: unknown, so that nothing changes.
+        batch_size: Examples of a step.
     """
-    num_averaged = max(_SHARE_AVERAGED * (num_steps or 0), _LEAST_AVERAGED)
-    momentum = 1 - 1 / num_averaged
-    longer = [one for one in _normalizations_inside(model) if momentum < one.momentum < 1]
-    if num_steps is None or not longer:
-        yield
-        return
-    before = [layer.momentum for layer in longer]
-    for layer in longer:
-        layer.momentum = momentum
+    layers = _normalizations_inside(model) if num_steps is not None else []
+    momenta = {layer: _momentum_for(layer, num_steps or 0, batch_size) for layer in layers}
+    before = {layer: layer.momentum for layer in layers if momenta[layer] < layer.momentum < 1}
+    for layer in before:
+        layer.momentum = momenta[layer]
     try:
         yield
     finally:
-        for layer, value in zip(longer, before, strict=True):
+        for layer, value in before.items():
             layer.momentum = value
-        model.make_train_function(force=True)  # the compiled one has the other momentum
+        if before:
+            model.make_train_function(force=True)  # the compiled one has the other momenta
+
+
+def _momentum_for(layer: keras.layers.BatchNormalization, num_steps: int, batch_size: int) -> float:
+    """The momentum with which statistics average over a part of so many steps, and over enough values."""
+    try:
+        shape = list(layer.input.shape)
+    except Exception:  # a layer inside of another one may have no input, or several
+        shape = [None, None]
+    axis = layer.axis % len(shape)
+    num_positions = math.prod(size or 1 for k, size in enumerate(shape) if k not in (0, axis))
+    num_needed = _LEAST_VALUES / (batch_size * num_positions)
+    return 1 - 1 / max(_SHARE_AVERAGED * num_steps, _LEAST_AVERAGED, num_needed)
 
 
 class _ChannelSums:

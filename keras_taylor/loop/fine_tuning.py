@@ -176,7 +176,7 @@ class FineTuner:
         num_steps = self.num_steps(num_rounds)
         with (
             temporary_learning_rate(model, self.learning_rate),
-            shorter_averages(model, num_steps),
+            shorter_averages(model, num_steps, self.feed.batch_size or self.feed.first_size),
         ):
             if rate is not None:
                 if self.search is not None:

@@ -220,6 +220,25 @@ def test_fine_tuning_starts_from_what_inference_computes():
     assert relative_difference(predict(trained, x), predict(repaired, x)) < 0.06  # 0.3 without
 
 
+@pytest.mark.parametrize(("batch_size", "momentum"), [(128, 1 - 128 / 4096), (32, 0.99)])
+def test_statistics_behind_a_dense_layer_average_over_enough_values(batch_size, momentum):
+    inputs = keras.Input((6,))
+    x = layers.BatchNormalization(name="norm")(layers.Dense(12, name="wide")(inputs))
+    model = randomized(keras.Model(inputs, layers.Dense(2)(layers.ReLU()(x))))
+    model.compile(keras.optimizers.SGD(1e-9), "mse")
+    x, seen = np.random.default_rng(0).normal(size=(256, 6)), []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(self.model.get_layer("norm").momentum)
+
+    fit = {"batch_size": batch_size, "callbacks": [Look()], "validation_data": (x, np.zeros((256, 2)))}
+    options = {"goal": 0.3, "increment": 0.3, "criterion": "magnitude", "verbose": 0}
+    small = keras_taylor.compress(model, (x, np.zeros((256, 2))), **options, **fit)
+    assert seen == pytest.approx([momentum] * (256 // batch_size))
+    assert small.get_layer("norm").momentum == 0.99
+
+
 @pytest.mark.parametrize(("given", "in_rounds"), [(0.99, 0.8), (0.5, 0.5), (1.0, 1.0)])
 def test_statistics_average_over_a_tenth_of_a_round(given, in_rounds):
     model = plain(momentum=given)
@@ -231,7 +250,7 @@ def test_statistics_average_over_a_tenth_of_a_round(given, in_rounds):
             momenta.add(round(self.model.get_layer("norm").momentum, 6))
 
     options = {"goal": 0.3, "increment": 0.3, "criterion": "magnitude", "verbose": 0}
-    fit = {"epochs": 2, "batch_size": 4, "callbacks": [Look()], "validation_data": (x, np.zeros((100, 4)))}
+    fit = {"epochs": 25, "batch_size": 50, "callbacks": [Look()], "validation_data": (x, np.zeros((100, 4)))}
     small = keras_taylor.compress(model, (x, np.zeros((100, 4))), **options, **fit)
     assert momenta == {in_rounds}  # 50 steps
     norm = small.get_layer("norm")
