@@ -6,6 +6,7 @@ import itertools
 
 from keras_taylor.reading.graph import Call, Graph
 from keras_taylor.reading.groups import LabeledModel
+from keras_taylor.reading.tracing import origin_of
 from keras_taylor.support.types import BoolArray
 
 
@@ -56,6 +57,9 @@ def is_left(labeled: LabeledModel, kept: BoolArray, call: Call) -> bool:
 def find_counterparts(labeled: LabeledModel, kept: BoolArray, new: Graph) -> Counterparts | None:
     """The counterparts in a smaller model, `None` if it has not the calls that are left.
 
+    Calls are known by their names. A task that was made again with fewer blocks numbers them anew: there the
+    order counts.
+
     Args:
         labeled: The original.
         kept: Bool array `(num_units,)`: the units of the smaller model.
@@ -66,12 +70,18 @@ def find_counterparts(labeled: LabeledModel, kept: BoolArray, new: Graph) -> Cou
     if not bypassed:
         fits = len(old.calls) == len(new.calls)
         return Counterparts(old, new, tuple(range(len(old.calls)))) if fits else None
-    left: dict[str, list[int]] = {}
-    for call in old.calls:
-        if is_left(labeled, kept, call):
-            left.setdefault(call.name, []).append(call.number)
-    numbers = [left[call.name].pop(0) for call in new.calls if left.get(call.name)]
+    calls_left = [call for call in old.calls if is_left(labeled, kept, call)]
+    by_name: dict[str, list[int]] = {}
+    for call in calls_left:
+        by_name.setdefault(call.name, []).append(call.number)
+    numbers = [by_name[call.name].pop(0) for call in new.calls if by_name.get(call.name)]
     needed = {call.number for call in old.needed_calls}
-    missing = needed.intersection(itertools.chain.from_iterable(left.values()))
-    fits = len(numbers) == len(new.calls) and not missing
-    return Counterparts(old, new, tuple(numbers)) if fits else None
+    missing = needed.intersection(itertools.chain.from_iterable(by_name.values()))
+    if len(numbers) == len(new.calls) and not missing:
+        return Counterparts(old, new, tuple(numbers))
+    if origin_of(old.model) is None:
+        return None
+    in_order = [call for call in calls_left if call.number in needed]
+    kinds = [[type(call.operation) for call in calls] for calls in (in_order, new.needed_calls)]
+    fits = kinds[0] == kinds[1] and len(in_order) == len(new.calls)
+    return Counterparts(old, new, tuple(call.number for call in in_order)) if fits else None

@@ -5,6 +5,7 @@ import sys
 import warnings
 
 import keras
+import numpy as np
 import pytest
 from helpers import predict, relative_difference
 from hub_tasks import settled
@@ -60,6 +61,9 @@ def test_whole_decoders_leave_and_the_smaller_task_generates(name):
     assert relative_difference(predict(small, tokens), predict(gated, tokens)) <= 1e-5
     assert relative_difference(predict(task, tokens), predict(gated, tokens)) > 1e-3
     assert small.generate("the cat", max_length=8).startswith("the cat")
+    repaired = keras_taylor.repair(small, task, plan, texts)  # whose layers have other numbers now
+    whole, cut, mended = (predict(one, tokens)[0] for one in (task, small, repaired))
+    assert type(repaired) is type(task) and np.square(mended - whole).mean() < np.square(cut - whole).mean()
 
 
 def test_all_tasks_of_the_benchmark_are_tested():
