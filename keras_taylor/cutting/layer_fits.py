@@ -19,7 +19,7 @@ from keras_taylor.reading.matmul_views import (
 )
 from keras_taylor.reading.walk import ComputedTensors
 from keras_taylor.support.least_squares import AffineMap, Regression, Solution, limit_blas_threads
-from keras_taylor.support.types import BoolArray, FloatArray
+from keras_taylor.support.types import Array, BoolArray, FloatArray
 
 # How often targets are relaxed by the slack of a rectifier. Twice was not better on held-out images.
 NUM_RELAXATIONS = 1
@@ -87,6 +87,8 @@ class LayerFit:
         outputs: Bool array over the original's outputs: which were kept.
         options: How to fit.
         old_inputs: Maps a later call of the smaller model to the tensors that its counterpart reads.
+        others_lack: What other terms of a sum that its output is a part of lack, an array for each batch;
+            `None`: nothing.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class LayerFit:
         outputs: BoolArray,
         options: FitOptions,
         old_inputs: Callable[[Call], Sequence[int]],
+        others_lack: Sequence[Array] | None = None,
     ) -> None:
+        self._others_lack = others_lack
         self._name, self._old_layer = call.name, old_call.operation
         self._old_view, self._view = _view_of(old_call), _view_of(call)
         self._outputs, self._options = outputs, options
@@ -203,7 +207,10 @@ class LayerFit:
             y = self._old_view.output_rows(self._old_outputs[batch], positions)
         else:
             y = self._compute_old_output(batch, positions)
-        return y[:, self._outputs] - self._view.bias() + self._path.residual_correction(batch, positions)
+        targets = y[:, self._outputs] - self._view.bias() + self._path.residual_correction(batch, positions)
+        if self._others_lack is None:
+            return targets
+        return targets + self._view.output_rows(self._others_lack[batch], positions)
 
     def _compute_old_output(self, batch: int, positions: SampledPositions) -> FloatArray:
         """The original's output before its activation, `(num_rows, num_old_outputs)`."""

@@ -16,6 +16,7 @@ from keras_taylor.reading.closed_layers import record_inside
 from keras_taylor.reading.graph import Call, Graph, single_layer_graph
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.matmul_views import MatrixMasks, matmul_view
+from keras_taylor.reading.rule_checks import find_last_term
 from keras_taylor.reading.walk import InputBatch, Walk, fixed_batch_size, run_batches, split_into_batches
 from keras_taylor.support.arrays import to_float32
 from keras_taylor.support.keras_internals import layers_inside
@@ -122,6 +123,7 @@ class _PairedWalks:
         self._before_linear_layers = _tensors_before_linear_layers(self._new.graph)
         self._changed: set[int] = set()  # numbers of tensors whose values differ from the original's
         self._num_run = 0  # calls of the original
+        self._last_terms: dict[keras.Operation, int | None] = {}
         self._past_branches: set[int] = set()  # those whose values lack a branch, up to the next linear layer
 
     def refit_layers(self, track: Track) -> list[LayerRepair]:
@@ -134,7 +136,7 @@ class _PairedWalks:
             masks = self._matrix_masks(old_number)
             if masks is not None and call.name not in repairs and self._is_to_refit(call, masks):
                 repairs[call.name] = self._refit_layer(call, masks)
-            for layer_number in self._inner_layers_that_lost_inputs(old_number):
+            for layer_number in self._inner_layers_to_refit(call, old_number):
                 repair = self._refit_inner_layer(call, layer_number)
                 repairs.setdefault(repair.name, repair)
             if self._lost_any_input(old_number) or lacks_branch or self._changed.intersection(call.inputs):
@@ -205,6 +207,34 @@ class _PairedWalks:
             if read.layer_number is not None and not self._labeled.kept_mask(read.labels, self._kept).all()
         ]
 
+    def _inner_layers_to_refit(self, call: Call, number: int) -> list[int]:
+        """Which layers inside a closed layer are refitted, the one that makes its last term at the end.
+
+        That one also makes up for what the other terms lack. So it is refitted wherever a linear layer in its
+        place would be.
+        """
+        lost = self._inner_layers_that_lost_inputs(number)
+        last = self._last_term_of(call)
+        if last is None:
+            return lost
+        reads_changed = bool(self._changed.intersection(call.inputs))
+        is_on_the_way = call.outputs[0] in self._before_linear_layers
+        if (
+            last in lost
+            or self._lacks_branch(call)
+            or (self._options.thorough and reads_changed and is_on_the_way)
+        ):
+            return [*(one for one in lost if one != last), last]
+        return lost
+
+    def _last_term_of(self, call: Call) -> int | None:
+        """The inner layer whose output is the last term of a closed layer's output, `None` without one."""
+        if not call.closed_reason or len(call.outputs) != 1:
+            return None
+        if call.operation not in self._last_terms:
+            self._last_terms[call.operation] = find_last_term(call, self._new.graph.shapes)
+        return self._last_terms[call.operation]
+
     def _refit_layer(self, call: Call, masks: MatrixMasks) -> LayerRepair:
         """Refits a linear layer of the smaller model."""
         if not self._new.graph.is_used_once(call.operation):
@@ -230,8 +260,15 @@ class _PairedWalks:
         outputs = view.matrix_masks(self._masks_of(axes)).outputs
         walks = (self._old, old_call), (self._new, call)
         old, new = (_record(walk, one.number, layer_number, name) for walk, one in walks)
+        others = None
+        if layer_number == self._last_term_of(call):
+            whole = [walk.tensors[one.outputs[0]] for walk, one in walks]
+            others = [
+                (to_float32(y) - to_float32(term)) - (to_float32(z) - to_float32(own))
+                for y, term, z, own in zip(whole[0], old.tensors[1], whole[1], new.tensors[1], strict=True)
+            ]
         fitted = old, new, old.graph.calls[0], new.graph.calls[0], outputs, self._options
-        return LayerFit(*fitted, lambda reader: reader.inputs).run()
+        return LayerFit(*fitted, lambda reader: reader.inputs, others).run()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -245,6 +282,7 @@ class _RecordedTensors:
 def _record(walk: Walk, number: int, layer_number: int, name: str) -> _RecordedTensors:
     """Runs a call of a closed layer, and records one of the layers inside."""
     operation = walk.graph.calls[number].operation
+    walk.run_waiting()  # which may have this call among them
     with record_inside(operation, layer_number) as (inputs, outputs):
         walk.run_alone(number)
     layer = layers_inside(operation)[layer_number]

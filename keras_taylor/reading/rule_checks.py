@@ -4,7 +4,7 @@ import functools
 import inspect
 import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -14,14 +14,22 @@ from keras import ops
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.reading.closed_layers import Gate, InnerStructure, gate_inside, kept_entries
 from keras_taylor.reading.graph import Call, TensorRef
+from keras_taylor.reading.matmul_views import matmul_view
 from keras_taylor.reading.tracing import UnsupportedModelError
-from keras_taylor.rules.base import KeptLabels, LabeledTensor, Rule, is_from_keras, unknown_operation
+from keras_taylor.rules.base import (
+    KeptLabels,
+    LabeledTensor,
+    Rule,
+    is_from_keras,
+    override_attributes,
+    unknown_operation,
+)
 from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace
 from keras_taylor.rules.probing import NUM_PROBED_EXAMPLES, ChannelMap, ProbedInput, find_channel_map
 from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
 from keras_taylor.rules.shape import follow_channel_map
-from keras_taylor.support.keras_internals import give_values, shapes_only
-from keras_taylor.support.types import Array, BoolArray, IntArray, Shape
+from keras_taylor.support.keras_internals import give_values, layers_inside, shapes_only
+from keras_taylor.support.types import Array, BoolArray, IntArray, Shape, Tensor
 
 _NUM_RANDOM_EXAMPLES = 2  # of random inputs
 _NUM_FOLLOWED = 3  # examples of random inputs that are followed
@@ -526,10 +534,7 @@ def passes_input_on(call: Call, shapes: Sequence[Shape]) -> bool:
         call: The call of the layer.
         shapes: Shape of every tensor of its graph.
     """
-    layer, random = call.operation, np.random.default_rng(0)
-    first = call.inputs[0]
-    inputs = {index: random_input(random, shapes[index], tensor_dtype(call, index)) for index in call.inputs}
-    inputs.update((index, np.ones_like(x)) for index, x in inputs.items() if x.dtype.kind != "f")  # masks
+    layer, first, inputs = call.operation, call.inputs[0], _inputs_with_masks(call, shapes)
     zeros = [(weight, ops.zeros(weight.shape, weight.dtype)) for weight in layer.weights]
     try:
         with keras.StatelessScope(state_mapping=zeros):
@@ -539,6 +544,51 @@ def passes_input_on(call: Call, shapes: Sequence[Shape]) -> bool:
     same_shape = output.shape == inputs[first].shape
     tolerance = equivalence_tolerance(layer.compute_dtype)
     return same_shape and _largest_difference([output], [inputs[first]]) <= tolerance
+
+
+def find_last_term(call: Call, shapes: Sequence[Shape]) -> int | None:
+    """Which of the layers inside of a layer makes the last term of a sum that is the layer's output.
+
+    Its output is added to what does not depend on it, as at the end of a residual layer.
+
+    Args:
+        call: The call of the layer.
+        shapes: Shape of every tensor of its graph.
+
+    Returns:
+        Its number among `layers_inside`; `None` if there is none that is a matrix product.
+    """
+    inner, inputs = layers_inside(call.operation), _inputs_with_masks(call, shapes)
+    tolerance = equivalence_tolerance(call.operation.compute_dtype)
+    for number in reversed(range(len(inner))):
+        if matmul_view(inner[number]) is None:
+            continue
+        shift = np.random.default_rng(0).uniform(1, 2, shapes[call.outputs[0]][-1]).astype("float32")
+        try:
+            before = run_like_call(call, call.operation, inputs)
+            with override_attributes(inner[number], call=_call_shifted(inner[number].call, shift)):
+                after = run_like_call(call, call.operation, inputs)
+            differences = [now - then - shift for now, then in zip(after, before, strict=True)]
+        except Exception:  # a layer may raise anything, and this one may have other outputs
+            continue
+        if max(np.abs(one).max() for one in differences) <= tolerance:
+            return number
+    return None
+
+
+def _call_shifted(call: Callable[..., Tensor], shift: Array) -> Callable[..., Tensor]:
+    def call_shifted(*args: Any, **kwargs: Any) -> Tensor:
+        y = call(*args, **kwargs)
+        return y + ops.convert_to_tensor(shift, y.dtype)
+
+    return call_shifted
+
+
+def _inputs_with_masks(call: Call, shapes: Sequence[Shape]) -> dict[int, Array]:
+    """Random inputs for a layer. Integers may be masks: they are one."""
+    random = np.random.default_rng(0)
+    inputs = {index: random_input(random, shapes[index], tensor_dtype(call, index)) for index in call.inputs}
+    return {index: x if x.dtype.kind == "f" else np.ones_like(x) for index, x in inputs.items()}
 
 
 class _CopyTrial:

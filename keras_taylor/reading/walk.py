@@ -93,7 +93,7 @@ class Walk:
     @property
     def tensors(self) -> dict[int, list[Tensor]]:
         """The tensors in memory: number of the tensor -> its value for each batch."""
-        self._run_waiting()
+        self.run_waiting()
         return self._computed
 
     def run(self, number: int) -> None:
@@ -101,16 +101,16 @@ class Walk:
         call = self.graph.calls[number]
         is_linear = matmul_view(call.operation) is not None
         if is_linear:
-            self._run_waiting()
+            self.run_waiting()
         self._waiting.append(call)
         if is_linear:
-            self._run_waiting()
+            self.run_waiting()
 
     def run_alone(self, number: int) -> None:
         """Runs the call of this number at once, not compiled: its operation may have been changed for it."""
-        self._run_waiting()
+        self.run_waiting()
         self._waiting.append(self.graph.calls[number])
-        self._run_waiting(is_compiled=False)
+        self.run_waiting(is_compiled=False)
 
     def free_after(self, number: int) -> None:
         """Frees the tensors that are not read after the call of this number."""
@@ -126,8 +126,8 @@ class Walk:
     def _is_read_later(self, index: int) -> bool:
         return self._last_readers.get(index, -1) > self._freed_after
 
-    def _run_waiting(self, is_compiled: bool = True) -> None:
-        """Runs the calls that wait."""
+    def run_waiting(self, is_compiled: bool = True) -> None:
+        """Runs the calls that wait, as one function that is compiled where that pays if `is_compiled`."""
         if not self._waiting:
             return
         calls, self._waiting = self._waiting, []
