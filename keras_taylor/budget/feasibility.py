@@ -75,9 +75,12 @@ def unreachable_goal_error(
 
 
 def _branches_hint(labeled: LabeledModel, ceilings: Mapping[str, float]) -> str:
-    """What to pass for a latency: each layer is still called, however few channels it has."""
-    is_slow = any(cost.startswith("latency") for cost in ceilings) and not labeled.with_branches
-    if is_slow and any(one.reason is None for one in find_branches(labeled.graph).branches):
+    """What to pass where channels are not all: for a latency, and for closed layers that may leave whole."""
+    if labeled.with_branches:
+        return ""
+    free = [one for one in find_branches(labeled.graph).branches if one.reason is None]
+    is_slow = any(cost.startswith("latency") for cost in ceilings)
+    if free and (is_slow or any(one.is_layer for one in free)):
         return "Whole residual branches leave with `selection=Selection(branches=True)`. "
     return ""
 

@@ -127,20 +127,22 @@ def parse_goals(
     return goals
 
 
-def goals_from_texts(texts: Sequence[str]) -> GoalLike | list[GoalLike]:
+def goals_from_texts(texts: Sequence[str]) -> GoalLike | list[GoalLike] | None:
     """The goals of a command line: "0.3" or "30%", or targets like "params=200000" and "flops=0.5".
 
     Args:
         texts: Texts about different costs. Values with commas between them ("0.2,0.4,0.6") are several
-            goals, the same number in each text.
+            goals, the same number in each text. "none" alone: no goal.
 
     Returns:
-        A value that `parse_goals` accepts.
+        A value that `parse_goals` accepts, or `None`.
 
     Raises:
         ValueError: for a text that is no goal, two texts about the same cost, and texts with different
             numbers of goals.
     """
+    if [text.lower() for text in texts] == ["none"]:
+        return None
     parts = [text.rpartition("=") for text in texts]
     if len({cost or "params" for cost, _, _ in parts}) < len(parts):
         raise ValueError(f"Two parts of the goal are about the same cost. Received: {' '.join(texts)}")

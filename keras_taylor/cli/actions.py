@@ -8,6 +8,7 @@ import os
 import pathlib
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import keras
 import keras_taylor
 from keras_taylor.cli.data_files import DataSplit, Scaling, load_data
 from keras_taylor.cli.demo import compress_digits_network
-from keras_taylor.cli.failures import FileError, fail
+from keras_taylor.cli.failures import GOAL_MISSED, FileError, fail
 from keras_taylor.cli.held_out import measure_on_test_examples, print_notes, print_test_metrics
 from keras_taylor.cli.loading import quiet_imports
 from keras_taylor.cli.model_files import compile_for_targets, load_model
@@ -37,6 +38,7 @@ from keras_taylor.cli.options import (
 from keras_taylor.cli.outputs import compress_paths, write_file, write_text
 from keras_taylor.exports.artifacts import format_kib
 from keras_taylor.exports.formats import VARIANTS
+from keras_taylor.reports.run_record import GOAL_REACHED, NOTHING_TO_DO
 from keras_taylor.support.files import to_json_text
 
 
@@ -98,30 +100,35 @@ def compress_model(
     original = _load_model(model)
     split = _load_split(inputs, data, original, general)
     original = compile_for_targets(original, split.train[1])
+    rate = keras_taylor.FineTuning(tuning.learning_rate, tuning.keep_best, tuning.every_round)
     try:
-        models, info = keras_taylor.compress(
-            original,
-            split.train,
-            goal,
-            increment=pruning.increment,
-            criterion=pruning.criterion,
-            exclude=channels.exclude or (),
-            exact=not channels.inexact,
-            selection=pruning.selection(channels.branches),
-            repair=pruning.repair,
-            learning_rate=keras_taylor.FineTuning(tuning.learning_rate, tuning.keep_best, tuning.every_round),
-            max_drop=parse_max_drop(pruning.max_drop),
-            distill=tuning.distill,
-            epochs=tuning.epochs,
-            batch_size=tuning.batch_size,
-            validation_data=split.validation,
-            backup_dir=outputs.resume or None,
-            verbose=0 if general.as_json else "auto",
-            return_info=True,
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            models, info = keras_taylor.compress(
+                original,
+                split.train,
+                goal,
+                increment=pruning.increment,
+                criterion=pruning.criterion,
+                exclude=channels.exclude or (),
+                exact=not channels.inexact,
+                selection=pruning.selection(channels.branches),
+                repair=pruning.repair,
+                learning_rate=rate,
+                max_drop=parse_max_drop(pruning.max_drop),
+                distill=tuning.distill,
+                epochs=tuning.epochs,
+                batch_size=tuning.batch_size,
+                validation_data=split.validation,
+                backup_dir=outputs.resume or None,
+                verbose=0 if general.as_json else "auto",
+                return_info=True,
+            )
     except keras_taylor.CompressionInterrupted as interrupt:  # typer would end without a word
         way_on = "the same command continues" if outputs.resume else "with --resume it could be continued"
         fail(f"interrupted after {len(interrupt.info.rounds)} complete rounds; {way_on}.", 130)
+    for text in dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning):
+        if text != info.stop_reason:
+            print(f"note: {text}", file=sys.stderr)
     info.command = _command_line()
     *others, small = models if isinstance(models, list) else [models]
     info.test_metrics = measure_on_test_examples(original, small, split.test)
@@ -155,6 +162,8 @@ def compress_model(
         print_notes(original, split)
         _offer_int8_io(artifacts[1::2])
         _print_written(*written)
+    if goal is not None and info.stop_reason not in (GOAL_REACHED, NOTHING_TO_DO):
+        fail(f"the goal was not reached: {info.stop_reason}", GOAL_MISSED)
 
 
 def export_model(

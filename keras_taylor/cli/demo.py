@@ -22,7 +22,7 @@ def small_network() -> keras.Sequential:
     return keras.Sequential(layers, name="digits_cnn")
 
 
-def compress_digits_network(goal: GoalLike | list[GoalLike]) -> keras_taylor.Info:
+def compress_digits_network(goal: GoalLike | list[GoalLike] | None) -> keras_taylor.Info:
     """Trains the small network, makes it smaller, and returns what `compress` did."""
     keras.utils.set_random_seed(0)
     model = small_network()

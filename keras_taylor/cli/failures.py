@@ -6,6 +6,8 @@ from typing import NoReturn
 
 from rich.console import Console
 
+GOAL_MISSED = 3  # the exit code of a run that ended before its goal, after it wrote what it reached
+
 
 class FileError(ValueError):
     """A file cannot be used. The message is one line that says what to do."""

@@ -35,7 +35,8 @@ GoalTexts = Annotated[
         "--goal",
         help="What to remove: a part of the parameters (0.3 or 30%) or of another cost (flops=0.5). "
         "Or what may be left at most (params=200000, bytes:litert-int8=90KiB). Repeat the option for several "
-        "costs: all must hold. With commas (0.2,0.4,0.6): several goals in one run, and a model for each.  "
+        "costs: all must hold. With commas (0.2,0.4,0.6): several goals in one run, and a model for each. "
+        "none: as far as --max-drop allows.  "
         "\\[default: 0.3]",
         show_default=False,
     ),
@@ -328,8 +329,8 @@ def parse_numbers(text: str) -> list[float] | None:
         raise FileError(f"'{text}' is neither a number nor a list of numbers like 0.5,0.4,0.4.") from error
 
 
-def parse_goal_texts(texts: list[str] | None) -> "GoalLike | list[GoalLike]":
-    """The goal that `--goal` asks for, 0.3 by default; a list where it asks for several."""
+def parse_goal_texts(texts: list[str] | None) -> "GoalLike | list[GoalLike] | None":
+    """The goal that `--goal` asks for, 0.3 by default; a list where it asks for several, `None` for none."""
     with quiet_imports():
         from keras_taylor.budget.goals import goals_from_texts
 

@@ -29,7 +29,7 @@ from keras_taylor.plans.ties import find_ties
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reports import messages
 from keras_taylor.reports.info import Info
-from keras_taylor.reports.run_record import Round, repair_record
+from keras_taylor.reports.run_record import GOAL_REACHED, NOTHING_TO_DO, Round, repair_record
 from keras_taylor.support.console import Clock
 from keras_taylor.support.types import BoolArray, FloatArray
 
@@ -369,7 +369,7 @@ def finish_run(run: PreparedRun, state: RunState) -> None:
     """Completes the `Info`, the models of the goals, and the backups."""
     info = state.info
     if not info.stop_reason:
-        reason = "goal reached" if run.route.rounds else "the model keeps to the goal as it is"
+        reason = GOAL_REACHED if run.route.rounds else NOTHING_TO_DO
         info.stop_reason = messages.describe_missed_goals(info.stops) or reason
         if run.backups is not None:
             run.backups.finish()

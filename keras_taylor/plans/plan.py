@@ -170,6 +170,8 @@ class Plan:
         elif self.structure and later.structure:
             structure = self.structure.followed_by(later.structure, self._kept_channels())
         if structure:  # it knows all layers, in the order of the network
+            for name in structure.layers_gone({name: layer.kept for name, layer in layers.items()}):
+                layers.pop(name, None)
             order = {name: number for number, name in enumerate(structure.layer_units)}
             layers = dict(sorted(layers.items(), key=lambda one: order.get(one[0], len(order))))
         exact, branches = self.exact and later.exact, self.branches or later.branches

@@ -53,12 +53,17 @@ class PlanStructure:
         Layers that leave with a branch are not named; only the branch is.
         """
         kept = {layer: np.append(mask, True)[list(units)] for layer, units in self.layer_units.items()}
-        gone = {layer for name, layers in self.branches.items() if not kept[name].any() for layer in layers}
+        gone = self.layers_gone({name: np.flatnonzero(kept[name]).tolist() for name in self.branches})
         return {
             layer: tuple(np.flatnonzero(one).tolist())
             for layer, one in kept.items()
             if not one.all() and layer not in gone
         }
+
+    def layers_gone(self, channels: KeptChannels) -> set[str]:
+        """The layers that leave with branches, if sums keep only these channels."""
+        gone = [name for name in self.branches if name in channels and not len(channels[name])]
+        return {layer for name in gone for layer in self.branches[name]}
 
     def units_left(self, channels: KeptChannels) -> dict[str, tuple[int, ...]]:
         """Layer -> the unit of each channel that it keeps, -1 for one that always stays."""

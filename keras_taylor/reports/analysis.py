@@ -130,7 +130,10 @@ class Analysis:
         free = sum(group.prunable for group in branches)
         whole = f" and {free} of {len(branches)} residual branches" if branches else ""
         probed = f"; probed with random numbers: {_shorten_names(self.probed, 3)}" if self.probed else ""
-        uncounted = f"; FLOPs not counted, no rule: {_shorten_names(self.unknown)}" if self.unknown else ""
+        has_flops = self.costs.get("flops") is not None
+        uncounted = "" if has_flops else "; FLOPs unknown, since an input has axes of unknown size"
+        if self.unknown:
+            uncounted += f"; {'FLOPs not counted, ' * has_flops}no rule: {_shorten_names(self.unknown)}"
         return f"{prunable:,} of {total:,} channels{whole} can leave: up to {shares}{probed}{uncounted}"
 
 

@@ -48,7 +48,7 @@ def render_page(record: RunRecord) -> str:
         .from_string(template.read_text("utf-8"))
         .render(
             title=f"{record.name or 'A model'}, {_removed_shares(record)} removed",
-            summary=f"{record.headline()}. Ended: {record.stop_reason or 'unknown'}.",
+            summary=f"{record.headline()}. {_asked(record)}Ended: {record.stop_reason or 'unknown'}.",
             cards=_summary_cards(record),
             layers=_layer_bars(record),
             curves=plots.rounds_as_svg(record) if record.rounds else "",
@@ -70,9 +70,19 @@ def _template_environment() -> Any:
 
 
 def _removed_shares(record: RunRecord) -> str:
-    """How much of each cost in the goal was removed."""
+    """How much of each cost in the goal was removed, or of the parameters if that is not known."""
     removed = record.reduction
-    return ", ".join(f"{100 * removed[cost]:.3g} % of {cost}" for cost in record.goal if cost in removed)
+    shown = [cost for cost in record.goal if cost in removed] or ["params"]
+    return ", ".join(f"{100 * removed[cost]:.3g} % of {cost}" for cost in shown)
+
+
+def _asked(record: RunRecord) -> str:
+    """The goal in words, if there was one: shares to remove, and amounts that may be left."""
+    parts = [
+        f"{amount:.0%} less of {cost}" if isinstance(amount, float) else f"{cost} of at most {amount:,}"
+        for cost, amount in record.goal.items()
+    ]
+    return f"Asked for: {', '.join(parts)}. " if parts else ""
 
 
 def _summary_cards(record: RunRecord) -> list[SummaryCard]:

@@ -54,6 +54,8 @@ class InexactRecord(TypedDict):
     changes: list[str]
 
 
+# What `stop_reason` says of a run that was successful.
+GOAL_REACHED, NOTHING_TO_DO = "goal reached", "the model keeps to the goal as it is"
 ON_VALIDATION_DATA = "the validation data"  # what `examples` of a `JudgedRecord` may say
 
 
@@ -311,7 +313,7 @@ class RunRecord:
         return list(self.plan.layers)
 
     def headline(self) -> str:
-        """One line that says how much was removed, and from how many layers.
+        """One line that says how much was removed, from how many layers, and how many residual branches.
 
         Example:
 
@@ -321,7 +323,11 @@ class RunRecord:
         """
         shown = {"params", "flops", *self.goal}
         parts = [f"{share:.1%} of {cost}" for cost, share in self.reduction.items() if cost in shown]
-        return f"{', '.join(parts)} removed from {len(self.pruned_layers)} layers by '{self.criterion}'"
+        gone = [name for name, layer in self.plan.layers.items() if not layer.kept]
+        num_layers = len(self.plan.layers) - len(gone)
+        where = [f"from {num_layers} layers"] if num_layers or not gone else []
+        where += [f"with {len(gone)} residual branch{'es' if len(gone) > 1 else ''}"] if gone else []
+        return f"{', '.join(parts)} removed {' and '.join(where)} by '{self.criterion}'"
 
     def measured(self) -> list[str]:
         """Names of the measured costs in the goal, such as "bytes:onnx" or "latency", a list of strings.

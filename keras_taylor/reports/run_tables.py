@@ -69,8 +69,8 @@ def rounds_table(record: RunRecord) -> TextTable:
 def rounds_as_text(record: RunRecord, title: str, caption: str | None = None) -> str:
     """The rounds, for a terminal: one table, or two where one would be too wide.
 
-    Then the first one has the whole loss, and the other one the metrics and the losses of single outputs: on
-    the validation data, if there is any. Many metrics take more tables.
+    Then the first one has the costs and the whole loss, the second one the states of each round's model, and
+    the third one the metrics and the losses of single outputs. Many metrics take more tables.
 
     Args:
         record: The run.
@@ -82,21 +82,22 @@ def rounds_as_text(record: RunRecord, title: str, caption: str | None = None) ->
         return table.as_text(_MAX_CHARACTERS, title, caption)
     whole = [name for name in names if name in ("loss", "val_loss")]
     rest = [name for name in names if name not in whole and name != "learning_rate"]
-    validated = [name for name in rest if name.startswith("val_")]
-    texts = [_table_of_rounds(record, whole).as_text(_SPLIT_CHARACTERS, title, caption)]
-    for table in _tables_of_metrics(record, validated or rest):
-        texts.append(table.as_text(_SPLIT_CHARACTERS))
-    return "\n".join(texts)
+    first, tables = _table_of_rounds(record, whole), [*_tables_of_metrics(record, rest)]
+    if first.num_characters > _SPLIT_CHARACTERS and _verdict_columns(record):
+        first = _table_of_rounds(record, whole, with_states=False)
+        tables.insert(0, _table_of_states(record))
+    texts = [first.as_text(_SPLIT_CHARACTERS, title, caption)]
+    return "\n".join([*texts, *(table.as_text(_SPLIT_CHARACTERS) for table in tables)])
 
 
 def _metric_names(record: RunRecord) -> list[str]:
     """The metrics that tables show: of the validation data if there is any, else of the training."""
-    names = dict.fromkeys(name for one in record.rounds for name in one.history)
+    names = dict.fromkeys(name for one in record.rounds for name in _known_metrics(one))
     return [name for name in names if name.startswith("val_")] or list(names)
 
 
-def _table_of_rounds(record: RunRecord, metrics: list[str]) -> TextTable:
-    measured, verdicts = record.measured(), _verdict_columns(record)
+def _table_of_rounds(record: RunRecord, metrics: list[str], with_states: bool = True) -> TextTable:
+    measured, verdicts = record.measured(), _verdict_columns(record) if with_states else []
     first, *values = _metric_rows(record, metrics)
     rows = [["0", *_cost_cells(record.before, measured), *first, *[""] * len(verdicts), ""]]
     for one, found in zip(record.rounds, values, strict=True):
@@ -105,6 +106,12 @@ def _table_of_rounds(record: RunRecord, metrics: list[str]) -> TextTable:
         rows.append([one.label, *_cost_cells(one.costs, measured), *found, *verdict, seconds])
     header = ["round", "parameters", "FLOPs", *measured, *metrics, *verdicts, "seconds"]
     return TextTable("Rounds", header, rows)
+
+
+def _table_of_states(record: RunRecord) -> TextTable:
+    """What cutting, repair and training made of each round's model."""
+    rows = [[one.label, *_verdict_cells(one)] for one in record.rounds]
+    return TextTable("States of each round's model", ["round", *_verdict_columns(record)], rows)
 
 
 def _tables_of_metrics(record: RunRecord, metrics: list[str]) -> Iterator[TextTable]:
@@ -133,8 +140,13 @@ def _metric_rows(record: RunRecord, metrics: list[str]) -> list[list[str]]:
     given = {f"val_{name}": value for name, value in record.metrics.get("before", {}).items()}
     return [
         [f"{found[name]:.4g}" if name in found else "" for name in metrics]
-        for found in (given, *(one.kept_history for one in record.rounds))
+        for found in (given, *map(_known_metrics, record.rounds))
     ]
+
+
+def _known_metrics(one: Round) -> dict[str, float]:
+    """What `fit` says of the state that was kept, or else what was measured on the validation data."""
+    return one.kept_history or {f"val_{name}": value for name, value in one.metrics.items()}
 
 
 def _verdict_columns(record: RunRecord) -> list[str]:

@@ -138,8 +138,8 @@ def strict_json(text):
 
 @pytest.mark.once
 def test_json_stays_json_when_something_goes_wrong(run):
-    with pytest.warns(UserWarning, match="lower the learning rate"):
-        code, out, _ = run(*COMPRESS, "--json", "--learning-rate", "1e30")
+    code, out, err = run(*COMPRESS, "--json", "--learning-rate", "1e30")
+    assert err.startswith("note: ") and "lower the learning rate" in err
     assert code == 0 and "null" in json.dumps(strict_json(out)["rounds"])  # what became NaN
 
 
@@ -168,7 +168,7 @@ def test_each_metric_has_a_limit_of_its_own(run):
     code, out, _ = run(*COMPRESS, *words, "--max-drop", "accuracy=1", "--max-drop", "loss=0")
     info = json.loads(out)
     held = info["rounds"][0]["metrics"]["loss"] <= info["metrics"]["before"]["loss"]
-    assert code == 0 and [one["held"] for one in info["rounds"]] == [held]
+    assert code == (0 if held else 3) and [one["held"] for one in info["rounds"]] == [held]
     assert ("'loss' is" in info["stop_reason"]) == (not held) and "'accuracy' is" not in info["stop_reason"]
     code, out, _ = run(*COMPRESS, *words, "--force", "--max-drop", "loss=1e9", "--max-drop", "accuracy=1")
     assert code == 0 and [one["held"] for one in json.loads(out)["rounds"]] == [True]
@@ -181,6 +181,16 @@ def test_each_metric_has_a_limit_of_its_own(run):
         given = [word for text in texts for word in ("--max-drop", text)]
         said = refused(run, *COMPRESS, *given)
         assert f"one limit for each metric, by its name: accuracy=0.01. Received: {' '.join(texts)}" in said
+
+
+@pytest.mark.parametrize("goal", ["0.4", "none"])
+def test_a_run_that_ends_before_its_goal_says_so_and_writes_what_it_has(run, goal):
+    limit = ("--max-drop", "loss=0", "--epochs", "0", "--increment", "0.2", "--no-repair")
+    code, out, err = run(*COMPRESS[:-1], goal, *limit)
+    assert pathlib.Path("small.keras").exists() and "stopped: after round" in out
+    assert code == (3 if goal == "0.4" else 0)
+    said = "keras-taylor: the goal was not reached: after round"
+    assert (said in err) == (goal == "0.4") and "Warning" not in err
 
 
 @pytest.mark.slow
