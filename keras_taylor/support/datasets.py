@@ -347,13 +347,18 @@ def _check_are_arrays(name: str, part: Tree) -> None:
 
 
 def _count_examples(arrays: Batch) -> int:
-    sizes = {len(part) for part in keras.tree.flatten(arrays) if part is not None}
-    if len(sizes) != 1:
+    sizes = {
+        name: [len(leaf) for leaf in keras.tree.flatten(part) if leaf is not None]
+        for name, part in zip(("x", "y", "sample_weight"), arrays, strict=False)
+    }
+    found = {size for several in sizes.values() for size in several}
+    if len(found) != 1:
+        listed = (f"{', '.join(map(str, several))} of {name}" for name, several in sizes.items() if several)
         raise ValueError(
             "The arrays of the data set differ in their number of examples. "
-            f"Received: ds with arrays of {sorted(sizes)} examples"
+            f"Received: ds with examples: {', '.join(listed)}"
         )
-    return sizes.pop()
+    return found.pop()
 
 
 def _check_iterable(ds: Data, steps_per_epoch: int | None) -> Iterable[Any]:
@@ -486,6 +491,7 @@ def _check_inputs(x: Tree, model: keras.Model) -> None:
         _fits_input(shape, want) for shape, want in zip(received, expected, strict=True)
     )
     if not fits:
+        received = [(None, *shape[1:]) if shape else shape for shape in received]  # of any number of examples
         raise ValueError(
             f"The data does not fit the model's inputs. Expected shapes {expected} (batch first). "
             f"Received: ds with x of shapes {received}"
