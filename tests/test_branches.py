@@ -312,6 +312,40 @@ def test_a_closed_layer_that_adds_to_its_input_leaves_as_a_whole_and_no_other(ki
     assert relative_difference(predict(small, data), predict(model, data)) <= 1e-6
 
 
+def branch_in(kind):
+    """A model whose only branch cannot leave although the shapes are equal."""
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(10, 8, mask_zero=kind != "output", name="embed")(inputs)
+    if kind == "mask of a sum":
+        x = layers.Add(name="branch")([x, layers.Conv1D(8, 3, padding="same", name="conv")(x)])
+    else:
+        x = Closed(True, name="branch")(x)
+    if kind == "output":
+        return keras.Model(inputs, [x, layers.Dense(3)(x)])
+    return keras.Model(inputs, layers.Dense(3)(layers.LSTM(5)(x)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("mask of a closed layer", "what follows its sum gets another mask from the trunk"),
+        ("mask of a sum", "what follows its sum gets another mask from the trunk"),
+        ("output", "it is an output of the model, which bears its name"),
+    ],
+)
+def test_a_branch_stays_where_the_trunk_is_no_replacement(kind, reason):
+    (group,) = groups_of(branch_in(kind)).values()
+    assert (group.name, group.reason) == ("branch", reason)
+
+
+def test_a_branch_stays_where_its_sum_has_another_precision():
+    inputs = keras.Input((8,))
+    x = layers.Dense(8, dtype="mixed_bfloat16", name="half")(inputs)
+    x = Closed(True, dtype="float32", name="branch")(x)
+    (group,) = groups_of(keras.Model(inputs, layers.Dense(3, dtype="float32")(x))).values()
+    assert group.reason == "its sum has another precision than the trunk"
+
+
 @pytest.mark.once
 def test_what_two_sums_add_stays():
     x = inputs = keras.Input((8,))

@@ -187,7 +187,8 @@ class PruningOptions(OptionGroup):
     ] = None
 
     def __post_init__(self) -> None:
-        parse_goal_texts(self.goal)
+        if parse_goal_texts(self.goal) is None and not self.max_drop:
+            raise FileError("--goal none goes as far as --max-drop allows. Expected --max-drop 0.01, say.")
         parse_max_drop(self.max_drop)
         self.selection()
 

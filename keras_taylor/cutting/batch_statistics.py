@@ -190,14 +190,21 @@ def shorter_averages(model: keras.Model, num_steps: int | None, batch_size: int)
 
 def _momentum_for(layer: keras.layers.BatchNormalization, num_steps: int, batch_size: int) -> float:
     """The momentum with which statistics average over a part of so many steps, and over enough values."""
-    try:
-        shape = list(layer.input.shape)
-    except Exception:  # a layer inside of another one may have no input, or several
-        shape = [None, None]
-    axis = layer.axis % len(shape)
-    num_positions = math.prod(size or 1 for k, size in enumerate(shape) if k not in (0, axis))
-    num_needed = _LEAST_VALUES / (batch_size * num_positions)
+    num_positions = _num_positions(layer)
+    num_needed = _LEAST_VALUES / (batch_size * num_positions) if num_positions else 0
     return 1 - 1 / max(_SHARE_AVERAGED * num_steps, _LEAST_AVERAGED, num_needed)
+
+
+def _num_positions(layer: keras.layers.BatchNormalization) -> int | None:
+    """How many values of a channel one example has; `None` if that is not known, as of images of any size."""
+    if layer.input_spec.ndim == 2:
+        return 1
+    try:
+        shape = layer.input.shape
+    except Exception:  # of a layer inside of another one, or one that is called twice
+        return None
+    sizes = [size for k, size in enumerate(shape) if k not in (0, layer.axis % len(shape))]
+    return None if None in sizes else math.prod(sizes)
 
 
 class _ChannelSums:

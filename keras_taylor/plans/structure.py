@@ -179,8 +179,13 @@ class PlanStructure:
         """So many units of a group, those that leave first."""
         group_of = self._group_of_units()
         ranked = [unit for unit in self.removal_order if group_of[unit] == group]
+        name, size = list(self.group_sizes.items())[group]
+        if num >= size and name not in self.branches:
+            raise ValueError(
+                f"The {size} units of '{name}' leave with as many others, and one has to stay. Expected more "
+                f"channels that are kept. Received: channels without which {num} of these would leave"
+            )
         if len(ranked) < num:
-            name = list(self.group_sizes)[group]
             raise ValueError(
                 f"The plan does not know which units of '{name}' matter most: they had no scores. Expected a "
                 f"plan with scores for them, since they are tied to others. Received: {num} units to leave"

@@ -11,12 +11,16 @@ from keras_taylor.reading.graph import Call, Graph, Site
 from keras_taylor.reading.rule_checks import passes_input_on
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.rules.base import is_from_keras
+from keras_taylor.support.keras_internals import mask_of_tensor
 
 # Numbers of branches; what bears them is there as long as all of these branches are.
 BranchSet = frozenset[int]
 
 _CHANGES_SHAPE = "neither side of the sum is made from the other one, as where a block changes the shape"
 _SHARED_SUM = "its sum is a layer that is used at several places"
+_IS_OUTPUT = "it is an output of the model, which bears its name"
+_OTHER_MASK = "what follows its sum gets another mask from the trunk"
+_OTHER_PRECISION = "its sum has another precision than the trunk"
 _READ_ELSEWHERE = "what it adds is read elsewhere, too"
 
 
@@ -109,7 +113,7 @@ def _find_sums(graph: Graph) -> list[Branch]:
         trunk = 0 if is_layer else _find_trunk(call, ancestors, trunks)
         if trunk is not None:
             trunks[call.outputs[0]] = call.inputs[trunk]
-        reason = None if trunk is not None else _CHANGES_SHAPE
+        reason = _CHANGES_SHAPE if trunk is None else _find_bond(graph, call, trunk)
         if sites[call.operation] > 1:
             reason = _SHARED_SUM
         known = found.get(call.name)
@@ -118,6 +122,17 @@ def _find_sums(graph: Graph) -> list[Branch]:
         if known is None or reason is not None:
             found[call.name] = Branch(call.name, call.site, trunk or 0, reason, is_layer)
     return list(found.values())
+
+
+def _find_bond(graph: Graph, call: Call, trunk: int) -> str | None:
+    """Why the trunk cannot take the place of a sum although the shapes are equal; `None` if it can."""
+    if call.outputs[0] in graph.outputs and not isinstance(graph.root.outputs, dict):
+        return _IS_OUTPUT
+    (output,) = call.site.outputs
+    inputs = [x for x in call.site.flat if isinstance(x, keras.KerasTensor)]
+    if (mask_of_tensor(inputs[trunk]) is None) != (mask_of_tensor(output) is None):
+        return _OTHER_MASK
+    return None if inputs[trunk].dtype == output.dtype else _OTHER_PRECISION
 
 
 def _may_be_residual(graph: Graph, call: Call) -> bool:

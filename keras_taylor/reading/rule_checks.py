@@ -539,11 +539,10 @@ def passes_input_on(call: Call, shapes: Sequence[Shape]) -> bool:
     try:
         with keras.StatelessScope(state_mapping=zeros):
             (output,) = run_like_call(call, layer, inputs)
+        difference = _largest_difference([output], [inputs[first]])
     except Exception:  # a layer may raise anything
         return False
-    same_shape = output.shape == inputs[first].shape
-    tolerance = equivalence_tolerance(layer.compute_dtype)
-    return same_shape and _largest_difference([output], [inputs[first]]) <= tolerance
+    return output.shape == inputs[first].shape and difference <= equivalence_tolerance(layer.compute_dtype)
 
 
 def find_last_term(call: Call, shapes: Sequence[Shape]) -> int | None:

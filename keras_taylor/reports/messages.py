@@ -160,7 +160,8 @@ def _describe_trials(rate: RateRecord) -> str:
 
 
 def _share_gone(costs: Costs, before: Costs, cost: str) -> str:
-    return f"{1 - known_cost(costs, cost) / known_cost(before, cost):.1%}"
+    amount = known_cost(before, cost)
+    return f"{1 - known_cost(costs, cost) / amount if amount else 0:.1%}"
 
 
 def describe_kept_rounds(num_done: int, num_rounds: int, backed_up: bool) -> str:

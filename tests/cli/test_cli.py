@@ -193,6 +193,11 @@ def test_a_run_that_ends_before_its_goal_says_so_and_writes_what_it_has(run, goa
     assert (said in err) == (goal == "0.4") and "Warning" not in err
 
 
+def test_no_goal_needs_a_limit(run):
+    said = refused(run, *COMPRESS[:-1], "none")
+    assert "--goal none goes as far as --max-drop allows. Expected --max-drop 0.01, say." in said
+
+
 @pytest.mark.slow
 @pytest.mark.once
 def test_inexact_opens_what_is_normalized_together(run):

@@ -8,6 +8,7 @@ from redundant import inputs_for
 from zoo import build, randomized
 
 import keras_taylor
+from keras_taylor.cutting.batch_statistics import shorter_averages
 from keras_taylor.plans.plan import Plan
 from keras_taylor.reading.graph import read_model
 from keras_taylor.reading.walk import Walk
@@ -237,6 +238,16 @@ def test_statistics_behind_a_dense_layer_average_over_enough_values(batch_size, 
     small = keras_taylor.compress(model, (x, np.zeros((256, 2))), **options, **fit)
     assert seen == pytest.approx([momentum] * (256 // batch_size))
     assert small.get_layer("norm").momentum == 0.99
+
+
+def test_statistics_of_images_of_any_size_average_over_a_few_steps():
+    inputs = keras.Input((None, None, 3))
+    x = layers.BatchNormalization(name="norm")(layers.Conv2D(12, 3, name="conv")(inputs))
+    model = randomized(keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling2D()(x))))
+    model.compile(keras.optimizers.SGD(1e-9), "mse")
+    with shorter_averages(model, num_steps=60, batch_size=32):
+        assert model.get_layer("norm").momentum == pytest.approx(1 - 1 / 6)
+    assert model.get_layer("norm").momentum == 0.99
 
 
 @pytest.mark.parametrize(("given", "in_rounds"), [(0.99, 0.8), (0.5, 0.5), (1.0, 1.0)])

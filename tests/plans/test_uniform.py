@@ -83,6 +83,12 @@ def test_an_edited_plan_keeps_to_ties(tmp_path):
     assert len(free.layers["block0_hidden"].kept) == 5 != len(free.layers["block1_hidden"].kept)
 
 
+def test_an_edit_that_would_empty_a_tied_layer_is_refused():
+    plan = plan_for(blocks((12, 6, 12)), 0.1, uniform=".*_hidden")
+    with pytest.raises(ValueError, match=r"The 6 units of 'block1_hidden' .* has to stay.* 7 of these"):
+        plan.keep("block0_hidden", 5)
+
+
 def test_rounds_and_wrappers_keep_to_ties():
     model = blocks()
     model.compile("adam", "mse")
