@@ -129,7 +129,7 @@ def describe_round(done: Round, before: Costs) -> str:
     parts = [f"{done.params:,} parameters left ({_share_gone(done.costs, before, 'params')} gone)"]
     if done.flops is not None:
         parts.append(f"{_share_gone(done.costs, before, 'flops')} of FLOPs gone")
-    known = done.kept_history or {f"val_{name}": value for name, value in done.metrics.items()}
+    known = done.known_metrics
     parts += [f"{name} {known[name]:.4g}" for name in _shown_metrics(list(known))]
     parts.append(f"{sum(done.seconds.values()):.1f} s")
     if done.learning_rate is not None and done.learning_rate["trials"]:

@@ -79,7 +79,9 @@ def _removed_shares(record: RunRecord) -> str:
 def _asked(record: RunRecord) -> str:
     """The goal in words, if there was one: shares to remove, and amounts that may be left."""
     parts = [
-        f"{amount:.0%} less of {cost}" if isinstance(amount, float) else f"{cost} of at most {amount:,}"
+        f"{amount:.0%} less of {cost}"
+        if isinstance(amount, float)
+        else f"{cost} of at most {format_amount(cost, amount, named=False)}"
         for cost, amount in record.goal.items()
     ]
     return f"Asked for: {', '.join(parts)}. " if parts else ""

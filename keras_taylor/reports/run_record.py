@@ -166,6 +166,11 @@ class Round:
         return {name: named[name] for name in self.history if name in named}
 
     @property
+    def known_metrics(self) -> dict[str, float]:
+        """Name -> float: `kept_history`, or else `metrics` with "val_" before their names."""
+        return self.kept_history or {f"val_{name}": value for name, value in self.metrics.items()}
+
+    @property
     def judged_values(self) -> dict[str, float]:
         """The compared metric of the states of the model, as far as they were judged.
 

@@ -92,7 +92,7 @@ def rounds_as_text(record: RunRecord, title: str, caption: str | None = None) ->
 
 def _metric_names(record: RunRecord) -> list[str]:
     """The metrics that tables show: of the validation data if there is any, else of the training."""
-    names = dict.fromkeys(name for one in record.rounds for name in _known_metrics(one))
+    names = dict.fromkeys(name for one in record.rounds for name in one.known_metrics)
     return [name for name in names if name.startswith("val_")] or list(names)
 
 
@@ -140,13 +140,8 @@ def _metric_rows(record: RunRecord, metrics: list[str]) -> list[list[str]]:
     given = {f"val_{name}": value for name, value in record.metrics.get("before", {}).items()}
     return [
         [f"{found[name]:.4g}" if name in found else "" for name in metrics]
-        for found in (given, *map(_known_metrics, record.rounds))
+        for found in (given, *(one.known_metrics for one in record.rounds))
     ]
-
-
-def _known_metrics(one: Round) -> dict[str, float]:
-    """What `fit` says of the state that was kept, or else what was measured on the validation data."""
-    return one.kept_history or {f"val_{name}": value for name, value in one.metrics.items()}
 
 
 def _verdict_columns(record: RunRecord) -> list[str]:

@@ -76,3 +76,22 @@ def test_one_output_has_one_table():
     _, info = keras_taylor.compress(model, (x, y["digit"]), 0.3, increment=0.3, **arguments)
     text = str(info)
     assert text.count("┏") == 1 and " val_loss ┃ loss cut ┃ loss repaired ┃ loss trained ┃ " in text
+
+
+def test_what_a_limit_judges_is_shown_without_training(capsys):
+    model, (x, y) = network("digit")
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    data = (x, y["digit"])
+    _, info = keras_taylor.compress(
+        *(model, data, 0.3),
+        increment=0.3,
+        epochs=0,
+        max_drop={"accuracy": 1.0},
+        validation_data=data,
+        verbose=2,
+        return_info=True,
+    )
+    found = f"{info.rounds[0].metrics['accuracy']:.4g}"
+    line = next(line for line in capsys.readouterr().out.splitlines() if "parameters left" in line)
+    assert f"val_accuracy {found}" in line and "val_accuracy" in str(info) and found in str(info)
+    assert "Asked for: 30% less of params. Ended: goal reached." in info.to_html()
