@@ -10,13 +10,13 @@ from keras import ops
 
 from keras_taylor.cutting.batch_statistics import NormalizationInputs, gather_inputs, renew_statistics
 from keras_taylor.cutting.counterparts import find_counterparts
+from keras_taylor.cutting.last_terms import find_last_term
 from keras_taylor.cutting.layer_fits import FitOptions, LayerFit, LayerRepair
 from keras_taylor.reading import graph as graphs
 from keras_taylor.reading.closed_layers import record_inside
 from keras_taylor.reading.graph import Call, Graph, single_layer_graph
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reading.matmul_views import MatrixMasks, matmul_view
-from keras_taylor.reading.rule_checks import find_last_term
 from keras_taylor.reading.walk import InputBatch, Walk, fixed_batch_size, run_batches, split_into_batches
 from keras_taylor.support.arrays import to_float32
 from keras_taylor.support.keras_internals import layers_inside

@@ -6,9 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import keras
+from keras import ops
 
 from keras_taylor.reading.graph import Call, Graph, Site
-from keras_taylor.reading.rule_checks import passes_input_on
+from keras_taylor.reading.rule_checks import (
+    equivalence_tolerance,
+    inputs_with_masks,
+    largest_difference,
+    run_like_call,
+)
 from keras_taylor.rules.attention import is_attention
 from keras_taylor.rules.base import is_from_keras
 from keras_taylor.support.keras_internals import mask_of_tensor
@@ -108,7 +114,7 @@ def _find_sums(graph: Graph) -> list[Branch]:
         is_layer = _may_be_residual(graph, call)
         if call.site not in open_sites or not (is_layer or _is_plain_sum(graph, call)):
             continue
-        if is_layer and call.name not in found and not passes_input_on(call, graph.shapes):
+        if is_layer and call.name not in found and not _passes_input_on(call, graph):
             continue
         trunk = 0 if is_layer else _find_trunk(call, ancestors, trunks)
         if trunk is not None:
@@ -140,6 +146,19 @@ def _may_be_residual(graph: Graph, call: Call) -> bool:
     if not (call.closed_reason and call.inputs and len(call.outputs) == 1 and _has_weights(call.operation)):
         return False
     return graph.shapes[call.inputs[0]] == graph.shapes[call.outputs[0]]
+
+
+def _passes_input_on(call: Call, graph: Graph) -> bool:
+    """Whether a layer whose weights are all zero returns its first tensor, as one that adds to it does."""
+    layer, first, inputs = call.operation, call.inputs[0], inputs_with_masks(call, graph.shapes)
+    zeros = [(weight, ops.zeros(weight.shape, weight.dtype)) for weight in layer.weights]
+    try:
+        with keras.StatelessScope(state_mapping=zeros):
+            (output,) = run_like_call(call, layer, inputs)
+        difference = largest_difference([output], [inputs[first]])
+    except Exception:  # a layer may raise anything
+        return False
+    return output.shape == inputs[first].shape and difference <= equivalence_tolerance(layer.compute_dtype)
 
 
 def _is_plain_sum(graph: Graph, call: Call) -> bool:

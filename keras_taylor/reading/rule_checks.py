@@ -4,7 +4,7 @@ import functools
 import inspect
 import json
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -14,22 +14,20 @@ from keras import ops
 from keras_taylor.reading.cloning import build_like, clone_operation, copy_weights
 from keras_taylor.reading.closed_layers import Gate, InnerStructure, gate_inside, kept_entries
 from keras_taylor.reading.graph import Call, TensorRef
-from keras_taylor.reading.matmul_views import matmul_view
 from keras_taylor.reading.tracing import UnsupportedModelError
 from keras_taylor.rules.base import (
     KeptLabels,
     LabeledTensor,
     Rule,
     is_from_keras,
-    override_attributes,
     unknown_operation,
 )
 from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace
 from keras_taylor.rules.probing import NUM_PROBED_EXAMPLES, ChannelMap, ProbedInput, find_channel_map
 from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for
 from keras_taylor.rules.shape import follow_channel_map
-from keras_taylor.support.keras_internals import give_values, layers_inside, shapes_only
-from keras_taylor.support.types import Array, BoolArray, IntArray, Shape, Tensor
+from keras_taylor.support.keras_internals import give_values, shapes_only
+from keras_taylor.support.types import Array, BoolArray, IntArray, Shape
 
 _NUM_RANDOM_EXAMPLES = 2  # of random inputs
 _NUM_FOLLOWED = 3  # examples of random inputs that are followed
@@ -527,64 +525,13 @@ def computes_the_same(
         return False
 
 
-def passes_input_on(call: Call, shapes: Sequence[Shape]) -> bool:
-    """Whether a layer whose weights are all zero returns its first tensor, as one that adds to it does.
+def inputs_with_masks(call: Call, shapes: Sequence[Shape]) -> dict[int, Array]:
+    """Random inputs for a call of a layer, by index. Integers may be masks: they are one.
 
     Args:
         call: The call of the layer.
         shapes: Shape of every tensor of its graph.
     """
-    layer, first, inputs = call.operation, call.inputs[0], _inputs_with_masks(call, shapes)
-    zeros = [(weight, ops.zeros(weight.shape, weight.dtype)) for weight in layer.weights]
-    try:
-        with keras.StatelessScope(state_mapping=zeros):
-            (output,) = run_like_call(call, layer, inputs)
-        difference = _largest_difference([output], [inputs[first]])
-    except Exception:  # a layer may raise anything
-        return False
-    return output.shape == inputs[first].shape and difference <= equivalence_tolerance(layer.compute_dtype)
-
-
-def find_last_term(call: Call, shapes: Sequence[Shape]) -> int | None:
-    """Which of the layers inside of a layer makes the last term of a sum that is the layer's output.
-
-    Its output is added to what does not depend on it, as at the end of a residual layer.
-
-    Args:
-        call: The call of the layer.
-        shapes: Shape of every tensor of its graph.
-
-    Returns:
-        Its number among `layers_inside`; `None` if there is none that is a matrix product.
-    """
-    inner, inputs = layers_inside(call.operation), _inputs_with_masks(call, shapes)
-    tolerance = equivalence_tolerance(call.operation.compute_dtype)
-    for number in reversed(range(len(inner))):
-        if matmul_view(inner[number]) is None:
-            continue
-        shift = np.random.default_rng(0).uniform(1, 2, shapes[call.outputs[0]][-1]).astype("float32")
-        try:
-            before = run_like_call(call, call.operation, inputs)
-            with override_attributes(inner[number], call=_call_shifted(inner[number].call, shift)):
-                after = run_like_call(call, call.operation, inputs)
-            differences = [now - then - shift for now, then in zip(after, before, strict=True)]
-        except Exception:  # a layer may raise anything, and this one may have other outputs
-            continue
-        if max(np.abs(one).max() for one in differences) <= tolerance:
-            return number
-    return None
-
-
-def _call_shifted(call: Callable[..., Tensor], shift: Array) -> Callable[..., Tensor]:
-    def call_shifted(*args: Any, **kwargs: Any) -> Tensor:
-        y = call(*args, **kwargs)
-        return y + ops.convert_to_tensor(shift, y.dtype)
-
-    return call_shifted
-
-
-def _inputs_with_masks(call: Call, shapes: Sequence[Shape]) -> dict[int, Array]:
-    """Random inputs for a layer. Integers may be masks: they are one."""
     random = np.random.default_rng(0)
     inputs = {index: random_input(random, shapes[index], tensor_dtype(call, index)) for index in call.inputs}
     return {index: x if x.dtype.kind == "f" else np.ones_like(x) for index, x in inputs.items()}
@@ -612,7 +559,7 @@ class _CopyTrial:
         whole = make_copy(self._call, {})
         give_values(whole)
         copy_weights(layer, whole)
-        if _largest_difference(self._run(whole), self._run(layer)) > _COPY_TOLERANCE:
+        if largest_difference(self._run(whole), self._run(layer)) > _COPY_TOLERANCE:
             return False
         for weight in whole.weights:
             if "float" in weight.dtype:
@@ -627,8 +574,8 @@ class _CopyTrial:
         closed, cut = self._run(whole, gates), self._run(small)
         tolerance = equivalence_tolerance(layer.compute_dtype)
         # closed gates must make a difference, or else the comparison shows nothing
-        has_effect = _largest_difference(self._run(whole), closed) > tolerance
-        return _largest_difference(cut, closed) <= tolerance and has_effect
+        has_effect = largest_difference(self._run(whole), closed) > tolerance
+        return largest_difference(cut, closed) <= tolerance and has_effect
 
     def _run(self, layer: keras.Layer, gates: Mapping[int, Gate] | None = None) -> list[Array]:
         """Flattened outputs of a layer, called as in the call."""
@@ -660,7 +607,7 @@ def _gate_of(mask: BoolArray) -> Gate:
     return lambda x: x * keras.ops.convert_to_tensor(mask.astype("float32"), x.dtype)
 
 
-def _largest_difference(first: Sequence[Array], second: Sequence[Array]) -> float:
+def largest_difference(first: Sequence[Array], second: Sequence[Array]) -> float:
     """Largest difference of outputs, relative to the second ones' largest value; infinite for a NaN."""
     differences = [
         np.abs(a - b).max() / max(np.abs(b).max(), _TINY) for a, b in zip(first, second, strict=True)
