@@ -177,9 +177,8 @@ def run_round(run: PreparedRun, state: RunState, watched: WatchedMetrics) -> Rou
     run.seed_round(number)  # scoring may have drawn random numbers
     with clock.phase("prune"):
         pruned = prune_round(run, state, labeled, unit_scores, target)
-    with clock.phase("fit"):  # which is that of judging
-        cut = run.tuner.assess_cut(pruned.model) if run.settings.repair else {}
     with clock.phase("repair"):
+        cut = run.tuner.assess_cut(pruned.model) if run.settings.repair else {}
         repairs = repair_round(run, state, pruned, f"{name}: repair")
     with clock.phase("fit"):
         fitted = train_round(run, state, pruned, f"{name}: fine-tuning")
