@@ -36,12 +36,9 @@ def fashion():
 
 def digits():
     """Images of scikit-learn's handwritten digits with labels, and those of the test set."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    import quickstart
 
-    x, y = load_digits(return_X_y=True)
-    x = (x / 16).reshape(-1, 8, 8, 1).astype("float32")
-    x, x_test, y, y_test = train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
+    x, x_test, y, y_test = quickstart.digits()
     return (x, y), (x_test, y_test)
 
 

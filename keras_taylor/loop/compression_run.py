@@ -25,7 +25,6 @@ from keras_taylor.loop.route import measure_reached
 from keras_taylor.plans.plan import Plan
 from keras_taylor.plans.planning import kept_units, label_as_planned, plan_of
 from keras_taylor.plans.ranking import flatten_scores
-from keras_taylor.plans.ties import find_ties
 from keras_taylor.reading.groups import LabeledModel
 from keras_taylor.reports import messages
 from keras_taylor.reports.info import Info
@@ -224,8 +223,7 @@ def prune_round(
     As long as no training was kept, the original is cut: a repair to it is better than a repair of repairs.
     """
     kept = run.route.choose_units(labeled, unit_scores, target)
-    ties = find_ties(labeled, run.settings.selection.uniform)
-    plan = plan_of(labeled, CostModel(labeled), kept, unit_scores, ties)
+    plan = plan_of(labeled, CostModel(labeled), kept, unit_scores, run.route.goals.limits.ties)
     total_plan = state.info.plan.compose(plan)
     if not state.is_trained:
         labeled = label_as_planned(run.original, total_plan)

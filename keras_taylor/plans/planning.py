@@ -1,6 +1,5 @@
 """Plans from scores (`make_plan`), plans from masks of kept units, and masks from plans."""
 
-import dataclasses
 from collections.abc import Collection, Mapping
 
 import keras
@@ -103,15 +102,13 @@ def plan_of(
             `None`: no unit has a score.
         ties: The ties that it was made with.
     """
-    structure = dataclasses.replace(
-        _structure_for(labeled, costs, unit_scores), ties=tuple(dict(tie.units) for tie in ties.ties)
-    )
+    structure = _structure_for(labeled, costs, unit_scores, ties)
     layers, exact, branches = layer_plans(structure, kept), labeled.exact, labeled.with_branches
     return Plan(layers, costs(), costs(kept), exact, structure, branches)
 
 
 def _structure_for(
-    labeled: LabeledModel, costs: CostFunction, unit_scores: FloatArray | None
+    labeled: LabeledModel, costs: CostFunction, unit_scores: FloatArray | None, ties: Ties
 ) -> PlanStructure:
     layer_units: dict[str, tuple[int, ...]] = {}
     for start, stop, name in labeled.label_space.producers:
@@ -121,7 +118,9 @@ def _structure_for(
     group_sizes = {group.name: group.num_units for group in labeled.groups}
     makers = labeled.makers_in_branches
     branches = {g.name: tuple(makers.get(g.name, ())) for g in labeled.groups if g.is_branch}
-    return PlanStructure(group_sizes, layer_units, tuple(ranked.tolist()), costs.group_costs, branches)
+    # ties may be those of an original, some of whose groups left with a branch
+    known = tuple({name: num for name, num in tie.units.items() if name in group_sizes} for tie in ties.ties)
+    return PlanStructure(group_sizes, layer_units, tuple(ranked.tolist()), costs.group_costs, branches, known)
 
 
 def label_as_planned(model: keras.Model, plan: Plan) -> LabeledModel:

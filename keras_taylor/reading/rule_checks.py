@@ -15,13 +15,7 @@ from keras_taylor.reading.cloning import build_like, clone_operation, copy_weigh
 from keras_taylor.reading.closed_layers import Gate, InnerStructure, gate_inside, kept_entries
 from keras_taylor.reading.graph import Call, TensorRef
 from keras_taylor.reading.tracing import UnsupportedModelError
-from keras_taylor.rules.base import (
-    KeptLabels,
-    LabeledTensor,
-    Rule,
-    is_from_keras,
-    unknown_operation,
-)
+from keras_taylor.rules.base import KeptLabels, LabeledTensor, Rule, is_from_keras, unknown_operation
 from keras_taylor.rules.labels import FIRST_AXIS, FIXED, BatchAxis, LabelSpace
 from keras_taylor.rules.probing import NUM_PROBED_EXAMPLES, ChannelMap, ProbedInput, find_channel_map
 from keras_taylor.rules.registry import REGISTERED, apply_rule, rule_for

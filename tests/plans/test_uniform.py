@@ -94,8 +94,11 @@ def test_rounds_and_wrappers_keep_to_ties():
     model.compile("adam", "mse")
     data = np.random.default_rng(1).normal(size=(64, 6)), np.zeros((64, 2))
     selection = keras_taylor.Selection(uniform=True)
-    small = keras_taylor.compress(model, data, 0.4, increment=0.2, epochs=0, selection=selection, verbose=0)
+    arguments = {"increment": 0.2, "epochs": 0, "selection": selection, "verbose": 0, "return_info": True}
+    small, info = keras_taylor.compress(model, data, 0.4, **arguments)
     assert len(set(widths(small, HIDDEN))) == 1
+    edited = keras_taylor.prune(model, info.plan.keep("block1_hidden", 3))
+    assert widths(edited, HIDDEN) == [3, 3, 3]
     prunable = keras_taylor.PrunableModel(model, criterion="magnitude", selection=selection)
     prunable.prune(0.2)
     prunable.prune(0.4)
